@@ -1,0 +1,45 @@
+"""Every error that Theia raises on purpose. Each message says what is wrong, where, and the next step."""
+
+
+class TheiaError(Exception):
+    """Base of all. The command line prints its message without a traceback and exits with 1."""
+
+
+class ConfigError(TheiaError):
+    """Options that do not fit together or do not fit the data."""
+
+
+class UnknownTeacherError(TheiaError):
+    """No installed distribution registers a teacher of that name."""
+
+
+class PluginError(TheiaError):
+    """A registered teacher cannot be used: its import fails, its class is wrong, or its name is taken."""
+
+
+class WeightsError(TheiaError):
+    """Pretrained weights cannot be fetched, read, or do not fit the architecture."""
+
+
+class ImageError(TheiaError):
+    """An image source is missing, empty, or has too many unreadable images."""
+
+
+class FeatureError(TheiaError):
+    """A teacher gave features of a wrong shape, or values that cannot be stored."""
+
+
+class StoreError(TheiaError):
+    """A feature store is missing, unfinished, of another schema, damaged, or disagrees with itself."""
+
+
+class ShapeError(TheiaError):
+    """Tensors or images whose shapes do not fit."""
+
+
+class CheckpointError(TheiaError):
+    """A checkpoint is missing, damaged, or belongs to another architecture."""
+
+
+class DivergenceError(TheiaError):
+    """A loss stopped being finite."""

@@ -1,0 +1,88 @@
+"""The contract that every teacher fulfils: what the author of a plugin reads."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from theia.errors import FeatureError
+from theia.types import TeacherFeatures, TeacherSpec
+
+logger = logging.getLogger(__name__)
+
+RANDOM_SEED = 0
+
+
+class Teacher(nn.Module, ABC):
+    """A vision model that turns images into spatial tokens.
+
+    A plugin subclasses this, sets ``spec`` on the class to what it gives by default, and implements
+    :meth:`forward`. Constructor arguments must have type hints: they become options of ``theia extract`` under the
+    teacher's name. Where an argument changes what the teacher gives, ``__init__`` sets ``self.spec`` to a changed
+    copy (``dataclasses.replace``). Heavy imports and weights belong in ``__init__``, not at the top of the module:
+    listing the installed teachers imports every plugin's module.
+
+    The framework puts an instance into eval mode, freezes it and calls it without gradients. Given the same images
+    and options it must give the same features in every process, or an interrupted extraction could not be resumed.
+    """
+
+    spec: TeacherSpec
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> TeacherFeatures:
+        """Features of a batch.
+
+        Args:
+            images: RGB, uint8, shape ``(B, 3, H, W)``, on the teacher's device. The teacher owns everything that
+                follows: resize, crop, mean and standard deviation.
+
+        Returns:
+            ``patches`` of shape ``(B, spec.grid_hw[0] * spec.grid_hw[1], spec.channels)``, row by row, and ``cls`` of
+            shape ``(B, spec.channels)`` if ``spec.has_cls``.
+        """
+
+
+@contextmanager
+def random_weights(teacher: str) -> Iterator[None]:
+    """Draws the weights of everything built inside from a fixed seed, and says so.
+
+    Random weights are for tests and for showing that a pipeline works. They must be the same in every process and in
+    every run, and must leave the caller's random state alone.
+
+    Args:
+        teacher: Name to give in the warning.
+    """
+    logger.warning("Teacher %r has random weights (seed %d): its features carry no knowledge.", teacher, RANDOM_SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        yield
+
+
+def check_features(spec: TeacherSpec, features: TeacherFeatures, batch_size: int) -> None:
+    """Checks that features have the shapes that the spec promises.
+
+    Args:
+        spec: Spec of the teacher that gave them.
+        features: What it gave.
+        batch_size: Images in the batch.
+
+    Raises:
+        FeatureError: If a shape or type differs, or a CLS token is missing or not announced.
+    """
+    height, width = spec.grid_hw
+    wanted = (batch_size, height * width, spec.channels)
+    if tuple(features.patches.shape) != wanted or not features.patches.is_floating_point():
+        raise FeatureError(
+            f"Teacher {spec.name!r} gave patches of shape {tuple(features.patches.shape)} and type "
+            f"{features.patches.dtype}; its spec says {wanted}, floating point. Correct its spec or its forward()."
+        )
+    cls = None if features.cls is None else tuple(features.cls.shape)
+    wanted_cls = (batch_size, spec.channels) if spec.has_cls else None
+    if cls != wanted_cls:
+        raise FeatureError(
+            f"Teacher {spec.name!r} gave a CLS token of shape {cls}; its spec (has_cls={spec.has_cls}) says "
+            f"{wanted_cls}. Correct its spec or its forward()."
+        )

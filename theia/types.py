@@ -1,0 +1,67 @@
+"""Plain records that pass between the rooms: no behaviour, nothing that knows a file format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """What a teacher is and what it gives: recorded with every feature that it computes.
+
+    Attributes:
+        name: Name of its entry point; also its folder in a store and its key in every dictionary.
+        channels: Width ``C`` of a patch token.
+        grid_hw: Rows and columns of patch tokens, ``N = H * W``.
+        licence: Licence of the weights, as an SPDX id or in a few words.
+        weights: Hub id, local path, ``"random"``, or ``"none"`` for a teacher that has none.
+        revision: What the weights are exactly: a commit, a digest of the file, or a seed.
+        has_cls: Whether it gives a CLS token of the same width.
+        preprocessing: Everything that turns the uint8 image into its input, as plain values.
+    """
+
+    name: str
+    channels: int
+    grid_hw: tuple[int, int]
+    licence: str
+    weights: str
+    revision: str | None = None
+    has_cls: bool = False
+    preprocessing: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherFeatures:
+    """What a teacher gives for a batch.
+
+    Attributes:
+        patches: Spatial tokens, row by row, shape ``(B, N, C)``, floating point, not normalised.
+        cls: CLS token, shape ``(B, C)``, or ``None``.
+    """
+
+    patches: Tensor
+    cls: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """One batch of images with the stored features of several teachers.
+
+    Attributes:
+        images: uint8, shape ``(B, 3, H, W)``.
+        patches: By teacher name, raw spatial tokens ``(B, N, C)``, float16 or int8.
+        scales: By teacher name, for int8 features only: float32 ``(B, N)``; a token is ``int8 * scale``.
+        cls: By teacher name, raw CLS tokens ``(B, C)``, float16; teachers without one are absent.
+        labels: Class indices, int64 ``(B,)``, or ``None``.
+        rows: Row of each sample in its split of the store, int64 ``(B,)``; always on the CPU.
+    """
+
+    images: Tensor
+    patches: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    cls: dict[str, Tensor]
+    labels: Tensor | None
+    rows: Tensor
