@@ -1,13 +1,14 @@
 """Installed teachers, found through entry points and loaded on first use."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from theia.errors import PluginError, UnknownTeacherError
+from theia.errors import PluginError, TheiaError, UnknownTeacherError
 from theia.teacher import Teacher
 from theia.types import TeacherSpec
 
@@ -68,10 +69,15 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Teacher:
 
     Raises:
         UnknownTeacherError: If nothing registers the name.
-        PluginError: If the plugin is broken.
+        PluginError: If the plugin is broken or does not take these options.
         WeightsError: If its weights cannot be had.
     """
-    teacher = find(name)(**(options or {}))
+    try:
+        teacher = find(name)(**(options or {}))
+    except TheiaError:
+        raise
+    except Exception as error:
+        raise PluginError(f"Teacher {name!r} cannot be built: {type(error).__name__}: {error}.") from error
     return teacher.eval().requires_grad_(False)
 
 
@@ -87,6 +93,8 @@ def _load(point: EntryPoint) -> type[Teacher]:
     spec = getattr(teacher, "spec", None)
     if not (isinstance(teacher, type) and issubclass(teacher, Teacher)):
         reason = "is not a subclass of theia.Teacher"
+    elif inspect.isabstract(teacher):
+        reason = "does not implement forward()"
     elif not isinstance(spec, TeacherSpec):
         reason = "has no class attribute 'spec' of type theia.types.TeacherSpec"
     elif spec.name != point.name:

@@ -57,7 +57,7 @@ def random_weights(teacher: str) -> Iterator[None]:
     """
     logger.warning("Teacher %r has random weights (seed %d): its features carry no knowledge.", teacher, RANDOM_SEED)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
+        torch.default_generator.manual_seed(RANDOM_SEED)  # torch.manual_seed would reseed the devices too
         yield
 
 

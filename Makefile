@@ -1,0 +1,52 @@
+# Thin: every target is a command that you can type yourself.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/cdiv_tiny.yaml
+EXTRACT_CONFIG ?= configs/extract/cdiv.yaml
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+INSTALLED := $(VENV)/installed
+# Set where a quickstart was interrupted or is repeated: it goes on from its last checkpoint.
+RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
+
+.PHONY: help install quickstart extract fit lint format test
+
+help:
+	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
+	@echo "make test         format, lint, types, import contracts, tests"
+	@echo "make install      virtual environment in $(VENV)"
+	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG)"
+	@echo "make fit          theia fit --config CONFIG=$(CONFIG)"
+	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# make prints each command before it runs it.
+quickstart: $(INSTALLED)
+	theia extract --config configs/extract/quickstart.yaml
+	theia fit --config configs/quickstart.yaml$(RESUME)
+	theia test --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/best.ckpt
+
+extract: $(INSTALLED)
+	theia extract --config $(EXTRACT_CONFIG)
+
+fit: $(INSTALLED)
+	theia fit --config $(CONFIG)
+
+lint: $(INSTALLED)
+	ruff format --check
+	ruff check
+	mypy
+	lint-imports
+
+format: $(INSTALLED)
+	ruff format
+	ruff check --fix
+
+test: lint
+	pytest -m "not gpu and not network" --numprocesses 2

@@ -1,0 +1,274 @@
+"""What the teachers that come through transformers share: how their weights and their pixels get in."""
+
+import hashlib
+import json
+import logging
+import re
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from theia.errors import ConfigError, ShapeError, WeightsError
+from theia.teacher import RANDOM_SEED, random_weights
+from theia.types import Json
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# What from_pretrained reads, best first: most repositories hold the same weights in several formats.
+_FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Turns uint8 images into the input of a model, on their device.
+
+    Attributes:
+        size: Side of the square input, in pixels.
+        interpolation: Filter of the resize, with antialiasing.
+        mean: Of each channel, for pixels in ``[0, 1]``.
+        std: Standard deviation of each channel, for pixels in ``[0, 1]``.
+        short_edge: If given, the short edge is resized to it and the centre is cut out; otherwise the whole
+            image is squashed to ``size``.
+    """
+
+    size: int
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    short_edge: int | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resizes, crops and normalises.
+
+        Args:
+            images: RGB, uint8, shape ``(B, 3, H, W)``.
+
+        Returns:
+            float32, shape ``(B, 3, size, size)``.
+
+        Raises:
+            ShapeError: If the images have another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ShapeError(
+                f"A teacher takes uint8 images of shape (B, 3, H, W), not {images.dtype} of shape "
+                f"{tuple(images.shape)}. Convert them first."
+            )
+        if self.short_edge is None:
+            pixels = self._resize(images, self.size, self.size)
+        else:
+            height, width = images.shape[-2:]
+            short = min(height, width)
+            pixels = self._resize(images, self.short_edge * height // short, self.short_edge * width // short)
+            top, left = (pixels.shape[-2] - self.size) // 2, (pixels.shape[-1] - self.size) // 2
+            pixels = pixels[..., top : top + self.size, left : left + self.size]
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+    def _resize(self, images: Tensor, height: int, width: int) -> Tensor:
+        # The models were trained on images that Pillow resized: columns, then rows, each time to whole grey levels
+        # with halves rounded up. The filter overshoots, so clipping only once would be off by several levels.
+        pixels = images.float()
+        for size in ((images.shape[-2], width), (height, width)):
+            if pixels.shape[-2:] != size:
+                resized = functional.interpolate(pixels, size=size, mode=self.interpolation, antialias=True)
+                pixels = (resized + 0.5).floor().clamp(0, 255)
+        return pixels
+
+    def record(self) -> dict[str, Json]:
+        """All of the above as plain values, for a spec."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def load(
+    teacher: str,
+    model_class: Any,
+    *,
+    model_types: tuple[str, ...],
+    weights: str,
+    revision: str | None,
+    architecture: Mapping[str, int] | None,
+    build_config: Callable[..., Any],
+    sizes: Mapping[str, int],
+    **model_options: Any,
+) -> tuple[Any, str]:
+    """Builds a transformers model with weights from the model hub, from a local folder, or at random.
+
+    Args:
+        teacher: Name of the teacher, for messages.
+        model_class: Subclass of ``transformers.PreTrainedModel``.
+        model_types: Values of ``model_type`` in ``config.json`` that the class can read.
+        weights: Hub id, local folder in the upstream format, or ``"random"``.
+        revision: Branch, tag or commit on the hub.
+        architecture: Changes to ``sizes``, for random weights only.
+        build_config: Gives the config of a random model; takes ``sizes`` as arguments.
+        sizes: Everything that ``architecture`` may change, with the values of the full-size model.
+        **model_options: Further arguments of ``model_class``.
+
+    Returns:
+        The model in float32, and what its weights are: a commit, a digest, or a seed.
+
+    Raises:
+        ConfigError: If the options do not fit together.
+        WeightsError: If the weights cannot be had or do not fit the architecture completely.
+    """
+    local = Path(weights).expanduser()
+    on_hub = weights != "random" and not local.exists()
+    if architecture and weights != "random":
+        raise ConfigError(
+            f"Teacher {teacher!r}: 'architecture' is for random weights; {weights!r} brings its own. Drop "
+            f"it, or give --{teacher}.weights random."
+        )
+    if revision is not None and not on_hub:
+        raise ConfigError(
+            f"Teacher {teacher!r}: 'revision' is a commit on the model hub; {weights!r} is not from there. Drop it."
+        )
+    if weights == "random":
+        config = _random_config(teacher, build_config, sizes, architecture or {})
+        with random_weights(teacher):
+            return model_class(config, **model_options), f"seed {RANDOM_SEED}"
+    folder = _fetch(teacher, weights, revision) if on_hub else local
+    _check_model_type(teacher, folder, model_types)
+    files = _weight_files(teacher, folder)
+    model = _read(teacher, model_class, folder, model_options)
+    return model, folder.name if on_hub else _digest(files)
+
+
+def _random_config(
+    teacher: str, build_config: Callable[..., Any], sizes: Mapping[str, int], changes: Mapping[str, int]
+) -> Any:
+    # transformers takes any name and ignores those that it does not know.
+    if unknown := sorted(set(changes) - set(sizes)):
+        raise ConfigError(
+            f"Teacher {teacher!r}: 'architecture' has no {', '.join(map(repr, unknown))}. It takes {', '.join(sizes)}."
+        )
+    wanted = {**sizes, **changes}
+    if min(wanted.values()) < 1 or wanted["hidden_size"] % wanted["num_attention_heads"]:
+        raise ConfigError(
+            f"Teacher {teacher!r}: 'architecture' needs sizes above 0 and a hidden_size that is a multiple "
+            f"of num_attention_heads; got {wanted}."
+        )
+    return build_config(**wanted)
+
+
+def _fetch(teacher: str, hub_id: str, revision: str | None) -> Path:
+    """Downloads what the cache lacks; returns the snapshot's folder, which is named after the commit."""
+    from huggingface_hub import snapshot_download
+
+    if not _HUB_ID.fullmatch(hub_id):
+        raise WeightsError(
+            f"Teacher {teacher!r}: {hub_id!r} is no existing folder, no hub id (owner/name) and not 'random'. "
+            f"Correct --{teacher}.weights."
+        )
+    try:
+        for stem, suffix in _FORMATS:
+            patterns = ["config.json", f"{stem}{suffix}", f"{stem}-*{suffix}", f"{stem}{suffix}.index.json"]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+            if any(folder.glob(f"{stem}*{suffix}")):
+                break
+    except Exception as error:
+        # The errors of the hub client and of the HTTP libraries below it have no base in common.
+        raise WeightsError(
+            f"Teacher {teacher!r} cannot get {hub_id!r} from the model hub, and no local folder has that "
+            f"name: {_describe(error)}. Check the network and the id, or download the repository elsewhere and "
+            f"give its path: --{teacher}.weights /path/to/folder."
+        ) from error
+    return folder
+
+
+def _check_model_type(teacher: str, folder: Path, model_types: tuple[str, ...]) -> None:
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"Teacher {teacher!r} cannot read {path}: {_describe(error)}. Give --{teacher}.weights a folder "
+            "that holds config.json beside the weights, as transformers saves them."
+        ) from error
+    if found not in model_types:
+        raise WeightsError(
+            f"Teacher {teacher!r} takes a model of type {' or '.join(map(repr, model_types))}; {path} says "
+            f"{found!r}. Give --{teacher}.weights another folder."
+        )
+
+
+def _weight_files(teacher: str, folder: Path) -> list[Path]:
+    """The file, or its parts, that from_pretrained reads."""
+    for stem, suffix in _FORMATS:
+        whole = folder / f"{stem}{suffix}"
+        if files := [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+            return files
+    raise WeightsError(
+        f"Teacher {teacher!r}: {folder} holds neither model.safetensors nor pytorch_model.bin. Complete it, "
+        f"or give --{teacher}.weights another folder."
+    )
+
+
+def _read(teacher: str, model_class: Any, folder: Path, model_options: Mapping[str, Any]) -> Any:
+    # Mismatched sizes are let through here because transformers would raise without saying which they are.
+    options = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _silence():
+            model, info = model_class.from_pretrained(folder, **options, **model_options)
+    except Exception as error:
+        # A damaged file raises whatever its reader trips over.
+        raise WeightsError(
+            f"Teacher {teacher!r} cannot load the weights in {folder}: {_describe(error)}. They are damaged "
+            "or do not belong to the config.json beside them. Fetch the folder again."
+        ) from error
+    # Text towers, poolers and classifiers go unused on purpose; a block that config.json lacks does not.
+    surplus = [key for key in info["unexpected_keys"] if re.search(r"\blayers?\.\d", key) and "text_model." not in key]
+    mismatched = [key[0] for key in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "of another shape": mismatched, "too many": surplus}
+    if found := [f"{len(keys)} {what} ({_shorten(keys)})" for what, keys in problems.items() if keys]:
+        raise WeightsError(
+            f"Teacher {teacher!r}: the weights in {folder} do not fit its config.json. Tensors: "
+            f"{'; '.join(found)}. Fetch the folder again."
+        )
+    # transformers 5 keeps the type in which the weights were saved, transformers 4 does not.
+    return model.float()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps transformers from listing every tensor of CLIP's text tower; the caller reports real misfits."""
+    from transformers.utils import logging as upstream
+
+    verbosity = upstream.get_verbosity()
+    upstream.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        upstream.set_verbosity(verbosity)
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _describe(error: Exception) -> str:
+    """The error and its root: the hub client hides a network failure behind a cache miss."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    outer, inner = (textwrap.shorten(str(each), 200, placeholder=" ...").rstrip(".!") for each in (error, root))
+    return f"{type(error).__name__}: {outer}" + (f" ({inner})" if inner not in outer else "")
+
+
+def _shorten(keys: Collection[str], limit: int = 5) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,121 @@
+"""Depth Anything, through transformers."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from theia.errors import ConfigError
+from theia.teacher import Teacher
+from theia.types import TeacherFeatures, TeacherSpec
+
+from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load
+
+_PREPROCESSING = Preprocessing(size=518, interpolation="bicubic", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+_GRID = 64
+_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "fusion_hidden_size": 256,
+    "head_hidden_size": 32,
+}
+
+
+class DepthAnything(Teacher):
+    """Output of the head's second convolution at 518x518, before its ReLU, at 64x64 points.
+
+    Source: Yang et al., "Depth Anything: Unleashing the Power of Large-Scale Unlabeled Data", 2024.
+    """
+
+    spec = TeacherSpec(
+        name="depth_anything",
+        channels=32,
+        grid_hw=(_GRID, _GRID),
+        licence="Apache-2.0",
+        weights="LiheYoung/depth-anything-large-hf",
+        preprocessing=_PREPROCESSING.record(),
+    )
+
+    def __init__(
+        self,
+        weights: str = "LiheYoung/depth-anything-large-hf",
+        revision: str | None = None,
+        architecture: dict[str, int] | None = None,
+    ) -> None:
+        """Loads backbone, neck and head.
+
+        Args:
+            weights: Hub id, local folder in the upstream format, or "random".
+            revision: Branch, tag or commit on the hub; the newest by default.
+            architecture: Sizes that differ from the large model, for random weights: hidden_size,
+                num_hidden_layers and num_attention_heads of the backbone, fusion_hidden_size,
+                head_hidden_size.
+
+        Raises:
+            ConfigError: If the options do not fit together.
+            WeightsError: If the weights cannot be had or do not fit.
+        """
+        super().__init__()
+        from transformers import DepthAnythingForDepthEstimation
+
+        self.model, found = load(
+            self.spec.name,
+            DepthAnythingForDepthEstimation,
+            model_types=("depth_anything",),
+            weights=weights,
+            revision=revision,
+            architecture=architecture,
+            build_config=_config,
+            sizes=_LARGE,
+        )
+        self.preprocess = _PREPROCESSING
+        self.spec = replace(self.spec, channels=self.model.config.head_hidden_size, weights=weights, revision=found)
+
+    def forward(self, images: Tensor) -> TeacherFeatures:
+        """See :meth:`theia.teacher.Teacher.forward`."""
+        pixels = self.preprocess(images)
+        head = self.model.head
+        side = pixels.shape[-1] // head.patch_size
+        # The model's own forward goes on to depth; these are its first steps, in its order.
+        stages = self.model.backbone(pixels).feature_maps
+        fused = self.model.neck(stages, side, side)[head.head_in_index]
+        resolution = (side * head.patch_size,) * 2
+        upsampled = functional.interpolate(head.conv1(fused), resolution, mode="bilinear", align_corners=True)
+        sampled = functional.interpolate(head.conv2(upsampled), (_GRID, _GRID), mode="nearest")
+        return TeacherFeatures(patches=sampled.flatten(2).transpose(1, 2))
+
+
+def _config(
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    fusion_hidden_size: int,
+    head_hidden_size: int,
+) -> Any:
+    """The large model's config at other sizes: its neck reads the last four blocks and is as wide as they."""
+    from transformers import DepthAnythingConfig, Dinov2Config
+
+    if num_hidden_layers < 4 or hidden_size % 4:
+        raise ConfigError(
+            "Teacher 'depth_anything': 'architecture' needs at least 4 num_hidden_layers (the neck reads the "
+            f"last four) and a hidden_size that is a multiple of 4; got {num_hidden_layers} and {hidden_size}."
+        )
+    backbone: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "image_size": _PREPROCESSING.size,
+        "patch_size": 14,
+        "out_indices": [num_hidden_layers - 3 + index for index in range(4)],
+        "reshape_hidden_states": False,
+    }
+    return DepthAnythingConfig(
+        backbone_config=Dinov2Config(**backbone),
+        reassemble_hidden_size=hidden_size,
+        neck_hidden_sizes=[hidden_size // 4, hidden_size // 2, hidden_size, hidden_size],
+        fusion_hidden_size=fusion_hidden_size,
+        head_hidden_size=head_hidden_size,
+        patch_size=14,
+    )

@@ -1,0 +1,70 @@
+"""Shared fixtures. The environment is set before torch is imported."""
+
+import os
+
+# Tests run side by side: one thread each is faster than two that fight.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from theia.store.schema import ImageSet, hash_ids
+from theia.store.writer import SplitWriter
+from theia.types import TeacherSpec
+
+IMAGE_SIZE = 32
+# One square grid without CLS, one oblong grid with CLS.
+SPECS = (
+    TeacherSpec(name="alpha", channels=8, grid_hw=(4, 4), licence="MIT", weights="none"),
+    TeacherSpec(name="beta", channels=5, grid_hw=(3, 6), licence="MIT", weights="none", has_cls=True),
+)
+
+
+def sample_id(split: str, row: int) -> str:
+    return f"{split}/{row:05d}.png"
+
+
+def write_split(root: Path, split: str, rows: int, dtype: str = "float16", labels: bool = True) -> None:
+    """A split of random images; the features of a sample are a fixed linear function of its image's mean colours."""
+    rng = np.random.default_rng(len(split))
+    shard_size = 16
+    ids = [sample_id(split, row) for row in range(rows)]
+    images = ImageSet(
+        source={"kind": "test"}, size=IMAGE_SIZE, resize="squash", listed=rows, ids_sha256=hash_ids(ids),
+        shard_size=shard_size, classes=["even", "odd"] if labels else None,
+    )  # fmt: skip
+    writer = SplitWriter(root, split)
+    writer.begin(images, SPECS, dtype, {"device": "cpu"})
+    for index, start in enumerate(range(0, rows, shard_size)):
+        count = min(shard_size, rows - start)
+        coarse = rng.integers(0, 256, (count, 3, 2, 2), dtype=np.uint8)
+        pixels = coarse.repeat(IMAGE_SIZE // 2, 2).repeat(IMAGE_SIZE // 2, 3)
+        classes = np.arange(start, start + count, dtype=np.int64) % 2
+        writer.write_images(index, ids[start : start + count], pixels, classes if labels else None, [])
+        colours = coarse.reshape(count, -1).astype(np.float32) / 255
+        for spec in SPECS:
+            tokens = spec.grid_hw[0] * spec.grid_hw[1]
+            mixing = np.random.default_rng(spec.channels).normal(size=(12, tokens * spec.channels)).astype(np.float32)
+            patches = (colours @ mixing).reshape(count, tokens, spec.channels)
+            with writer.open_shard(spec.name, index) as shard:
+                shard.append(patches, patches.mean(1) if spec.has_cls else None)
+    writer.finish()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store with 80 training and 20 validation samples of two teachers. Not to be changed by a test."""
+    root = tmp_path_factory.mktemp("stores") / "store"
+    write_split(root, "train", 80)
+    write_split(root, "val", 20)
+    return root
+
+
+@pytest.fixture
+def make_split() -> Callable[..., None]:
+    """``make_split(root, split, rows, ...)`` writes one split; for tests that change a store."""
+    return write_split

@@ -1,0 +1,270 @@
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny_plugin import SIZE, install, pooled, write_images
+
+from theia import registry
+from theia.errors import ConfigError, FeatureError, ImageError, StoreError, UnknownTeacherError
+from theia.extraction.config import ExtractConfig
+from theia.extraction.extract import extract
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    registry.find.cache_clear()
+    yield
+    registry.find.cache_clear()
+
+
+@pytest.fixture
+def pixels(tmp_path: Path) -> dict[str, np.ndarray]:
+    return write_images(tmp_path / "images", 10)
+
+
+@pytest.fixture
+def config(tmp_path: Path, pixels: dict[str, np.ndarray]) -> Callable[..., ExtractConfig]:
+    def build(**changes: Any) -> ExtractConfig:
+        options: dict[str, Any] = {
+            "images": str(tmp_path / "images"),
+            "teachers": "pooled",
+            "store": tmp_path / "store",
+            "size": SIZE,
+            "shard_size": 4,
+            "batch_size": 3,
+            "workers": 0,
+            "accelerator": "cpu",
+            "devices": 1,
+        }
+        return ExtractConfig(**(options | changes))
+
+    return build
+
+
+def stored(store: Path, name: str, dataset: str, split: str = "train") -> np.ndarray:
+    """All rows of one dataset, read with h5py alone."""
+    parts = []
+    for path in sorted((store / split / name).glob("*.h5")):
+        with h5py.File(path) as file:
+            parts.append(file[dataset][()])
+    return np.concatenate(parts)
+
+
+def keys(store: Path, name: str, split: str = "train") -> list[str]:
+    return [key.decode() for key in stored(store, name, "key", split)]
+
+
+def digests(store: Path) -> dict[str, tuple[str, int]]:
+    """Content and time of change of every file except the manifest and its lock."""
+    return {
+        str(path.relative_to(store)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.parent != store
+    }
+
+
+def test_stores_what_the_teacher_gives_for_every_image(config, pixels, tmp_path: Path) -> None:
+    extract(config())
+    store = tmp_path / "store"
+    expected = np.stack([pooled(image) for image in pixels.values()])
+    assert keys(store, "pooled") == keys(store, "image") == list(pixels)
+    np.testing.assert_array_equal(stored(store, "image", "data"), np.stack(list(pixels.values())))
+    np.testing.assert_allclose(stored(store, "pooled", "data"), expected, rtol=1e-3)
+    np.testing.assert_allclose(stored(store, "pooled", "cls"), expected.mean(1), rtol=1e-3)
+
+
+def test_statistics_are_numpys_over_the_stored_training_features(config, tmp_path: Path) -> None:
+    extract(config())
+    values = stored(tmp_path / "store", "pooled", "data").astype(np.float64).reshape(-1, 8)
+    with np.load(tmp_path / "store" / "statistics" / "pooled.npz") as statistics:
+        np.testing.assert_allclose(statistics["mean"], values.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics["std"], values.std(0), rtol=1e-9)
+
+
+def test_several_splits_have_their_own_images(config, tmp_path: Path) -> None:
+    held_out = write_images(tmp_path / "held_out", 3)
+    splits = extract(config(images={"train": str(tmp_path / "images"), "val": str(tmp_path / "held_out")}))
+    assert [(split.name, split.listed) for split in splits] == [("train", 10), ("val", 3)]
+    assert keys(tmp_path / "store", "pooled", "val") == list(held_out)
+
+
+def test_labels_of_class_folders_are_kept(config, tmp_path: Path) -> None:
+    for name, count in {"cat": 2, "dog": 3}.items():
+        write_images(tmp_path / "classes" / name, count)
+    extract(config(images=str(tmp_path / "classes"), labels=True))
+    store = tmp_path / "store"
+    assert stored(store, "image", "label").tolist() == [0, 0, 1, 1, 1]
+    assert json.loads((store / "manifest.json").read_text())["splits"]["train"]["images"]["classes"] == ["cat", "dog"]
+
+
+def test_decoding_processes_change_nothing(config, tmp_path: Path) -> None:
+    extract(config())
+    extract(config(workers=2, store=tmp_path / "other"))
+    for name in ("image", "pooled"):
+        np.testing.assert_array_equal(
+            stored(tmp_path / "store", name, "data"), stored(tmp_path / "other", name, "data")
+        )
+
+
+def test_all_at_once_gives_the_same_features(config, tmp_path: Path) -> None:
+    extract(config(teachers=["pooled", "mean"]))
+    extract(config(teachers=["pooled", "mean"], all_at_once=True, store=tmp_path / "other"))
+    for name in ("pooled", "mean"):
+        np.testing.assert_array_equal(
+            stored(tmp_path / "store", name, "data"), stored(tmp_path / "other", name, "data")
+        )
+
+
+def test_adding_a_teacher_leaves_every_other_file_untouched(config, tmp_path: Path) -> None:
+    extract(config())
+    before = digests(tmp_path / "store")
+    extract(config(teachers="mean"))
+    after = digests(tmp_path / "store")
+    assert {name: after[name] for name in before} == before
+    assert any("mean" in name for name in after)
+
+
+def test_batches_are_cut_at_the_same_rows_of_each_shard(config, tmp_path: Path) -> None:
+    extract(config(teacher_options={"pooled": {"log": str(tmp_path / "log")}}))
+    sizes = [int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines()]
+    assert sizes == [3, 1, 3, 1, 2]
+
+
+def test_whole_shards_are_not_computed_again(config, tmp_path: Path) -> None:
+    extract(config())
+    before = digests(tmp_path / "store")
+    (tmp_path / "store" / "train" / "pooled" / "shard-000001.h5").unlink()
+    extract(config(teacher_options={"pooled": {"log": str(tmp_path / "log")}}))
+    after = digests(tmp_path / "store")
+    assert len((tmp_path / "log").read_text().splitlines()) == 2  # a batch of 3 and one of 1
+    redone = "train/pooled/shard-000001.h5"
+    assert after[redone][0] == before[redone][0]
+    assert {name: value for name, value in after.items() if name != redone} == {
+        name: value for name, value in before.items() if name != redone
+    }
+
+
+def test_autocast_reaches_the_teacher(config, tmp_path: Path) -> None:
+    extract(config(precision="bf16-mixed", teacher_options={"pooled": {"log": str(tmp_path / "log")}}))
+    assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {"True"}
+
+
+def test_the_store_says_how_features_were_computed(config, tmp_path: Path) -> None:
+    extract(config())
+    record = json.loads((tmp_path / "store" / "manifest.json").read_text())["splits"]["train"]["sets"]["pooled"]
+    assert record["computed"]["torch"] == torch.__version__
+    assert record["computed"]["precision"] == "32-true"
+    assert record["computed"]["device"].startswith("cpu")
+
+
+def test_unreadable_images_are_skipped_and_listed(config, pixels, tmp_path: Path) -> None:
+    (tmp_path / "images" / "002.png").write_bytes(b"no image")
+    (split,) = extract(config(max_skipped=0.1))
+    assert split.skipped == 1
+    assert split.skipped_list.read_text().splitlines()[1].startswith("002.png,")
+    assert keys(tmp_path / "store", "pooled") == [name for name in pixels if name != "002.png"]
+
+
+def test_too_many_unreadable_images_stop_the_work(config, tmp_path: Path) -> None:
+    for name in ("001.png", "005.png"):
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with pytest.raises(ImageError) as error:
+        extract(config(max_skipped=0.1))
+    message = str(error.value)
+    assert "2 of the 10 images" in message
+    assert "--max_skipped" in message
+    assert "001.png: " in message
+    assert not (tmp_path / "store" / "train" / "pooled").exists()
+
+
+def test_nothing_readable_is_an_error_whatever_is_allowed(config, tmp_path: Path) -> None:
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"10 of the 10 images.*which is all"):
+        extract(config(max_skipped=1.0))
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_work(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    # 10 images of 3*16*16 bytes with 16*8+8 values of 2 bytes, and 1 % for the rest: 10 504 bytes.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_503))
+    with pytest.raises(StoreError, match=r"do not fit.*--dtype int8"):
+        extract(config())
+    assert not list((tmp_path / "store").rglob("*.h5"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_504))
+    extract(config())
+
+
+def test_after_a_refusal_for_size_the_smaller_type_goes_into_the_same_store(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(tmp_path)
+        full.setattr("shutil.disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(StoreError):
+            extract(config())
+    extract(config(dtype="int8"))
+    assert stored(tmp_path / "store", "pooled", "data").dtype == np.int8
+
+
+def test_what_is_there_already_needs_no_space(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(config())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=0))
+    extract(config())
+
+
+@pytest.mark.parametrize(("fault", "message"), [("shape", r"'pooled'.*\(3, 16, 5\)"), ("nan", "'pooled'.*002.png")])
+def test_bad_features_name_the_teacher(config, fault: str, message: str) -> None:
+    with pytest.raises(FeatureError, match=message):
+        extract(config(teacher_options={"pooled": {"fault": fault}}))
+
+
+def test_an_unknown_teacher_is_refused_before_work(config, tmp_path: Path) -> None:
+    with pytest.raises(UnknownTeacherError, match="Did you mean 'pooled'"):
+        extract(config(teachers="mean,poled"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_device_is_a_clear_error(config) -> None:
+    with pytest.raises(ConfigError, match="accelerator='tpu'"):
+        extract(config(accelerator="tpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_running_on_the_cpu_unasked_is_said_loudly(config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "theia"):
+        extract(config(accelerator="auto"))
+    assert "No GPU found" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size is 0"),
+        ({"workers": -1}, "--workers is -1"),
+        ({"max_skipped": 1.5}, "--max_skipped is 1.5"),
+        ({"teachers": " , "}, "--teachers is empty"),
+        ({"teachers": "mean,pooled,mean"}, "names mean twice"),
+        ({"images": {}}, "--images is empty"),
+        ({"split": "a/b"}, "'a/b' cannot be the name of a split"),
+        ({"split": "statistics"}, "'statistics' cannot be the name of a split"),
+    ],
+)
+def test_impossible_options_are_refused(config, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**change)

@@ -1,0 +1,379 @@
+import io
+import os
+import pickle
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from theia.errors import ImageError
+from theia.extraction.decode import UnreadableImageError
+from theia.extraction.images import open_source
+
+
+def image_bytes(seed, format="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def write(root, *names):
+    """Writes an image of its own under each name; returns the bytes by name."""
+    contents = {}
+    for seed, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contents[name] = image_bytes(seed)
+        path.write_bytes(contents[name])
+    return contents
+
+
+def pack(path, members, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, options.pop("mode", "w"), **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def same(image, data):
+    return np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def assert_reads(source, contents):
+    assert [same(source.read(index), contents[name]) for index, name in enumerate(source.ids)] == [True] * len(contents)
+
+
+# Folders
+
+
+def test_folder_is_read_at_any_depth_in_sorted_order(tmp_path):
+    names = ["b.png", "a/z.jpg", "a/deep/er/y.JPEG", "c.PNG", "d.webp", "e.bmp", "f.tif", "g.TIFF"]
+    contents = write(tmp_path, *names)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    source = open_source(str(tmp_path), "train")
+    assert source.ids == ["a/deep/er/y.JPEG", "a/z.jpg", "b.png", "c.PNG", "d.webp", "e.bmp", "f.tif", "g.TIFF"]
+    assert source.labels is None
+    assert source.classes is None
+    assert_reads(source, contents)
+
+
+def test_hidden_files_and_folders_are_ignored(tmp_path):
+    write(tmp_path, "a.jpg", "._a.jpg", ".b.jpg", ".cache/c.jpg", "x/.thumbs/d.jpg", "x/._e.jpg")
+    assert open_source(str(tmp_path), "train").ids == ["a.jpg"]
+
+
+def test_sub_folders_are_the_classes(tmp_path):
+    write(tmp_path, "dog/1.jpg", "cat/deep/2.jpg", "cat/3.jpg")
+    (tmp_path / "bird").mkdir()
+    (tmp_path / ".git").mkdir()
+    source = open_source(str(tmp_path), "train", labels=True)
+    # As torchvision's ImageFolder: sorted. A class without images keeps its number.
+    assert source.classes == ["bird", "cat", "dog"]
+    assert list(zip(source.ids, source.labels, strict=True)) == [
+        ("cat/3.jpg", 1),
+        ("cat/deep/2.jpg", 1),
+        ("dog/1.jpg", 2),
+    ]
+
+
+def test_labels_without_sub_folders_are_refused(tmp_path):
+    write(tmp_path, "cat/1.jpg", "2.jpg")
+    with pytest.raises(ImageError, match=r"2\.jpg lies in no sub-folder"):
+        open_source(str(tmp_path), "train", labels=True)
+
+
+def test_linked_folders_are_followed(tmp_path):
+    contents = write(tmp_path / "elsewhere", "1.jpg")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    source = open_source(str(tmp_path / "set"), "train")
+    assert source.ids == ["cat/1.jpg"]
+    assert same(source.read(0), contents["1.jpg"])
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path):
+    write(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    with pytest.raises(ImageError, match="reached twice"):
+        open_source(str(tmp_path), "train")
+
+
+def test_unlistable_folder_is_an_error_not_a_gap(tmp_path, monkeypatch):
+    write(tmp_path, "a.jpg", "locked/b.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        # Permission bits would not stop the superuser.
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ImageError, match=r"locked cannot be listed: Permission denied"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_damaged_file_is_unreadable_and_the_others_are_not(tmp_path):
+    contents = write(tmp_path, "a.jpg", "c.jpg")
+    (tmp_path / "b.jpg").write_text("text")
+    source = open_source(str(tmp_path), "train")
+    with pytest.raises(UnreadableImageError, match="not a JPEG"):
+        source.read(1)
+    assert same(source.read(2), contents["c.jpg"])
+
+
+def test_a_file_that_vanished_is_unreadable(tmp_path):
+    write(tmp_path, "a.jpg")
+    source = open_source(str(tmp_path), "train")
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UnreadableImageError, match="cannot be read"):
+        source.read(0)
+
+
+# Tar files
+
+LONG = "class/" + "n" * 180 + ".jpg"  # more than the 100 bytes of a plain header
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_tar_members_are_the_bytes_that_tarfile_reads(tmp_path, format):
+    members = {name: image_bytes(seed) for seed, name in enumerate(["z.png", "a/b.jpg", LONG, "é/ü.jpeg"])}
+    path = pack(tmp_path / "set.tar", {**members, "notes.txt": b"x", "z.json": b"{}"}, format=format)
+    source = open_source(str(path), "train")
+    with tarfile.open(path) as tar:
+        upstream = {
+            f"set.tar/{member.name}": tar.extractfile(member).read()
+            for member in tar
+            if not member.name.endswith(("txt", "json"))
+        }
+    assert source.ids == list(upstream)
+    assert list(upstream.values()) == list(members.values())
+    assert_reads(source, upstream)
+
+
+def test_tar_made_by_the_tar_command(tmp_path):
+    contents = write(tmp_path / "set", "a/1.jpg", "a/2.png", "b/._3.jpg", ".hidden/4.jpg", LONG)
+    subprocess.run(["tar", "-cf", "set.tar", "-C", "set", "."], cwd=tmp_path, check=True)
+    source = open_source(str(tmp_path / "set.tar"), "train")
+    assert sorted(source.ids) == ["set.tar/a/1.jpg", "set.tar/a/2.png", f"set.tar/{LONG}"]
+    assert all(
+        same(source.read(index), contents[name.removeprefix("set.tar/")]) for index, name in enumerate(source.ids)
+    )
+
+
+def test_folder_of_tars(tmp_path):
+    contents = {}
+    for shard in ("train-1.tar", "train-0.tar", "more/train-0.TAR", "._train-1.tar"):
+        members = {"0.jpg": image_bytes(len(contents)), "1.jpg": image_bytes(100 + len(contents))}
+        pack(tmp_path / shard, members)
+        contents |= {f"{shard}/{name}": data for name, data in members.items()}
+    contents = {name: data for name, data in contents.items() if not name.startswith(".")}
+    source = open_source(str(tmp_path), "train")
+    assert source.ids == [
+        "more/train-0.TAR/0.jpg",
+        "more/train-0.TAR/1.jpg",
+        "train-0.tar/0.jpg",
+        "train-0.tar/1.jpg",
+        "train-1.tar/0.jpg",
+        "train-1.tar/1.jpg",
+    ]
+    assert_reads(source, contents)
+
+
+def test_tar_labels(tmp_path):
+    pack(tmp_path / "a.tar", {"x/0.jpg": image_bytes(0), "x/0.cls": b"7", "1.cls": b"12\n", "1.png": image_bytes(1)})
+    pack(tmp_path / "b.tar", {"0.jpg": image_bytes(2), "0.cls": b"0"})
+    source = open_source(str(tmp_path), "train", labels=True)
+    assert dict(zip(source.ids, source.labels, strict=True)) == {
+        "a.tar/x/0.jpg": 7,
+        "a.tar/1.png": 12,
+        "b.tar/0.jpg": 0,
+    }
+    assert source.classes is None
+    assert open_source(str(tmp_path), "train").labels is None
+
+
+def test_missing_tar_label_is_refused(tmp_path):
+    path = pack(tmp_path / "a.tar", {"0.jpg": image_bytes(0), "0.cls": b"7", "1.jpg": image_bytes(1)})
+    with pytest.raises(ImageError, match=r"no member '1\.cls' beside '1\.jpg'"):
+        open_source(str(path), "train", labels=True)
+
+
+@pytest.mark.parametrize("label", [b"cat", b"-1", b"1.5", b""])
+def test_tar_label_that_is_no_class_index_is_refused(tmp_path, label):
+    path = pack(tmp_path / "a.tar", {"0.jpg": image_bytes(0), "0.cls": label})
+    with pytest.raises(ImageError, match=r"'0\.cls' .* integer from 0"):
+        open_source(str(path), "train", labels=True)
+
+
+def test_a_later_member_of_the_same_name_replaces_the_first(tmp_path):
+    path = pack(tmp_path / "a.tar", {"0.jpg": image_bytes(0), "1.jpg": image_bytes(1)})
+    pack(path, {"0.jpg": image_bytes(2)}, mode="a")
+    source = open_source(str(path), "train")
+    assert source.ids == ["a.tar/0.jpg", "a.tar/1.jpg"]
+    assert same(source.read(0), image_bytes(2))
+
+
+def test_a_link_in_a_tar_is_refused(tmp_path):
+    write(tmp_path, "0.jpg")
+    (tmp_path / "1.jpg").hardlink_to(tmp_path / "0.jpg")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "0.jpg", "0.jpg")
+        tar.add(tmp_path / "1.jpg", "1.jpg")
+    with pytest.raises(ImageError, match="is a link"):
+        open_source(str(tmp_path / "a.tar"), "train")
+
+
+@pytest.mark.parametrize("cut", ["in data", "in a header", "between members", "at the end mark"])
+def test_truncated_tar_is_refused(tmp_path, cut):
+    data = os.urandom(3000)  # six blocks after a header of one
+    path = pack(tmp_path / "a.tar", {"0.jpg": data, "1.jpg": data})
+    size = {"in data": 10 * 512, "in a header": 7 * 512 + 100, "between members": 7 * 512, "at the end mark": 14 * 512}
+    os.truncate(path, size[cut])
+    with pytest.raises(ImageError, match=r"a\.tar.*cut short"):
+        open_source(str(path), "train")
+
+
+def test_tar_with_a_damaged_header_is_refused(tmp_path):
+    path = pack(tmp_path / "a.tar", {f"{index}.jpg": os.urandom(3000) for index in range(3)})
+    with path.open("r+b") as file:
+        file.seek(7 * 512 + 20)
+        file.write(b"damage")
+    with tarfile.open(path) as tar:
+        assert len(tar.getnames()) == 1  # what would be lost in silence
+    with pytest.raises(ImageError, match=r"byte 3584.*damaged there"):
+        open_source(str(path), "train")
+
+
+def test_two_tars_in_one_file_are_refused(tmp_path):
+    first, second = (pack(tmp_path / name, {"0.jpg": image_bytes(0)}) for name in ("a.tar", "b.tar"))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(ImageError, match="several archives in one file"):
+        open_source(str(first), "train")
+
+
+def test_text_named_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_text("text " * 1000)
+    with pytest.raises(ImageError, match=r"a\.tar cannot be read as a tar file"):
+        open_source(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar"])
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_compressed_tar_is_refused(tmp_path, name, whole_folder):
+    path = pack(tmp_path / name, {"0.jpg": image_bytes(0)}, mode="w:gz")
+    with pytest.raises(ImageError, match="by offset"):
+        open_source(str(tmp_path if whole_folder else path), "train")
+
+
+# Places
+
+
+def test_missing_place(tmp_path):
+    with pytest.raises(ImageError, match=r"There is no .*nowhere"):
+        open_source(str(tmp_path / "nowhere"), "train")
+
+
+def test_a_single_image_file_is_refused(tmp_path):
+    write(tmp_path, "a.jpg")
+    with pytest.raises(ImageError, match=r"neither a folder nor a \.tar file.*folder that holds it"):
+        open_source(str(tmp_path / "a.jpg"), "train")
+
+
+def test_a_place_without_images_names_the_endings(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("text")
+    pack(tmp_path / "tars" / "a.tar", {"notes.txt": b"x"})
+    for place in ("folder", "tars", "tars/a.tar"):
+        with pytest.raises(ImageError, match=r"No image in .*\.jpg, \.jpeg, \.png.*\.tiff"):
+            open_source(str(tmp_path / place), "train")
+
+
+def test_tars_and_images_in_one_folder_are_refused(tmp_path):
+    write(tmp_path, "a.jpg")
+    pack(tmp_path / "b.tar", {"0.jpg": image_bytes(0)})
+    with pytest.raises(ImageError, match=r"both images \(a\.jpg\) and tar files \(b\.tar\)"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg")  # noqa: PTH118 (bytes)
+    with open(path, "wb") as file:  # noqa: PTH123 (bytes)
+        file.write(image_bytes(0))
+    with pytest.raises(ImageError, match=r"'caf\\udce9\.jpg'.*UTF-8.*Rename"):
+        open_source(str(tmp_path), "train")
+
+
+# Worker processes
+
+
+class _Read(Dataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source.ids)
+
+    def __getitem__(self, index):
+        return np.asarray(self.source.read(index))
+
+
+def folder_source(tmp_path):
+    write(tmp_path / "folder", *(f"{index}.jpg" for index in range(6)))
+    return open_source(str(tmp_path / "folder"), "train")
+
+
+def tar_source(tmp_path):
+    for shard in range(2):
+        pack(
+            tmp_path / "tars" / f"{shard}.tar", {f"{index}.jpg": image_bytes(10 * shard + index) for index in range(3)}
+        )
+    return open_source(str(tmp_path / "tars"), "train")
+
+
+def sample_source(tmp_path):
+    return open_source("sample:6", "val")
+
+
+@pytest.mark.parametrize("make", [folder_source, tar_source, sample_source])
+def test_source_survives_pickling(tmp_path, make):
+    source = make(tmp_path)
+    source.read(0)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.ids == source.ids
+    assert copy.description == source.description
+    for index in range(len(source.ids)):
+        np.testing.assert_array_equal(np.asarray(copy.read(index)), np.asarray(source.read(index)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow)],  # a spawned worker imports everything again
+)
+@pytest.mark.parametrize("make", [folder_source, tar_source, sample_source])
+def test_source_reads_the_same_in_worker_processes(tmp_path, make, method):
+    source = make(tmp_path)
+    source.read(0)  # whatever is held open or cached before the workers start must not be shared by accident
+    loader = DataLoader(_Read(source), batch_size=None, num_workers=2, multiprocessing_context=method)
+    loaded = [np.asarray(image) for image in loader]
+    assert len(loaded) == len(source.ids)
+    for index, image in enumerate(loaded):
+        np.testing.assert_array_equal(image, np.asarray(source.read(index)))
+
+
+def test_description_does_not_depend_on_where_the_images_lie(tmp_path, monkeypatch):
+    write(tmp_path / "here" / "set", "a.jpg")
+    (tmp_path / "there").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here" / "set")
+    descriptions = [
+        open_source(place, "train").description for place in (str(tmp_path / "there" / "set"), "../set", ".")
+    ]
+    assert descriptions == [{"kind": "folder", "name": "set"}] * 3

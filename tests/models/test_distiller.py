@@ -1,0 +1,168 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from theia.errors import ConfigError, ShapeError
+from theia.models.distiller import Distiller
+from theia.models.student import Student
+from theia.training.losses import feature_loss, weighted_mean
+
+TEACHERS = {
+    "odd": {"channels": 48, "grid_hw": [10, 10], "has_cls": False},
+    "clip": {"channels": 12, "grid_hw": [16, 16], "has_cls": True},
+}
+
+
+def small_distiller(teachers=TEACHERS, registers=1, image_size=224, **options):
+    torch.manual_seed(0)
+    student = Student(width=32, depth=2, heads=2, registers=registers, image_size=image_size)
+    return Distiller(student, teachers, **options)
+
+
+def images(count=2, size=224):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 10.04), ("small", 36.66), ("base", 139.68)])
+def test_parameters_of_the_default_teachers_total_those_of_the_paper(size, millions):
+    channels = {"clip": 1024, "dinov2": 1024, "vit": 1280}
+    teachers = {name: {"channels": count, "grid_hw": [16, 16], "has_cls": True} for name, count in channels.items()}
+    with torch.device("meta"):
+        distiller = Distiller(Student(size), teachers)
+    assert round(sum(p.numel() for p in distiller.parameters()) / 1e6, 2) == millions
+
+
+def test_one_prediction_per_teacher():
+    tokens, patches, cls = small_distiller()(images())
+    assert tokens.patches.shape == (2, 196, 32)
+    assert {name: tuple(prediction.shape) for name, prediction in patches.items()} == {
+        "odd": (2, 100, 48),
+        "clip": (2, 256, 12),
+    }
+    assert cls == {}
+
+
+def test_cls_is_distilled_for_the_teachers_that_have_one():
+    distiller = small_distiller(distill_cls=True)
+    tokens, _, cls = distiller(images())
+    assert distiller.cls_teachers == list(cls) == ["clip"]
+    head = distiller.cls_translators["clip"]
+    torch.testing.assert_close(cls["clip"], tokens.cls @ head.weight.T + head.bias)
+
+
+def test_cls_distillation_needs_a_cls_token_on_both_sides():
+    with pytest.raises(ConfigError, match="none of these teachers gives a CLS token: odd"):
+        small_distiller({"odd": TEACHERS["odd"]}, distill_cls=True)
+    with pytest.raises(ConfigError, match="registers must be"):
+        small_distiller(registers=0, distill_cls=True)
+
+
+@pytest.mark.parametrize(
+    "teachers",
+    [
+        {},
+        {"clip": {"channels": 8}},
+        {"clip": {**TEACHERS["clip"], "grid_hw": 16}},
+        {"clip": {**TEACHERS["clip"], "channels": 0}},
+    ],
+    ids=["none", "incomplete", "grid", "channels"],
+)
+def test_teachers_that_cannot_be_distilled_are_refused(teachers):
+    with pytest.raises(ConfigError, match="eacher"):
+        small_distiller(teachers)
+
+
+def test_normalised_features_have_mean_0_and_deviation_1_and_back():
+    raw = np.random.default_rng(0).normal(size=(6, 256, 12)) * np.arange(1, 13) + 100
+    distiller = small_distiller()
+    distiller.set_statistics("clip", raw.mean((0, 1)), raw.std((0, 1)))
+    stored = torch.from_numpy(raw.astype(np.float16))
+    normal = distiller.normalize("clip", stored)
+    assert normal.dtype == torch.float32
+    expected = (stored.numpy().astype(np.float64) - raw.mean((0, 1))) / raw.std((0, 1))
+    np.testing.assert_allclose(normal.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(distiller.denormalize("clip", normal).numpy(), stored.float().numpy(), rtol=1e-6)
+
+
+def test_int8_features_are_scaled_per_token():
+    rng = np.random.default_rng(0)
+    values, scale = rng.integers(-127, 128, (2, 256, 12), dtype=np.int8), rng.random((2, 256), dtype=np.float32)
+    mean, std = rng.normal(size=12), rng.random(12) + 0.5
+    distiller = small_distiller()
+    distiller.set_statistics("clip", mean, std)
+    normal = distiller.normalize("clip", torch.from_numpy(values), torch.from_numpy(scale))
+    np.testing.assert_allclose(normal.numpy(), (values * scale[..., None] - mean) / std, atol=1e-3)
+
+
+def test_int8_without_a_scale_per_token_is_refused():
+    distiller = small_distiller()
+    distiller.set_statistics("clip", torch.zeros(12), torch.ones(12))
+    quantised = torch.zeros(2, 256, 12, dtype=torch.int8)
+    with pytest.raises(ShapeError, match="without scales"):
+        distiller.normalize("clip", quantised)
+    with pytest.raises(ShapeError, match="one per token"):
+        distiller.normalize("clip", quantised, torch.ones(2))
+    with pytest.raises(ShapeError, match="with scales"):
+        distiller.normalize("clip", quantised.half(), torch.ones(2, 256))
+
+
+def test_nothing_is_normalised_before_statistics_are_set():
+    distiller = small_distiller(distill_cls=True)
+    with pytest.raises(ConfigError, match="'clip' has no statistics"):
+        distiller.normalize("clip", torch.zeros(1, 256, 12))
+    with pytest.raises(ConfigError, match="'clip' has no statistics"):
+        distiller.denormalize("clip", torch.zeros(1, 256, 12))
+    with pytest.raises(ConfigError, match="CLS of teacher 'clip' has no statistics"):
+        distiller.normalize_cls("clip", torch.zeros(1, 12))
+    with pytest.raises(ConfigError, match="no statistics of it"):
+        distiller.set_statistics("clip", torch.zeros(12), torch.ones(12))
+
+
+def test_statistics_travel_with_the_weights():
+    distiller, other = small_distiller(distill_cls=True), small_distiller(distill_cls=True)
+    distiller.set_statistics("clip", torch.full((12,), 3.0), torch.full((12,), 2.0), torch.ones(12), torch.ones(12))
+    other.load_state_dict(distiller.state_dict())
+    for copied in (other, copy.deepcopy(distiller)):
+        assert (copied.normalize("clip", torch.full((1, 256, 12), 7.0)) == 2).all()
+        assert (copied.normalize_cls("clip", torch.full((1, 12), 7.0)) == 6).all()
+    with pytest.raises(ConfigError, match="'odd' has no statistics"):
+        other.normalize("odd", torch.zeros(1, 100, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "error", "message"),
+    [
+        ("dinov2", torch.zeros(12), torch.ones(12), ConfigError, "odd, clip"),
+        ("clip", torch.zeros(13), torch.ones(13), ShapeError, "12 channels"),
+        ("clip", torch.zeros(12), torch.zeros(12), ConfigError, "positive"),
+        ("clip", torch.full((12,), torch.nan), torch.ones(12), ConfigError, "finite"),
+    ],
+)
+def test_unusable_statistics_are_refused(name, mean, std, error, message):
+    with pytest.raises(error, match=message):
+        small_distiller().set_statistics(name, mean, std)
+
+
+def test_the_loss_falls_on_a_tiny_fit():
+    teachers = {
+        "a": {"channels": 6, "grid_hw": [4, 4], "has_cls": True},
+        "b": {"channels": 3, "grid_hw": [2, 5], "has_cls": False},
+    }
+    distiller = small_distiller(teachers, image_size=64, distill_cls=True)
+    targets = {"a": torch.randn(4, 16, 6), "b": torch.randn(4, 10, 3)}
+    cls_target = torch.randn(4, 6)
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=3e-3)
+    history = []
+    for _ in range(60):
+        _, patches, cls = distiller(images(4, 64))
+        losses = {name: feature_loss(patches[name], target) for name, target in targets.items()}
+        loss = weighted_mean(losses) + feature_loss(cls["a"], cls_target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.2 * history[0]
+    assert all(parameter.grad is not None for parameter in distiller.parameters())

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTModel
+
+from theia.errors import ConfigError, ShapeError
+from theia.models.student import Student
+
+
+def small_student(**options):
+    return Student(**{"width": 32, "depth": 2, "heads": 2, **options}).eval()
+
+
+def images(height=224, width=224, count=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("size", "count"), [("tiny", 5_524_416), ("small", 21_665_664), ("base", 85_798_656)])
+def test_parameter_count_is_that_of_the_paper(size, count):
+    with torch.device("meta"):
+        student = Student(size)
+    assert sum(p.numel() for p in student.parameters()) == count
+
+
+def test_tokens_equal_those_of_transformers_vit():
+    student = small_student()
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        layer_norm_eps=1e-12,
+        hidden_act="gelu",
+    )
+    upstream = ViTModel(config, add_pooling_layer=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in upstream.parameters():  # norms and biases too, or their order would not show
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    student.vit.load_state_dict(to_timm(upstream.state_dict()))
+
+    with torch.no_grad():
+        tokens = student(images())
+        expected = upstream(pixel_values=images() / 127.5 - 1).last_hidden_state
+
+    torch.testing.assert_close(tokens.cls, expected[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.patches, expected[:, 1:], atol=1e-5, rtol=0)
+
+
+def to_timm(state):
+    parts = {
+        "attention.o_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+    }
+    out = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"]}
+    for leaf in ("weight", "bias"):
+        out[f"patch_embed.proj.{leaf}"] = state[f"embeddings.patch_embeddings.projection.{leaf}"]
+        out[f"norm.{leaf}"] = state[f"layernorm.{leaf}"]
+        for layer in range(2):
+            qkv = [state[f"layers.{layer}.attention.{part}_proj.{leaf}"] for part in "qkv"]
+            out[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat(qkv)
+            for theirs, ours in parts.items():
+                out[f"blocks.{layer}.{ours}.{leaf}"] = state[f"layers.{layer}.{theirs}.{leaf}"]
+    return out
+
+
+@pytest.mark.parametrize(("registers", "has_cls", "others"), [(0, False, 0), (1, True, 0), (4, True, 3), (8, True, 7)])
+def test_cls_counts_as_one_of_the_registers(registers, has_cls, others):
+    student = small_student(registers=registers)
+    tokens = student(images())
+    assert (tokens.cls.shape == (2, 32)) if has_cls else tokens.cls is None
+    assert tokens.registers.shape == (2, others, 32)
+    assert tokens.patches.shape == (2, 196, 32)
+    assert student.vit.pos_embed.shape[1] == registers + 196
+
+
+@pytest.mark.parametrize("registers", [0, 1, 4])
+def test_tokens_are_sliced_in_the_order_cls_registers_patches(registers):
+    student = small_student(registers=registers)
+    tokens = student(images())
+    parts = (
+        [tokens.registers, tokens.patches]
+        if registers == 0
+        else [tokens.cls[:, None], tokens.registers, tokens.patches]
+    )
+    every = student.vit.forward_features(images() / 127.5 - 1)
+    torch.testing.assert_close(torch.cat(parts, dim=1), every)
+    mean = every.mean(dim=-1)  # the final norm, of offset 0, has been applied to all of them
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("registers", [0, 1, 4, 8])
+def test_every_variant_starts_from_the_same_distribution(registers):
+    torch.manual_seed(0)
+    for name, parameter in Student(registers=registers, depth=1).vit.named_parameters():
+        if parameter.ndim > 1:
+            # cls_token has 192 values: three standard errors of their deviation are 15 %
+            tolerance = 0.15 if parameter.numel() < 2000 else 0.05
+            assert parameter.std().item() == pytest.approx(0.02, rel=tolerance), name
+            assert abs(parameter.mean().item()) < 0.005, name
+        else:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+
+
+@pytest.mark.parametrize("registers", [0, 1, 4])
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (448, 224), (16, 16)])
+def test_other_image_sizes_give_their_own_grid(registers, height, width):
+    tokens = small_student(registers=registers)(images(height, width))
+    assert tokens.grid_hw == (height // 16, width // 16)
+    assert tokens.patches.shape == (2, height * width // 256, 32)
+
+
+def test_training_size_sets_the_grid():
+    student = small_student(image_size=96)
+    assert student.grid_hw == (6, 6)
+    assert student.vit.pos_embed.shape == (1, 37, 32)
+
+
+def test_patches_run_row_by_row():
+    student = small_student(depth=1)
+    student.vit.pos_embed.data.zero_()
+    dark = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+    bright = dark.clone()
+    bright[:, :, 16:32, 48:64] = 255  # row 1, column 3
+    change = (student(bright).patches - student(dark).patches).norm(dim=-1)[0]
+    assert change.argmax().item() == 1 * 4 + 3
+
+
+@pytest.mark.parametrize(("height", "width", "nearest"), [(225, 224, "224x224, 240x224"), (8, 8, "sizes: 16x16.$")])
+def test_image_size_that_does_not_fit_names_the_nearest(height, width, nearest):
+    with pytest.raises(ShapeError, match=nearest):
+        small_student()(images(height, width))
+    with pytest.raises(ShapeError, match="224x224, 240x240"):
+        small_student(image_size=230)
+
+
+@pytest.mark.parametrize(
+    "wrong", [images().float(), images().permute(0, 2, 3, 1), images()[0]], ids=["float", "NHWC", "no batch"]
+)
+def test_images_of_another_kind_are_refused(wrong):
+    with pytest.raises(ShapeError, match="uint8"):
+        small_student()(wrong)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": "huge"}, {"registers": 2}, {"width": 33, "heads": 2}, {"depth": 0}], ids=str
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError):
+        Student(**options)
+
+
+def test_every_parameter_learns_from_the_patches_alone():
+    # Otherwise distributed training would wait for gradients that never come.
+    student = small_student(registers=4)
+    student(images()).patches.square().mean().backward()
+    assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
+
+
+def test_runs_under_bfloat16_autocast():
+    student = small_student()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens = student(images())
+    with torch.no_grad():
+        exact = student(images())
+    torch.testing.assert_close(tokens.patches.float(), exact.patches, atol=0.1, rtol=0)
+
+
+def test_compiles_without_graph_breaks():
+    student = small_student(registers=4)
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()).patches, student(images()).patches)

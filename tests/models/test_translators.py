@@ -1,0 +1,138 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from theia.errors import ConfigError, ShapeError
+from theia.models.translators import Translator
+
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+HEADS = {  # channels, side of the grid, parameters for tiny, small, base
+    "vit": (1280, 16, (1_537_856, 5_065_088, 18_091_520)),
+    "clip": (1024, 16, (1_488_448, 4_966_528, 17_894_656)),
+    "sam": (256, 64, (3_085_504, 8_161_408, 24_285_184)),
+    "depth_anything": (32, 64, (3_042_272, 8_075_168, 24_112_928)),
+}
+
+
+@pytest.mark.parametrize("size", range(3), ids=list(WIDTHS))
+@pytest.mark.parametrize("head", HEADS)
+def test_parameter_count_is_that_of_the_paper(head, size):
+    channels, side, counts = HEADS[head]
+    with torch.device("meta"):
+        translator = Translator(list(WIDTHS.values())[size], (14, 14), channels, (side, side))
+    assert sum(p.numel() for p in translator.parameters()) == counts[size]
+
+
+class Tokens(nn.Module):
+    def forward(self, maps):
+        return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def published_16x16(width, channels):
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, width, 3),
+        nn.LayerNorm([width, 16, 16]),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.LayerNorm([width, 16, 16]),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.LayerNorm([width, 16, 16]),
+        Tokens(),
+        nn.Linear(width, channels),
+    )
+
+
+def published_64x64(width, channels):
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, width, 3),
+        nn.LayerNorm([width, 16, 16]),
+        nn.ConvTranspose2d(width, width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.LayerNorm([width, 31, 31]),
+        nn.ConvTranspose2d(width, width, 3, stride=2, output_padding=1),
+        nn.ReLU(),
+        nn.LayerNorm([width, 64, 64]),
+        Tokens(),
+        nn.Linear(width, channels),
+    )
+
+
+@pytest.mark.parametrize(("side", "published"), [(16, published_16x16), (64, published_64x64)])
+def test_predictions_equal_the_published_layers(side, published):
+    torch.manual_seed(0)
+    expected = published(6, 5)
+    for parameter in expected.parameters():
+        nn.init.normal_(parameter)
+    translator = Translator(6, (14, 14), 5, (side, side))
+    # the published names: 0 is their pad, n + 1 their adapter.n
+    state = {f"pad.{leaf}": getattr(expected[0], leaf) for leaf in ("weight", "bias")}
+    for index in (0, 1, 3, 4, 6, 8):
+        state |= {f"adapter.{index}.{leaf}": getattr(expected[index + 1], leaf) for leaf in ("weight", "bias")}
+    translator.load_state_dict(state)
+
+    patches = torch.randn(2, 196, 6)
+    maps = patches.reshape(2, 14, 14, 6).permute(0, 3, 1, 2)
+    torch.testing.assert_close(translator(patches, (14, 14)), expected(maps))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "linear"])
+@pytest.mark.parametrize("student_grid", [(14, 14), (6, 6), (5, 8)])
+@pytest.mark.parametrize("grid", [(10, 10), (37, 37), (14, 14), (16, 20), (1, 1), (16, 16), (6, 6)])
+def test_any_pair_of_grids_works(kind, student_grid, grid):
+    tokens = student_grid[0] * student_grid[1]
+    translator = Translator(8, student_grid, 48, grid, kind)
+    prediction = translator(torch.randn(2, tokens, 8), student_grid)
+    assert prediction.shape == (2, grid[0] * grid[1], 48)
+    prediction.sum().backward()
+    assert all(parameter.grad is not None for parameter in translator.parameters())
+
+
+@pytest.mark.parametrize(("student_grid", "grid"), [((14, 14), (10, 10)), ((6, 6), (16, 20)), ((6, 6), (6, 6))])
+def test_linear_translator_is_a_resize_and_one_linear_layer(student_grid, grid):
+    translator = Translator(8, student_grid, 5, grid, "linear")
+    layers = [layer for layer in translator.modules() if list(layer.parameters(recurse=False))]
+    assert [type(layer) for layer in layers] == [nn.Linear]
+    patches = torch.randn(2, student_grid[0] * student_grid[1], 8)
+    maps = F.linear(patches, layers[0].weight, layers[0].bias).mT.unflatten(2, student_grid)
+    # bilinear weights sum to one, so resizing after the layer is the same as before it
+    expected = F.interpolate(maps, grid, mode="bilinear", antialias=True).flatten(2).mT
+    torch.testing.assert_close(translator(patches, student_grid), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_student_token_counts_when_the_grid_shrinks():
+    translator = Translator(4, (14, 14), 3, (3, 3), "linear")
+    patches = torch.randn(1, 196, 4, requires_grad=True)
+    translator(patches, (14, 14)).sum().backward()
+    assert (patches.grad.norm(dim=-1) > 0).all()
+
+
+def test_general_rule_has_the_layers_of_the_16x16_head_where_the_grids_are_equal():
+    torch.manual_seed(0)
+    translator = Translator(6, (16, 16), 5, (16, 16))
+    expected = nn.Sequential(*list(published_16x16(6, 5))[1:])
+    expected.load_state_dict({name.removeprefix("adapter."): p for name, p in translator.state_dict().items()})
+    patches = torch.randn(2, 256, 6)
+    torch.testing.assert_close(translator(patches, (16, 16)), expected(patches.mT.unflatten(2, (16, 16))))
+
+
+def test_tokens_on_another_grid_are_refused():
+    translator = Translator(8, (14, 14), 5, (16, 16))
+    with pytest.raises(ShapeError, match="7x28"):
+        translator(torch.randn(1, 196, 8), (7, 28))
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="cnn, linear"):
+        Translator(8, (14, 14), 5, (16, 16), "mlp")
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (10, 10)])
+def test_runs_under_bfloat16_autocast(grid):
+    translator = Translator(8, (14, 14), 5, grid)
+    patches = torch.randn(2, 196, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        prediction = translator(patches, (14, 14))
+    with torch.no_grad():
+        torch.testing.assert_close(prediction.float(), translator(patches, (14, 14)), atol=0.1, rtol=0)

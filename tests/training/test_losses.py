@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from theia.errors import ConfigError, ShapeError
+from theia.training.losses import (
+    cosine_loss,
+    feature_loss,
+    mse_loss,
+    smooth_l1_loss,
+    teacher_weights,
+    weighted_mean,
+)
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 16, 5, generator=generator).mul(2).unbind()
+
+
+def test_cosine_is_that_of_the_whole_flattened_map(pair):
+    prediction, target = pair
+    cosines = [(p * t).sum() / (p.norm() * t.norm()) for p, t in zip(prediction, target, strict=True)]
+    torch.testing.assert_close(cosine_loss(prediction, target), 1 - sum(cosines) / 3)
+
+
+def test_cosine_per_token(pair):
+    expected = 1 - F.cosine_similarity(*pair, dim=-1).mean()
+    torch.testing.assert_close(cosine_loss(*pair, per_token=True), expected)
+    assert not torch.isclose(cosine_loss(*pair), expected)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(3.0, 0.0), (-0.5, 2.0)])
+def test_cosine_ignores_length(pair, factor, expected):
+    assert cosine_loss(pair[0] * factor, pair[0]).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_cosine_of_an_empty_prediction_is_finite_with_its_gradient(pair):
+    prediction = torch.zeros_like(pair[0], requires_grad=True)
+    loss = cosine_loss(prediction, pair[1])
+    loss.backward()
+    assert loss.item() == 1
+    assert prediction.grad.isfinite().all()
+
+
+def test_smooth_l1_and_mse_equal_their_closed_forms(pair):
+    error = (pair[0] - pair[1]).abs()
+    expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+    torch.testing.assert_close(smooth_l1_loss(*pair), expected)
+    torch.testing.assert_close(mse_loss(*pair), error.square().mean())
+
+
+def test_feature_loss_weighs_cosine_and_smooth_l1(pair):
+    cosine = 1 - F.cosine_similarity(pair[0].flatten(1), pair[1].flatten(1)).mean()
+    smooth_l1 = F.smooth_l1_loss(*pair)
+    torch.testing.assert_close(feature_loss(*pair), 0.9 * cosine + 0.1 * smooth_l1)
+    torch.testing.assert_close(feature_loss(*pair, cosine_weight=0.25), 0.25 * cosine + 0.75 * smooth_l1)
+    torch.testing.assert_close(feature_loss(*pair, loss="mse"), F.mse_loss(*pair))
+
+
+@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, feature_loss])
+def test_losses_are_float32_inside_autocast(loss, pair):
+    rounded = [tensor.bfloat16() for tensor in pair]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = loss(*rounded)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, loss(*(tensor.float() for tensor in rounded)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, feature_loss])
+def test_losses_take_cls_tokens_and_refuse_shapes_that_would_broadcast(loss):
+    assert loss(torch.randn(4, 8), torch.randn(4, 8)).ndim == 0
+    with pytest.raises(ShapeError, match=r"\(4, 16, 8\).*\(4, 1, 8\)"):
+        loss(torch.randn(4, 16, 8), torch.randn(4, 1, 8))
+
+
+def test_unknown_loss_and_weight_out_of_range_are_refused(pair):
+    with pytest.raises(ConfigError, match="cosine_smooth_l1, mse"):
+        feature_loss(*pair, loss="huber")
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        feature_loss(*pair, cosine_weight=1.5)
+
+
+def test_teachers_count_equally_by_default():
+    losses = {"clip": torch.tensor(1.0), "sam": torch.tensor(4.0)}
+    assert weighted_mean(losses).item() == 2.5
+
+
+def test_weights_are_relative():
+    losses = {"clip": torch.tensor(1.0), "sam": torch.tensor(4.0), "vit": torch.tensor(7.0)}
+    assert weighted_mean(losses, {"sam": 2.0, "vit": 0.0}).item() == pytest.approx((1 * 1 + 2 * 4) / 3)
+    assert teacher_weights(losses, {"sam": 2.0, "vit": 0.0}) == {"clip": 1 / 3, "sam": 2 / 3, "vit": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"dino": 1.0}, "dino, but the teachers are clip, sam"),
+        ({"clip": -1.0}, "weight of clip"),
+        ({"clip": math.nan}, "weight of clip"),
+        ({"clip": 0.0, "sam": 0.0}, "nothing to learn"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        teacher_weights(["clip", "sam"], weights)
+
+
+def test_no_teachers_is_an_error():
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        weighted_mean({})

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from torch import nn
+
+from theia.errors import ConfigError
+from theia.models.distiller import Distiller
+from theia.models.student import Student
+from theia.training.optim import build_optimizer, parameter_groups, scale_learning_rate, warmup_then_constant
+
+
+@pytest.fixture
+def model():
+    teachers = {
+        "clip": {"channels": 5, "grid_hw": [16, 16], "has_cls": True},
+        "sam": {"channels": 5, "grid_hw": [64, 64], "has_cls": False},
+        "odd": {"channels": 5, "grid_hw": [10, 10], "has_cls": False},
+    }
+    return Distiller(Student(width=8, depth=1, heads=1, registers=4), teachers, distill_cls=True)
+
+
+def split_names(model, groups):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [{names[parameter] for parameter in group["params"]} for group in groups]
+
+
+@pytest.mark.parametrize("rule", ["matrices", "authors"])
+def test_every_trainable_parameter_is_in_one_group(model, rule):
+    model.student.vit.pos_embed.requires_grad_(False)
+    decayed, kept = split_names(model, parameter_groups(model, 0.01, rule))
+    assert decayed | kept == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not decayed & kept
+
+
+def test_matrices_decay_and_nothing_else(model):
+    groups = parameter_groups(model, 0.01)
+    decayed, kept = split_names(model, groups)
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert decayed >= {
+        "student.vit.patch_embed.proj.weight",
+        "student.vit.blocks.0.attn.qkv.weight",
+        "student.vit.blocks.0.mlp.fc2.weight",
+        "translators.clip.pad.weight",
+        "translators.clip.adapter.8.weight",
+        "translators.sam.adapter.4.weight",
+        "cls_translators.clip.weight",
+    }
+    assert all(name.endswith(".weight") for name in decayed)
+    assert kept >= {
+        "student.vit.pos_embed",
+        "student.vit.cls_token",
+        "student.vit.reg_token",
+        "student.vit.norm.weight",
+        "translators.clip.adapter.0.weight",
+        "translators.odd.adapter.4.weight",
+    }
+
+
+def test_authors_rule_goes_by_dimensions_and_name(model):
+    decayed, _ = split_names(model, parameter_groups(model, 0.01, "authors"))
+    expected = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".bias")}
+    assert decayed == expected
+    assert decayed >= {"student.vit.pos_embed", "student.vit.cls_token", "translators.clip.adapter.0.weight"}
+    assert "translators.clip.adapter.0.bias" not in decayed
+
+
+def test_unknown_rule_is_refused(model):
+    with pytest.raises(ConfigError, match="matrices, authors"):
+        parameter_groups(model, 0.01, "none")
+
+
+def test_weight_decay_shrinks_what_decays_only():
+    layer = nn.Linear(3, 3)
+    nn.init.ones_(layer.weight)
+    nn.init.ones_(layer.bias)
+    optimizer = build_optimizer(layer, learning_rate=0.5, weight_decay=0.1)
+    assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, torch.full((3, 3), 1 - 0.5 * 0.1))
+    assert (layer.bias == 1).all()
+
+
+def rates(warmup_steps, steps):
+    optimizer = build_optimizer(nn.Linear(2, 2), learning_rate=5e-4)
+    schedule = warmup_then_constant(optimizer, warmup_steps)
+    out = []
+    for _ in range(steps):
+        out.append({group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    assert all(len(groups) == 1 for groups in out)
+    return [groups.pop() for groups in out]
+
+
+def test_warmup_is_linear_from_a_hundredth_and_then_constant():
+    expected = [5e-4 * (0.01 + 0.99 * min(step / 10, 1)) for step in range(30)]
+    assert rates(10, 30) == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_warmup_starts_at_the_full_rate():
+    assert rates(0, 5) == pytest.approx([5e-4] * 5)
+
+
+def test_negative_warmup_is_refused():
+    with pytest.raises(ConfigError, match="0 or more"):
+        rates(-1, 1)
+
+
+def test_learning_rate_is_linear_in_the_global_batch():
+    assert scale_learning_rate(5e-4, 128) == 5e-4
+    assert scale_learning_rate(5e-4, 1024) == pytest.approx(4e-3)
+    assert scale_learning_rate(1e-3, 32, reference=64) == pytest.approx(5e-4)

@@ -1,0 +1,111 @@
+"""A killed run goes on at the very next sample and ends with the same weights, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from theia.data.datamodule import FeatureDataModule
+from theia.training.callbacks import LastCheckpoint
+from theia.training.distillation import Distillation
+
+EPOCHS, STEPS, EVERY = 3, 5, 3  # 80 samples in batches of 16; last.ckpt every 3 steps
+
+
+class Killed(BaseException):
+    """Stands for the moment at which a process is killed: only what is on disk survives it."""
+
+
+class Recorder(L.Callback):
+    """Notes the rows of each step; stops dead before the given step."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.kill_at = kill_at
+        self.rows: dict[int, list[int]] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.kill_at:
+            raise Killed
+        self.rows[trainer.global_step] = batch.rows.tolist()
+
+
+def fit(store: Path, folder: Path, recorder: Recorder, resume: Path | None = None, **trainer: Any) -> Distillation:
+    L.seed_everything(0)
+    data = FeatureDataModule(str(store), batch_size=16, workers=1)
+    module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2)
+    best = ModelCheckpoint(folder, "best", monitor="val/loss", enable_version_counter=False)
+    L.Trainer(
+        accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[recorder, LastCheckpoint(folder, EVERY), best], default_root_dir=folder, **trainer,
+    ).fit(module, data, ckpt_path=resume)  # fmt: skip
+    return module
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Distillation]:
+    recorder = Recorder()
+    return recorder, fit(store, tmp_path_factory.mktemp("whole"), recorder)
+
+
+@pytest.mark.parametrize("kill_at", [4, 5, 6, 7, 9, 10, 14])
+def test_a_killed_run_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, uninterrupted: tuple[Recorder, Distillation], kill_at: int
+) -> None:
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(kill_at))
+    resumed = Recorder()
+
+    module = fit(store, tmp_path, resumed, tmp_path / "last.ckpt")
+
+    whole, reference = uninterrupted
+    first = (kill_at // EVERY) * EVERY
+    assert resumed.rows == {step: rows for step, rows in whole.rows.items() if step >= first}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_a_run_killed_twice_in_validation_intervals_ends_the_same(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    intervals = {"val_check_interval": 2}
+    whole = Recorder()
+    reference = fit(store, tmp_path_factory.mktemp("whole"), whole, **intervals)
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(4), **intervals)
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(11), tmp_path / "last.ckpt", **intervals)
+    resumed = Recorder()
+
+    module = fit(store, tmp_path, resumed, tmp_path / "last.ckpt", **intervals)
+
+    assert resumed.rows == {step: rows for step, rows in whole.rows.items() if step >= 9}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_a_finished_run_can_be_prolonged(store: Path, tmp_path: Path) -> None:
+    fit(store, tmp_path, Recorder())
+    longer = Recorder()
+    L.seed_everything(0)
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=EPOCHS + 1, logger=False, enable_progress_bar=False, callbacks=[longer],
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+
+    trainer.fit(module, data, ckpt_path=tmp_path / "last.ckpt")
+
+    assert sorted(longer.rows) == list(range(EPOCHS * STEPS, (EPOCHS + 1) * STEPS))
+
+
+def test_a_checkpoint_loads_without_running_code(store: Path, tmp_path: Path) -> None:
+    fit(store, tmp_path, Recorder())
+
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+    assert checkpoint["hyper_parameters"]["width"] == 16
+    assert checkpoint["hyper_parameters"]["teachers"]["beta"] == {"channels": 5, "grid_hw": [3, 6], "has_cls": True}

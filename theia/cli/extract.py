@@ -1,0 +1,95 @@
+"""``theia extract``: images + teachers -> feature store."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from tabulate import tabulate
+
+from theia import registry
+from theia.errors import PluginError
+from theia.extraction.config import ExtractConfig
+from theia.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+_TEACHER_OPTIONS = "teacher_options"
+_OPTIONS = frozenset(field.name for field in fields(ExtractConfig)) - {_TEACHER_OPTIONS}
+_OWN_OPTIONS = _OPTIONS | {"config", "help", "print_config"}
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``theia extract``.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        TheiaError: See :func:`theia.extraction.extract.extract`.
+    """
+    parser, found, broken = _build_parser()
+    config = _to_config(parser.parse_args(argv), found.keys(), broken)
+
+    # Lightning and torch's data loading take seconds to import; --help does not need them.
+    from theia.extraction.extract import extract
+
+    try:
+        splits = extract(config)
+    except KeyboardInterrupt:
+        print("Stopped. Whole shards are kept: run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        return 130
+    rows = [(part.name, part.listed - part.skipped, part.skipped) for part in splits]
+    lines = [tabulate(rows, ("split", "images stored", "skipped"))]
+    lines += [f"Skipped images and reasons: {part.skipped_list}" for part in splits if part.skipped]
+    lines.append(
+        f"Next: theia fit --config configs/cdiv_tiny.yaml --data.store {shlex.quote(str(config.store))} "
+        f"--data.teachers {','.join(config.teacher_names)}"
+    )
+    print("\n".join(lines))  # noqa: T201
+    return 0
+
+
+def _build_parser() -> tuple[ArgumentParser, dict[str, type[Teacher]], dict[str, PluginError]]:
+    """The parser, the teachers that have their options in it, and why the others cannot."""
+    parser = ArgumentParser(
+        prog="theia extract",
+        description="Run teachers over images once and store their features. "
+        "The same command again continues what was interrupted.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of options; of several, later ones win.")
+    parser.add_class_arguments(ExtractConfig, skip={_TEACHER_OPTIONS})
+    found, broken = registry.find_all()
+    for name in sorted(_OWN_OPTIONS & found.keys()):
+        del found[name]
+        broken[name] = PluginError(
+            f"Teacher {name!r} cannot be extracted: its options would stand under --{name}, which is an option of "
+            "'theia extract' itself. Its distribution must rename it."
+        )
+    for name, teacher in found.items():
+        parser.add_class_arguments(teacher, name, instantiate=False, fail_untyped=False)
+    for name in broken.keys() - _OWN_OPTIONS:
+        # So that its options in a config lead to its own error and not to one of the parser.
+        parser.add_argument(f"--{name}", type=dict[str, Any] | None, help="cannot be used; see 'theia teachers'")
+    return parser, found, broken
+
+
+def _to_config(arguments: Namespace, found: Collection[str], broken: Mapping[str, PluginError]) -> ExtractConfig:
+    values = arguments.as_dict()
+    options: dict[str, Any] = {name: values[name] for name in _OPTIONS}
+    # Teachers whose constructors take nothing have no section.
+    options[_TEACHER_OPTIONS] = {name: values[name] for name in found if values.get(name)}
+    config = ExtractConfig(**options)
+    for name in config.teacher_names:
+        if name in broken:
+            raise broken[name]
+        registry.find(name)
+    for error in broken.values():
+        logger.warning("%s", error)
+    return config

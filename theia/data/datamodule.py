@@ -1,0 +1,159 @@
+"""The LightningDataModule that streams a feature store."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from theia.data.loader import FeatureLoader
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
+from theia.errors import ConfigError
+from theia.lists import comma_list
+from theia.store.reader import FeatureStore
+from theia.store.split import Split
+from theia.store.statistics import ChannelStatistics
+from theia.types import FeatureBatch
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureDataModule(L.LightningDataModule):
+    """Streams images and the stored features of several teachers.
+
+    Args:
+        store: Folder of the feature store that `theia extract` wrote.
+        teachers: Teachers to use, comma-separated or a YAML list; all of the store's by default.
+        batch_size: Global training batch: samples per optimisation step over all processes.
+        val_batch_size: Samples per batch and process in validation and test.
+        workers: Reading processes per training process; 0 reads in the training process.
+        fraction: Fixed part of the training samples to use, in (0, 1]; the same part for every seed.
+        seed: Seed of the order of the training samples.
+        val_split: Split for validation and test.
+        holdout: Share of the training split to hold out where the store has no validation split.
+
+    Raises:
+        StoreError: If the store, a split or a teacher is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        store: str = "stores/imagenet",
+        teachers: str | list[str] | None = None,
+        batch_size: int = 128,
+        val_batch_size: int = 64,
+        workers: int = 1,
+        fraction: float = 1.0,
+        seed: int = 0,
+        val_split: str = "val",
+        holdout: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if not 0 < holdout < 1:
+            raise ConfigError(f"data.holdout is {holdout}; it must be above 0 and below 1.")
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.workers = workers
+        self.fraction = fraction
+        self.seed = seed
+        self.holdout = holdout
+        self.store = FeatureStore(store)
+        self.val_split = val_split if val_split in self.store.splits else None
+        if self.val_split is None and "train" in self.store.splits:
+            logger.warning(
+                "The store %s has no split %r: %.3g %% of its training images are held out for validation and test. "
+                "For others, run: theia extract --images DIR --split %s --store %s",
+                store, val_split, 100 * holdout, val_split, store,
+            )  # fmt: skip
+        # The splits stay closed until Lightning says which are needed; the teachers must be known before.
+        names = None if teachers is None else comma_list(teachers)
+        self._splits: dict[str, Split] = {}
+        first = self._open(self.val_split or "train", names)
+        self.teacher_specs = dict(first.teachers)
+
+    @property
+    def teacher_shapes(self) -> dict[str, dict[str, Any]]:
+        """By name, what a model must know of a teacher: channels, grid and whether it has CLS; builtins only."""
+        return {
+            name: {"channels": spec.channels, "grid_hw": list(spec.grid_hw), "has_cls": spec.has_cls}
+            for name, spec in self.teacher_specs.items()
+        }
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the stored images in pixels."""
+        return int(next(iter(self._splits.values())).image_hw[0])
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """By teacher, per-channel mean and standard deviation over the training split.
+
+        Raises:
+            StoreError: If no training split was extracted.
+        """
+        return {name: self.store.statistics(name) for name in self.teacher_specs}
+
+    @property
+    def held_out(self) -> int:
+        """Number of samples in validation and test."""
+        return len(self._held_out_rows())
+
+    def provenance(self) -> dict[str, Any]:
+        """What the features are exactly: the store's digest and each teacher's weights and revision; builtins only."""
+        return {
+            "manifest_sha256": self.store.manifest_sha256,
+            "teachers": {
+                name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
+                for name, spec in self.teacher_specs.items()
+            },
+        }
+
+    def train_dataloader(self) -> FeatureLoader:
+        """Shuffled global batches; its state goes into the checkpoint."""
+        split = self._open("train")
+        rows = fixed_fraction(self._training_rows(split), self.fraction)
+        sampler = TrainingSampler(rows, self.batch_size, self.seed, *self._processes())
+        return FeatureLoader(split, sampler, self.workers)
+
+    def val_dataloader(self) -> FeatureLoader:
+        """Held-out samples, each once, in order."""
+        split = self._open(self.val_split or "train")
+        sampler = EvaluationSampler(self._held_out_rows(), self.val_batch_size, *self._processes())
+        return FeatureLoader(split, sampler, self.workers)
+
+    def test_dataloader(self) -> FeatureLoader:
+        """The same samples as in validation: training never saw them."""
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
+        """Moves a batch; on the CPU it stays a view of its slot."""
+
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return replace(
+            batch,
+            images=batch.images.to(device),
+            patches=moved(batch.patches),
+            scales=moved(batch.scales),
+            cls=moved(batch.cls),
+            labels=None if batch.labels is None else batch.labels.to(device),
+        )
+
+    def _open(self, split: str, teachers: list[str] | None = None) -> Split:
+        if split not in self._splits:
+            names = teachers or (list(self.teacher_specs) if self._splits else None)
+            self._splits[split] = self.store.open_split(split, names)
+        return self._splits[split]
+
+    def _training_rows(self, split: Split) -> Rows:
+        return np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[0]
+
+    def _held_out_rows(self) -> Rows:
+        split = self._open(self.val_split or "train")
+        return np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[1]
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,93 @@
+"""The options of an extraction."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from theia.errors import ConfigError
+from theia.lists import comma_list
+from theia.store.schema import FeatureDtype, Resize
+
+# A split is a folder in the store, beside the folder of the statistics.
+_SPLIT = re.compile(r"(?!statistics$)[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Images, teachers and the store that their features go to.
+
+    Attributes:
+        images: Where the images are: a folder, a folder of tar shards, one tar file, or ``sample:COUNT`` for crops of
+            the sample photographs. Several splits at once as ``{train: PLACE, val: PLACE}``.
+        teachers: Names, comma-separated or as a list; see ``theia teachers``.
+        store: Folder of the feature store. An existing one is continued or gets the new teachers and splits.
+        split: Name of the split where ``images`` is a single place.
+        labels: Keep class labels: the first level of sub-folders, or the ``.cls`` members of tar shards.
+        size: Height and width, in pixels, that every image is brought to.
+        resize: Squash the whole image to a square, or cut out its centre.
+        batch_size: Images per forward of a teacher.
+        workers: Decoding processes beside each extracting one.
+        shard_size: Images per shard, the unit in which interrupted work is kept.
+        dtype: How features are stored; ``int8`` with one scale per token halves the size.
+        all_at_once: Hold all teachers in memory and read every image once; otherwise one teacher after another.
+        precision: ``bf16-mixed`` runs the teachers under bfloat16 autocast.
+        accelerator: ``auto``, ``cpu``, ``cuda``, ...: what Lightning Fabric takes.
+        devices: Processes on each node, or ``auto``.
+        num_nodes: Nodes that share the work, each running this command.
+        strategy: How Lightning Fabric starts the processes.
+        max_skipped: Stop when more than this share of a split's images cannot be read.
+        teacher_options: By teacher, arguments of its constructor.
+    """
+
+    images: dict[str, str] | str
+    teachers: list[str] | str
+    store: Path
+    split: str = "train"
+    labels: bool = False
+    size: int = 224
+    resize: Resize = "squash"
+    batch_size: int = 32
+    workers: int = 2
+    shard_size: int = 1000
+    dtype: FeatureDtype = "float16"
+    all_at_once: bool = False
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    max_skipped: float = 0.01
+    teacher_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size", "shard_size", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.workers < 0:
+            raise ConfigError(f"--workers is {self.workers}; it must be 0 (decode in the same process) or more.")
+        if not 0 <= self.max_skipped <= 1:
+            raise ConfigError(f"--max_skipped is {self.max_skipped}; it is a share and must lie between 0 and 1.")
+        if not self.teacher_names:
+            raise ConfigError("--teachers is empty. Name at least one; `theia teachers` lists the installed ones.")
+        repeated = sorted({name for name in self.teacher_names if self.teacher_names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"--teachers names {', '.join(repeated)} twice. Name each teacher once.")
+        if not self.locations:
+            raise ConfigError("--images is empty. Give a place, or one for each split: {train: PLACE, val: PLACE}.")
+        for split in self.locations:
+            if not _SPLIT.fullmatch(split):
+                raise ConfigError(
+                    f"{split!r} cannot be the name of a split: it becomes a folder. "
+                    "Use letters, digits, '_' and '-', and not 'statistics'."
+                )
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """Teachers to extract, in order."""
+        return comma_list(self.teachers)
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """Place of the images, by split."""
+        return {self.split: self.images} if isinstance(self.images, str) else self.images

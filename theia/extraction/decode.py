@@ -1,0 +1,170 @@
+"""Bytes of an image file to RGB pixels, and those to the square that teachers and student see."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops, UnidentifiedImageError
+
+from theia.errors import ConfigError, ImageError
+from theia.store.schema import Resize
+
+# File names that count as images, in lower case.
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# For the record of an image set.
+RESIZE_FILTER = "bicubic, antialiased (Pillow)"
+
+# The content decides, not the ending; parsers of other formats never see the data.
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+_MAX_ASPECT = 16
+
+
+class UnreadableImageError(ImageError):
+    """One image cannot be read or decoded. The message is the reason alone; who asked knows which image."""
+
+
+def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
+    """Reads and decodes an image that is a whole file or a stretch of one.
+
+    Args:
+        path: The file.
+        offset: First byte.
+        size: Number of bytes; ``-1`` for all that follow.
+
+    Returns:
+        RGB.
+
+    Raises:
+        UnreadableImageError: If the file cannot be read, or as :func:`decode`.
+    """
+    # Opened anew each time: beside decoding it costs nothing, and no handle has to survive a fork.
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UnreadableImageError(f"cannot be read: {error}") from error
+    return decode(data)
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decodes an image file to upright RGB.
+
+    EXIF orientation is applied; a transparent image is laid on white; 16-bit grey is scaled to 8 bits; CMYK
+    is converted by the plain formula, inverted if the JPEG has Adobe's marker. Colour profiles are ignored,
+    and of several frames the first is taken. JPEGs are decoded at full size: Pillow's draft mode is quicker
+    but changes the pixels.
+
+    Args:
+        data: The content of a JPEG, PNG, WebP, BMP or TIFF file.
+
+    Returns:
+        RGB.
+
+    Raises:
+        UnreadableImageError: If the data is no such image, is damaged or cut short, claims more pixels than
+            Pillow's guard against decompression bombs allows, or has pixels without a defined 8-bit range
+            (32-bit TIFF).
+    """
+    if not data:
+        raise UnreadableImageError("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            # Before the orientation is read: Pillow turns a TIFF as it loads, and a PNG may end with EXIF.
+            image.load()
+            rgb = _to_rgb(image)
+            method = _UPRIGHT.get(_orientation(image))
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged") from error
+    except Exception as error:
+        # Damaged data makes decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise UnreadableImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+    return rgb if method is None else rgb.transpose(method)
+
+
+def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.uint8]:
+    """Brings an image to the square size that is stored.
+
+    Args:
+        image: RGB.
+        size: Height and width of the result, in pixels.
+        resize: ``"squash"`` scales both edges to ``size`` and keeps all of the image; ``"center_crop"``
+            scales the short edge to ``size``, keeps the aspect and cuts the ends of the long edge.
+
+    Returns:
+        uint8, shape ``(3, size, size)``, contiguous. Both ways use Pillow's antialiased bicubic filter.
+
+    Raises:
+        ConfigError: If ``resize`` is neither.
+    """
+    if resize == "squash":
+        square = image.resize((size, size), Image.Resampling.BICUBIC)
+    elif resize == "center_crop":
+        square = _center_crop(image, size)
+    else:
+        raise ConfigError(f"resize is {resize!r}; choose 'squash' or 'center_crop'.")
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _center_crop(image: Image.Image, size: int) -> Image.Image:
+    # A strip would be enlarged to gigabytes before all but its middle is cut away.
+    longest = _MAX_ASPECT * min(image.size)
+    if max(image.size) > longest:
+        image = _cut(image, min(image.width, longest), min(image.height, longest))
+    short = min(image.size)
+    width, height = (size * edge // short for edge in image.size)
+    return _cut(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
+
+
+def _cut(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # Older Pillow opens a 16-bit grey PNG in mode "I"; in other formats that mode means 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return _from_16_bits(image)
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError(f"32-bit pixels (mode {image.mode!r}) have no defined range to bring to 8 bits")
+    # Pillow takes every CMYK JPEG for one of Adobe's, whose inks are inverted.
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        image = ImageChops.invert(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    # 65535 / 257 = 255. Pillow's own conversion clips at 255 instead.
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:
+        # Damaged metadata does not make the pixels unreadable; viewers show such an image as it is stored.
+        return 1

@@ -1,0 +1,127 @@
+"""The second stage of an extraction: what the teachers see in the stored images."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from theia import registry
+from theia.errors import ConfigError, PluginError
+from theia.extraction.config import ExtractConfig
+from theia.extraction.processes import Processes
+from theia.extraction.progress import Progress
+from theia.store.schema import ImageSet, feature_fields
+from theia.store.writer import SplitWriter
+from theia.teacher import Teacher, check_features
+from theia.types import TeacherFeatures, TeacherSpec
+
+
+def store_features(
+    specs: Sequence[TeacherSpec],
+    image_sets: Mapping[str, ImageSet],
+    writers: Mapping[str, SplitWriter],
+    config: ExtractConfig,
+    processes: Processes,
+    fabric: Fabric,
+) -> None:
+    """Runs some teachers, held in memory together, over this process's shards that lack them.
+
+    Args:
+        specs: What process 0 found these teachers to give.
+        image_sets: By split.
+        writers: By split; every image shard is there.
+        config: Options.
+        processes: The processes that share the work.
+        fabric: Device and precision.
+    """
+    missing: dict[str, dict[int, list[str]]] = {}
+    for split, images in image_sets.items():
+        lacking = {
+            shard: [spec.name for spec in specs if not writers[split].has_shard(spec.name, shard)]
+            for shard in processes.mine(images.shard_count)
+        }
+        missing[split] = {shard: names for shard, names in lacking.items() if names}
+    needed = {name for shards in missing.values() for names in shards.values() for name in names}
+    teachers = {spec.name: _load(spec, config, processes, fabric) for spec in specs if spec.name in needed}
+    for split, shards in missing.items():
+        if not shards:
+            continue
+        total = sum(image_sets[split].listed_in(shard) for shard in shards)
+        label = f"{split}: {', '.join(name for name in teachers if any(name in names for names in shards.values()))}"
+        with Progress(label, total, shown=processes.rank == 0) as progress:
+            for shard, names in shards.items():
+                chosen = {name: teachers[name] for name in names}
+                _store_shard(shard, chosen, writers[split], config, fabric, progress)
+
+
+def build_teacher(name: str, config: ExtractConfig) -> Teacher:
+    """One teacher, with the options that the configuration gives it.
+
+    Raises:
+        UnknownTeacherError: If it is not installed.
+        PluginError: If its plugin is broken.
+        WeightsError: If its weights cannot be had.
+    """
+    # A plugin that draws weights must draw the same ones in every process and on every resume.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return registry.create(name, config.teacher_options.get(name))
+
+
+def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes, fabric: Fabric) -> Teacher:
+    teacher = build_teacher(spec.name, config)
+    if teacher.spec != spec:
+        raise PluginError(
+            f"Teacher {spec.name!r} is {teacher.spec} in process {processes.rank}, but {spec} in process 0. "
+            "Give all nodes the same weights and the same version of its plugin."
+        )
+    return teacher.to(fabric.device)
+
+
+@torch.inference_mode()
+def _store_shard(
+    shard: int,
+    teachers: Mapping[str, Teacher],
+    writer: SplitWriter,
+    config: ExtractConfig,
+    fabric: Fabric,
+    progress: Progress,
+) -> None:
+    images = writer.read_images(shard)
+    rows = len(images.ids)
+    row_bytes = sum(
+        part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
+    )
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(writer.open_shard(name, shard)) for name in teachers}
+        # Batches are cut at the same rows in every run: a batch of another size may round differently.
+        for start in range(0, rows, config.batch_size):
+            stop = min(start + config.batch_size, rows)
+            batch = torch.from_numpy(images.read(start, stop)).to(fabric.device)
+            for name, teacher in teachers.items():
+                features = _forward(teacher, batch, config, fabric)
+                files[name].append(
+                    _to_numpy(features.patches), None if features.cls is None else _to_numpy(features.cls)
+                )
+            progress.advance(stop - start, row_bytes * (stop - start))
+
+
+def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fabric) -> TeacherFeatures:
+    try:
+        with fabric.autocast():
+            features: TeacherFeatures = teacher(images)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"Teacher {teacher.spec.name!r} does not fit into the memory of {fabric.device} with --batch_size "
+            f"{config.batch_size}. Give a smaller one; whole shards are kept."
+        ) from error
+    check_features(teacher.spec, features, len(images))
+    return features
+
+
+def _to_numpy(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    array: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = values.float().cpu().numpy()
+    return array

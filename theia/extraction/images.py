@@ -1,0 +1,131 @@
+"""Where images come from: a folder, tar files, or the sample photographs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from theia.errors import ImageError
+from theia.extraction.decode import IMAGE_ENDINGS
+from theia.extraction.folder import FolderSource, list_files
+from theia.extraction.samples import SampleSource
+from theia.extraction.tar import TarSource
+from theia.types import Json
+
+SAMPLE = "sample"
+SAMPLE_COUNT = 640
+
+_COMPRESSED_TAR_ENDINGS = (".tgz", ".tbz", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class ImageSource(Protocol):
+    """A fixed sequence of images.
+
+    Holds no open file, so that it can be pickled, and forked into worker processes.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Sample ids, unique, in a fixed order."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """Class index of every image, or ``None``."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names by index, or ``None`` where they are not known."""
+
+    @property
+    def description(self) -> dict[str, Json]:
+        """What this is, for the record: ``kind`` and what tells it from others of its kind, wherever it lies."""
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes one image; RGB, any size.
+
+        Raises:
+            UnreadableImageError: If it cannot be read or decoded; the message is the reason.
+        """
+
+
+def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
+    """Opens images for extraction.
+
+    Args:
+        location: One of
+
+            - a folder of images, at any depth, in sorted order; the id is the path below the folder. With
+              ``labels`` the folders right below it are the classes, in sorted order.
+            - a ``.tar`` file or a folder of them, uncompressed; the id is ``<tar>/<member>``. With ``labels``
+              the member ``a.cls`` holds the class of ``a.jpg`` as an integer.
+            - ``sample`` or ``sample:COUNT``: crops of photographs that come with scikit-image. A folder of that
+              name is ``./sample``.
+        split: Which photographs ``sample`` shows; folders and tar files hold one split each.
+        labels: Whether to read class labels.
+
+    Raises:
+        ImageError: If there is no such place or no image in it, tar files and images are mixed, a tar file is
+            damaged or compressed, a name is no valid UTF-8, or labels are asked for and missing.
+    """
+    if location.partition(":")[0] == SAMPLE:
+        return _open_sample(location, split, labels)
+    root = Path(location)
+    source: ImageSource
+    if root.is_dir():
+        source = _open_folder(root, labels)
+    elif root.is_file() and root.suffix.lower() == ".tar":
+        source = TarSource(root.parent, [root.name], labels)
+    elif root.is_file():
+        raise ImageError(f"{root} is neither a folder nor a .tar file. {_compressed_hint([root.name])}")
+    else:
+        raise ImageError(
+            f"There is no {root}. Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."
+        )
+    if not source.ids:
+        raise ImageError(
+            f"No image in {root}: names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
+            "for files that hold such. A tar file of tar files must be unpacked once."
+        )
+    _check_names(source.ids, root)
+    return source
+
+
+def _open_folder(root: Path, labels: bool) -> ImageSource:
+    names = list_files(root)
+    images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    compressed = [name for name in names if name.lower().endswith(_COMPRESSED_TAR_ENDINGS)]
+    if images and tars:
+        raise ImageError(
+            f"{root} holds both images ({images[0]}) and tar files ({tars[0]}). Point to a folder with one of the two."
+        )
+    if compressed and not images:
+        raise ImageError(f"{root} holds compressed tar files ({compressed[0]}). {_compressed_hint(compressed)}")
+    return TarSource(root, tars, labels) if tars else FolderSource(root, images, labels)
+
+
+def _open_sample(location: str, split: str, labels: bool) -> ImageSource:
+    _, colon, text = location.partition(":")
+    count = int(text) if text.isdecimal() else 0 if colon else SAMPLE_COUNT
+    if count < 1:
+        raise ImageError(f"{location!r} asks for {text!r} sample crops. Give a number from 1, as in '{SAMPLE}:640'.")
+    if labels:
+        raise ImageError("The sample photographs have no labels. Extract without labels, or give a folder of classes.")
+    return SampleSource(split, count)
+
+
+def _compressed_hint(names: list[str]) -> str:
+    if names[0].lower().endswith(_COMPRESSED_TAR_ENDINGS):
+        return "Images are read by offset, so decompress tar files first."
+    return "Give the folder that holds it."
+
+
+def _check_names(ids: Sequence[str], root: Path) -> None:
+    for sample_id in ids:
+        try:
+            sample_id.encode()
+        except UnicodeEncodeError as error:
+            raise ImageError(
+                f"The name {sample_id!r} in {root} is no valid UTF-8 and cannot be a sample id. Rename it."
+            ) from error

@@ -1,0 +1,78 @@
+"""The processes that share one extraction."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+from lightning.fabric import Fabric
+
+from theia.errors import TheiaError
+
+T = TypeVar("T")
+
+# After an interruption one process may have days of work left where another has none: waiting is not an error.
+_PATIENCE = timedelta(days=365)
+
+
+class Processes:
+    """Rank, world size, and how the processes wait for each other.
+
+    They talk over a gloo group of their own, whatever the device: it can wait without a timeout, and a process that
+    dies closes its connections, so that the others stop at once instead of waiting for it.
+
+    Attributes:
+        rank: Of this process, over all nodes.
+        world: Number of processes.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.rank: int = fabric.global_rank
+        self.world: int = fabric.world_size
+        self._group: dist.ProcessGroup | None = None
+        if self.world > 1:
+            # torch's type allows for processes outside the group; this one holds all.
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+    def mine(self, count: int) -> range:
+        """Which of ``count`` shards are this process's."""
+        return range(self.rank, count, self.world)
+
+    def wait(self) -> None:
+        """Returns when every process has come here.
+
+        Raises:
+            TheiaError: If another process has died.
+        """
+        if self._group is not None:
+            self._together(lambda: dist.barrier(group=self._group))
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Does something in process 0 only and gives the result to all.
+
+        Args:
+            work: Its result must be picklable. If it raises a TheiaError, only process 0 raises it; the others exit,
+                so that the message appears once.
+        """
+        if self._group is None:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except TheiaError as error:
+                outcome[1] = error
+        self._together(lambda: dist.broadcast_object_list(outcome, src=0, group=self._group))
+        if outcome[1] is not None:
+            raise outcome[1] if self.rank == 0 else SystemExit(1)
+        result: T = outcome[0]
+        return result
+
+    def _together(self, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise TheiaError(
+                f"Process {self.rank} lost another one, which says above why it stopped. Whole shards are kept; "
+                "remove the cause and run the same command again."
+            ) from error

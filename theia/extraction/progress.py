@@ -1,0 +1,81 @@
+"""Progress of one stage: images/s, bytes, time left."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes as people write it, in powers of 1000, e.g. ``1.7 MB``."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 999.5 and (larger := next(units, None)):
+        count, unit = count / 1000, larger
+    return f"{count:.3g} {unit}"
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, such as in a job's log file, a line every half minute.
+
+    Args:
+        label: What is being done.
+        total: Images to do.
+        shown: False in all processes but one.
+    """
+
+    def __init__(self, label: str, total: int, shown: bool) -> None:
+        self._label, self._total = label, total
+        self._images = self._bytes = 0
+        self._started = self._last_line = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._lines = shown and not terminal
+        self._bar = tqdm(
+            desc=label, total=total, unit="img", smoothing=0.1, dynamic_ncols=True, disable=not (shown and terminal)
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if error is None:
+            self._line()
+
+    def advance(self, images: int, stored: int) -> None:
+        """Counts finished work.
+
+        Args:
+            images: Images done.
+            stored: Bytes written for them.
+        """
+        self._images += images
+        self._bytes += stored
+        self._bar.set_postfix_str(readable_bytes(self._bytes), refresh=False)
+        self._bar.update(images)
+        if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        if not self._lines:
+            return
+        self._last_line = time.monotonic()
+        # Without a bar, tqdm's meter still does the arithmetic and the wording.
+        meter = tqdm.format_meter(
+            self._images,
+            self._total,
+            self._last_line - self._started,
+            ncols=0,
+            prefix=self._label,
+            unit="img",
+            postfix=readable_bytes(self._bytes),
+        )
+        logger.info("%s", meter)

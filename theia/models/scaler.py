@@ -1,0 +1,77 @@
+"""Per-channel normalisation of a teacher's features, which makes different teachers comparable targets."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from theia.errors import ConfigError, ShapeError
+
+Statistic = Tensor | npt.NDArray[np.floating]
+
+
+class FeatureScaler(nn.Module):
+    """Normalises tokens of one teacher per channel, ``(x - mean) / std``, in float32.
+
+    Its statistics are buffers, so a checkpoint holds them. Until they are set it refuses to work: mean 0 and
+    standard deviation 1 would train without complaint towards another target.
+
+    Args:
+        name: What is normalised, for messages.
+        channels: Width ``C`` of a token.
+    """
+
+    mean: Tensor  # (C,)
+    std: Tensor  # (C,), a standard deviation
+    is_set: Tensor  # (), bool
+
+    def __init__(self, name: str, channels: int) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("is_set", torch.tensor(False))
+        self._ready = False  # is_set on the host: reading the buffer in every step would make the device wait
+
+    @torch.no_grad()
+    def set(self, mean: Statistic, std: Statistic) -> None:
+        """Takes over statistics of shape ``(C,)``.
+
+        Raises:
+            ShapeError: If they have another shape.
+            ConfigError: If one is not finite, or a standard deviation is not positive.
+        """
+        new_mean, new_std = (torch.as_tensor(value, device=self.mean.device).float() for value in (mean, std))
+        if new_mean.shape != self.mean.shape or new_std.shape != self.std.shape:
+            raise ShapeError(
+                f"Statistics of {self.name} have shapes {tuple(new_mean.shape)} and {tuple(new_std.shape)}, "
+                f"its tokens {self.mean.numel()} channels. Use the statistics of the store that holds these "
+                "features."
+            )
+        if not (new_mean.isfinite().all() and new_std.isfinite().all() and (new_std > 0).all()):
+            raise ConfigError(
+                f"Statistics of {self.name} are unusable: means must be finite, standard deviations "
+                "positive. Extract its features again."
+            )
+        self.mean.copy_(new_mean)
+        self.std.copy_(new_std)
+        self.is_set.fill_(True)
+        self._ready = True
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        """Raw to normalised features, ``(..., C)``, float32."""
+        self._check()
+        return (tokens.float() - self.mean) / self.std
+
+    def denormalize(self, tokens: Tensor) -> Tensor:
+        """Normalised to raw features, ``(..., C)``, float32."""
+        self._check()
+        return tokens.float() * self.std + self.mean
+
+    def _check(self) -> None:
+        self._ready = self._ready or bool(self.is_set)
+        if not self._ready:
+            raise ConfigError(
+                f"{self.name} has no statistics to normalise with. Set them from the feature store before "
+                "training (Distiller.set_statistics), or load a trained checkpoint."
+            )

@@ -1,0 +1,176 @@
+"""The student: a small ViT whose tokens are what a robot uses."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from theia.errors import ConfigError, ShapeError
+from theia.models import deit
+
+PATCH = 16  # pixels along each side
+MLP_RATIO = 4
+
+Size = Literal["tiny", "small", "base"]
+Registers = Literal[0, 1, 4, 8]
+
+_SHAPES: dict[str, tuple[int, int, int]] = {  # width, depth, heads: DeiT
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+}
+_SCRATCH_EPS = 1e-12  # of the released models
+
+
+@dataclass(frozen=True)
+class StudentTokens:
+    """What the student gives for a batch, after the final layer norm.
+
+    Attributes:
+        cls: CLS token, shape ``(B, C)``, or ``None`` for a student without one.
+        registers: The other register tokens, shape ``(B, R, C)``; ``R`` may be 0.
+        patches: Spatial tokens, row by row, shape ``(B, N, C)``.
+        grid_hw: Rows and columns of ``patches``, ``N = H * W``.
+    """
+
+    cls: Tensor | None
+    registers: Tensor
+    patches: Tensor
+    grid_hw: tuple[int, int]
+
+
+class Student(nn.Module):
+    """A DeiT-shaped vision transformer with register tokens.
+
+    Every student starts alike, with or without registers: weights, position embedding and tokens from a
+    normal distribution of standard deviation 0.02, biases zero. Training is at ``image_size``; images of any
+    other size that is a multiple of the patch work too, with the position embedding resized (bicubic,
+    antialiased).
+
+    Args:
+        size: Width, depth and heads of DeiT-Tiny, -Small or -Base.
+        image_size: Pixels along each side of a training image.
+        registers: Tokens beside the patches. The CLS token is the first of them, as nothing supervises it; 0
+            removes it.
+        weights: ``"scratch"``, ``"pretrained"`` (DeiT from timm's hub) or the path of a timm DeiT checkpoint.
+            Pretrained weights bring their input normalisation and their layer-norm epsilon, 1e-6; from
+            scratch it is mean and standard deviation 0.5, and 1e-12.
+        width: Overrides the width of ``size``; for small experiments, as the next two.
+        depth: Overrides the number of blocks.
+        heads: Overrides the number of attention heads.
+
+    Raises:
+        ConfigError: If an option is out of its range, or the width is not a multiple of the heads.
+        ShapeError: If ``image_size`` is not a multiple of the patch.
+        WeightsError: If the weights cannot be had or do not fit.
+
+    Source: Theia, section 3 and Table 3b; DeiT, Table 1.
+    """
+
+    pixel_mean: Tensor  # (3, 1, 1), of values in 0..1
+    pixel_std: Tensor  # (3, 1, 1)
+
+    def __init__(
+        self,
+        size: Size = "tiny",
+        *,
+        image_size: int = 224,
+        registers: Registers = 1,
+        weights: str = "scratch",
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if size not in _SHAPES:
+            raise ConfigError(f"No student of size {size!r}. Choose one of: {', '.join(_SHAPES)}.")
+        if registers not in get_args(Registers):
+            raise ConfigError(f"A student cannot have {registers} registers. Choose 0 (no CLS), 1 (CLS), 4 or 8.")
+        _check_image_size(image_size, image_size)
+        overrides = zip((width, depth, heads), _SHAPES[size], strict=True)
+        self.width, depth, heads = (default if given is None else given for given, default in overrides)
+        if min(self.width, depth, heads) < 1 or self.width % heads:
+            raise ConfigError(
+                f"A student of width {self.width}, depth {depth} and {heads} heads cannot be built: all must "
+                "be positive, and the width a multiple of the heads."
+            )
+        self.has_cls = registers > 0
+        self.grid_hw = (image_size // PATCH, image_size // PATCH)
+
+        scratch = weights == "scratch"
+        self.vit = VisionTransformer(
+            img_size=image_size,
+            patch_size=PATCH,
+            num_classes=0,
+            global_pool="",  # all tokens; any pooling would move the final norm or need a CLS token
+            embed_dim=self.width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=MLP_RATIO,
+            class_token=self.has_cls,
+            reg_tokens=max(registers - 1, 0),
+            dynamic_img_size=True,
+            weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else deit.LAYER_NORM_EPS),
+        )
+        _initialise(self.vit)
+        mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        if not scratch:
+            source = deit.fetch(size) if weights == "pretrained" else deit.read(weights)
+            deit.copy_into(self.vit, source)
+            mean, std = source.mean, source.std
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        """Tokens of a batch.
+
+        Args:
+            images: RGB, uint8, shape ``(B, 3, H, W)``, both sides multiples of 16.
+
+        Raises:
+            ShapeError: If the images are of another shape or type.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise ShapeError(
+                f"Images of shape {tuple(images.shape)} and type {images.dtype}; a student takes uint8 (B, 3, H, W)."
+            )
+        height, width = images.shape[-2:]
+        _check_image_size(height, width)
+        # In float32 whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
+        pixels = (images.float() / 255 - self.pixel_mean) / self.pixel_std
+        tokens: Tensor = self.vit.forward_features(pixels.to(self.vit.patch_embed.proj.weight.dtype))
+        prefix = self.vit.num_prefix_tokens
+        return StudentTokens(
+            cls=tokens[:, 0] if self.has_cls else None,
+            registers=tokens[:, int(self.has_cls) : prefix],
+            patches=tokens[:, prefix:],
+            grid_hw=(height // PATCH, width // PATCH),
+        )
+
+
+@torch.no_grad()
+def _initialise(vit: nn.Module) -> None:
+    """Sets every parameter, so that no variant of the student starts from anything of its own."""
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:  # scales of layer norms
+            nn.init.ones_(parameter)
+
+
+def _check_image_size(height: int, width: int) -> None:
+    if height % PATCH == 0 and width % PATCH == 0 and min(height, width) > 0:
+        return
+    below = (height // PATCH, width // PATCH)
+    above = (-(-height // PATCH), -(-width // PATCH))
+    nearest = dict.fromkeys(f"{max(rows, 1) * PATCH}x{max(cols, 1) * PATCH}" for rows, cols in (below, above))
+    raise ShapeError(
+        f"Images of {height}x{width} pixels do not divide into patches of {PATCH}x{PATCH}. Resize them; the "
+        f"nearest sizes: {', '.join(nearest)}."
+    )

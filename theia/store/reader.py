@@ -1,0 +1,167 @@
+"""Opens a store: validates every file once, then hands out byte offsets."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from theia.errors import StoreError
+from theia.store.completion import missing_shards
+from theia.store.layout import LABEL, SetLayout
+from theia.store.manifest import Manifest, read_manifest
+from theia.store.schema import IMAGE, MANIFEST, Field, ShardRecord, SplitRecord, statistics_path
+from theia.store.shard import KEY, Shard, damaged, decode, read_shard
+from theia.store.split import Column, Split
+from theia.store.statistics import ChannelStatistics
+from theia.types import TeacherSpec
+
+__all__ = ["FeatureStore", "Field", "Split"]
+
+
+class FeatureStore:
+    """A feature store on disk.
+
+    Attributes:
+        root: Its folder.
+        manifest: What it says about itself.
+        manifest_sha256: Digest of ``manifest.json``: identifies the store's content.
+
+    Args:
+        root: Its folder.
+
+    Raises:
+        StoreError: If there is no store, or it has another schema.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.manifest: Manifest = read_manifest(self.root)
+        self.manifest_sha256 = hashlib.sha256((self.root / MANIFEST).read_bytes()).hexdigest()
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return list(self.manifest.splits)
+
+    def teachers(self, split: str) -> dict[str, TeacherSpec]:
+        """Specs of a split's teachers, by name.
+
+        Raises:
+            StoreError: If there is no such split.
+        """
+        return self._record(split).teachers
+
+    def classes(self, split: str) -> list[str] | None:
+        """Class names of a split by label, or ``None``.
+
+        Raises:
+            StoreError: If there is no such split.
+        """
+        classes = self._record(split).images.classes
+        return None if classes is None else list(classes)
+
+    def statistics(self, teacher: str) -> ChannelStatistics:
+        """Mean and standard deviation of a teacher's features over the training split.
+
+        Raises:
+            StoreError: If there are none, or the file is damaged.
+        """
+        path = statistics_path(self.root, teacher)
+        if not path.exists():
+            raise StoreError(
+                f"{self.root} has no statistics of {teacher!r}: they come from the training split. "
+                f"Extract it: {self._command('train', teacher)}"
+            )
+        return ChannelStatistics.load(path)
+
+    def open_split(self, split: str, teachers: Sequence[str] | None = None) -> Split:
+        """Validates the files of a split and makes it readable.
+
+        Args:
+            split: Its name.
+            teachers: Teachers to read; all by default.
+
+        Raises:
+            StoreError: If the split or a teacher is not there or unfinished, a file is missing, truncated or
+                unreadable, or the samples of a teacher are not those of the images.
+        """
+        record = self._record(split)
+        names = list(record.teachers if teachers is None else teachers)
+        for name in names:
+            if name not in record.teachers:
+                raise StoreError(
+                    f"Split {split!r} of {self.root} has no teacher {name!r}. It has: "
+                    f"{', '.join(record.teachers) or 'none'}. Add it: {self._command(split, name)}"
+                )
+        layouts = {name: self._complete(split, record, name) for name in (IMAGE, *names)}
+        shards: dict[str, list[Shard]] = {name: [] for name in layouts}
+        for index in range(record.images.shard_count):
+            for name, layout in layouts.items():
+                shard = _validated(layout, index)
+                if name != IMAGE:
+                    _check_keys(shards[IMAGE][index], shard)
+                shards[name].append(shard)
+        columns = {}
+        for name, layout in layouts.items():
+            for dataset, field in layout.row_fields().items():
+                offsets = np.array([shard.datasets[dataset].offset for shard in shards[name]], np.int64)
+                paths = [str(shard.path) for shard in shards[name]]
+                columns[name if dataset == "data" else f"{name}/{dataset}"] = Column(field, paths, offsets)
+        labels = None
+        if shards[IMAGE] and all(LABEL in shard.datasets for shard in shards[IMAGE]):
+            labels = np.concatenate([shard.read(LABEL) for shard in shards[IMAGE]])
+        keys = [(str(shard.path), shard.datasets[KEY]) for shard in shards[IMAGE]]
+        size = record.images.size
+        return Split({name: record.teachers[name] for name in names}, (size, size), columns, keys, labels)
+
+    def _record(self, split: str) -> SplitRecord:
+        if split not in self.manifest.splits:
+            raise StoreError(
+                f"{self.root} has no split {split!r}. It has: {', '.join(self.splits) or 'none'}. "
+                f"Add it: {self._command(split, 'NAMES')}"
+            )
+        return self.manifest.splits[split]
+
+    def _complete(self, split: str, record: SplitRecord, name: str) -> SetLayout:
+        layout = SetLayout(self.root, split, name, record.images, record.sets[name])
+        if not layout.record.complete:
+            total = record.images.shard_count
+            raise StoreError(
+                f"Extraction of {name!r} / {split!r} in {self.root} is unfinished: "
+                f"{total - len(missing_shards(layout))} of {total} shards. Run the same theia extract again."
+            )
+        return layout
+
+    def _command(self, split: str, teachers: str) -> str:
+        return f"theia extract --images DIR --split {split} --teachers {teachers} --store {self.root}"
+
+
+def _validated(layout: SetLayout, index: int) -> Shard:
+    path, record = layout.path(index), layout.record.shards[index]
+    _check_size(path, record)
+    shard = read_shard(path)
+    layout.check(shard, index)
+    if shard.rows != record.rows:
+        raise StoreError(damaged(path, f"it has {shard.rows} samples, the manifest says {record.rows}"))
+    return shard
+
+
+def _check_size(path: Path, record: ShardRecord) -> None:
+    size = path.stat().st_size if path.exists() else None
+    if size is not None and size != record.bytes:
+        raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
+
+
+def _check_keys(images: Shard, features: Shard) -> None:
+    wanted, given = images.read(KEY), features.read(KEY)
+    if np.array_equal(wanted, given):
+        return
+    rows = min(len(wanted), len(given))
+    differing = np.flatnonzero(wanted[:rows] != given[:rows])
+    row = int(differing[0]) if len(differing) else rows
+    pair = [decode(keys[row : row + 1]) or ["nothing"] for keys in (wanted, given)]
+    raise StoreError(
+        f"Samples differ at row {row}: {pair[0][0]!r} in {images.path}, {pair[1][0]!r} in {features.path}. "
+        f"Delete {features.path} and run the theia extract that made it again."
+    )

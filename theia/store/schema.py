@@ -1,0 +1,190 @@
+"""What a feature store is on disk: names, types and records that writer and reader share."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from theia.types import Json, TeacherSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+STATISTICS = "statistics"
+IMAGE = "image"
+TRAIN = "train"
+
+FeatureDtype = Literal["float16", "int8"]
+Resize = Literal["squash", "center_crop"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One value per sample: its type and its shape within a row.
+
+    Attributes:
+        dtype: Little-endian numpy type.
+        shape: Shape of one row, without the sample axis.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """The list of images behind one split, and what was done to them.
+
+    Attributes:
+        source: Where the images come from, as plain values; compared when an extraction is continued, so it must
+            hold what identifies the images and nothing that changes from run to run.
+        size: Height and width of the stored images, in pixels.
+        resize: How an image is brought to that size.
+        listed: Images in the list, readable or not.
+        ids_sha256: Digest of their ids in order, from :func:`hash_ids`.
+        shard_size: Listed images per shard.
+        classes: Class names by label, or ``None`` without labels.
+    """
+
+    source: Mapping[str, Json]
+    size: int
+    resize: Resize
+    listed: int
+    ids_sha256: str
+    shard_size: int
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def shard_count(self) -> int:
+        """Shards of every set of the split."""
+        return -(-self.listed // self.shard_size)
+
+    def listed_in(self, shard: int) -> int:
+        """Images of the list that belong to one shard."""
+        return min(self.shard_size, self.listed - shard * self.shard_size)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One file of a set, as the manifest knows it.
+
+    Attributes:
+        index: Number of the shard.
+        rows: Samples in it.
+        bytes: Size of the file.
+        sha256: Digest of the file.
+    """
+
+    index: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetRecord:
+    """The files of one teacher, or of the images, within a split.
+
+    Attributes:
+        spec: What the teacher is; ``None`` for images.
+        dtype: Type of the stored patch tokens; ``None`` for images.
+        computed: How the features were computed (device, precision, versions): information, never compared.
+        shards: One record per shard, empty until the set is complete.
+        complete: Whether every shard is there.
+    """
+
+    spec: TeacherSpec | None = None
+    dtype: FeatureDtype | None = None
+    computed: Mapping[str, Json] = field(default_factory=dict)
+    shards: tuple[ShardRecord, ...] = ()
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """One split: its images and its sets by name (``"image"`` and the teachers)."""
+
+    images: ImageSet
+    sets: Mapping[str, SetRecord]
+
+    @property
+    def teachers(self) -> dict[str, TeacherSpec]:
+        """Specs of the teachers that were begun, by name."""
+        return {name: record.spec for name, record in self.sets.items() if record.spec is not None}
+
+
+def set_folder(root: Path, split: str, name: str) -> Path:
+    """Folder that holds the shards of one set."""
+    return root / split / name
+
+
+def shard_path(root: Path, split: str, name: str, index: int) -> Path:
+    """File of one shard."""
+    return set_folder(root, split, name) / f"shard-{index:06d}.h5"
+
+
+def statistics_path(root: Path, teacher: str) -> Path:
+    """File of one teacher's statistics."""
+    return root / STATISTICS / f"{teacher}.npz"
+
+
+def image_fields(size: int, labels: bool) -> dict[str, Field]:
+    """What a row of an image shard holds, by dataset name."""
+    row = {"data": Field(np.dtype("u1"), (3, size, size))}
+    return row | {"label": Field(np.dtype("<i8"), ())} if labels else row
+
+
+def feature_fields(spec: TeacherSpec, dtype: FeatureDtype) -> dict[str, Field]:
+    """What a row of a teacher's shard holds, by dataset name, in the order of its checksum."""
+    tokens = spec.grid_hw[0] * spec.grid_hw[1]
+    row = {"data": Field(np.dtype("i1" if dtype == "int8" else "<f2"), (tokens, spec.channels))}
+    if dtype == "int8":
+        row["scale"] = Field(np.dtype("<f4"), (tokens,))
+    if spec.has_cls:
+        row["cls"] = Field(np.dtype("<f2"), (spec.channels,))
+    return row
+
+
+def hash_ids(ids: Iterable[str]) -> str:
+    """Digest of sample ids in order: two lists with the same digest are the same list."""
+    digest = hashlib.sha256()
+    for sample in ids:
+        digest.update(sample.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def preprocessing_hash(spec: TeacherSpec) -> str:
+    """Digest of everything that turns an image into the teacher's input."""
+    return hashlib.sha256(canonical_json(spec.preprocessing).encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict)
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """A record as JSON gives it back: lists for tuples, plain dictionaries for mappings."""
+    values = {part.name: getattr(record, part.name) for part in fields(record)}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=dict))
+    return plain
+
+
+def image_set_from(values: Mapping[str, Any]) -> ImageSet:
+    """The image set of a manifest."""
+    classes = values["classes"]
+    return ImageSet(**{**values, "classes": None if classes is None else tuple(classes)})
+
+
+def teacher_spec_from(values: Mapping[str, Any]) -> TeacherSpec:
+    """The teacher spec of a manifest."""
+    height, width = values["grid_hw"]
+    return TeacherSpec(**{**values, "grid_hw": (height, width)})

@@ -1,0 +1,189 @@
+"""Rows of one split, read at byte offsets straight into the caller's buffers."""
+
+import os
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from theia.errors import ShapeError, StoreError
+from theia.store.schema import Field
+from theia.store.shard import Dataset, as_bytes, damaged
+from theia.types import TeacherSpec
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where one value of every sample lies.
+
+    Attributes:
+        field: Type and shape of a row.
+        paths: File of each shard.
+        offsets: First byte of the dataset in it, shape ``(shards,)``.
+    """
+
+    field: Field
+    paths: list[str]
+    offsets: Int64
+
+
+class Split:
+    """A validated split: reads rows in any order.
+
+    It holds paths, offsets and labels, but no HDF5 handle, so that it can be pickled and used after a fork. Several
+    threads may read at once.
+
+    Attributes:
+        teachers: Specs by name.
+        image_hw: Height and width of the images, in pixels.
+        fields: What a row holds: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
+        labels: Class indices, int64, shape ``(rows,)``, or ``None``.
+    """
+
+    def __init__(
+        self,
+        teachers: dict[str, TeacherSpec],
+        image_hw: tuple[int, int],
+        columns: dict[str, Column],
+        keys: Sequence[tuple[str, Dataset]],
+        labels: Int64 | None,
+    ) -> None:
+        """Made by ``FeatureStore.open_split``.
+
+        Args:
+            teachers: Specs by name.
+            image_hw: Height and width of the images.
+            columns: By field name.
+            keys: File and dataset of the sample ids of each shard.
+            labels: Class indices of all rows.
+        """
+        self.teachers = teachers
+        self.image_hw = image_hw
+        self.labels = labels
+        self.fields = {name: column.field for name, column in columns.items()}
+        self._columns = columns
+        self._keys = keys
+        self._first_rows = np.cumsum([0, *(dataset.rows for _, dataset in keys)], dtype=np.int64)
+        self._process = 0
+        self._file: Callable[[str], _File] = _File
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File descriptors belong to one process.
+        return {**self.__dict__, "_process": 0, "_file": _File}
+
+    def key(self, row: int) -> str:
+        """Sample id of one row.
+
+        Raises:
+            StoreError: If there is no such row, or the file is damaged.
+        """
+        shards, within = self._locate(np.array([row], np.int64))
+        path, dataset = self._keys[int(shards[0])]
+        size = dataset.field.row_bytes
+        text = bytearray(size)
+        self._read(path, memoryview(text), dataset.offset + int(within[0]) * size)
+        return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+
+    def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Buffers for all fields, uninitialised.
+
+        Args:
+            rows: Samples that they hold.
+        """
+        return {name: np.empty((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
+
+    def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]]) -> None:
+        """Reads samples into the first rows of buffers; only the fields that have a buffer are read.
+
+        Args:
+            rows: Row numbers, int64, shape ``(n,)``, in any order.
+            buffers: By field name; C-contiguous, of the field's type, shape ``(>= n, *field.shape)``.
+
+        Raises:
+            ShapeError: If a buffer does not fit its field.
+            StoreError: If a row does not exist, or a file cannot be read to its end.
+        """
+        shards, within = self._locate(rows)
+        numbers = shards.tolist()
+        for name, buffer in buffers.items():
+            column = self._fitting(name, buffer, len(rows))
+            size = column.field.row_bytes
+            view = as_bytes(buffer)
+            offsets = (column.offsets[shards] + within * size).tolist()
+            start = 0
+            for shard, offset in zip(numbers, offsets, strict=True):
+                self._read(column.paths[shard], view[start : start + size], offset)
+                start += size
+
+    def _locate(self, rows: Int64) -> tuple[Int64, Int64]:
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise StoreError(
+                f"Rows {rows.min()} to {rows.max()} were asked for; the split has rows 0 to {len(self) - 1}."
+            )
+        if self._process != os.getpid():
+            # A reader evicted by the cache is closed when the last thread that uses it lets go of it.
+            self._file = lru_cache(_open_files_at_most())(_File)
+            self._process = os.getpid()
+        # From the right: a shard without rows begins where the next one does.
+        shards = np.searchsorted(self._first_rows, rows, side="right") - 1
+        return shards, rows - self._first_rows[shards]
+
+    def _fitting(self, name: str, buffer: NDArray[Any], rows: int) -> Column:
+        column = self._columns.get(name)
+        if column is None:
+            raise ShapeError(f"No field {name!r} in this split. It has: {', '.join(self._columns)}.")
+        field = column.field
+        if (
+            buffer.dtype != field.dtype
+            or buffer.shape[1:] != field.shape
+            or len(buffer) < rows
+            or not buffer.flags.c_contiguous
+        ):
+            raise ShapeError(
+                f"Buffer of {name!r} is {buffer.dtype} {buffer.shape}; needed is C-contiguous {field.dtype} of "
+                f"at least {rows} rows of {field.shape}. Make it with Split.allocate()."
+            )
+        return column
+
+    def _read(self, path: str, target: memoryview, offset: int) -> None:
+        try:
+            file = self._file(path)
+            done = os.preadv(file.descriptor, (target,), offset)
+            # Network file systems may give less than was asked for.
+            while done < len(target):
+                more = os.preadv(file.descriptor, (target[done:],), offset + done)
+                if not more:
+                    raise StoreError(damaged(path, "it ends too early"))
+                done += more
+        except OSError as error:
+            raise StoreError(damaged(path, str(error))) from error
+
+
+class _File:
+    """An open file, closed with its last reference."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _open_files_at_most() -> int:
+    # A quarter of what the process may open: train and validation, and room for everything else. Random order over
+    # a large store profits from a raised `ulimit -n`.
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else max(soft // 4, 16)

@@ -1,0 +1,60 @@
+"""Checks a checkpoint against the model that is about to load it, before any work is lost."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from theia.errors import CheckpointError
+
+# Options that decide which parameters a model has, and what they mean.
+ARCHITECTURE = (
+    "teachers", "size", "image_size", "registers", "width", "depth", "heads", "translator", "distill_cls",
+)  # fmt: skip
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Loads a training checkpoint onto the CPU without running any code from it.
+
+    Args:
+        path: A ``.ckpt`` file of ``theia fit``.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(str(other) for other in sorted(path.parent.glob("*.ckpt"))) or "no checkpoint"
+        raise CheckpointError(f"No checkpoint at {path}. In that folder: {there}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}): it is truncated, damaged or of another "
+            "kind. Use another checkpoint of that run."
+        ) from error
+    if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint that 'theia fit' wrote.")
+    return checkpoint
+
+
+def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
+    """Checks that a checkpoint's model has the architecture that this run's options ask for.
+
+    Args:
+        path: Where the checkpoint is, for the message.
+        checkpoint: What :func:`read_checkpoint` gave.
+        options: The model's own options.
+
+    Raises:
+        CheckpointError: Names each option that differs.
+    """
+    theirs = checkpoint["hyper_parameters"]
+    different = [name for name in ARCHITECTURE if theirs.get(name) != options.get(name)]
+    if different:
+        lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {options.get(name)!r} here" for name in different)
+        raise CheckpointError(
+            f"The checkpoint {path} belongs to another architecture: {lines}. "
+            "Use the config that it was trained with (config.yaml in its run folder) and a store with its teachers."
+        )

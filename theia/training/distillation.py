@@ -1,0 +1,214 @@
+"""The LightningModule: wires student, translators, losses and metrics to the trainer, and logs; nothing else."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from theia.errors import ConfigError, DivergenceError
+from theia.models.distiller import Distiller
+from theia.models.student import Registers, Size, Student
+from theia.models.translators import TranslatorKind
+from theia.training import losses
+from theia.training.losses import Loss, feature_loss
+from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
+from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
+from theia.types import FeatureBatch
+
+_HELD_OUT = ("val", "test")
+
+
+class _Statistics(Protocol):
+    mean: Any
+    std: Any
+    cls_mean: Any
+    cls_std: Any
+
+
+class _FeatureData(Protocol):
+    """What this module asks of the trainer's datamodule."""
+
+    batch_size: int
+
+    def statistics(self) -> Mapping[str, _Statistics]: ...
+
+
+class Distillation(L.LightningModule):
+    """Distils the spatial features of several teachers into one student.
+
+    Args:
+        teachers: By name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``; from the store.
+        image_size: Height and width of the images in pixels; from the store.
+        size: Student: DeiT-Tiny, -Small or -Base.
+        registers: Register tokens, of which CLS is the first; 0 removes CLS too.
+        weights: Start of the student: "scratch", "pretrained" (DeiT from timm's hub) or a local timm checkpoint.
+        width: Overrides the width of `size`, for small experiments.
+        depth: Overrides the number of blocks.
+        heads: Overrides the number of attention heads.
+        translator: "cnn" as in the paper, or "linear", its ablation.
+        loss: "cosine_smooth_l1" as in the paper, or "mse", its ablation.
+        cosine_weight: Share of the cosine term; smooth-L1 has the rest.
+        per_token: Cosine per token instead of over each sample's whole feature map.
+        teacher_weights: Weight of each teacher in the loss, by name; equal by default.
+        distill_cls: Also distil the CLS token of the teachers that have one.
+        learning_rate: Learning rate after the warm-up, for a global batch of 128.
+        scale_learning_rate: Scale the learning rate linearly with the global batch.
+        weight_decay: Weight decay of AdamW.
+        decay_rule: Which parameters decay: "matrices" (no norms, biases, position embedding, tokens) or "authors"
+            (all with more than one dimension).
+        warmup: Share of all steps in which the learning rate rises linearly from 1 % to its full value.
+    """
+
+    def __init__(
+        self,
+        teachers: dict[str, dict[str, Any]],
+        image_size: int = 224,
+        size: Size = "tiny",
+        registers: Registers = 1,
+        weights: str = "scratch",
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        translator: TranslatorKind = "cnn",
+        loss: Loss = "cosine_smooth_l1",
+        cosine_weight: float = 0.9,
+        per_token: bool = False,
+        teacher_weights: dict[str, float] | None = None,
+        distill_cls: bool = False,
+        learning_rate: float = 5e-4,
+        scale_learning_rate: bool = False,
+        weight_decay: float = 0.01,
+        decay_rule: DecayRule = "matrices",
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not 0 <= warmup < 1:
+            raise ConfigError(f"model.warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
+        student = Student(
+            size, image_size=image_size, registers=registers, weights=weights, width=width, depth=depth, heads=heads
+        )
+        self.distiller = Distiller(student, teachers, translator=translator, distill_cls=distill_cls)
+        self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
+        self.loss = partial(feature_loss, loss=loss, cosine_weight=cosine_weight, per_token=per_token)
+        self.metrics = nn.ModuleDict(
+            {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
+        )
+        self.held_out_loss = MetricCollection({name: SampleMean(self.loss) for name in teachers}, compute_groups=False)
+        self.norm_entropy = NormEntropy()
+        self._first_bad_step: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Takes the statistics of the features from the data; a checkpoint's own replace them when it is loaded."""
+        data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name, values in data.statistics().items():
+            self.distiller.set_statistics(name, values.mean, values.std, values.cls_mean, values.cls_std)
+        self._first_bad_step = {}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a linear warm-up, then a constant learning rate."""
+        options = self.hparams
+        rate = options["learning_rate"]
+        if options["scale_learning_rate"]:
+            data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
+            rate = scale_learning_rate(rate, data.batch_size * self.trainer.accumulate_grad_batches)
+        optimizer = build_optimizer(self.distiller, rate, options["weight_decay"], options["decay_rule"])
+        steps = round(options["warmup"] * self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": warmup_then_constant(optimizer, steps), "interval": "step"},
+        }
+
+    def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        _, predictions, cls_predictions = self.distiller(batch.images)
+        logs = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        by_teacher: dict[str, Tensor] = {}
+        for name, prediction in predictions.items():
+            target = self._target(batch, name)
+            by_teacher[name] = self.loss(prediction, target)
+            if name in cls_predictions:
+                cls_target = self.distiller.normalize_cls(name, batch.cls[name])
+                by_teacher[name] = (by_teacher[name] + self.loss(cls_predictions[name], cls_target)) / 2
+            if logs:
+                self._log_terms(name, prediction.detach(), target)
+        self._note_bad(by_teacher)
+        total = losses.weighted_mean(by_teacher, self.loss_weights)
+        self.log("train/loss", total, prog_bar=True)
+        self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        if logs:
+            self._stop_if_bad()
+        return total
+
+    def validation_step(self, batch: FeatureBatch, batch_idx: int) -> None:
+        """Adds one held-out batch to the metrics."""
+        self._score(batch, "val")
+
+    def test_step(self, batch: FeatureBatch, batch_idx: int) -> None:
+        """The same for a test."""
+        self._score(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of all held-out samples, over all processes."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same for a test."""
+        self._log_scores("test")
+
+    def on_validation_start(self) -> None:
+        """No weights are scored, or called the best, whose loss was not finite."""
+        self._stop_if_bad()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """No checkpoint is overwritten with weights whose loss was not finite."""
+        self._stop_if_bad()
+
+    def _target(self, batch: FeatureBatch, name: str) -> Tensor:
+        return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
+
+    def _log_terms(self, name: str, prediction: Tensor, target: Tensor) -> None:
+        self.log(f"train/cosine/{name}", 1 - losses.cosine_loss(prediction, target))
+        self.log(f"train/smooth_l1/{name}", losses.smooth_l1_loss(prediction, target))
+        self.log(f"train/mse/{name}", losses.mse_loss(prediction, target))
+
+    def _score(self, batch: FeatureBatch, stage: str) -> None:
+        tokens, predictions, _ = self.distiller(batch.images)
+        for name, prediction in predictions.items():
+            target = self._target(batch, name)
+            self.metrics[stage][name].update(prediction, target)  # type: ignore[index]  # ModuleDict of ModuleDicts
+            self.held_out_loss[name].update(prediction, target)
+        self.norm_entropy.update(tokens.patches)
+
+    def _log_scores(self, stage: str) -> None:
+        for metrics in self.metrics[stage].values():  # type: ignore[operator]  # ModuleDict of ModuleDicts
+            self.log_dict(metrics.compute())
+            metrics.reset()
+        loss = losses.weighted_mean(self.held_out_loss.compute(), self.loss_weights)
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/norm_entropy", self.norm_entropy.compute())
+        self.held_out_loss.reset()
+        self.norm_entropy.reset()
+
+    def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
+        # On the device: asking the host whether each loss is finite would stall every step.
+        for name, loss in by_teacher.items():
+            first = self._first_bad_step.get(name)
+            if first is None:
+                first = torch.full((), -1, dtype=torch.int64, device=loss.device)
+            bad = ~torch.isfinite(loss.detach()) & (first < 0)
+            self._first_bad_step[name] = torch.where(bad, self.global_step, first)
+
+    def _stop_if_bad(self) -> None:
+        bad = {name: int(step) for name, step in self._first_bad_step.items() if int(step) >= 0}
+        if bad:
+            step = min(bad.values())
+            names = ", ".join(repr(name) for name, at in bad.items() if at == step)
+            raise DivergenceError(
+                f"The loss of teacher {names} is not finite since step {step}. The last checkpoint is from before it. "
+                "Lower model.learning_rate or check the features with 'theia store verify'."
+            )

@@ -1,0 +1,165 @@
+"""Distillation losses: pure functions of translated student features and normalised teacher features."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from theia.errors import ConfigError, ShapeError
+
+LossKind = Literal["cosine_smooth_l1", "mse"]
+
+
+def cosine_loss(prediction: Tensor, target: Tensor, per_token: bool = False) -> Tensor:
+    """One minus the cosine of each sample's whole flattened feature map.
+
+    Args:
+        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        target: Normalised teacher features, same shape.
+        per_token: Take the cosine of every token instead, ours and not the paper's.
+
+    Returns:
+        Mean over the batch (and the tokens, if per token), a float32 scalar in ``[0, 2]``.
+
+    Raises:
+        ShapeError: If the shapes differ.
+
+    Source: Theia, eq. (1).
+    """
+    prediction, target = _matched(prediction, target)
+    first = prediction.ndim - 1 if per_token else 1
+    return 1 - F.cosine_similarity(prediction.flatten(first), target.flatten(first), dim=-1).mean()
+
+
+def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 with beta 1: half the square of errors below 1, and their size less one half above.
+
+    Args:
+        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        target: Normalised teacher features, same shape.
+
+    Returns:
+        Mean over all elements, a float32 scalar.
+
+    Raises:
+        ShapeError: If the shapes differ.
+
+    Source: Theia, eq. (1).
+    """
+    prediction, target = _matched(prediction, target)
+    return F.smooth_l1_loss(prediction, target, beta=1.0)
+
+
+def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error.
+
+    Args:
+        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        target: Normalised teacher features, same shape.
+
+    Returns:
+        Mean over all elements, a float32 scalar.
+
+    Raises:
+        ShapeError: If the shapes differ.
+
+    Source: Theia, Table 6 (ablation).
+    """
+    prediction, target = _matched(prediction, target)
+    return F.mse_loss(prediction, target)
+
+
+def feature_loss(
+    prediction: Tensor,
+    target: Tensor,
+    loss: LossKind = "cosine_smooth_l1",
+    cosine_weight: float = 0.9,
+    per_token: bool = False,
+) -> Tensor:
+    """The loss of one teacher: ``w * cosine + (1 - w) * smooth L1``, or the mean squared error.
+
+    Args:
+        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        target: Normalised teacher features, same shape.
+        loss: Which of the two.
+        cosine_weight: ``w``, in ``[0, 1]``.
+        per_token: See :func:`cosine_loss`.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ShapeError: If the shapes differ.
+        ConfigError: If the loss is unknown or the weight out of range.
+
+    Source: Theia, eq. (1).
+    """
+    if loss == "mse":
+        return mse_loss(prediction, target)
+    if loss != "cosine_smooth_l1":
+        raise ConfigError(f"No loss named {loss!r}. Choose one of: cosine_smooth_l1, mse.")
+    if not 0 <= cosine_weight <= 1:
+        raise ConfigError(f"cosine_weight is {cosine_weight}; it must be between 0 and 1.")
+    cosine = cosine_loss(prediction, target, per_token)
+    return cosine_weight * cosine + (1 - cosine_weight) * smooth_l1_loss(prediction, target)
+
+
+def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """What each teacher counts in the mean over teachers.
+
+    Args:
+        names: The teachers, at least one.
+        weights: Relative weights by name; a teacher that is not named has 1. 0 switches a teacher off.
+
+    Returns:
+        Weights by name that sum to 1.
+
+    Raises:
+        ConfigError: If a weight is for no teacher, negative or not finite, or nothing is left.
+    """
+    given = dict(weights or {})
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise ConfigError(
+            f"There are loss weights for {', '.join(unknown)}, but the teachers are "
+            f"{', '.join(names) or 'none'}. Correct the names."
+        )
+    wrong = sorted(name for name, weight in given.items() if not (math.isfinite(weight) and weight >= 0))
+    if wrong:
+        raise ConfigError(f"The loss weight of {wrong[0]} is {given[wrong[0]]}; it must be 0 or a positive number.")
+    relative = {name: float(given.get(name, 1.0)) for name in names}
+    total = sum(relative.values())
+    if total == 0:
+        raise ConfigError("There is nothing to learn: no teacher has a loss weight above 0.")
+    return {name: weight / total for name, weight in relative.items()}
+
+
+def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+    """The mean of the teachers' losses.
+
+    Args:
+        losses: Scalars by teacher name.
+        weights: See :func:`teacher_weights`; equal by default.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: See :func:`teacher_weights`.
+    """
+    shares = teacher_weights(losses.keys(), weights)
+    return torch.stack([share * losses[name] for name, share in shares.items()]).sum()
+
+
+def _matched(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32: under autocast the prediction is bfloat16, too coarse for sums over a feature map."""
+    if prediction.shape != target.shape or prediction.ndim < 2:
+        raise ShapeError(
+            f"A prediction of shape {tuple(prediction.shape)} cannot be compared with a target of shape "
+            f"{tuple(target.shape)}; both must be (B, N, C), or (B, C) for CLS tokens. Does the store hold "
+            "the features of the teacher that the model was built for?"
+        )
+    return prediction.float(), target.float()

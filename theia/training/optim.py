@@ -1,0 +1,94 @@
+"""Optimiser and schedule: AdamW, linear warm-up, then a constant rate."""
+
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
+from torch.optim.optimizer import Optimizer
+
+from theia.errors import ConfigError
+
+DecayRule = Literal["matrices", "authors"]
+
+BETAS = (0.9, 0.999)
+WARMUP_START = 1e-2  # of the learning rate
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "matrices") -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay.
+
+    Args:
+        module: Model.
+        weight_decay: Of the first group.
+        rule: ``"matrices"``: the weights of linear layers and convolutions decay, so neither norms, biases,
+            position embedding nor tokens. ``"authors"``: every parameter with more than one dimension whose
+            name does not end in ``.bias`` decays, so position embedding, tokens and the scales of joint layer
+            norms too.
+
+    Returns:
+        Two groups for an optimiser: what decays, what does not.
+
+    Raises:
+        ConfigError: If the rule is unknown.
+    """
+    if rule not in ("matrices", "authors"):
+        raise ConfigError(f"No weight decay rule named {rule!r}. Choose one of: matrices, authors.")
+    matrices = {
+        layer.weight for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+    }
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter in matrices if rule == "matrices" else parameter.ndim > 1 and not name.endswith(".bias")
+        (decayed if decays else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def build_optimizer(
+    module: nn.Module, learning_rate: float, weight_decay: float = 0.01, rule: DecayRule = "matrices"
+) -> AdamW:
+    """AdamW over a model's trainable parameters.
+
+    Args:
+        module: Model.
+        learning_rate: Of all parameters, after the warm-up.
+        weight_decay: Of those that decay.
+        rule: See :func:`parameter_groups`.
+
+    Raises:
+        ConfigError: If the rule is unknown.
+
+    Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01.
+    """
+    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS)
+
+
+def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
+    """A schedule that is stepped after every optimisation step.
+
+    Args:
+        optimizer: Its learning rates are those after the warm-up.
+        warmup_steps: Steps from a hundredth of the learning rate, linearly, to all of it; 0 for none.
+
+    Raises:
+        ConfigError: If the number of steps is negative.
+    """
+    if warmup_steps < 0:
+        raise ConfigError(f"Warm-up is {warmup_steps} steps; it must be 0 or more.")
+    # torch leaves the rate at its start for ever where the warm-up has no steps.
+    start = WARMUP_START if warmup_steps else 1.0
+    return LinearLR(optimizer, start_factor=start, total_iters=max(warmup_steps, 1))
+
+
+def scale_learning_rate(learning_rate: float, global_batch: int, reference: int = 128) -> float:
+    """The learning rate for another batch size, linear in it.
+
+    Args:
+        learning_rate: At the reference batch.
+        global_batch: Samples per optimisation step over all processes.
+        reference: Batch for which the learning rate was chosen.
+    """
+    return learning_rate * global_batch / reference
