@@ -1,7 +1,7 @@
 """DINOv2, through transformers."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ _LARGE = {
     "image_size": 518,
     "patch_size": 14,
 }
+Crop = Literal["whole", "authors"]
 
 
 class DINOv2(Teacher):
@@ -43,7 +44,7 @@ class DINOv2(Teacher):
         revision: str | None = None,
         architecture: dict[str, int] | None = None,
         size: int = 224,
-        crop: Literal["whole", "authors"] = "whole",
+        crop: Crop = "whole",
     ) -> None:
         """Loads the transformer.
 
@@ -61,6 +62,8 @@ class DINOv2(Teacher):
             WeightsError: If the weights cannot be had or do not fit.
         """
         super().__init__()
+        if crop not in get_args(Crop):
+            raise ConfigError(f"Teacher {self.spec.name!r}: crop {crop!r} is not one of {', '.join(get_args(Crop))}.")
         from transformers import Dinov2Config, Dinov2Model
 
         self.model, found = load(

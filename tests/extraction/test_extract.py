@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny_plugin import SIZE, install, pooled, write_images
+from extraction.tiny_plugin import SIZE, install, pooled, write_images
 
 from theia import registry
 from theia.errors import ConfigError, FeatureError, ImageError, StoreError, UnknownTeacherError
@@ -243,6 +243,15 @@ def test_an_unknown_teacher_is_refused_before_work(config, tmp_path: Path) -> No
 def test_a_missing_device_is_a_clear_error(config) -> None:
     with pytest.raises(ConfigError, match="accelerator='tpu'"):
         extract(config(accelerator="tpu"))
+
+
+def test_more_processes_than_devices_would_all_do_all_the_work(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torchrun --nproc_per_node 2 tells the first of its processes.
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"2 processes were started.*--devices"):
+        extract(config())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tiny_plugin import SIZE, install, write_images
+from extraction.tiny_plugin import SIZE, install, write_images
 
 # One import, then a process for every attempt: fork is safe as long as nothing has computed yet.
 KILLED_AND_NOT = """

@@ -2,6 +2,7 @@ import hashlib
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,12 +75,14 @@ def test_a_longer_set_begins_with_the_shorter_one():
 
 
 def test_crops_are_the_same_in_another_process():
-    code = (
-        "import sys; sys.path.insert(0, 'tests/extraction'); from test_samples import digest; print(digest('val', 24))"
-    )
     # Another hash seed: nothing may depend on the order of a set.
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "1"}
+        [sys.executable, "-c", "from test_samples import digest; print(digest('val', 24))"],
+        cwd=Path(__file__).parent,
+        env={"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert other.stdout.strip() == digest("val", 24)
 

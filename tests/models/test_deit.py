@@ -73,6 +73,14 @@ def test_positions_are_resized_to_the_students_grid(checkpoint):
     torch.testing.assert_close(student(small).patches, upstream.forward_features(pixels)[:, 1:])
 
 
+def test_layer_norms_keep_the_epsilon_of_deit(checkpoint):
+    own, upstream = (
+        {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)}
+        for model in (small_student(checkpoint), small_deit())
+    )
+    assert own == upstream == {1e-6}
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(WeightsError, match="No weights file"):
         small_student(tmp_path / "nothing.pth")

@@ -47,6 +47,10 @@ def test_tokens_equal_those_of_transformers_vit():
     torch.testing.assert_close(tokens.patches, expected[:, 1:], atol=1e-5, rtol=0)
 
 
+def test_layer_norms_have_the_epsilon_of_the_released_models():
+    assert {m.eps for m in small_student().modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+
+
 def to_timm(state):
     parts = {
         "attention.o_proj": "attn.proj",

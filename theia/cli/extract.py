@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from tabulate import tabulate
@@ -14,6 +14,9 @@ from theia import registry
 from theia.errors import PluginError
 from theia.extraction.config import ExtractConfig
 from theia.teacher import Teacher
+
+if TYPE_CHECKING:
+    from theia.extraction.extract import ExtractedSplit
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser, found, broken = _build_parser()
     config = _to_config(parser.parse_args(argv), found.keys(), broken)
 
-    # Lightning and torch's data loading take seconds to import; --help does not need them.
+    # Lightning takes seconds to import; --help does not need it.
     from theia.extraction.extract import extract
 
     try:
@@ -45,6 +48,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped. Whole shards are kept: run the same command again to go on.", file=sys.stderr)  # noqa: T201
         return 130
+    if splits is not None:
+        print(_summary(config, splits))  # noqa: T201
+    return 0
+
+
+def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:
     rows = [(part.name, part.listed - part.skipped, part.skipped) for part in splits]
     lines = [tabulate(rows, ("split", "images stored", "skipped"))]
     lines += [f"Skipped images and reasons: {part.skipped_list}" for part in splits if part.skipped]
@@ -52,8 +61,7 @@ def main(argv: list[str]) -> int:
         f"Next: theia fit --config configs/cdiv_tiny.yaml --data.store {shlex.quote(str(config.store))} "
         f"--data.teachers {','.join(config.teacher_names)}"
     )
-    print("\n".join(lines))  # noqa: T201
-    return 0
+    return "\n".join(lines)
 
 
 def _build_parser() -> tuple[ArgumentParser, dict[str, type[Teacher]], dict[str, PluginError]]:

@@ -82,6 +82,8 @@ class TheiaCLI(LightningCLI):
             )
         elif getattr(rank_zero_only, "rank", 0) == 0 and not options.trainer.fast_dev_run:
             check_unused(self.run_folder)
+        if "weights_only" in options:  # an option since Lightning 2.6, off by default
+            options.weights_only = True
         if self.subcommand == "fit":
             self.save_config_kwargs = {"overwrite": True}  # check_unused has refused a folder that is another run's
         else:

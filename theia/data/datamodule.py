@@ -71,6 +71,8 @@ class FeatureDataModule(L.LightningDataModule):
         # The splits stay closed until Lightning says which are needed; the teachers must be known before.
         names = None if teachers is None else comma_list(teachers)
         self._splits: dict[str, Split] = {}
+        self._training_loader: FeatureLoader | None = None
+        self._resume: dict[str, Any] | None = None
         first = self._open(self.val_split or "train", names)
         self.teacher_specs = dict(first.teachers)
 
@@ -115,7 +117,10 @@ class FeatureDataModule(L.LightningDataModule):
         split = self._open("train")
         rows = fixed_fraction(self._training_rows(split), self.fraction)
         sampler = TrainingSampler(rows, self.batch_size, self.seed, *self._processes())
-        return FeatureLoader(split, sampler, self.workers)
+        self._training_loader = FeatureLoader(split, sampler, self.workers)
+        if self._resume is not None:
+            self._training_loader.load_state_dict(self._resume)
+        return self._training_loader
 
     def val_dataloader(self) -> FeatureLoader:
         """Held-out samples, each once, in order."""
@@ -126,6 +131,24 @@ class FeatureDataModule(L.LightningDataModule):
     def test_dataloader(self) -> FeatureLoader:
         """The same samples as in validation: training never saw them."""
         return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader is; part of every checkpoint.
+
+        Lightning would keep a loader's state by itself, but gives it back only to a loader that did not exist before the
+        checkpoint was read, and computing the number of steps makes it exist.
+        """
+        return {} if self._training_loader is None else self._training_loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the sample after the last one that the checkpoint's run took.
+
+        Raises:
+            ConfigError: If this run would draw its samples in another order.
+        """
+        self._resume = state or None
+        if self._training_loader is not None and self._resume is not None:
+            self._training_loader.load_state_dict(self._resume)
 
     def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
         """Moves a batch; on the CPU it stays a view of its slot."""

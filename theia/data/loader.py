@@ -38,6 +38,7 @@ class FeatureLoader:
     ) -> None:
         self.split = split
         self.sampler = sampler  # Lightning calls sampler.set_epoch
+        self.batch_sampler = None  # Lightning asks anything that has a sampler for it
         slots = max(1, workers) * _PREFETCH + HELD
         self._ring = [_allocate(split.fields, sampler.largest) for _ in range(slots)]
         # The ring is anonymous shared memory, which only a fork inherits; unlike /dev/shm, containers do not limit it.

@@ -42,7 +42,7 @@ class ExtractedSplit:
     skipped_list: Path
 
 
-def extract(config: ExtractConfig) -> list[ExtractedSplit]:
+def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
     """Runs teachers over images and stores what they give.
 
     Continues where an earlier run with the same options stopped, in units of shards. Several processes and nodes
@@ -52,7 +52,7 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit]:
         config: Options.
 
     Returns:
-        One record per split.
+        One record per split; ``None`` in all processes but the first, which speaks for them.
 
     Raises:
         ConfigError: If options do not fit together or the device is not there.
@@ -77,11 +77,11 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit]:
             f"Lightning Fabric refuses accelerator={config.accelerator!r}, devices={config.devices!r}, "
             f"num_nodes={config.num_nodes}, strategy={config.strategy!r}, precision={config.precision!r}: {error}"
         ) from error
-    splits: list[ExtractedSplit] = fabric.launch(partial(_run, config=config))
+    splits: list[ExtractedSplit] | None = fabric.launch(partial(_run, config=config))
     return splits
 
 
-def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit]:
+def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
     if processes.rank == 0 and config.accelerator == "auto" and fabric.device.type == "cpu":
         logger.warning("No GPU found: the teachers run on the CPU. Large ones take seconds per image there.")
@@ -104,7 +104,8 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit]:
     for group in groups:
         store_features(group, image_sets, writers, config, processes, fabric)
     processes.wait()
-    return processes.first(lambda: _finish(config, writers, image_sets))
+    splits = processes.first(lambda: _finish(config, writers, image_sets))
+    return splits if processes.rank == 0 else None
 
 
 def _begin(

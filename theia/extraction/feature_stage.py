@@ -54,7 +54,9 @@ def store_features(
         with Progress(label, total, shown=processes.rank == 0) as progress:
             for shard, names in shards.items():
                 chosen = {name: teachers[name] for name in names}
-                _store_shard(shard, chosen, writers[split], config, fabric, progress)
+                rows = _store_shard(shard, chosen, writers[split], config, fabric, progress)
+                # Images that could not be read are done, too.
+                progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
 
 def build_teacher(name: str, config: ExtractConfig) -> Teacher:
@@ -89,7 +91,7 @@ def _store_shard(
     config: ExtractConfig,
     fabric: Fabric,
     progress: Progress,
-) -> None:
+) -> int:
     images = writer.read_images(shard)
     rows = len(images.ids)
     row_bytes = sum(
@@ -107,6 +109,7 @@ def _store_shard(
                     _to_numpy(features.patches), None if features.cls is None else _to_numpy(features.cls)
                 )
             progress.advance(stop - start, row_bytes * (stop - start))
+    return rows
 
 
 def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fabric) -> TeacherFeatures:

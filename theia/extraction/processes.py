@@ -6,8 +6,10 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from theia.errors import TheiaError
+from theia.errors import ConfigError, TheiaError
 
 T = TypeVar("T")
 
@@ -17,6 +19,12 @@ _PATIENCE = timedelta(days=365)
 
 class Processes:
     """Rank, world size, and how the processes wait for each other.
+
+    Args:
+        fabric: Launched.
+
+    Raises:
+        ConfigError: If more processes were started than Fabric knows of: each would do all of the work.
 
     They talk over a gloo group of their own, whatever the device: it can wait without a timeout, and a process that
     dies closes its connections, so that the others stop at once instead of waiting for it.
@@ -29,6 +37,12 @@ class Processes:
     def __init__(self, fabric: Fabric) -> None:
         self.rank: int = fabric.global_rank
         self.world: int = fabric.world_size
+        for environment in (TorchElasticEnvironment, SLURMEnvironment):
+            if environment.detect() and (started := environment().world_size()) != self.world:
+                raise ConfigError(
+                    f"{started} processes were started, but Lightning Fabric was told of {self.world}. Give as "
+                    "--devices the processes on each node, and as --num_nodes the nodes."
+                )
         self._group: dist.ProcessGroup | None = None
         if self.world > 1:
             # torch's type allows for processes outside the group; this one holds all.

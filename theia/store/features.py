@@ -1,6 +1,6 @@
 """From a teacher's float32 features to what is stored: checked, converted, summed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ Float32 = NDArray[np.float32]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _INT8_MAX = 127
+_BLOCK_VALUES = 1 << 18
 
 
 def to_stored(
@@ -36,22 +37,26 @@ def to_stored(
     Raises:
         FeatureError: If a value is NaN, infinite, or beyond float16; names teacher, image and channel.
     """
-    columns: dict[str, NDArray[Any]] = {}
-    moments = Moments.zero(patches.shape[-1])
+    tokens = patches.reshape(-1, patches.shape[-1])
+    moments = Moments.zero(spec.channels)
+    stored: NDArray[Any] = np.empty(tokens.shape, np.int8) if dtype == "int8" else _to_float16(tokens)
+    columns = {"data": stored.reshape(patches.shape)}
     if dtype == "int8":
-        columns["data"], columns["scale"] = quantise(patches)
-    else:
-        columns["data"] = _to_float16(patches)
-    # One sample at a time stays in the cache.
-    for sample, values in enumerate(columns["data"]):
-        tokens = values.astype(np.float64)
-        if dtype == "int8":
-            tokens *= columns["scale"][sample, :, None]
-        moments += Moments.of(tokens)
-    cls_moments = None
-    if cls is not None:
-        columns["cls"] = _to_float16(cls)
-        cls_moments = Moments.of(columns["cls"])
+        columns["scale"] = np.empty(patches.shape[:2], np.float32)
+    # Infinities of both signs have no sum: that is found below, not worth a warning.
+    with np.errstate(invalid="ignore"):
+        for block in _blocks(*tokens.shape):
+            if dtype == "int8":
+                scale = columns["scale"].reshape(-1)[block]
+                stored[block], scale[:] = quantise(tokens[block])
+            values = torch.from_numpy(stored[block]).double().numpy()
+            if dtype == "int8":
+                values *= scale[:, None]
+            moments += Moments.of(values)
+        cls_moments = None
+        if cls is not None:
+            columns["cls"] = _to_float16(cls)
+            cls_moments = Moments.of(columns["cls"])
     # A sum is finite only if every value is: the check costs nothing until it fails.
     if not np.isfinite(moments.sum).all():
         _refuse(spec, ids, patches, "patch token", dtype)
@@ -60,20 +65,28 @@ def to_stored(
     return columns, moments, cls_moments
 
 
-def quantise(patches: Float32) -> tuple[NDArray[np.int8], Float32]:
+def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
     """int8 with one scale per token; a value is ``int8 * scale``, at most half a scale off.
 
     Args:
-        patches: Shape ``(b, N, C)``.
+        tokens: Shape ``(n, C)``.
 
     Returns:
-        int8 of the same shape, and float32 scales of shape ``(b, N)``, not finite where a token is not.
+        int8 of the same shape, and float32 scales of shape ``(n,)``; where a token is not finite, neither is its scale.
     """
-    scale = np.abs(patches).max(-1) / np.float32(_INT8_MAX)
-    # A token of zeros has scale 0 and stays zeros; one that is not finite is refused by its scale.
-    divisor = np.where((scale > 0) & np.isfinite(scale), scale, np.float32(1))
-    steps = np.rint(np.nan_to_num(patches / divisor[..., None]))
-    return steps.clip(-_INT8_MAX, _INT8_MAX).astype(np.int8), scale
+    scale = np.abs(tokens).max(1) / np.float32(_INT8_MAX)
+    # A token of zeros, or as good as zeros, becomes zeros; so does one that is not finite, but its scale tells.
+    usable = (scale >= np.finfo(np.float32).tiny) & np.isfinite(scale)
+    steps = tokens / np.where(usable, scale, np.float32(1))[:, None]
+    steps[~usable] = 0
+    np.rint(steps, out=steps)
+    return steps.astype(np.int8), scale
+
+
+def _blocks(tokens: int, channels: int) -> Iterator[slice]:
+    # What one step works on stays in the cache.
+    step = max(1, _BLOCK_VALUES // channels)
+    return (slice(start, start + step) for start in range(0, tokens, step))
 
 
 def _to_float16(values: Float32) -> NDArray[np.float16]:

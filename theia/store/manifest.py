@@ -121,9 +121,12 @@ def _set_to_plain(name: str, record: SetRecord) -> dict[str, Any]:
 
 
 def _split_from(values: dict[str, Any]) -> SplitRecord:
-    return SplitRecord(
-        image_set_from(values["images"]), {name: _set_from(part) for name, part in values["sets"].items()}
-    )
+    images = image_set_from(values["images"])
+    sets = {name: _set_from(part) for name, part in values["sets"].items()}
+    for name, record in sets.items():
+        if record.complete and [shard.index for shard in record.shards] != list(range(images.shard_count)):
+            raise ValueError(f"{name!r} is complete, but not all its shards are recorded")
+    return SplitRecord(images, sets)
 
 
 def _set_from(values: dict[str, Any]) -> SetRecord:

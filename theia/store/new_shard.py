@@ -48,15 +48,16 @@ class NewShard:
         self._temporary = temporary_path(path)
         encoded = encode(keys)
         datasets = {**datasets, KEY: (len(keys), Field(encoded.dtype, ()))}
+        self._file = -1
         try:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._datasets = _create(self._temporary, datasets, attributes)
                 self._file = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+            self.write(KEY, encoded)
         except BaseException:
-            self._temporary.unlink(missing_ok=True)
+            self._discard()
             raise
-        self.write(KEY, encoded)
 
     def __enter__(self) -> "NewShard":
         return self
@@ -64,8 +65,7 @@ class NewShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
-        self._temporary.unlink(missing_ok=True)
+        self._discard()
 
     def write(self, name: str, values: NDArray[Any], start: int = 0) -> None:
         """Writes rows of one dataset.
@@ -118,6 +118,11 @@ class NewShard:
         with writing(self.path):
             publish(self._temporary, self.path)
 
+    def _discard(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._temporary.unlink(missing_ok=True)
+
 
 def _create(
     path: Path, datasets: Mapping[str, tuple[int, Field]], attributes: Mapping[str, str | int]
@@ -135,6 +140,8 @@ def _allocate(file: h5py.File, name: str, rows: int, field: Field) -> Dataset:
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # The same features make the same bytes, whenever they are written.
+    plan.set_obj_track_times(False)
     dtype = field.dtype
     if dtype.kind == "S":
         dtype = h5py.string_dtype("utf-8", dtype.itemsize)

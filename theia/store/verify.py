@@ -167,7 +167,7 @@ def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Chec
         try:
             reason = _fault(layout, images, record)
         except StoreError as error:
-            yield Problem(path, str(error))
+            yield Problem(path, str(error).removeprefix(f"{path} "))
         else:
             if reason:
                 yield Problem(path, f"{reason}. Delete it and run its theia extract again.")
@@ -211,7 +211,7 @@ def _verify_statistics(layout: SetLayout) -> Iterator[Problem]:
     try:
         stored, computed = ChannelStatistics.load(path), set_statistics(layout)
     except StoreError as error:
-        yield Problem(path, str(error))
+        yield Problem(path, str(error).removeprefix(f"{path} "))
         return
     if not all(
         np.array_equal(getattr(stored, part.name), getattr(computed, part.name)) for part in fields(ChannelStatistics)

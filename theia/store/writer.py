@@ -198,6 +198,8 @@ class SplitWriter:
         Raises:
             StoreError: If shards are missing; names them.
         """
+        if not self._names:
+            raise StoreError("SplitWriter.finish() is for the process that called begin().")
         layouts = [self._layout(name) for name in self._names]
         check_whole(layouts, self._layout(IMAGE))
         finished = {layout.name: complete(layout) for layout in layouts}

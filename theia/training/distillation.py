@@ -14,7 +14,7 @@ from theia.models.distiller import Distiller
 from theia.models.student import Registers, Size, Student
 from theia.models.translators import TranslatorKind
 from theia.training import losses
-from theia.training.losses import Loss, feature_loss
+from theia.training.losses import LossKind, feature_loss
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
 from theia.types import FeatureBatch
@@ -74,7 +74,7 @@ class Distillation(L.LightningModule):
         depth: int | None = None,
         heads: int | None = None,
         translator: TranslatorKind = "cnn",
-        loss: Loss = "cosine_smooth_l1",
+        loss: LossKind = "cosine_smooth_l1",
         cosine_weight: float = 0.9,
         per_token: bool = False,
         teacher_weights: dict[str, float] | None = None,

@@ -1,0 +1,305 @@
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from small_store import (
+    CLS,
+    ODD,
+    UNREADABLE,
+    begin,
+    cls_token,
+    extract,
+    image,
+    image_set,
+    patches,
+    readable,
+    sample_id,
+    write_features,
+    write_images,
+)
+
+from theia.errors import FeatureError, ShapeError, StoreError
+from theia.store.schema import ImageSet, preprocessing_hash
+from theia.store.writer import SplitWriter
+from theia.types import TeacherSpec
+
+
+def shards(root: Path, name: str) -> list[Path]:
+    return sorted((root / "train" / name).glob("shard-*.h5"))
+
+
+def whole(root: Path, name: str, dataset: str) -> np.ndarray:
+    parts = []
+    for path in shards(root, name):
+        with h5py.File(path) as file:
+            parts.append(file[dataset][()])
+    return np.concatenate(parts)
+
+
+def test_h5py_reads_what_was_given(tmp_path: Path) -> None:
+    extract(tmp_path)
+    numbers = readable(image_set())
+    assert [key.decode() for key in whole(tmp_path, "image", "key")] == [sample_id(number) for number in numbers]
+    assert np.array_equal(whole(tmp_path, "image", "data"), np.stack([image(number) for number in numbers]))
+    assert whole(tmp_path, "image", "label").tolist() == [number % 2 for number in numbers]
+    for spec in (ODD, CLS):
+        given = np.stack([patches(spec, number) for number in numbers])
+        stored = whole(tmp_path, spec.name, "data")
+        assert stored.dtype == np.float16
+        assert np.array_equal(stored, given.astype(np.float16))
+    given = np.stack([cls_token(CLS, number) for number in numbers])
+    assert np.array_equal(whole(tmp_path, "with_cls", "cls"), given.astype(np.float16))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_datasets_are_contiguous_aligned_and_uncompressed(tmp_path: Path, dtype: str) -> None:
+    extract(tmp_path, dtype=dtype)
+    paths = list(tmp_path.rglob("*.h5"))
+    assert len(paths) == 9
+    for path in paths:
+        with h5py.File(path) as file:
+            assert file["data"].id.get_offset() % 4096 == 0
+            assert all(file[name].chunks is None and file[name].compression is None for name in file)
+
+
+def test_attributes_say_what_the_file_is(tmp_path: Path) -> None:
+    extract(tmp_path)
+    with h5py.File(shards(tmp_path, "odd")[1]) as file:
+        assert dict(file.attrs).items() >= {
+            "schema": 1, "split": "train", "set": "odd", "shard": 1, "rows": 3, "dtype": "float16", "weights": "none",
+            "revision": "1", "preprocessing_sha256": preprocessing_hash(ODD),
+        }.items()  # fmt: skip
+
+
+def test_unreadable_images_are_absent_and_listed(tmp_path: Path) -> None:
+    writer = extract(tmp_path)
+    assert writer.skipped() == [(sample_id(UNREADABLE), "truncated, or not an image")]
+    assert (tmp_path / "train/skipped.csv").read_text() == (
+        f'id,reason\n{sample_id(UNREADABLE)},"truncated, or not an image"\n'
+    )
+    assert [len(writer.read_images(index).ids) for index in range(3)] == [4, 3, 2]
+
+
+def test_ids_that_are_not_utf8_survive(tmp_path: Path) -> None:
+    writer = begin(tmp_path, listed=2)
+    ids = ["a\udce9.jpg", "b.jpg"]
+    writer.write_images(0, ids[:1], image(0)[None], None, [(ids[1], "bad \udcff")])
+    assert writer.read_images(0).ids == ids[:1]
+    assert writer.skipped() == [(ids[1], "bad \udcff")]
+
+
+def test_shard_without_readable_images(tmp_path: Path) -> None:
+    writer = begin(tmp_path, listed=UNREADABLE + 1, shard_size=UNREADABLE)
+    for index in range(2):
+        write_images(writer, image_set(UNREADABLE + 1, UNREADABLE), index)
+        for spec in (ODD, CLS):
+            write_features(writer, spec, index)
+    assert all(writer.has_shard(name, 1) for name in ("image", "odd", "with_cls"))
+    writer.finish()
+    with h5py.File(shards(tmp_path, "odd")[1]) as file:
+        assert file["data"].shape == (0, 100, 48)
+
+
+def test_images_are_read_back_in_slices(tmp_path: Path) -> None:
+    writer = extract(tmp_path)
+    shard = writer.read_images(0)
+    assert np.array_equal(shard.read(1, 3), np.stack([image(1), image(2)]))
+    assert shard.read(3, 99).shape == (1, 3, 8, 8)
+
+
+def test_int8_is_half_the_size_and_half_a_step_off_at_most(tmp_path: Path) -> None:
+    extract(tmp_path, dtype="int8")
+    given = np.stack([patches(ODD, number) for number in readable(image_set())])
+    stored, scale = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")
+    assert stored.dtype == np.int8
+    assert stored.nbytes == given.astype(np.float16).nbytes // 2
+    np.testing.assert_allclose(scale, np.abs(given).max(-1) / 127, rtol=1e-6)
+    error = np.abs(given.astype(np.float64) - stored * scale.astype(np.float64)[..., None])
+    assert (error <= scale[..., None] * 0.50001).all()
+
+
+def test_int8_keeps_tokens_of_zeros_and_values_beyond_float16(tmp_path: Path) -> None:
+    writer = begin(tmp_path, teachers=[ODD], dtype="int8", listed=1)
+    write_images(writer, image_set(1), 0)
+    given = np.zeros((1, 100, 48), np.float32)
+    given[0, 7] = 1e6
+    with writer.open_shard("odd", 0) as shard:
+        shard.append(given, None)
+    stored, scale = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")
+    np.testing.assert_allclose(stored * scale[..., None], given, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (7e4, "float16", r"70000 is beyond float16, .*Store this teacher as int8"),
+        (np.nan, "float16", "nan is not a finite number"),
+        (-np.inf, "float16", "-inf is not a finite number"),
+        (np.nan, "int8", "nan is not a finite number"),
+        (np.inf, "int8", "inf is not a finite number"),
+    ],
+)
+def test_value_that_cannot_be_stored_is_named(tmp_path: Path, value: float, dtype: str, message: str) -> None:
+    writer = begin(tmp_path, teachers=[ODD], dtype=dtype)
+    write_images(writer, image_set(), 0)
+    given = np.zeros((4, 100, 48), np.float32)
+    given[2, 11, 45] = value
+
+    def append() -> None:
+        with writer.open_shard("odd", 0) as shard:
+            shard.append(given, None)
+
+    with pytest.raises(FeatureError, match=rf"'odd', image 'café/2.jpg', patch token 11, channel 45: {message}"):
+        append()
+    assert not shards(tmp_path, "odd")
+
+
+def test_cls_token_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    writer = begin(tmp_path, dtype="int8")
+    write_images(writer, image_set(), 0)
+    cls = np.zeros((4, 7), np.float32)
+    cls[3, 6] = 1e5
+
+    def append() -> None:
+        with writer.open_shard("with_cls", 0) as shard:
+            shard.append(np.zeros((4, 6, 7), np.float32), cls)
+
+    with pytest.raises(FeatureError, match=r"'with_cls', image 'café/3.jpg', CLS token 0, channel 6: 100000 is beyond"):
+        append()
+
+
+def test_largest_float16_is_stored(tmp_path: Path) -> None:
+    writer = begin(tmp_path, teachers=[ODD], listed=1)
+    write_images(writer, image_set(1), 0)
+    with writer.open_shard("odd", 0) as shard:
+        # 65519 rounds down to the largest finite value, as IEEE 754 says.
+        shard.append(np.full((1, 100, 48), 65519, np.float32), None)
+    assert (whole(tmp_path, "odd", "data") == 65504).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "cls"), [((2, 100, 47), None), ((2, 99, 48), None), ((2, 100, 48), (2, 48)), ((5, 100, 48), None)]
+)
+def test_features_of_another_shape_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], cls: tuple[int, ...] | None
+) -> None:
+    writer = begin(tmp_path)
+    write_images(writer, image_set(), 0)
+
+    def append() -> None:
+        with writer.open_shard("odd", 0) as shard:
+            shard.append(np.zeros(shape, np.float32), None if cls is None else np.zeros(cls, np.float32))
+
+    with pytest.raises(FeatureError, match="'odd'"):
+        append()
+
+
+def test_shard_with_too_few_features_is_refused(tmp_path: Path) -> None:
+    writer = begin(tmp_path)
+    write_images(writer, image_set(), 0)
+
+    def append() -> None:
+        with writer.open_shard("odd", 0) as shard:
+            shard.append(np.zeros((3, 100, 48), np.float32), None)
+
+    with pytest.raises(FeatureError, match=r"3 images .* 4"):
+        append()
+    assert not shards(tmp_path, "odd")
+
+
+def test_image_shard_must_account_for_every_listed_image(tmp_path: Path) -> None:
+    writer = begin(tmp_path)
+    with pytest.raises(ShapeError, match="1 images and 1 skipped"):
+        writer.write_images(0, ["a"], image(0)[None], None, [("b", "bad")])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ids_sha256": "0"}, "list of image ids"),
+        ({"size": 16}, "size was 8, is 16"),
+        ({"resize": "center_crop"}, "resize was 'squash', is 'center_crop'"),
+        ({"shard_size": 5}, "shard_size was 4, is 5"),
+        ({"classes": None}, "classes was"),
+        ({"source": {"kind": "other"}}, "source.kind was 'test', is 'other'"),
+    ],
+)
+def test_other_images_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    extract(tmp_path)
+    with pytest.raises(StoreError, match=rf"{message}.*another --split or --store"):
+        SplitWriter(tmp_path, "train").begin(replace(image_set(), **changed), [ODD], "float16", {})
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "message"),
+    [
+        (replace(ODD, revision="2"), "float16", "revision was '1', is '2'"),
+        (replace(ODD, channels=64), "float16", "channels was 48, is 64"),
+        (replace(ODD, preprocessing={"size": 9}), "float16", "preprocessing.size was 8, is 9"),
+        (ODD, "int8", "dtype was 'float16', is 'int8'"),
+    ],
+)
+def test_another_teacher_of_the_same_name_is_refused(
+    tmp_path: Path, spec: TeacherSpec, dtype: str, message: str
+) -> None:
+    extract(tmp_path)
+    with pytest.raises(StoreError, match=rf"another 'odd': {message}.*delete .*odd to extract it anew"):
+        SplitWriter(tmp_path, "train").begin(image_set(), [spec], dtype, {})
+
+
+def test_tuples_in_a_spec_are_what_json_makes_of_them(tmp_path: Path) -> None:
+    spec = replace(ODD, preprocessing={"mean": (0.5, 0.5, 0.5)})
+    images = replace(image_set(), source={"kind": ("a", "b")})
+    for _ in range(2):
+        writer = SplitWriter(tmp_path, "train")
+        writer.begin(images, [spec], "float16", {})
+        write_images(writer, images, 0)
+    assert writer.has_shard("image", 0)
+
+
+def test_options_may_change_until_the_first_shard(tmp_path: Path) -> None:
+    begin(tmp_path)
+    other: ImageSet = replace(image_set(), size=16)
+    SplitWriter(tmp_path, "train").begin(other, [replace(ODD, channels=3)], "int8", {})
+
+
+def test_features_of_former_images_are_not_kept(tmp_path: Path) -> None:
+    extract(tmp_path)
+    for path in shards(tmp_path, "image"):
+        path.unlink()
+    writer = SplitWriter(tmp_path, "train")
+    images = replace(image_set(), resize="center_crop")
+    writer.begin(images, [ODD], "float16", {})
+    write_images(writer, images, 0)
+    assert not writer.has_shard("odd", 0)
+
+
+def test_folder_of_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(StoreError, match="not empty and not a feature store"):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["", "statistics", "a/b", "..", ".hidden"])
+def test_split_must_be_a_plain_name(tmp_path: Path, split: str) -> None:
+    with pytest.raises(StoreError, match="cannot be named"):
+        SplitWriter(tmp_path, split)
+
+
+def test_process_that_did_not_begin_writes_what_was_announced(tmp_path: Path) -> None:
+    begin(tmp_path)
+    other = SplitWriter(tmp_path, "train")
+    write_images(other, image_set(), 0)
+    assert other.has_shard("image", 0)
+    with pytest.raises(StoreError, match="no 'clip', only image, odd, with_cls"):
+        other.has_shard("clip", 0)
+    with pytest.raises(StoreError, match=r"begin\(\)"):
+        other.finish()
+
+
+def test_process_without_an_announced_split_is_told(tmp_path: Path) -> None:
+    begin(tmp_path)
+    with pytest.raises(StoreError, match="no split 'val' yet"):
+        SplitWriter(tmp_path, "val").has_shard("image", 0)

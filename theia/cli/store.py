@@ -1,0 +1,88 @@
+"""``theia store``: what is in a feature store, and whether all of it is whole."""
+
+import json
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from tabulate import tabulate
+from tqdm import tqdm
+
+from theia.extraction.progress import readable_bytes
+from theia.store.verify import Problem, SetSummary, describe
+from theia.store.verify import verify as verify_store
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``theia store info`` or ``theia store verify``.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        StoreError: If there is no store at the path.
+    """
+    description = "Say what is in a feature store, or check that all of it is whole."
+    return int(auto_cli([info, verify], args=argv, prog="theia store", description=description))
+
+
+def info(path: Path) -> int:
+    """Say what is in a feature store.
+
+    Args:
+        path: Folder of the store.
+    """
+    headers = ("set", "samples", "shards", "size", "grid x channels", "CLS", "stored as", "weights", "licence", "state")
+    for split in describe(path):
+        images = split.images
+        lines = [
+            f"{split.name}: {images.listed} images, {images.size}x{images.size} pixels ({images.resize})",
+            f"  from {json.dumps(dict(images.source))}",
+        ]
+        if images.classes is not None:
+            lines.append(f"  {len(images.classes)} classes")
+        if split.skipped:
+            lines.append(f"  {split.skipped} could not be read: {path / split.name / 'skipped.csv'}")
+        rows = [_row(part, images.size, images.shard_count) for part in split.sets]
+        # A revision may be a long digest.
+        widths = [None] * 7 + [36, 36, None]
+        print("\n".join([*lines, tabulate(rows, headers, maxcolwidths=widths), ""]))  # noqa: T201
+    return 0
+
+
+def verify(path: Path) -> int:
+    """Read every byte of a feature store and compare it with its checksums.
+
+    Args:
+        path: Folder of the store.
+
+    Returns:
+        1 if there is any problem.
+    """
+    files = problems = 0
+    total = sum(part.bytes for split in describe(path) for part in split.sets)
+    # On a terminal only: `disable=None` is tqdm's name for that.
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for event in verify_store(path):
+            if isinstance(event, Problem):
+                problems += 1
+                bar.write(f"{event.path}: {event.text}")
+            else:
+                files += 1
+                bar.update(event.bytes)
+    found = f"problems: {problems}" if problems else "all whole"
+    print(f"{path}: {files} shards, {readable_bytes(total)}, {found}.")  # noqa: T201
+    return 1 if problems else 0
+
+
+def _row(part: SetSummary, size: int, shards: int) -> tuple[str, ...]:
+    spec = part.spec
+    state = "complete" if part.complete else "unfinished"
+    there = (part.name, str(part.rows), f"{part.shards} of {shards}", readable_bytes(part.bytes))
+    if spec is None:
+        return (*there, f"{size}x{size} x 3", "", "uint8", "", "", state)
+    weights = spec.weights if spec.revision is None else f"{spec.weights} ({spec.revision})"
+    shape = f"{spec.grid_hw[0]}x{spec.grid_hw[1]} x {spec.channels}"
+    return (*there, shape, "yes" if spec.has_cls else "no", part.dtype or "", weights, spec.licence, state)
