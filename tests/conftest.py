@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_split() -> Callable[..., None]:
     """``make_split(root, split, rows, ...)`` writes one split; for tests that change a store."""
     return write_split
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_found() -> Iterator[None]:
+    """The command line sets up logging for a whole process; a test must not leave that to the next."""
+    logger = logging.getLogger("theia")
+    yield
+    logger.handlers, logger.propagate = [], True

@@ -43,7 +43,8 @@ def colour_basis(tokens: Array) -> ColourBasis:
     from sklearn.decomposition import PCA
 
     tokens = np.asarray(tokens, np.float64)
-    pca = PCA(n_components=min(3, *tokens.shape), svd_solver="full").fit(tokens)
+    with np.errstate(invalid="ignore"):  # constant tokens have no variance to explain
+        pca = PCA(n_components=min(3, *tokens.shape), svd_solver="full").fit(tokens)
     axes = np.zeros((3, tokens.shape[1]))
     axes[: len(pca.components_)] = pca.components_
     low, high = np.percentile((tokens - pca.mean_) @ axes.T, _RANGE_PERCENT, axis=0)

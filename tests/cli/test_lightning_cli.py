@@ -50,9 +50,7 @@ def test_metrics_are_logged_by_split_metric_and_teacher(run: Path) -> None:
     assert {"train/loss", "train/learning_rate", "train/images_per_s", "val/loss", "val/norm_entropy"} <= columns
 
 
-def test_test_writes_a_table_a_json_and_a_picture(
-    store: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_test_writes_a_table_a_json_and_a_picture(store: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = run / "checkpoints" / "best.ckpt"
 
     assert main(["test", *options(store, run, f"--ckpt_path={best}")]) == 0
@@ -140,13 +138,13 @@ def test_teachers_can_be_a_comma_separated_subset(store: Path, tmp_path: Path) -
 
 
 def test_a_store_without_validation_split_holds_out_training_images(
-    tmp_path: Path, make_split: object, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, make_split: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_split(tmp_path / "store", "train", 80)
 
     assert main(["fit", *options(tmp_path / "store", tmp_path / "run", "--data.holdout=0.1")]) == 0
 
-    assert "held out" in caplog.text
+    assert "held out" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_checkpoint(
@@ -167,13 +165,13 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_checkpoi
 
 
 def test_last_before_the_first_checkpoint_starts_a_run(
-    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
 
     assert main(["fit", *options(store, run, "--ckpt_path=last", "--trainer.max_steps=1")]) == 0
 
-    assert "training starts from the beginning" in caplog.text
+    assert "training starts from the beginning" in capsys.readouterr().err
     assert (run / "checkpoints" / "last.ckpt").exists()
 
 

@@ -110,9 +110,7 @@ def test_evaluation_covers_every_row_in_order(split: Split) -> None:
     assert list(np.concatenate([batch["rows"] for batch in copies(batches)])) == list(range(80))
 
 
-def test_a_shard_that_shrinks_while_it_is_read_is_an_error_with_its_name(
-    tmp_path: Path, make_split: object
-) -> None:
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error_with_its_name(tmp_path: Path, make_split: object) -> None:
     make_split(tmp_path, "train", 32)
     split = FeatureStore(tmp_path).open_split("train")
     shard = next((tmp_path / "train" / "alpha").glob("*.h5"))
@@ -129,5 +127,5 @@ def test_a_killed_worker_ends_the_iteration_with_an_error(split: Split) -> None:
     (worker,) = one._reader._iterator._workers
     os.kill(worker.pid, signal.SIGKILL)
 
-    with pytest.raises(RuntimeError, match="killed|exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"killed|exited unexpectedly"):
         list(iterator)

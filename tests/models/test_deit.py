@@ -146,10 +146,9 @@ def test_unreachable_hub_names_model_cause_and_alternative(monkeypatch):
 
 def test_pretrained_takes_weights_and_normalisation_of_the_hubs_model(monkeypatch):
     upstream = small_deit()
-    upstream.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: upstream)
     student = small_student("pretrained")
-    pixels = (images() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(
-        3, 1, 1
-    )
+    config = timm.models.get_pretrained_cfg("deit_tiny_patch16_224")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    pixels = (images() / 255 - mean) / std
     torch.testing.assert_close(student(images()).patches, upstream.forward_features(pixels)[:, 1:])

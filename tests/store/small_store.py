@@ -63,11 +63,15 @@ def cls_token(spec: TeacherSpec, number: int) -> NDArray[np.float32]:
 
 
 def begin(
-    root: Path, split: str = "train", teachers: Sequence[TeacherSpec] = (ODD, CLS), **kwargs: object
+    root: Path,
+    split: str = "train",
+    teachers: Sequence[TeacherSpec] = (ODD, CLS),
+    dtype: FeatureDtype = "float16",
+    listed: int = 10,
+    shard_size: int = 4,
 ) -> SplitWriter:
     writer = SplitWriter(root, split)
-    dtype: FeatureDtype = kwargs.pop("dtype", "float16")  # type: ignore[assignment]
-    writer.begin(image_set(**kwargs), teachers, dtype, {"device": "cpu"})  # type: ignore[arg-type]
+    writer.begin(image_set(listed, shard_size), teachers, dtype, {"device": "cpu"})
     return writer
 
 
@@ -95,12 +99,16 @@ def write_features(writer: SplitWriter, spec: TeacherSpec, index: int, batch: in
 
 
 def extract(
-    root: Path, split: str = "train", teachers: Sequence[TeacherSpec] = (ODD, CLS), **kwargs: object
+    root: Path,
+    split: str = "train",
+    teachers: Sequence[TeacherSpec] = (ODD, CLS),
+    dtype: FeatureDtype = "float16",
+    listed: int = 10,
+    shard_size: int = 4,
 ) -> SplitWriter:
     """What ``theia extract`` does with a store, and does again after an interruption."""
-    writer = begin(root, split, teachers, **kwargs)
-    kwargs.pop("dtype", None)
-    images = image_set(**kwargs)  # type: ignore[arg-type]
+    writer = begin(root, split, teachers, dtype, listed, shard_size)
+    images = image_set(listed, shard_size)
     for index in range(images.shard_count):
         if not writer.has_shard("image", index):
             write_images(writer, images, index)

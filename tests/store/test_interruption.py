@@ -29,6 +29,7 @@ def test_same_extraction_gives_same_bytes(tmp_path: Path, uninterrupted: dict[st
     assert contents(tmp_path / "again") == uninterrupted
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
     def small(root: Path) -> None:
         extract(root, teachers=[CLS], listed=7)
@@ -202,18 +203,6 @@ def test_full_disk_is_told_and_damages_nothing(
     extract(tmp_path / "other", teachers=[CLS])
     extract(tmp_path / "other")
     assert contents(root) == contents(tmp_path / "other")
-
-
-def test_full_disk_in_hdf5_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = begin(tmp_path)
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        # The text of h5py 3.16 on a full disk.
-        raise OSError("[Errno 28] Can't write data (file write failed: ... error message = 'No space left on device')")
-
-    monkeypatch.setattr("theia.store.new_shard.h5py.File", full)
-    with pytest.raises(StoreError, match="Disk full"):
-        write_images(writer, image_set(), 0)
 
 
 def test_file_size_limit_is_told(tmp_path: Path) -> None:

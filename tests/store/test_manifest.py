@@ -1,11 +1,12 @@
 import json
 import os
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_store import CLS, ODD, begin, extract, in_child
+from small_store import CLS, ODD, begin, extract
 
 from theia.errors import StoreError
 from theia.store.manifest import edit_manifest, read_manifest, write_manifest
@@ -80,7 +81,7 @@ def test_jobs_on_one_store_take_turns(tmp_path: Path) -> None:
         with edit_manifest(tmp_path):
             os.write(write, b".")
             # Long enough for the parent to lose its turn, were there none.
-            in_child(lambda: __import__("time").sleep(0.3))
+            time.sleep(0.3)
         os._exit(0)
     os.read(read, 1)
     begin(tmp_path, split="val")

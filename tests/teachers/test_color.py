@@ -1,9 +1,9 @@
 import pytest
 import torch
-from theia_teachers.color import Color
 from torch import Tensor
 
 from theia.teacher import check_features
+from theia_teachers.color import Color
 
 
 def constant(red: int, green: int, blue: int, size: int = 224) -> Tensor:

@@ -3,10 +3,10 @@ import pytest
 import skimage.data
 import torch
 from skimage.feature import hog
-from theia_teachers.hog import HOG
 from torch import Tensor
 
 from theia.teacher import check_features
+from theia_teachers.hog import HOG
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from segment_anything import sam_model_registry
 from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
-from theia_teachers.sam import SAM
 from torch import Tensor
 
 from theia.errors import ConfigError, WeightsError
 from theia.teacher import check_features
+from theia_teachers.sam import SAM
 
 SMALL = {"depth": 8, "width": 8, "heads": 1}
 

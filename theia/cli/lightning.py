@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: The command and its options.
     """
+    _quieten()
     TheiaCLI(
         Distillation,
         FeatureDataModule,
@@ -170,6 +172,14 @@ def main(argv: Sequence[str]) -> int:
         load_from_checkpoint_support=False,
     )
     return 0
+
+
+def _quieten() -> None:
+    """Drops advertisements and deprecation notes that are about the libraries' own insides."""
+    warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(cli|utilities\._pytree)")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda line: "litlogger" not in line.getMessage()
+    )
 
 
 def _configs() -> str:

@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(arguments[:1]).command
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("theia").setLevel(logging.INFO)
+    _log_to_stderr()
     name = COMMANDS[command][0]
     try:
         module = _import(name)
@@ -60,6 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     for command, (_, line) in COMMANDS.items():
         commands.add_parser(command, help=line, add_help=False)
     return parser
+
+
+def _log_to_stderr() -> None:
+    # Not to the root logger: Lightning and TensorBoard bring handlers of their own, and each line would come twice.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("theia")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _import(name: str) -> ModuleType:

@@ -135,8 +135,8 @@ class FeatureDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where the training loader is; part of every checkpoint.
 
-        Lightning would keep a loader's state by itself, but gives it back only to a loader that did not exist before the
-        checkpoint was read, and computing the number of steps makes it exist.
+        Lightning would keep a loader's state by itself, but gives it back only to a loader that did not exist before
+        the checkpoint was read, and computing the number of steps makes it exist.
         """
         return {} if self._training_loader is None else self._training_loader.state_dict()
 

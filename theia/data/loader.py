@@ -33,9 +33,7 @@ class FeatureLoader:
         workers: Reading processes; 0 reads in this process.
     """
 
-    def __init__(
-        self, split: Split, sampler: TrainingSampler | EvaluationSampler, workers: int
-    ) -> None:
+    def __init__(self, split: Split, sampler: TrainingSampler | EvaluationSampler, workers: int) -> None:
         self.split = split
         self.sampler = sampler  # Lightning calls sampler.set_epoch
         self.batch_sampler = None  # Lightning asks anything that has a sampler for it

@@ -19,7 +19,10 @@ from theia.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
-LAYER_NORM_EPS = 1e-6  # with which DeiT was trained
+# With which every DeiT was trained.
+LAYER_NORM_EPS = 1e-6
+PIXEL_MEAN = IMAGENET_DEFAULT_MEAN
+PIXEL_STD = IMAGENET_DEFAULT_STD
 
 _HEAD = ("head.weight", "head.bias")  # the classifier: of no use to a student
 _LOCAL_HINT = "A timm DeiT checkpoint on disk works too: weights=PATH (.safetensors or .pth)."
@@ -27,19 +30,15 @@ _LOCAL_HINT = "A timm DeiT checkpoint on disk works too: weights=PATH (.safetens
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Parameters under timm's names, and the normalisation of the images that they were trained on.
+    """Parameters under timm's names.
 
     Attributes:
         origin: Where they come from, for messages.
         parameters: Tensors by name; one CLS token, no registers, a square grid of positions.
-        mean: Per channel, of values in 0..1.
-        std: Per channel.
     """
 
     origin: str
     parameters: Mapping[str, Tensor]
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
 
 def fetch(size: str) -> PretrainedWeights:
@@ -59,12 +58,11 @@ def fetch(size: str) -> PretrainedWeights:
         raise WeightsError(
             f"Cannot get the weights of {name!r} from timm's hub: {type(error).__name__}: {error}. {_LOCAL_HINT}"
         ) from error
-    config = model.pretrained_cfg
-    return PretrainedWeights(name, model.state_dict(), tuple(config["mean"]), tuple(config["std"]))
+    return PretrainedWeights(name, model.state_dict())
 
 
 def read(path: str | Path) -> PretrainedWeights:
-    """Weights from a timm DeiT checkpoint; all DeiT models take ImageNet's mean and standard deviation.
+    """Weights from a timm DeiT checkpoint.
 
     Args:
         path: A ``.safetensors`` or torch file. Torch files are read without executing what they may contain.

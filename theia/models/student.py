@@ -58,6 +58,7 @@ class Student(nn.Module):
         weights: ``"scratch"``, ``"pretrained"`` (DeiT from timm's hub) or the path of a timm DeiT checkpoint.
             Pretrained weights bring their input normalisation and their layer-norm epsilon, 1e-6; from
             scratch it is mean and standard deviation 0.5, and 1e-12.
+        load_weights: Whether to load them now; not for a student whose state a checkpoint is about to bring.
         width: Overrides the width of ``size``; for small experiments, as the next two.
         depth: Overrides the number of blocks.
         heads: Overrides the number of attention heads.
@@ -80,6 +81,7 @@ class Student(nn.Module):
         image_size: int = 224,
         registers: Registers = 1,
         weights: str = "scratch",
+        load_weights: bool = True,
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
@@ -117,13 +119,22 @@ class Student(nn.Module):
             norm_layer=partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else deit.LAYER_NORM_EPS),
         )
         _initialise(self.vit)
-        mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-        if not scratch:
-            source = deit.fetch(size) if weights == "pretrained" else deit.read(weights)
-            deit.copy_into(self.vit, source)
-            mean, std = source.mean, source.std
+        mean, std = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if scratch else (deit.PIXEL_MEAN, deit.PIXEL_STD)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
+        self._size, self._weights = size, weights
+        if load_weights:
+            self.load_weights()
+
+    def load_weights(self) -> None:
+        """Starts from the pretrained weights that the constructor was given; from scratch there is nothing to do.
+
+        Raises:
+            WeightsError: If they cannot be had or do not fit.
+        """
+        if self._weights != "scratch":
+            pretrained = self._weights == "pretrained"
+            deit.copy_into(self.vit, deit.fetch(self._size) if pretrained else deit.read(self._weights))
 
     def forward(self, images: Tensor) -> StudentTokens:
         """Tokens of a batch.

@@ -13,7 +13,6 @@ from theia.errors import StoreError
 
 _SUFFIX = ".tmp"
 _HOST = socket.gethostname().replace("~", "-")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Whether a writer on another host lives cannot be asked; it touches its file with every batch.
 _ABANDONED_SECONDS = 6 * 3600.0
@@ -28,6 +27,8 @@ def remove_stale(folder: Path) -> None:
     """Removes temporary files of writers that are dead from one folder."""
     for path in folder.glob(f".*~*~*{_SUFFIX}"):
         _, host, pid = path.name.removesuffix(_SUFFIX).rsplit("~", 2)
+        if not pid.isdecimal():
+            continue
         # A file that its writer renames or removes meanwhile is no concern of ours.
         try:
             if _is_dead(int(pid)) if host == _HOST else time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
@@ -88,10 +89,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    # h5py reports a failed close as RuntimeError.
-    except (OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
-        if number in _FULL or any(os.strerror(code) in str(error) for code in _FULL):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 f"Disk full while writing {path}. Whole shards are kept: free space and run the same command again."
             ) from error
@@ -107,5 +106,5 @@ def _is_dead(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass  # It lives, and is another user's.
     return False

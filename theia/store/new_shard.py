@@ -4,6 +4,7 @@ Every dataset is contiguous, so that a row is a range of bytes: it is written wi
 through h5py; a full disk is a plain OSError, and no HDF5 handle is open while a teacher computes.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,12 +49,17 @@ class NewShard:
         self._temporary = temporary_path(path)
         encoded = encode(keys)
         datasets = {**datasets, KEY: (len(keys), Field(encoded.dtype, ()))}
+        structure = _Structure()
+        self._datasets = structure.describe(datasets, attributes)
         self._file = -1
         try:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._datasets = _create(self._temporary, datasets, attributes)
-                self._file = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC)
+                self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            for offset, piece in structure.pieces.items():
+                self._write_bytes(memoryview(piece), offset)
+            with writing(path):
+                os.ftruncate(self._file, structure.size)
             self.write(KEY, encoded)
         except BaseException:
             self._discard()
@@ -85,12 +91,7 @@ class NewShard:
                 f"{self.path}: rows {start} to {start + len(values)} of {values.shape[1:]} {values.dtype} do not fit "
                 f"into /{name}, {dataset.rows} rows of {field.shape} {field.dtype}."
             )
-        view = as_bytes(np.ascontiguousarray(values))
-        offset = dataset.offset + start * field.row_bytes
-        with writing(self.path):
-            while view:
-                written = os.pwrite(self._file, view, offset)
-                view, offset = view[written:], offset + written
+        self._write_bytes(as_bytes(np.ascontiguousarray(values)), dataset.offset + start * field.row_bytes)
 
     def write_samples(self, columns: Mapping[str, NDArray[Any]], start: int = 0) -> None:
         """Writes everything about some samples, and their checksums.
@@ -118,21 +119,65 @@ class NewShard:
         with writing(self.path):
             publish(self._temporary, self.path)
 
+    def _write_bytes(self, view: memoryview, offset: int) -> None:
+        with writing(self.path):
+            while view:
+                written = os.pwrite(self._file, view, offset)
+                view, offset = view[written:], offset + written
+
     def _discard(self) -> None:
         if self._file >= 0:
             os.close(self._file)
         self._temporary.unlink(missing_ok=True)
 
 
-def _create(
-    path: Path, datasets: Mapping[str, tuple[int, Field]], attributes: Mapping[str, str | int]
-) -> dict[str, Dataset]:
-    with h5py.File(
-        path, "w", locking=False, alignment_threshold=1, alignment_interval=_ALIGNMENT, track_order=False
-    ) as file:
-        for name, value in attributes.items():
-            file.attrs[name] = value
-        return {name: _allocate(file, name, rows, field) for name, (rows, field) in datasets.items()}
+class _Structure(io.RawIOBase):
+    """A file in which h5py lays out a shard without its values.
+
+    HDF5 that fails to write cannot close its file any more, and gives the space back only when the process ends: so
+    it writes to memory, and what it wrote is brought to disk by us.
+
+    Attributes:
+        pieces: What was written, by offset.
+        size: Length of the file.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, bytes] = {}
+        self.size = 0
+        self._position = 0
+
+    def describe(
+        self, datasets: Mapping[str, tuple[int, Field]], attributes: Mapping[str, str | int]
+    ) -> dict[str, Dataset]:
+        """Lays out datasets and attributes."""
+        alignment = {"alignment_threshold": 1, "alignment_interval": _ALIGNMENT}
+        with h5py.File(self, "w", track_order=False, **alignment) as file:
+            for name, value in attributes.items():
+                file.attrs[name] = value
+            return {name: _allocate(file, name, rows, field) for name, (rows, field) in datasets.items()}
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (self.size if whence == os.SEEK_END else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, content: Any) -> int:
+        # In the order of writing: where pieces overlap, the last one counts.
+        self.pieces.pop(self._position, None)
+        self.pieces[self._position] = bytes(content)
+        self._position += len(content)
+        self.size = max(self.size, self._position)
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._position if size is None else size
+        return self.size
 
 
 def _allocate(file: h5py.File, name: str, rows: int, field: Field) -> Dataset:
@@ -147,4 +192,4 @@ def _allocate(file: h5py.File, name: str, rows: int, field: Field) -> Dataset:
         dtype = h5py.string_dtype("utf-8", dtype.itemsize)
     kind = h5py.h5t.py_create(dtype, logical=True)
     space = h5py.h5s.create_simple((rows, *field.shape))
-    return locate(h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, plan)))
+    return locate(h5py.h5d.create(file.id, name.encode(), kind, space, plan))

@@ -97,7 +97,7 @@ def read_shard(path: Path) -> Shard:
     try:
         with h5py.File(path, "r", locking=False) as file:
             attributes = dict(file.attrs)
-            datasets = {name: locate(file[name]) for name in file}
+            datasets = {name: locate(h5py.h5d.open(file.id, name.encode())) for name in file}
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing. Run the theia extract that made the store again.") from error
     # A damaged structure surfaces in h5py as any of these.
@@ -146,19 +146,19 @@ def decode(texts: NDArray[np.bytes_]) -> list[str]:
     return [text.decode("utf-8", "surrogateescape") for text in texts.tolist()]
 
 
-def locate(dataset: h5py.Dataset) -> Dataset:
+def locate(dataset: h5py.h5d.DatasetID) -> Dataset:
     """Where a dataset lies in its file.
 
     Raises:
         ValueError: If it is not contiguous.
     """
     rows, *shape = dataset.shape
-    offset = dataset.id.get_offset()
-    if offset is None and dataset.size:
-        raise ValueError(f"/{dataset.name} is not contiguous")
+    offset = dataset.get_offset()
     # h5py's string types carry metadata that numpy's do not.
-    dtype = np.dtype(dataset.dtype.str)
-    return Dataset(offset or 0, Field(dtype, tuple(shape)), rows)
+    field = Field(np.dtype(dataset.dtype.str), tuple(shape))
+    if offset is None and rows * field.row_bytes:
+        raise ValueError("a dataset is not contiguous")
+    return Dataset(offset or 0, field, rows)
 
 
 def _read_whole(file: int, values: NDArray[Any], offset: int) -> int:

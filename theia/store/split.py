@@ -146,11 +146,11 @@ class Split:
             buffer.dtype != field.dtype
             or buffer.shape[1:] != field.shape
             or len(buffer) < rows
-            or not buffer.flags.c_contiguous
+            or not buffer.flags.carray
         ):
             raise ShapeError(
-                f"Buffer of {name!r} is {buffer.dtype} {buffer.shape}; needed is C-contiguous {field.dtype} of "
-                f"at least {rows} rows of {field.shape}. Make it with Split.allocate()."
+                f"Buffer of {name!r} is {buffer.dtype} {buffer.shape}; needed is writable, C-contiguous {field.dtype} "
+                f"of at least {rows} rows of {field.shape}. Make it with Split.allocate()."
             )
         return column
 

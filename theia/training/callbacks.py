@@ -43,7 +43,7 @@ class LastCheckpoint(L.Callback):
         self._saved_step = trainer.global_step
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)  # a temporary file, then a rename
+        trainer.save_checkpoint(self.path, weights_only=False)  # a temporary file, then a rename
         self._saved_step = trainer.global_step
 
 

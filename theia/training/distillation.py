@@ -90,7 +90,14 @@ class Distillation(L.LightningModule):
         if not 0 <= warmup < 1:
             raise ConfigError(f"model.warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
         student = Student(
-            size, image_size=image_size, registers=registers, weights=weights, width=width, depth=depth, heads=heads
+            size,
+            image_size=image_size,
+            registers=registers,
+            weights=weights,
+            load_weights=False,  # in setup, as a checkpoint makes them needless
+            width=width,
+            depth=depth,
+            heads=heads,
         )
         self.distiller = Distiller(student, teachers, translator=translator, distill_cls=distill_cls)
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
@@ -101,13 +108,16 @@ class Distillation(L.LightningModule):
         self.held_out_loss = MetricCollection({name: SampleMean(self.loss) for name in teachers}, compute_groups=False)
         self.norm_entropy = NormEntropy()
         self._first_bad_step: dict[str, Tensor] = {}
+        self._prepared = False
 
-    def setup(self, stage: str) -> None:
-        """Takes the statistics of the features from the data; a checkpoint's own replace them when it is loaded."""
-        data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
-        for name, values in data.statistics().items():
-            self.distiller.set_statistics(name, values.mean, values.std, values.cls_mean, values.cls_std)
+    def on_fit_start(self) -> None:
+        """Makes a new model ready; so does the start of a validation or test of one."""
         self._first_bad_step = {}
+        self._prepare()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that pretrained weights and statistics come from a checkpoint."""
+        self._prepared = True
 
     def configure_optimizers(self) -> Any:
         """AdamW with a linear warm-up, then a constant learning rate."""
@@ -162,11 +172,26 @@ class Distillation(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """No weights are scored, or called the best, whose loss was not finite."""
+        self._prepare()
         self._stop_if_bad()
+
+    def on_test_start(self) -> None:
+        """Makes a new model ready."""
+        self._prepare()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """No checkpoint is overwritten with weights whose loss was not finite."""
         self._stop_if_bad()
+
+    def _prepare(self) -> None:
+        """Takes pretrained weights from their source and statistics from the data, unless a checkpoint brought both."""
+        if self._prepared:
+            return
+        self.distiller.student.load_weights()
+        data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name, values in data.statistics().items():
+            self.distiller.set_statistics(name, values.mean, values.std, values.cls_mean, values.cls_std)
+        self._prepared = True
 
     def _target(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))

@@ -1,0 +1,121 @@
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+
+from theia.data.datamodule import FeatureDataModule
+from theia.errors import ConfigError
+from theia.training.distillation import Distillation
+from theia.training.losses import cosine_loss, smooth_l1_loss
+
+SMALL = {"image_size": 32, "width": 16, "depth": 1, "heads": 2}
+
+
+def fit(store: Path, data: dict[str, Any] | None = None, epochs: int = 1, **options: Any) -> Distillation:
+    L.seed_everything(0)
+    module = FeatureDataModule(str(store), batch_size=16, workers=0, **(data or {}))
+    model = Distillation(module.teacher_shapes, **{**SMALL, **options})
+    trainer(max_epochs=epochs).fit(model, module)
+    return model
+
+
+def trainer(**options: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(store: Path) -> None:
+    data = FeatureDataModule(str(store), batch_size=80, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL)
+    L_trainer = trainer(max_epochs=1, limit_val_batches=0)
+    L_trainer.fit(model, data)
+    batch = next(iter(FeatureDataModule(str(store), batch_size=80, workers=0).train_dataloader()))
+    _, predictions, _ = model.distiller(batch.images)
+    expected = 0.0
+    for name, prediction in predictions.items():
+        raw = batch.patches[name].double()  # the whole training split, so its own statistics are the store's
+        target = (raw - raw.mean((0, 1))) / raw.std((0, 1), correction=0)
+        expected += float(0.9 * cosine_loss(prediction, target) + 0.1 * smooth_l1_loss(prediction, target)) / 2
+
+    model.trainer = L_trainer
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+
+    assert float(model.training_step(batch, 0)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "mse"}, {"per_token": True}, {"translator": "linear"}, {"registers": 0}, {"registers": 4},
+        {"distill_cls": True}, {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
+        {"scale_learning_rate": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_every_ablation_trains_and_learns(store: Path, options: dict[str, Any]) -> None:
+    # Scaled, the learning rate is that of a batch of 16: an eighth.
+    rate = 8e-2 if "scale_learning_rate" in options else 1e-2
+    model = fit(store, epochs=6, learning_rate=rate, **options)
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    untrained = Distillation(data.teacher_shapes, **{**SMALL, **options})
+
+    before, after = (trainer().test(each, data, verbose=False)[0]["test/loss"] for each in (untrained, model))
+
+    assert after < 0.98 * before
+
+
+def test_int8_features_are_scaled_back(tmp_path: Path, store: Path, make_split: Any) -> None:
+    for split, rows in (("train", 80), ("val", 20)):
+        make_split(tmp_path / "int8", split, rows, "int8")
+
+    exact, rounded = (fit(root, learning_rate=1e-2) for root in (store, tmp_path / "int8"))
+
+    for name, value in exact.state_dict().items():
+        torch.testing.assert_close(rounded.state_dict()[name], value, rtol=0.1, atol=0.05)
+
+
+def test_weights_for_an_unknown_teacher_are_refused() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+
+    with pytest.raises(ConfigError, match="gamma"):
+        Distillation(shapes, **SMALL, teacher_weights={"gamma": 1.0})
+
+
+def test_the_learning_rate_rises_from_a_hundredth_over_the_warm_up(store: Path) -> None:
+    class Rates(L.Callback):
+        seen: list[float]
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    rates.seen = []
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL, learning_rate=1e-3, warmup=0.4)
+    trainer(max_epochs=2, callbacks=[rates]).fit(model, data)
+
+    assert rates.seen == pytest.approx([1e-5, 2.575e-4, 5.05e-4, 7.525e-4] + [1e-3] * 6)
+
+
+def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(store: Path, tmp_path: Path) -> None:
+    deit = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
+    weights = tmp_path / "deit.pth"
+    torch.save(deit.state_dict(), weights)
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL, weights=str(weights), learning_rate=0.0)
+    one = trainer(max_epochs=1)
+    one.fit(model, data)
+    one.save_checkpoint(tmp_path / "run.ckpt")
+    weights.unlink()
+    later = Distillation(data.teacher_shapes, **SMALL, weights=str(weights))
+
+    trainer().test(later, data, ckpt_path=tmp_path / "run.ckpt", verbose=False)
+
+    torch.testing.assert_close(later.distiller.student.vit.patch_embed.proj.weight, deit.patch_embed.proj.weight)
