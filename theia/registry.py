@@ -8,15 +8,17 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from torch import nn
+
 from theia.errors import PluginError, TheiaError, UnknownTeacherError
 from theia.teacher import Teacher
 from theia.types import TeacherSpec
 
 GROUP = "theia.teachers"
 
-# A name is a folder in a store and a prefix of options.
+# A name is a folder in a store, beside that of the images, a prefix of options, and a key of torch's ModuleDict.
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_RESERVED = frozenset({"image"})
+_RESERVED = frozenset({"image", "training", *dir(nn.ModuleDict)})
 
 
 def names() -> list[str]:
@@ -93,14 +95,14 @@ def _load(point: EntryPoint) -> type[Teacher]:
     spec = getattr(teacher, "spec", None)
     if not (isinstance(teacher, type) and issubclass(teacher, Teacher)):
         reason = "is not a subclass of theia.Teacher"
-    elif inspect.isabstract(teacher):
-        reason = "does not implement forward()"
     elif not isinstance(spec, TeacherSpec):
         reason = "has no class attribute 'spec' of type theia.types.TeacherSpec"
     elif spec.name != point.name:
         reason = f"has a spec named {spec.name!r}, but its entry point is named {point.name!r}"
+    elif inspect.isabstract(teacher):
+        reason = "does not implement forward()"
     elif not _NAME.fullmatch(point.name) or point.name in _RESERVED:
-        reason = f"must have another name: lower-case letters, digits and '_', and not {', '.join(sorted(_RESERVED))}"
+        reason = "needs another name: of lower-case letters, digits and '_', and none that Theia or torch uses itself"
     else:
         return teacher
     raise PluginError(f"Teacher {point.name!r} of {_origin(point)} ({point.value}) {reason}.")

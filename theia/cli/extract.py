@@ -58,8 +58,8 @@ def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:
     lines = [tabulate(rows, ("split", "images stored", "skipped"))]
     lines += [f"Skipped images and reasons: {part.skipped_list}" for part in splits if part.skipped]
     lines.append(
-        f"Next: theia fit --config configs/cdiv_tiny.yaml --data.store {shlex.quote(str(config.store))} "
-        f"--data.teachers {','.join(config.teacher_names)}"
+        f"Next: theia fit --config CONFIG --data.store {shlex.quote(str(config.store))} "
+        f"--data.teachers {','.join(config.teacher_names)}   (CONFIG: one of configs/*.yaml, or your own)"
     )
     return "\n".join(lines)
 

@@ -24,6 +24,8 @@ from theia.version import __version__
 
 logger = logging.getLogger(__name__)
 
+_STUDENT_PATCH = 16  # pixels; the store itself takes any size
+
 
 @dataclass(frozen=True)
 class ExtractedSplit:
@@ -85,6 +87,12 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
     if processes.rank == 0 and config.accelerator == "auto" and fabric.device.type == "cpu":
         logger.warning("No GPU found: the teachers run on the CPU. Large ones take seconds per image there.")
+    if processes.rank == 0 and config.size % _STUDENT_PATCH:
+        logger.warning(
+            "--size %d is not a multiple of %d, the student's patch: 'theia fit' will refuse these images.",
+            config.size,
+            _STUDENT_PATCH,
+        )
     writers = {split: SplitWriter(config.store, split) for split in config.locations}
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(

@@ -48,26 +48,33 @@ class LastCheckpoint(L.Callback):
 
 
 class Throughput(L.Callback):
-    """Logs ``train/images_per_s`` over all processes, from the wall time between two logged steps."""
+    """Logs ``train/images_per_s`` over all processes and shows the minutes left, by the time between logged steps."""
 
     def __init__(self) -> None:
         self._images = 0
+        self._first_step = 0
         self._since: float | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Starts the clock at the first step and after a validation."""
         if self._since is None:
-            self._images, self._since = 0, time.perf_counter()
+            self._images, self._first_step, self._since = 0, trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: FeatureBatch, batch_idx: int
     ) -> None:
         """Logs on the steps that log anyway."""
         self._images += len(batch.images) * trainer.world_size
-        if self._since is not None and (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            rate = self._images / (time.perf_counter() - self._since)
-            pl_module.log("train/images_per_s", rate, prog_bar=True, rank_zero_only=True)
-            self._since = None
+        steps = trainer.global_step - self._first_step
+        if self._since is None or not steps or (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        seconds = time.perf_counter() - self._since
+        steps_left = trainer.estimated_stepping_batches - trainer.global_step
+        pl_module.log("train/images_per_s", self._images / seconds, prog_bar=True, rank_zero_only=True)
+        pl_module.log(
+            "minutes_left", steps_left * seconds / steps / 60, prog_bar=True, logger=False, rank_zero_only=True
+        )
+        self._since = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock."""

@@ -1,0 +1,92 @@
+"""The README's tutorial, installed and used as a stranger would: a class of 30 lines in a distribution of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+README = Path(__file__).parents[1] / "README.md"
+STUDENT = ["--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=4", "--data.workers=0"]
+
+
+def tutorial() -> dict[str, str]:
+    """Python module and packaging file: the first two blocks of code below 'Adding a teacher', by language."""
+    _, heading, section = re.split(r"^(#+ Adding a teacher)$", README.read_text(), maxsplit=1, flags=re.MULTILINE)
+    blocks = re.findall(r"^```(python|toml)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[:2]
+    assert [language for language, _ in blocks] == ["python", "toml"], heading
+    return dict(blocks)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pip installed the tutorial's distribution into; outside the environment of the tests."""
+    project, site = tmp_path_factory.mktemp("edges"), tmp_path_factory.mktemp("site")
+    blocks = tutorial()
+    (project / "theia_edges.py").write_text(blocks["python"])
+    (project / "pyproject.toml").write_text(blocks["toml"])
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    run([*pip, "--quiet", "--disable-pip-version-check", f"--target={site}", str(project)], site)
+    return site
+
+
+def run(command: list[str], site: Path) -> str:
+    """Output of a command that finds what is installed in ``site``."""
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def theia(site: Path, *arguments: str) -> str:
+    return run([sys.executable, "-m", "theia", *arguments], site)
+
+
+@pytest.fixture(scope="module")
+def store(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the plugin gives for a few photographs."""
+    store = tmp_path_factory.mktemp("stores") / "edges"
+    theia(
+        site, "extract", "--teachers=edges", "--images.train=sample:12", "--images.val=sample:4", f"--store={store}",
+        "--size=64", "--workers=0", "--accelerator=cpu",
+    )  # fmt: skip
+    return store
+
+
+def test_it_is_as_short_as_the_readme_says() -> None:
+    assert len(tutorial()["python"].splitlines()) <= 40
+
+
+def test_it_is_listed_with_what_it_gives(site: Path) -> None:
+    rows = [line.split() for line in theia(site, "teachers").splitlines()]
+
+    assert [row[1:3] for row in rows if row and row[0] == "edges"] == [["48", "10x10"]]
+    assert "clip" in [row[0] for row in rows if row]
+
+
+def test_its_options_are_in_the_help(site: Path) -> None:
+    assert re.search(r"--edges\.\w+", theia(site, "extract", "--help"))
+
+
+def test_its_features_are_stored_with_its_channels_and_grid(site: Path, store: Path) -> None:
+    theia(site, "store", "verify", str(store))
+
+    sets = json.loads((store / "manifest.json").read_text())["splits"]["train"]["sets"]
+    assert sets.keys() == {"image", "edges"}
+    assert (sets["edges"]["spec"]["channels"], sets["edges"]["spec"]["grid_hw"]) == (48, [10, 10])
+    assert sets["edges"]["complete"]
+
+
+def test_a_student_learns_from_it(site: Path, store: Path, tmp_path: Path) -> None:
+    options = [f"--data.store={store}", f"--run={tmp_path}", "--trainer.accelerator=cpu", *STUDENT]
+
+    theia(site, "fit", *options, "--trainer.max_epochs=5", "--model.learning_rate=5e-3")
+    shown = theia(site, "test", *options, "--ckpt_path=last")
+
+    report = json.loads((tmp_path / "test_last.json").read_text())
+    assert report["after"]["test/cosine/edges"] > report["before"]["test/cosine/edges"]
+    assert "edges" in shown
