@@ -88,8 +88,6 @@ def test_fractions_are_nested_and_fixed() -> None:
     assert len(small) == 10
     assert small < large
     assert small == set(fixed_fraction(np.arange(100), 0.1))
-    with pytest.raises(ConfigError, match="fraction"):
-        fixed_fraction(np.arange(100), 0)
 
 
 def test_held_out_rows_are_no_training_rows() -> None:

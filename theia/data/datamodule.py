@@ -21,6 +21,9 @@ from theia.types import FeatureBatch
 logger = logging.getLogger(__name__)
 
 
+_DEFAULT_VAL_SPLIT = "val"
+
+
 class FeatureDataModule(L.LightningDataModule):
     """Streams images and the stored features of several teachers.
 
@@ -48,10 +51,19 @@ class FeatureDataModule(L.LightningDataModule):
         workers: int = 1,
         fraction: float = 1.0,
         seed: int = 0,
-        val_split: str = "val",
+        val_split: str = _DEFAULT_VAL_SPLIT,
         holdout: float = 0.01,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"data.{name} is {value}; it must be at least {least}.")
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"data.fraction is {fraction}; it must be above 0 and at most 1.")
         if not 0 < holdout < 1:
             raise ConfigError(f"data.holdout is {holdout}; it must be above 0 and below 1.")
         self.batch_size = batch_size
@@ -62,13 +74,21 @@ class FeatureDataModule(L.LightningDataModule):
         self.holdout = holdout
         self.store = FeatureStore(store)
         self.val_split = val_split if val_split in self.store.splits else None
-        if self.val_split is None and "train" in self.store.splits:
+        if self.val_split is None:
+            if val_split != _DEFAULT_VAL_SPLIT:
+                raise ConfigError(
+                    f"The store {store} has no split {val_split!r}. It has: {', '.join(self.store.splits)}. "
+                    "Correct data.val_split, or extract that split."
+                )
             logger.warning(
                 "The store %s has no split %r: %.3g %% of its training images are held out for validation and test. "
                 "For others, run: theia extract --images DIR --split %s --store %s",
                 store, val_split, 100 * holdout, val_split, store,
             )  # fmt: skip
         # The splits stay closed until Lightning says which are needed; the teachers must be known before.
+        splits = self.store.splits
+        if "train" in splits and teachers is None:
+            teachers = list(self.store.teachers("train"))
         names = None if teachers is None else comma_list(teachers)
         self._splits: dict[str, Split] = {}
         self._training_loader: FeatureLoader | None = None
@@ -138,7 +158,9 @@ class FeatureDataModule(L.LightningDataModule):
         Lightning would keep a loader's state by itself, but gives it back only to a loader that did not exist before
         the checkpoint was read, and computing the number of steps makes it exist.
         """
-        return {} if self._training_loader is None else self._training_loader.state_dict()
+        if self._training_loader is None:
+            return {}
+        return {"images_sha256": self._training_images, "loader": self._training_loader.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at the sample after the last one that the checkpoint's run took.
@@ -146,9 +168,20 @@ class FeatureDataModule(L.LightningDataModule):
         Raises:
             ConfigError: If this run would draw its samples in another order.
         """
-        self._resume = state or None
-        if self._training_loader is not None and self._resume is not None:
-            self._training_loader.load_state_dict(self._resume)
+        if not state:
+            return
+        if state["images_sha256"] != self._training_images:
+            raise ConfigError(
+                f"The checkpoint's run drew from other training images than those of the store {self.store.root}. "
+                "Resume with its own store, or start a new run."
+            )
+        self._resume = state["loader"]
+        if self._training_loader is not None:
+            self._training_loader.load_state_dict(state["loader"])
+
+    @property
+    def _training_images(self) -> str:
+        return self.store.manifest.splits["train"].images.ids_sha256
 
     def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
         """Moves a batch; on the CPU it stays a view of its slot."""

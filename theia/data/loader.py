@@ -128,10 +128,12 @@ class _Slots:
     def __init__(self, sampler: TrainingSampler | EvaluationSampler, slots: int) -> None:
         self.sampler = sampler
         self.slots = slots
+        self._next = 0  # goes on over epochs: the last batch of one is still held when the next begins
 
     def __iter__(self) -> Iterator[tuple[int, Rows]]:
-        for count, rows in enumerate(self.sampler):
-            yield count % self.slots, rows
+        for rows in self.sampler:
+            yield self._next, rows
+            self._next = (self._next + 1) % self.slots
 
 
 def _allocate(fields: Mapping[str, Field], batch_size: int) -> dict[str, np.ndarray]:

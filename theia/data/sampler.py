@@ -38,12 +38,7 @@ def fixed_fraction(rows: Rows, fraction: float) -> Rows:
 
     Returns:
         Sorted row numbers.
-
-    Raises:
-        ConfigError: If the fraction is out of range.
     """
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"data.fraction is {fraction}; it must be above 0 and at most 1.")
     kept = max(1, round(fraction * len(rows)))
     return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(rows)[:kept])
 

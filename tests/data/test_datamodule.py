@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from theia.data.datamodule import FeatureDataModule
+from theia.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("val_batch_size", 0), ("workers", -1), ("fraction", 0), ("fraction", 1.5), ("holdout", 1)],
+)
+def test_an_option_out_of_range_is_refused_by_name(store: Path, option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.{option} is {value}"):
+        FeatureDataModule(str(store), **{option: value})
+
+
+def test_a_misspelt_validation_split_is_refused(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no split 'vall'.*train, val"):
+        FeatureDataModule(str(store), val_split="vall")
+
+
+def test_a_fraction_uses_as_many_samples_whatever_the_seed(store: Path) -> None:
+    seen = []
+    for seed in (0, 1):
+        loader = FeatureDataModule(str(store), batch_size=8, workers=0, fraction=0.2, seed=seed).train_dataloader()
+        seen.append(np.concatenate([batch.rows.numpy().copy() for batch in loader]))
+
+    assert len(seen[0]) == 16
+    assert sorted(seen[0]) == sorted(seen[1])
+
+
+def test_held_out_images_are_not_trained_on(tmp_path: Path, make_split: Any) -> None:
+    make_split(tmp_path, "train", 80)
+    data = FeatureDataModule(str(tmp_path), batch_size=4, workers=0, holdout=0.1)
+
+    trained, held = (
+        {row for batch in loader for row in batch.rows.tolist()}
+        for loader in (data.train_dataloader(), data.val_dataloader())
+    )
+
+    assert len(held) == data.held_out == 8
+    assert trained | held == set(range(80))
+    assert not trained & held
+
+
+def test_a_state_of_other_images_is_refused(store: Path, tmp_path: Path, make_split: Any) -> None:
+    make_split(tmp_path, "train", 96)
+    data, other = (FeatureDataModule(str(root), batch_size=8, workers=0) for root in (store, tmp_path))
+    data.train_dataloader()
+
+    with pytest.raises(ConfigError, match="other training images"):
+        other.load_state_dict(data.state_dict())
+
+
+def test_a_state_reaches_a_loader_made_before_or_after(store: Path) -> None:
+    data = FeatureDataModule(str(store), batch_size=8, workers=0)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    state = data.state_dict()
+    expected = next(batches).rows.tolist()
+    early, late = (FeatureDataModule(str(store), batch_size=8, workers=0) for _ in range(2))
+
+    loader = early.train_dataloader()
+    early.load_state_dict(state)
+    late.load_state_dict(state)
+
+    assert next(iter(loader)).rows.tolist() == expected
+    assert next(iter(late.train_dataloader())).rows.tolist() == expected
