@@ -56,8 +56,8 @@ def store(folder: Path) -> Path:
 
 def options(store: Path, run: Path, more: Sequence[str]) -> list[str]:
     return [
-        "--config", str(CONFIGS / "all_tiny.yaml"), f"--data.store={store}", f"--run={run}", "--data.batch_size=8",
-        "--model.width=32", "--model.depth=2", "--model.heads=2", "--trainer.accelerator=cpu",
+        "--config", str(CONFIGS / "all_tiny.yaml"), f"--data.store={store}", f"--run_folder={run}",
+        "--data.batch_size=8", "--model.width=32", "--model.depth=2", "--model.heads=2", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", *more,
     ]  # fmt: skip
 

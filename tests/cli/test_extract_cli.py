@@ -87,7 +87,7 @@ def test_ends_with_counts_and_the_next_command(config: Path, tmp_path: Path, cap
     printed = capsys.readouterr().out
     assert printed.splitlines()[2].split() == ["train", "4", "1"]
     assert str(tmp_path / "store" / "train" / "skipped.csv") in printed
-    assert f"theia fit --config configs/cdiv_tiny.yaml --data.store {tmp_path / 'store'}" in printed
+    assert f"theia fit --config CONFIG --data.store {tmp_path / 'store'} --data.teachers pooled " in printed
 
 
 def test_teachers_are_comma_separated_on_the_command_line(config: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,20 @@ import pytest
 import torch
 
 from theia.cli.main import main
+from theia.cli.run import MetricsCSV
 
 SMALL = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=16"]
 
 
 def options(store: Path, run: Path, *more: str) -> list[str]:
-    return [*SMALL, f"--data.store={store}", f"--run={run}", "--trainer.max_epochs=2", "--checkpoint_every=3", *more]
+    return [
+        *SMALL,
+        f"--data.store={store}",
+        f"--run_folder={run}",
+        "--trainer.max_epochs=2",
+        "--checkpoint_every=3",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +82,28 @@ def test_a_used_run_folder_is_refused(store: Path, run: Path, capsys: pytest.Cap
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
+def test_another_run_is_not_overwritten_by_going_on_from_a_checkpoint(
+    store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    before = (tmp_path / "other" / "checkpoints" / "last.ckpt").read_bytes()
+
+    assert main(["fit", *options(store, tmp_path / "other", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}")]) == 1
+
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "other" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_scoring_a_checkpoint_that_is_not_there_yet_is_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([command, *options(store, tmp_path, "--ckpt_path=last")]) == 1
+
+    assert "No checkpoint at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["test", "validate"])
 def test_scoring_without_a_checkpoint_is_refused(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
@@ -89,11 +121,14 @@ def test_a_missing_checkpoint_is_named_with_what_is_there(
     assert "last.ckpt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_checkpoint_is_refused(
-    store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     damaged = tmp_path / "damaged.ckpt"
-    damaged.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:2000])
+    whole = bytearray((run / "checkpoints" / "last.ckpt").read_bytes())
+    whole[300:303] = b"\xff\xfe\xfd"  # in the pickle
+    damaged.write_bytes({"truncated": whole[:2000], "flipped": whole, "empty": b""}[damage])
 
     assert main(["test", *options(store, run, f"--ckpt_path={damaged}")]) == 1
 
@@ -147,21 +182,81 @@ def test_a_store_without_validation_split_holds_out_training_images(
     assert "held out" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_checkpoint(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("every", [1, 4, 50])
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_is_lost(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int
 ) -> None:
     run = tmp_path / "run"
+    # The first step takes the weights out of float32's range, so the second loss is not finite.
+    wild = ["--model.learning_rate=1e38", "--model.warmup=0", f"--trainer.log_every_n_steps={every}"]
 
-    assert main(["fit", *options(store, run, "--model.learning_rate=1e30", "--model.warmup=0",
-                                 "--trainer.log_every_n_steps=1")]) == 1  # fmt: skip
+    assert main(["fit", *options(store, run, *wild)]) == 1
 
-    message = capsys.readouterr().err
-    assert "not finite since step" in message
-    assert "'alpha'" in message
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint)["state_dict"]
-        assert all(torch.isfinite(value).all() for value in state.values())
+    assert re.search("loss of teacher 'alpha', 'beta' is not finite since step 1", capsys.readouterr().err)
+    assert not list((run / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--checkpoint_every=0", "checkpoint_every is 0"),
+        ("--trainer.max_epochs=-1", "Set trainer.max_epochs or trainer.max_steps"),
+        ("--trainer.precision=bf16-true", "Use bf16-mixed"),
+        ("--data.batch_size=0", "batch_size is 0"),
+        ("--model.teacher_weights={gamma: 1}", "gamma"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused_before_anything_is_written(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert main(["fit", *options(store, tmp_path / "run", option)]) == 1
+
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--trainer.fast_dev_run=true", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
+     "--trainer.callbacks=LearningRateMonitor"],
+)  # fmt: skip
+def test_the_trainers_own_options_work(store: Path, tmp_path: Path, option: str) -> None:
+    assert main(["fit", *options(store, tmp_path / "run", option)]) == 0
+
+
+def test_no_validation_means_no_best_checkpoint_and_says_so(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *options(store, tmp_path / "run", "--trainer.max_steps=2")]) == 0
+
+    assert "no best.ckpt" in capsys.readouterr().err
+
+
+def test_logged_terms_are_those_of_the_logged_step(store: Path, run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9]
+    for row in rows:
+        by_teacher = [
+            0.9 * (1 - float(row[f"train/cosine/{name}"])) + 0.1 * float(row[f"train/smooth_l1/{name}"])
+            for name in ("alpha", "beta")
+        ]
+        assert float(row["train/loss"]) == pytest.approx(sum(by_teacher) / 2, rel=1e-4)
+
+
+def test_a_resumed_run_goes_on_in_its_metrics_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss\n0,1,0.9\n0,3,0.8\n0,5,0.7\n1,")
+    metrics = MetricsCSV(tmp_path, resumed_at=4)
+
+    metrics.log_metrics({"epoch": 1, "train/loss": 0.6, "val/loss": 0.5}, step=5)
+    metrics.save()
+
+    with path.open() as file:
+        assert [(row["step"], row["train/loss"], row["val/loss"]) for row in csv.DictReader(file)] == [
+            ("1", "0.9", ""), ("3", "0.8", ""), ("5", "0.6", "0.5"),
+        ]  # fmt: skip
 
 
 def test_last_before_the_first_checkpoint_starts_a_run(
@@ -195,16 +290,23 @@ def test_a_run_killed_for_good_is_resumed_by_the_command(store: Path, run: Path,
 
 
 @pytest.mark.slow
-def test_two_processes_learn_like_one(store: Path, tmp_path: Path) -> None:
-    losses = []
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str) -> None:
+    curves = []
     for processes in (1, 2):
         run = tmp_path / str(processes)
+        python = [sys.executable, "-m"]
+        if processes == 2 and launcher == "torchrun":
+            python += ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
         more = ["--trainer.log_every_n_steps=1", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
-        command = [sys.executable, "-m", "theia", "fit", *options(store, run, *more)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([*python, "theia", "fit", *options(store, run, *more)], check=True, capture_output=True)
         with (run / "metrics.csv").open() as file:
-            losses.append([float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]])
+            curve = [
+                float(row[name]) for row in csv.DictReader(file) for name in ("train/loss", "val/loss") if row[name]
+            ]
+        assert len(curve) == 12  # ten steps and two validations
         weights = torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
-        losses[-1] += [float(value.double().abs().sum()) for value in weights.values() if value.is_floating_point()]
+        norms = [float(value.double().abs().sum()) for value in weights.values() if value.is_floating_point()]
+        curves.append(curve + norms)
 
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

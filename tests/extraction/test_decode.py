@@ -1,6 +1,9 @@
+import errno
 import io
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from theia.errors import ConfigError
+from theia.errors import ConfigError, ImageError
 from theia.extraction.decode import UnreadableImageError, decode, read_image, to_square
 
 ORIENTATION = 0x0112
@@ -265,6 +268,23 @@ def test_flipped_bytes_in_a_png_are_unreadable():
 def test_unreadable_data_gives_a_reason(data, reason):
     with pytest.raises(UnreadableImageError, match=reason):
         decode(data)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+def test_failing_file_system_is_no_fault_of_the_image(tmp_path, monkeypatch, code):
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ImageError, match=rf"a\.jpg cannot be read: .*{os.strerror(code)}.*same command again") as error:
+        read_image(tmp_path / "a.jpg")
+    assert not isinstance(error.value, UnreadableImageError)
+
+
+def test_missing_archive_is_no_fault_of_the_image(tmp_path):
+    with pytest.raises(ImageError, match=r"No such file.*same command again") as error:
+        read_image(tmp_path / "a.tar", 512, 1000)
+    assert not isinstance(error.value, UnreadableImageError)
 
 
 def test_missing_file_is_unreadable(tmp_path):

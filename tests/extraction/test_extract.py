@@ -1,7 +1,11 @@
+import errno
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +111,65 @@ def test_labels_of_class_folders_are_kept(config, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert stored(store, "image", "label").tolist() == [0, 0, 1, 1, 1]
     assert json.loads((store / "manifest.json").read_text())["splits"]["train"]["images"]["classes"] == ["cat", "dog"]
+
+
+def test_labels_are_for_all_shards_or_for_none(config, pixels, tmp_path: Path) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in pixels:
+            tar.add(tmp_path / "images" / name, name)
+            info = tarfile.TarInfo(Path(name).with_suffix(".cls").name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"7"))
+    extract(config(images=str(path)))
+    with pytest.raises(StoreError, match=r"source\.labels was False, is True"):
+        extract(config(images=str(path), labels=True))
+
+
+def test_another_precision_is_refused(config) -> None:
+    extract(config())
+    with pytest.raises(StoreError, match=r"precision was '32-true', is 'bf16-mixed'"):
+        extract(config(precision="bf16-mixed"))
+
+
+def test_a_failing_file_system_is_not_recorded_as_skipped_images(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "006.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "open", fail)
+        with pytest.raises(ImageError, match=r"^\S*006\.png cannot be read: .*run the same command again\.$"):
+            extract(config(max_skipped=0.5, workers=1))
+    assert [path.name for path in (tmp_path / "store" / "train" / "image").glob("*.h5")] == ["shard-000000.h5"]
+    (split,) = extract(config(max_skipped=0.5))
+    assert split.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [({}, 1), ({"teachers": "pooled,mean", "all_at_once": True}, 2), ({"teachers": "pooled,mean"}, 4)],
+)
+def test_a_teacher_is_built_again_only_to_save_memory(
+    config, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], times: int
+) -> None:
+    built, real = [], registry.create
+    monkeypatch.setattr(registry, "create", lambda *arguments: built.append(arguments[0]) or real(*arguments))
+    extract(config(**options))
+    assert len(built) == times
+
+
+def test_a_run_opens_each_former_shard_once(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(config(teachers="pooled,mean"))
+    opened, real = [], h5py.File
+    monkeypatch.setattr(h5py, "File", lambda path, *args, **kwargs: opened.append(path) or real(path, *args, **kwargs))
+    extract(config(teachers="pooled,mean"))
+    assert sorted(opened) == sorted((tmp_path / "store").rglob("*.h5"))
 
 
 def test_decoding_processes_change_nothing(config, tmp_path: Path) -> None:

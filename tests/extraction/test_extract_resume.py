@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -50,9 +51,9 @@ print(kills)
 
 COMMAND = """
 import sys
-from theia.cli.extract import main
+from theia.cli.main import main
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["extract", *sys.argv[1:]]))
 """
 
 
@@ -98,27 +99,50 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_store(
     assert batches["killed"] < 3 * batches["whole"]
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_store_of_one(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.fixture
+def command(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``theia extract`` as a user runs it."""
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
-    for name, devices in {"one": 1, "two": 2}.items():
-        log = tmp_path / f"{name}.log"
+
+    def run(store: str, devices: int, *more: str) -> subprocess.CompletedProcess[str]:
         options = {
             "images": tmp_path / "images",
             "teachers": "pooled,mean",
-            "store": tmp_path / name,
+            "store": tmp_path / store,
             "size": SIZE,
             "shard_size": 4,
             "batch_size": 3,
             "workers": 0,
             "accelerator": "cpu",
             "devices": devices,
-            "pooled.log": log,
+            "pooled.log": tmp_path / f"{store}.log",
         }
-        command = [sys.executable, str(script), *(f"--{key}={value}" for key, value in options.items())]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        arguments = [sys.executable, str(script), *(f"--{key}={value}" for key, value in options.items()), *more]
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_store_of_one(tmp_path: Path, command) -> None:
+    for name, devices in {"one": 1, "two": 2}.items():
+        done = command(name, devices)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Next: theia fit") == 1
-        assert len({line.split()[0] for line in log.read_text().splitlines()}) == devices
+        log = (tmp_path / f"{name}.log").read_text()
+        assert len({line.split()[0] for line in log.splitlines()}) == devices
     assert_same_store(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [4, 0], ids=["second process", "first process"])
+def test_a_process_that_fails_ends_all_with_one_message(tmp_path: Path, command, failing: int) -> None:
+    (tmp_path / "images" / f"{failing:03d}.png").write_bytes(b"no image")
+    done = command("store", 2, "--max_skipped=0")
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("1 of the 30 images of split 'train' cannot be read") == 1
+    assert "Next: theia fit" not in done.stdout
+    (tmp_path / "images" / f"{failing:03d}.png").unlink()
+    write_images(tmp_path / "images", 30)
+    assert command("store", 2).returncode == 0

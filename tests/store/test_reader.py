@@ -1,6 +1,10 @@
 import json
 import os
 import pickle
+import resource
+import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 
@@ -10,7 +14,8 @@ import pytest
 from small_store import CLS, ODD, UNREADABLE, begin, extract, image_set, in_child, readable, sample_id, write_images
 
 from theia.errors import ShapeError, StoreError
-from theia.store.reader import FeatureStore, Split
+from theia.store.reader import FeatureStore
+from theia.store.split import Split
 from theia.store.writer import SplitWriter
 
 
@@ -64,7 +69,6 @@ def test_fields_and_keys_and_labels(root: Path) -> None:
     assert split.image_hw == (8, 8)
     assert split.labels is not None
     assert split.labels.tolist() == [0, 1, 0, 1, 0]
-    assert store.classes("val") == ["cat", "dog"]
     train = store.open_split("train")
     assert [train.key(row) for row in range(len(train))] == [sample_id(number) for number in readable(image_set(23))]
 
@@ -175,8 +179,9 @@ def test_unfinished_extraction_is_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"'image' / 'train' .*unfinished: 1 of 3 shards\. Run the same theia extract"):
         FeatureStore(tmp_path).open_split("train")
     extract(tmp_path, teachers=[ODD])
+    begin(tmp_path)
     FeatureStore(tmp_path).open_split("train", ["odd"])
-    with pytest.raises(StoreError, match=r"'with_cls' / 'train' .*unfinished: 0 of 3 shards"):
+    with pytest.raises(StoreError, match=r"'with_cls' / 'train' .*unfinished: 0 of 3 shards.*or drop this teacher"):
         FeatureStore(tmp_path).open_split("train")
 
 
@@ -231,11 +236,61 @@ def test_first_key_that_differs_is_named(tmp_path: Path) -> None:
         FeatureStore(tmp_path).open_split("train")
 
 
-def test_manifest_digest_follows_the_content(root: Path, tmp_path: Path) -> None:
-    extract(tmp_path, listed=23)
-    first = FeatureStore(tmp_path).manifest_sha256
-    extract(tmp_path, split="val", listed=6, dtype="int8")
-    assert FeatureStore(tmp_path).manifest_sha256 == FeatureStore(root).manifest_sha256 != first
+def test_manifest_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    extract(tmp_path)
+    assert FeatureStore(tmp_path).manifest_sha256 == sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_labels_in_some_shards_only_are_refused(tmp_path: Path) -> None:
+    extract(tmp_path)
+    writer = begin(tmp_path)
+    writer.write_images(2, [sample_id(8), sample_id(9)], np.zeros((2, 3, 8, 8), np.uint8), None, [])
+    writer.finish()
+    with pytest.raises(StoreError, match=r"Only 2 of 3 image shards of .*train have labels\. Delete that folder"):
+        FeatureStore(tmp_path).open_split("train")
+
+
+def test_splits_of_different_teachers_are_not_opened(tmp_path: Path) -> None:
+    extract(tmp_path / "store")
+    extract(tmp_path / "other", split="val", teachers=[replace(ODD, revision="2"), CLS])
+    shutil.copytree(tmp_path / "other/val", tmp_path / "store/val")
+    manifest, other = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("store", "other"))
+    manifest["splits"] |= other["splits"]
+    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest))
+    store = FeatureStore(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"'val' .*another 'odd' than 'train': revision was '1', is '2'"):
+        store.open_split("val")
+    assert len(store.open_split("val", ["with_cls"])) == 9
+
+
+def test_too_many_open_files_is_not_taken_for_damage(root: Path) -> None:
+    def limited() -> None:
+        split = FeatureStore(root).open_split("train")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        with pytest.raises(
+            StoreError, match=r"cannot be read: .*Too many open files.*ulimit -n.*may be whole"
+        ) as error:
+            split.read_into(np.arange(4), split.allocate(4))
+        # Reading processes hand it to the main one.
+        assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+        with pytest.raises(StoreError, match=r"cannot be read: .*Too many open files"):
+            FeatureStore(root)
+
+    assert in_child(limited) == 0
+
+
+def test_as_many_files_stay_open_as_the_system_allows(root: Path) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 1000))
+        split = FeatureStore(root).open_split("train")
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        split.read_into(np.arange(len(split)), split.allocate(len(split)))
+        files = len(list((root / "train").rglob("*.h5")))
+        assert files == 18  # more than a quarter of 40
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + files
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, 1000)
+
+    assert in_child(limited) == 0
 
 
 def test_images_without_labels(tmp_path: Path) -> None:

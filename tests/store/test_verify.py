@@ -1,14 +1,16 @@
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
-import numpy as np
 import pytest
 from small_store import CLS, ODD, begin, extract, image_set, write_features, write_images
 
 from theia.errors import StoreError
 from theia.store.statistics import ChannelStatistics
-from theia.store.verify import Checked, Problem, describe, verify
+from theia.store.summary import describe
+from theia.store.verify import Checked, Problem, verify
 
 
 @pytest.fixture
@@ -105,6 +107,34 @@ def test_unfinished_set_is_a_problem(tmp_path: Path) -> None:
     ]
 
 
+def test_shards_of_an_unfinished_set_are_checked(tmp_path: Path) -> None:
+    writer = begin(tmp_path, teachers=[ODD])
+    for index in range(2):
+        write_images(writer, image_set(), index)
+    flip(tmp_path / "train/image/shard-000001.h5", "data", 2)
+    (unfinished, damaged, odd) = problems(tmp_path)
+    assert "unfinished: 2 of 3" in unfinished[1]
+    assert damaged[0] == "train/image/shard-000001.h5"
+    assert damaged[1].startswith("has damaged samples: 'café/7.jpg' (row 2)")
+    assert "unfinished: 0 of 3" in odd[1]
+
+
+def test_file_that_the_system_refuses_is_a_problem_among_others(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = root / "train/odd/shard-000001.h5", Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    events = list(verify(root))
+    (problem,) = [event for event in events if isinstance(event, Problem)]
+    assert problem.path == path
+    assert problem.text.startswith("cannot be read: [Errno 5]")
+    assert len(events) == 10
+
+
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No feature store"):
         list(verify(tmp_path / "nowhere"))
@@ -129,4 +159,5 @@ def test_describe_counts_what_an_unfinished_extraction_has(tmp_path: Path) -> No
     (train,) = describe(tmp_path)
     assert train.skipped is None
     assert [(part.rows, part.shards, part.complete) for part in train.sets] == [(7, 2, False), (4, 1, False)]
-    assert np.all([part.bytes > 0 for part in train.sets])
+    for part in train.sets:
+        assert part.bytes == sum(path.stat().st_size for path in (tmp_path / "train" / part.name).glob("*.h5"))

@@ -1,5 +1,11 @@
-from dataclasses import replace
+import errno
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +27,8 @@ from small_store import (
 )
 
 from theia.errors import FeatureError, ShapeError, StoreError
-from theia.store.schema import ImageSet, preprocessing_hash
+from theia.store.reader import FeatureStore
+from theia.store.schema import ImageSet
 from theia.store.writer import SplitWriter
 from theia.types import TeacherSpec
 
@@ -67,9 +74,11 @@ def test_datasets_are_contiguous_aligned_and_uncompressed(tmp_path: Path, dtype:
 def test_attributes_say_what_the_file_is(tmp_path: Path) -> None:
     extract(tmp_path)
     with h5py.File(shards(tmp_path, "odd")[1]) as file:
-        assert dict(file.attrs).items() >= {
-            "schema": 1, "split": "train", "set": "odd", "shard": 1, "rows": 3, "dtype": "float16", "weights": "none",
-            "revision": "1", "preprocessing_sha256": preprocessing_hash(ODD),
+        assert file.attrs["schema"] == 1
+        assert json.loads(file.attrs["description"]).items() >= {
+            "split": "train", "set": "odd", "shard": 1, "rows": 3, "dtype": "float16",
+            "spec": {**asdict(ODD), "grid_hw": [10, 10]},
+            "preprocessing_sha256": sha256(b'{"mean":[0.5,0.5,0.5],"size":8}').hexdigest(),
         }.items()  # fmt: skip
 
 
@@ -79,14 +88,14 @@ def test_unreadable_images_are_absent_and_listed(tmp_path: Path) -> None:
     assert (tmp_path / "train/skipped.csv").read_text() == (
         f'id,reason\n{sample_id(UNREADABLE)},"truncated, or not an image"\n'
     )
-    assert [len(writer.read_images(index).ids) for index in range(3)] == [4, 3, 2]
+    assert [writer.images(index).rows for index in range(3)] == [4, 3, 2]
 
 
 def test_ids_that_are_not_utf8_survive(tmp_path: Path) -> None:
     writer = begin(tmp_path, listed=2)
     ids = ["a\udce9.jpg", "b.jpg"]
     writer.write_images(0, ids[:1], image(0)[None], None, [(ids[1], "bad \udcff")])
-    assert writer.read_images(0).ids == ids[:1]
+    assert writer.images(0).keys() == ids[:1]
     assert writer.skipped() == [(ids[1], "bad \udcff")]
 
 
@@ -104,9 +113,9 @@ def test_shard_without_readable_images(tmp_path: Path) -> None:
 
 def test_images_are_read_back_in_slices(tmp_path: Path) -> None:
     writer = extract(tmp_path)
-    shard = writer.read_images(0)
-    assert np.array_equal(shard.read(1, 3), np.stack([image(1), image(2)]))
-    assert shard.read(3, 99).shape == (1, 3, 8, 8)
+    shard = writer.images(0)
+    assert np.array_equal(shard.read("data", 1, 3), np.stack([image(1), image(2)]))
+    assert shard.read("data", 3, 99).shape == (1, 3, 8, 8)
 
 
 def test_int8_is_half_the_size_and_half_a_step_off_at_most(tmp_path: Path) -> None:
@@ -180,10 +189,16 @@ def test_largest_float16_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "cls"), [((2, 100, 47), None), ((2, 99, 48), None), ((2, 100, 48), (2, 48)), ((5, 100, 48), None)]
+    ("shape", "cls", "message"),
+    [
+        ((2, 100, 47), None, r"patches of shape \(2, 100, 47\) .*its spec says \(2, 100, 48\)"),
+        ((2, 99, 48), None, r"patches of shape \(2, 99, 48\) .*its spec says \(2, 100, 48\)"),
+        ((2, 100, 48), (2, 48), r"CLS token of shape \(2, 48\); its spec .has_cls=False. says None"),
+        ((5, 100, 48), None, r"more than the 4 images of .*odd/shard-000000\.h5"),
+    ],
 )
 def test_features_of_another_shape_are_refused(
-    tmp_path: Path, shape: tuple[int, ...], cls: tuple[int, ...] | None
+    tmp_path: Path, shape: tuple[int, ...], cls: tuple[int, ...] | None, message: str
 ) -> None:
     writer = begin(tmp_path)
     write_images(writer, image_set(), 0)
@@ -192,7 +207,7 @@ def test_features_of_another_shape_are_refused(
         with writer.open_shard("odd", 0) as shard:
             shard.append(np.zeros(shape, np.float32), None if cls is None else np.zeros(cls, np.float32))
 
-    with pytest.raises(FeatureError, match="'odd'"):
+    with pytest.raises(FeatureError, match=rf"'odd' .*{message}"):
         append()
 
 
@@ -269,11 +284,126 @@ def test_features_of_former_images_are_not_kept(tmp_path: Path) -> None:
     extract(tmp_path)
     for path in shards(tmp_path, "image"):
         path.unlink()
-    writer = SplitWriter(tmp_path, "train")
     images = replace(image_set(), resize="center_crop")
+    with pytest.raises(StoreError, match=r"other images: resize was .*delete .*train to make the split anew"):
+        SplitWriter(tmp_path, "train").begin(images, [ODD], "float16", {})
+    shutil.rmtree(tmp_path / "train")
+    writer = SplitWriter(tmp_path, "train")
     writer.begin(images, [ODD], "float16", {})
     write_images(writer, images, 0)
     assert not writer.has_shard("odd", 0)
+    assert set(FeatureStore(tmp_path).teachers("train")) == {"odd"}
+
+
+def test_dropped_teachers_do_not_block_a_split(tmp_path: Path) -> None:
+    extract(tmp_path)
+    shutil.rmtree(tmp_path / "train/odd")
+    begin(tmp_path, teachers=[replace(ODD, name="never_written")])
+    with pytest.raises(StoreError, match=r"drop this teacher: delete .*never_written and run any theia extract"):
+        FeatureStore(tmp_path).open_split("train")
+    extract(tmp_path, teachers=[CLS])
+    assert list(FeatureStore(tmp_path).open_split("train").teachers) == ["with_cls"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (replace(ODD, weights="other/model"), "weights was 'none', is 'other/model'"),
+        (replace(ODD, revision="2"), "revision was '1', is '2'"),
+        (replace(ODD, preprocessing={}), "preprocessing.size was 8, is None"),
+        (replace(ODD, channels=64), "channels was 48, is 64"),
+        (replace(ODD, grid_hw=(5, 20)), r"grid_hw was \[10, 10\], is \[5, 20\]"),
+    ],
+)
+def test_another_teacher_in_another_split_is_refused(tmp_path: Path, spec: TeacherSpec, message: str) -> None:
+    extract(tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(StoreError, match=rf"'val' .*another 'odd' than 'train': {message}.*delete .*train/odd"):
+        begin(tmp_path, split="val", teachers=[spec])
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "train/odd")
+    begin(tmp_path, split="val", teachers=[spec])
+
+
+@pytest.mark.parametrize(("changed", "message"), [({"size": 16}, "size was 8"), ({"resize": "center_crop"}, "resize")])
+def test_images_of_another_size_in_another_split_are_refused(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    extract(tmp_path)
+    writer = SplitWriter(tmp_path, "val")
+    with pytest.raises(StoreError, match=rf"'val' .*those of 'train': {message}"):
+        writer.begin(replace(image_set(), **changed), [], "float16", {})
+
+
+def test_splits_may_differ_in_stored_type_and_in_images(tmp_path: Path) -> None:
+    extract(tmp_path)
+    extract(tmp_path, split="val", dtype="int8", listed=3)
+    assert len(FeatureStore(tmp_path).open_split("val")) == 3
+
+
+def test_moved_weights_of_the_same_digest_are_the_same(tmp_path: Path) -> None:
+    here, there = (replace(ODD, weights=place, revision="sha256:00ff") for place in ("/here", "/there"))
+    extract(tmp_path, teachers=[here])
+    extract(tmp_path, teachers=[there])
+    extract(tmp_path, teachers=[there], split="val")
+    assert len(FeatureStore(tmp_path).open_split("val")) == 9
+    with pytest.raises(StoreError, match="revision was"):
+        begin(tmp_path, teachers=[replace(here, revision="sha256:11")], split="val")
+
+
+def test_another_precision_is_refused_and_another_device_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = SplitWriter(tmp_path, "train")
+    writer.begin(image_set(), [ODD], "float16", {"precision": "32-true", "device": "A"})
+    write_images(writer, image_set(), 0)
+    write_features(writer, ODD, 0)
+    with pytest.raises(StoreError, match=r"another 'odd': precision was '32-true', is 'bf16-mixed'.*same options"):
+        writer.begin(image_set(), [ODD], "float16", {"precision": "bf16-mixed", "device": "A"})
+    assert not caplog.records
+    writer.begin(image_set(), [ODD], "float16", {"precision": "32-true", "device": "B"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "Features of 'odd' / 'train' were begun on A and go on on B."
+    ]
+
+
+def test_a_set_that_is_being_redone_is_not_complete(tmp_path: Path) -> None:
+    extract(tmp_path)
+    os.truncate(shards(tmp_path, "odd")[1], 999)
+    writer = begin(tmp_path)
+    assert not writer.has_shard("odd", 1)
+    write_features(writer, ODD, 1)  # and then the process is killed
+    store = FeatureStore(tmp_path)
+    with pytest.raises(StoreError, match=r"'odd' / 'train' .*unfinished"):
+        store.open_split("train")
+    assert len(store.open_split("train", ["with_cls"])) == 9
+
+
+def test_a_damaged_shard_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extract(tmp_path)
+    os.truncate(shards(tmp_path, "odd")[1], 999)
+    writer = begin(tmp_path)
+    assert [writer.has_shard("odd", index) for index in (1, 1, 0)] == [False, False, True]
+    assert len([record for record in caplog.records if "made again" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("function", ["open", "stat", "preadv"])
+def test_a_shard_that_the_system_refuses_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, function: str
+) -> None:
+    extract(tmp_path)
+    writer = begin(tmp_path)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    if function == "open":
+        monkeypatch.setattr(h5py, "File", refuse)
+    elif function == "stat":
+        monkeypatch.setattr(Path, "stat", refuse)
+    else:
+        monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(StoreError, match=rf"cannot be read: .*{os.strerror(code)}.*ulimit -n.*may be whole"):
+        writer.has_shard("odd", 1)
 
 
 def test_folder_of_other_files_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
@@ -119,3 +120,45 @@ def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(stor
     trainer().test(later, data, ckpt_path=tmp_path / "run.ckpt", verbose=False)
 
     torch.testing.assert_close(later.distiller.student.vit.patch_embed.proj.weight, deit.patch_embed.proj.weight)
+
+
+def test_a_step_that_does_not_log_asks_the_device_for_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []  # by step, values handed to the host: each would stall a GPU
+
+    class Transfers(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[-1] += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    class Steps(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            counts.append(0)
+            self.transfers = Transfers().__enter__()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.transfers.__exit__(None, None, None)
+
+    to_list = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        counts[-1] += 1
+        return to_list(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    # AdamW of the CPU asks for its own step counts; the GPU's does not.
+    model = Distillation(data.teacher_shapes, **SMALL)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    trainer(max_epochs=1, limit_val_batches=0, log_every_n_steps=3, callbacks=[Steps()]).fit(model, data)
+
+    assert [count > 0 for count in counts] == [False, False, True, False, False]
+
+
+def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> None:
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL, learning_rate=8e-2, scale_learning_rate=True, warmup=0)
+    one = trainer(max_epochs=1)
+    one.fit(model, data)
+
+    assert one.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-2 * 16 / 128)

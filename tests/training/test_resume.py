@@ -20,11 +20,21 @@ class Killed(BaseException):
 
 
 class Recorder(L.Callback):
-    """Notes the rows of each step; stops dead before the given step."""
+    """Notes the rows of each step and the losses of each validation; stops dead before a step or in a validation."""
 
-    def __init__(self, kill_at: int | None = None) -> None:
+    def __init__(self, kill_at: int | None = None, kill_in_validation_at: int | None = None) -> None:
         self.kill_at = kill_at
+        self.kill_in_validation_at = kill_in_validation_at
         self.rows: dict[int, list[int]] = {}
+        self.validations: dict[int, float] = {}
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.kill_in_validation_at:
+            raise Killed
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validations[trainer.global_step] = float(trainer.callback_metrics["val/loss"])
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.kill_at:
@@ -41,7 +51,7 @@ def fit(
     best = ModelCheckpoint(folder, "best", monitor="val/loss", enable_version_counter=False)
     L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[recorder, LastCheckpoint(folder, every), best], default_root_dir=folder, **trainer,
+        callbacks=[recorder, best, LastCheckpoint(folder, every)], default_root_dir=folder, **trainer,
     ).fit(module, data, ckpt_path=resume)  # fmt: skip
     return module
 
@@ -52,7 +62,7 @@ def uninterrupted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return recorder, fit(store, tmp_path_factory.mktemp("whole"), recorder)
 
 
-@pytest.mark.parametrize(("every", "kill_at"), [(3, 4), (3, 7), (3, 10), (5, 7), (5, 10)])
+@pytest.mark.parametrize(("every", "kill_at"), [(3, 4), (3, 8), (5, 7), (5, 10)])
 def test_a_killed_run_ends_like_an_uninterrupted_one(
     store: Path, tmp_path: Path, uninterrupted: tuple[Recorder, Distillation], every: int, kill_at: int
 ) -> None:
@@ -63,7 +73,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
     module = fit(store, tmp_path, resumed, tmp_path / "last.ckpt")
 
     whole, reference = uninterrupted
-    first = (kill_at // every) * every
+    # The latest step before the kill at which a checkpoint was due: every so many, and after each epoch's validation.
+    first = max(step for step in range(kill_at + 1) if step % every == 0 or step % STEPS == 0)
     assert resumed.rows == {step: rows for step, rows in whole.rows.items() if step >= first}
     for name, value in reference.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
@@ -84,6 +95,29 @@ def test_a_run_killed_twice_in_validation_intervals_ends_the_same(
     module = fit(store, tmp_path, resumed, tmp_path / "last.ckpt", **intervals)
 
     assert resumed.rows == {step: rows for step, rows in whole.rows.items() if step >= 9}
+    assert resumed.validations == {step: loss for step, loss in whole.validations.items() if step > 9}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("interval", [{}, {"check_val_every_n_epoch": 2}, {"accumulate_grad_batches": 2}], ids=str)
+def test_a_validation_that_was_killed_is_made_up_for(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, interval: dict[str, int]
+) -> None:
+    whole_folder = tmp_path_factory.mktemp("whole")
+    whole = Recorder()
+    reference = fit(store, whole_folder, whole, every=5, **interval)
+    last_validation = max(whole.validations)
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(kill_in_validation_at=last_validation), every=5, **interval)
+    resumed = Recorder()
+    last = tmp_path / "last.ckpt"
+
+    module = fit(store, tmp_path, resumed, last if last.exists() else None, every=5, **interval)
+
+    assert resumed.validations[last_validation] == whole.validations[last_validation]
+    best, ours = (torch.load(folder / "best.ckpt", weights_only=True) for folder in (whole_folder, tmp_path))
+    assert ours["global_step"] == best["global_step"]
     for name, value in reference.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
 

@@ -1,7 +1,6 @@
 """``theia fit | validate | test``: LightningCLI over the distillation module and the feature store's datamodule."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from theia.cli.report import table, write_report
-from theia.cli.run import MetricsCSV, SaveRun, check_unused, checkpoints, resolve_checkpoint, run_of
+from theia.cli.run import (
+    MetricsCSV,
+    SaveRun,
+    check_trainer,
+    check_unused,
+    checkpoints,
+    resolve_checkpoint,
+    run_of,
+)
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
 from theia.training.callbacks import FeaturePictures, LastCheckpoint, Throughput
@@ -35,15 +42,15 @@ class TheiaCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The trainer's methods that are commands, with the arguments that are not options."""
         return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's own options, and hands the store's teachers to the model."""
         parser.add_argument(
-            "--run", type=str, default="runs/default",
+            "--run_folder", type=str, default="runs/default",
             help="Folder of the run: config.yaml, checkpoints, TensorBoard events, metrics.csv.",
         )  # fmt: skip
         parser.add_argument(
@@ -54,7 +61,7 @@ class TheiaCLI(LightningCLI):
             "--compare_untrained", type=bool, default=True,
             help="In test: also score the student before training, so that the table shows what was learned.",
         )  # fmt: skip
-        parser.link_arguments("run", "trainer.default_root_dir")
+        parser.link_arguments("run_folder", "trainer.default_root_dir")
         # The store knows its teachers and image size, so one config serves any store.
         parser.link_arguments("data.teacher_shapes", "model.teachers", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
@@ -69,68 +76,91 @@ class TheiaCLI(LightningCLI):
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Settles run folder and checkpoint before anything is loaded."""
+        """Settles run folder and checkpoint, and refuses what would fail later, before anything is loaded."""
         options = self.config[self.subcommand]
-        self.run_folder = Path(options.run)
+        self.run_folder = Path(options.run_folder)
         self.checkpoint: Path | None = None
-        if options.ckpt_path is not None:
-            self.checkpoint = resolve_checkpoint(options.ckpt_path, self.run_folder)
-            options.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
-        elif self.subcommand != "fit":
+        self.loaded: dict[str, Any] | None = None
+        check_trainer(options)
+        asked = options.ckpt_path
+        if asked is None and self.subcommand != "fit":
             raise ConfigError(
                 f"'theia {self.subcommand}' needs a checkpoint: --ckpt_path FILE, "
                 f"or 'best' or 'last' of the run folder {self.run_folder}."
             )
-        elif getattr(rank_zero_only, "rank", 0) == 0 and not options.trainer.fast_dev_run:
-            check_unused(self.run_folder)
-        if "weights_only" in options:  # an option since Lightning 2.6, off by default
-            options.weights_only = True
-        if self.subcommand == "fit":
-            self.save_config_kwargs = {"overwrite": True}  # check_unused has refused a folder that is another run's
-        else:
+        if asked is not None:
+            self.checkpoint = resolve_checkpoint(asked, self.run_folder, starting=self.subcommand == "fit")
+        if self.checkpoint is not None:
+            self.loaded = read_checkpoint(self.checkpoint)
+        options.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
+        if self.subcommand != "fit":
             self.save_config_callback = None
+            return
+        resumes = asked == "last" or (
+            self.checkpoint is not None and run_of(self.checkpoint, self.checkpoint) == self.run_folder.resolve()
+        )
+        # Only the first process looks: when the others start, it may have written there already.
+        if not resumes and not options.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+            check_unused(self.run_folder)
+        self.save_config_kwargs = {"overwrite": True}  # of this run's own, when it is resumed
 
     def after_instantiate_classes(self) -> None:
         """Checks the checkpoint against the model that was just built."""
-        if self.checkpoint is not None:
-            check_architecture(self.checkpoint, read_checkpoint(self.checkpoint), dict(self.model.hparams))
+        if self.loaded is not None:
+            check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and callbacks to the configured trainer."""
         options = self.config_init[self.subcommand]
         trainer = options.trainer
-        run = self.run_folder
-        stem = "test" if self.checkpoint is None else f"test_{self.checkpoint.stem}"
-        self.report = run_of(self.checkpoint or run, run) / f"{stem}.json"
-        callbacks: list[Callback] = [FeaturePictures(self.report.with_suffix(".png"))]
+        callbacks: list[Callback] = []
         if self.subcommand == "fit":
-            callbacks += [Throughput()]
+            run = self.run_folder
+            callbacks = [Throughput(), FeaturePictures()]
             if trainer.logger is None or trainer.logger is True:
-                kwargs["logger"] = [TensorBoardLogger(run, name="", version=""), MetricsCSV(run, name="", version="")]
+                step = 0 if self.loaded is None else self.loaded["global_step"]
+                kwargs["logger"] = [TensorBoardLogger(run, name="", version=""), MetricsCSV(run, resumed_at=step)]
             if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
                 folder = checkpoints(run)
                 callbacks += [
-                    LastCheckpoint(folder, options.checkpoint_every),
                     ModelCheckpoint(folder, "best", monitor="val/loss", enable_version_counter=False),
+                    LastCheckpoint(folder, options.checkpoint_every),  # after best, whose state it holds
                 ]
         else:
             kwargs["logger"] = False
-        kwargs["callbacks"] = [*(trainer.callbacks or []), *callbacks]
+        given = trainer.callbacks or []
+        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
         return super().instantiate_trainer(**kwargs)
 
-    def after_fit(self) -> None:
-        """Says where things are and what comes next."""
-        best = checkpoints(self.run_folder) / "best.ckpt"
-        logger.info("Run folder: %s", self.run_folder)
-        logger.info("Curves and pictures: tensorboard --logdir %s", self.run_folder)
-        if best.exists():
-            logger.info("Next: theia test %s --ckpt_path %s", _configs(), best)
+    def fit(self, **kwargs: Any) -> None:
+        """Trains, or goes on where the checkpoint was taken."""
+        self.trainer.fit(**kwargs, weights_only=True)
+        if not self.trainer.is_global_zero or self.config[self.subcommand].trainer.fast_dev_run:
+            return
+        run = self.run_folder
+        logger.info("Run folder: %s", run)
+        logger.info("Curves and pictures: tensorboard --logdir %s", run)
+        if not (checkpoints(run) / "best.ckpt").exists():
+            logger.warning("No validation took place, so there is no best.ckpt; last.ckpt holds the end of training.")
+        best = "best" if (checkpoints(run) / "best.ckpt").exists() else "last"
+        logger.info("Next: theia test --config %s --ckpt_path %s", run / "config.yaml", best)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Scores a checkpoint and leaves the table to Lightning."""
+        self.trainer.validate(**kwargs, weights_only=True)
 
     def test(self, **kwargs: Any) -> None:
         """Scores the student before and after training on the same held-out images."""
-        untrained = self.config[self.subcommand].compare_untrained
-        before = self.trainer.test(self.model, self.datamodule, verbose=False)[0] if untrained else None
-        after = self.trainer.test(**{**kwargs, "verbose": False})[0]
+        if self.checkpoint is None or self.loaded is None:
+            raise TypeError("a test without a checkpoint was refused before")
+        before = None
+        if self.config[self.subcommand].compare_untrained:
+            self.model.start_untrained(self.loaded["state_dict"])
+            before = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
+        figures = run_of(self.checkpoint, self.run_folder) / f"test_{self.checkpoint.stem}.json"
+        picture = figures.with_suffix(".png")
+        self.trainer.callbacks.append(FeaturePictures(picture))  # type: ignore[attr-defined]
+        after = self.trainer.test(**kwargs, weights_only=True, verbose=False)[0]
         if not self.trainer.is_global_zero:
             return
         report = {
@@ -142,14 +172,14 @@ class TheiaCLI(LightningCLI):
             "precision": self.trainer.precision,
             "store": self.datamodule.provenance(),
         }
-        write_report(self.report, report)
+        write_report(figures, report)
         lines = (
             f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})",
             table(list(self.datamodule.teacher_specs), before, after),
-            f"run folder:  {self.report.parent}",
-            f"figures:     {self.report}",
-            f"picture:     {self.report.with_suffix('.png')}",
-            f"TensorBoard: tensorboard --logdir {self.report.parent}",
+            f"run folder:  {figures.parent}",
+            f"figures:     {figures}",
+            f"picture:     {picture}",
+            f"TensorBoard: tensorboard --logdir {figures.parent}",
         )
         print("\n".join(lines))  # noqa: T201  # the command's result
 
@@ -180,8 +210,3 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda line: "litlogger" not in line.getMessage()
     )
-
-
-def _configs() -> str:
-    given = [value for flag, value in zip(sys.argv, sys.argv[1:], strict=False) if flag in ("--config", "-c")]
-    return " ".join(f"--config {value}" for value in given)

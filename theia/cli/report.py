@@ -12,7 +12,7 @@ _SHOWN = {"cosine": "cosine", "explained_variance": "explained variance"}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the figures as JSON, atomically enough for a file that can be made again.
+    """Writes the figures as JSON.
 
     Args:
         path: JSON file.

@@ -1,5 +1,6 @@
 """The run folder: what is in it, when it may be used, and how a run is resumed."""
 
+import csv
 import importlib.metadata
 import json
 import logging
@@ -7,6 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -14,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from theia.errors import CheckpointError, ConfigError
+from theia.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -35,38 +37,57 @@ def run_of(checkpoint: Path, otherwise: Path) -> Path:
     return parent.parent if parent.name == "checkpoints" else otherwise
 
 
-def resolve_checkpoint(ckpt_path: str, run: Path) -> Path | None:
+def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None:
     """Path behind ``--ckpt_path``, where ``last`` and ``best`` stand for those of the run folder.
 
     Args:
         ckpt_path: A file, or one of the two words.
         run: Run folder.
+        starting: Whether ``last`` may be missing, so that one command can start and resume a run.
 
     Returns:
-        The file; ``None`` for ``last`` before the run's first checkpoint, so that one command can start and resume.
-
-    Raises:
-        CheckpointError: If there is no such file.
+        The path; ``None`` for a ``last`` that may be missing and is.
     """
-    path = checkpoints(run) / f"{ckpt_path}.ckpt" if ckpt_path in ("last", "best") else Path(ckpt_path)
-    if path.is_file():
-        return path
-    if ckpt_path == "last":
+    if ckpt_path not in ("last", "best"):
+        return Path(ckpt_path)
+    path = checkpoints(run) / f"{ckpt_path}.ckpt"
+    if starting and ckpt_path == "last" and not path.is_file():
         logger.warning("No checkpoint in %s yet: training starts from the beginning.", checkpoints(run))
         return None
-    there = ", ".join(str(other) for other in sorted(path.parent.glob("*.ckpt"))) or "no checkpoint"
-    raise CheckpointError(f"No checkpoint at {path}. In that folder: {there}.")
+    return path
+
+
+def check_trainer(options: Namespace) -> None:
+    """Refuses options of the run that would fail only after work has begun.
+
+    Args:
+        options: Of one command.
+
+    Raises:
+        ConfigError: Names the option.
+    """
+    if options.checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1.")
+    trainer = options.trainer
+    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
+    if endless and trainer.max_steps == -1:
+        raise ConfigError("The warm-up is a share of all steps. Set trainer.max_epochs or trainer.max_steps.")
+    if str(trainer.precision) in ("16-true", "bf16-true"):
+        raise ConfigError(
+            f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
+            f"Use {str(trainer.precision).replace('true', 'mixed')}."
+        )
 
 
 def check_unused(run: Path) -> None:
-    """Refuses to start a new run in the folder of another.
+    """Refuses to start a run in the folder of another.
 
     Raises:
         ConfigError: If a run was started there.
     """
     if (run / "config.yaml").exists() or checkpoints(run).exists():
         raise ConfigError(
-            f"{run} holds a run already. Resume it with --ckpt_path last, or start another with --run FOLDER."
+            f"{run} holds a run already. Resume it with --ckpt_path last, or start another with --run_folder FOLDER."
         )
 
 
@@ -90,25 +111,50 @@ class SaveRun(SaveConfigCallback):
 
 
 class MetricsCSV(CSVLogger):
-    """Lightning's CSV logger, but a resumed run goes on in the same ``metrics.csv`` instead of deleting it."""
+    """Lightning's CSV logger, but a resumed run goes on in the same ``metrics.csv`` instead of deleting it.
+
+    Args:
+        run: Run folder.
+        resumed_at: Optimisation steps already taken; later rows, of steps that will be taken again, are dropped.
+    """
+
+    def __init__(self, run: Path, resumed_at: int) -> None:
+        super().__init__(run, name="", version="")
+        self._resumed_at = resumed_at
 
     @property
     @rank_zero_experiment
     def experiment(self) -> FabricExperimentWriter:
         """The writer, made on first use."""
         if self._experiment is None:
-            self._fs.makedirs(self.root_dir, exist_ok=True)
+            columns = _keep_rows(Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE, self._resumed_at)
             self._experiment = _AppendingWriter(self.log_dir)
+            self._experiment.metrics_keys = columns
         return self._experiment
 
 
 class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
-        # Lightning deletes the file here.
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            header = path.read_text().partition("\n")[0]
-            self.metrics_keys = header.strip().split(",")
+        """Lightning deletes the file here."""
+
+
+def _keep_rows(path: Path, steps: int) -> list[str]:
+    """Cuts a CSV file back to its whole rows of the first steps, and gives its columns."""
+    if not path.is_file() or not path.stat().st_size:
+        path.unlink(missing_ok=True)
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        # A row that a kill cut short lacks values; its step may be cut too.
+        rows = [row for row in reader if None not in row.values() and int(row["step"]) < steps]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+    return columns
 
 
 def _version(distribution: str) -> str | None:
@@ -120,12 +166,14 @@ def _version(distribution: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout that this code runs from, with a mark if it was changed; none for an installed wheel."""
-    folder = Path(__file__).parent
+    here = Path(__file__)
     try:
-        described = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        _git(here, "ls-files", "--error-unmatch", here.name)  # a wheel may lie inside somebody else's checkout
+        return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(file.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

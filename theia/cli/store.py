@@ -8,7 +8,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from theia.extraction.progress import readable_bytes
-from theia.store.verify import Problem, SetSummary, describe
+from theia.store.summary import SetSummary, describe
+from theia.store.verify import Problem
 from theia.store.verify import verify as verify_store
 
 

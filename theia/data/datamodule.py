@@ -30,7 +30,7 @@ class FeatureDataModule(L.LightningDataModule):
     Args:
         store: Folder of the feature store that `theia extract` wrote.
         teachers: Teachers to use, comma-separated or a YAML list; all of the store's by default.
-        batch_size: Global training batch: samples per optimisation step over all processes.
+        batch_size: Global training batch: samples per step over all processes (and per accumulated batch).
         val_batch_size: Samples per batch and process in validation and test.
         workers: Reading processes per training process; 0 reads in the training process.
         fraction: Fixed part of the training samples to use, in (0, 1]; the same part for every seed.

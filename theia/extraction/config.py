@@ -1,16 +1,12 @@
 """The options of an extraction."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from theia.errors import ConfigError
 from theia.lists import comma_list
-from theia.store.schema import FeatureDtype, Resize
-
-# A split is a folder in the store, beside the folder of the statistics.
-_SPLIT = re.compile(r"(?!statistics$)[A-Za-z0-9][A-Za-z0-9_-]*")
+from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +72,8 @@ class ExtractConfig:
         if not self.locations:
             raise ConfigError("--images is empty. Give a place, or one for each split: {train: PLACE, val: PLACE}.")
         for split in self.locations:
-            if not _SPLIT.fullmatch(split):
-                raise ConfigError(
-                    f"{split!r} cannot be the name of a split: it becomes a folder. "
-                    "Use letters, digits, '_' and '-', and not 'statistics'."
-                )
+            if not is_split_name(split):
+                raise ConfigError(f"{split!r} cannot be the name of a split. Use {SPLIT_RULE}.")
 
     @property
     def teacher_names(self) -> list[str]:

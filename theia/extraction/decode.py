@@ -49,7 +49,8 @@ def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
         RGB.
 
     Raises:
-        UnreadableImageError: If the file cannot be read, or as :func:`decode`.
+        UnreadableImageError: If the file is gone or forbidden, or as :func:`decode`.
+        ImageError: If it cannot be read for a reason that is not its own, such as a failing file system.
     """
     # Opened anew each time: beside decoding it costs nothing, and no handle has to survive a fork.
     try:
@@ -57,7 +58,12 @@ def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
-        raise UnreadableImageError(f"cannot be read: {error}") from error
+        # A file that is gone is one image; an archive that is gone is all of its images.
+        if isinstance(error, FileNotFoundError | PermissionError) and size < 0:
+            raise UnreadableImageError(f"cannot be read: {error}") from error
+        raise ImageError(
+            f"{path} cannot be read: {error}. Whole shards are kept; run the same command again."
+        ) from error
     return decode(data)
 
 

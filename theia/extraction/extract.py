@@ -19,6 +19,7 @@ from theia.extraction.plan import check_disk, describe_plan, plan
 from theia.extraction.processes import Processes
 from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter
+from theia.teacher import Teacher
 from theia.types import Json, TeacherSpec
 from theia.version import __version__
 
@@ -99,8 +100,20 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
         lambda: {split: open_source(place, split, labels=config.labels) for split, place in config.locations.items()}
     )
     image_sets = {split: _image_set(source, config) for split, source in sources.items()}
-    # Built once each before any work: what the last teacher lacks must not come to light after days.
-    specs = processes.first(lambda: [build_teacher(name, config).spec for name in config.teacher_names])
+    # Built once each before any work: what the last teacher lacks must not come to light after days. Those that are to
+    # be in memory together anyway stay there.
+    built: dict[str, Teacher] = {}
+
+    def build() -> list[TeacherSpec]:
+        specs = []
+        for name in config.teacher_names:
+            teacher = build_teacher(name, config)
+            specs.append(teacher.spec)
+            if config.all_at_once or len(config.teacher_names) == 1:
+                built[name] = teacher
+        return specs
+
+    specs = processes.first(build)
     processes.first(lambda: _begin(fabric, config, writers, image_sets, specs))
 
     for split, source in sources.items():
@@ -110,7 +123,7 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
 
     groups = [specs] if config.all_at_once else [[spec] for spec in specs]
     for group in groups:
-        store_features(group, image_sets, writers, config, processes, fabric)
+        store_features(group, built, image_sets, writers, config, processes, fabric)
     processes.wait()
     splits = processes.first(lambda: _finish(config, writers, image_sets))
     return splits if processes.rank == 0 else None
@@ -157,7 +170,7 @@ def _finish(
 
 def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
     return ImageSet(
-        source={**source.description, "filter": RESIZE_FILTER},
+        source={**source.description, "filter": RESIZE_FILTER, "labels": source.labels is not None},
         size=config.size,
         resize=config.resize,
         listed=len(source.ids),

@@ -21,6 +21,7 @@ from theia.types import TeacherFeatures, TeacherSpec
 
 def store_features(
     specs: Sequence[TeacherSpec],
+    built: Mapping[str, Teacher],
     image_sets: Mapping[str, ImageSet],
     writers: Mapping[str, SplitWriter],
     config: ExtractConfig,
@@ -31,6 +32,7 @@ def store_features(
 
     Args:
         specs: What process 0 found these teachers to give.
+        built: Those of them that this process has in memory, by name.
         image_sets: By split.
         writers: By split; every image shard is there.
         config: Options.
@@ -45,7 +47,11 @@ def store_features(
         }
         missing[split] = {shard: names for shard, names in lacking.items() if names}
     needed = {name for shards in missing.values() for names in shards.values() for name in names}
-    teachers = {spec.name: _load(spec, config, processes, fabric) for spec in specs if spec.name in needed}
+    teachers = {
+        spec.name: (built.get(spec.name) or _load(spec, config, processes)).to(fabric.device)
+        for spec in specs
+        if spec.name in needed
+    }
     for split, shards in missing.items():
         if not shards:
             continue
@@ -73,14 +79,14 @@ def build_teacher(name: str, config: ExtractConfig) -> Teacher:
         return registry.create(name, config.teacher_options.get(name))
 
 
-def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes, fabric: Fabric) -> Teacher:
+def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes) -> Teacher:
     teacher = build_teacher(spec.name, config)
     if teacher.spec != spec:
         raise PluginError(
             f"Teacher {spec.name!r} is {teacher.spec} in process {processes.rank}, but {spec} in process 0. "
             "Give all nodes the same weights and the same version of its plugin."
         )
-    return teacher.to(fabric.device)
+    return teacher
 
 
 @torch.inference_mode()
@@ -92,8 +98,8 @@ def _store_shard(
     fabric: Fabric,
     progress: Progress,
 ) -> int:
-    images = writer.read_images(shard)
-    rows = len(images.ids)
+    images = writer.images(shard)
+    rows = images.rows
     row_bytes = sum(
         part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
     )
@@ -102,7 +108,7 @@ def _store_shard(
         # Batches are cut at the same rows in every run: a batch of another size may round differently.
         for start in range(0, rows, config.batch_size):
             stop = min(start + config.batch_size, rows)
-            batch = torch.from_numpy(images.read(start, stop)).to(fabric.device)
+            batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
             for name, teacher in teachers.items():
                 features = _forward(teacher, batch, config, fabric)
                 files[name].append(

@@ -40,7 +40,8 @@ class FolderSource:
         """Reads one image; RGB.
 
         Raises:
-            UnreadableImageError: If the file cannot be read or decoded.
+            UnreadableImageError: If the file is gone or forbidden, or cannot be decoded.
+            ImageError: If the file system fails.
         """
         return read_image(self._root / self.ids[index])
 

@@ -35,11 +35,11 @@ class DecodedImages(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-class _Decoder(Dataset[DecodedImages]):
+class _Decoder(Dataset[DecodedImages | ImageError]):
     def __init__(self, source: ImageSource, size: int, resize: Resize) -> None:
         self._source, self._size, self._resize = source, size, resize
 
-    def __getitem__(self, places: range) -> DecodedImages:
+    def __getitem__(self, places: range) -> DecodedImages | ImageError:
         images = np.empty((len(places), 3, self._size, self._size), np.uint8)
         listed: list[int] = []
         skipped: list[tuple[str, str]] = []
@@ -48,6 +48,8 @@ class _Decoder(Dataset[DecodedImages]):
                 images[len(listed)] = to_square(self._source.read(place), self._size, self._resize)
             except UnreadableImageError as error:
                 skipped.append((self._source.ids[place], str(error)))
+            except ImageError as error:
+                return error  # raised in the main process: a worker's own traceback would bury the message
             else:
                 listed.append(place)
         return DecodedImages(torch.from_numpy(images[: len(listed)]), listed, skipped)
@@ -64,7 +66,7 @@ def store_images(
     """Decodes this process's missing image shards of one split.
 
     Raises:
-        ImageError: As soon as more images are unreadable than ``max_skipped`` allows.
+        ImageError: As soon as more images are unreadable than ``max_skipped`` allows, or the file system fails.
     """
     missing = [shard for shard in processes.mine(images.shard_count) if not writer.has_shard(IMAGE, shard)]
     if not missing:
@@ -88,6 +90,8 @@ def store_images(
             skipped: list[tuple[str, str]] = []
             for _ in pieces[shard]:
                 part = next(decoded)
+                if isinstance(part, ImageError):
+                    raise part
                 pixels[len(listed) : len(listed) + len(part.listed)] = part.images.numpy()
                 listed += part.listed
                 skipped += part.skipped

@@ -45,7 +45,8 @@ class ImageSource(Protocol):
         """Decodes one image; RGB, any size.
 
         Raises:
-            UnreadableImageError: If it cannot be read or decoded; the message is the reason.
+            UnreadableImageError: If it alone cannot be read or decoded; the message is the reason.
+            ImageError: If nothing can be read, for instance since the file system fails.
         """
 
 

@@ -27,7 +27,7 @@ class Processes:
         ConfigError: If more processes were started than Fabric knows of: each would do all of the work.
 
     They talk over a gloo group of their own, whatever the device: it can wait without a timeout, and a process that
-    dies closes its connections, so that the others stop at once instead of waiting for it.
+    dies closes its connections. Those that wait for it stop at once; those that work first finish their own shards.
 
     Attributes:
         rank: Of this process, over all nodes.

@@ -55,7 +55,8 @@ class TarSource:
         """Reads one image; RGB.
 
         Raises:
-            UnreadableImageError: If the archive cannot be read or the image not decoded.
+            UnreadableImageError: If it cannot be decoded.
+            ImageError: If the archive cannot be read.
         """
         archive, offset, size = self._places[index].tolist()
         return read_image(self._archives[archive], offset, size)

@@ -73,7 +73,7 @@ def read(path: str | Path) -> PretrainedWeights:
     if not Path(path).is_file():
         raise WeightsError(f"No weights file {str(path)!r}. Give 'scratch', 'pretrained' or the path of a checkpoint.")
     try:
-        parameters = load_state_dict(str(path))
+        parameters = load_state_dict(str(path), weights_only=True)
     except Exception as error:
         # A damaged file raises whatever the reader trips over.
         raise WeightsError(

@@ -1,11 +1,17 @@
-"""Whether a new run may continue what a store holds, and if not, the first difference."""
+"""Whether what is to be stored, or read, agrees with what else the store holds, and if not, the first difference."""
 
+import logging
 import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from theia.errors import StoreError
-from theia.store.schema import MANIFEST, ImageSet, SetRecord, set_folder, to_plain
+from theia.store.schema import MANIFEST, ImageSet, SetRecord, SplitRecord, set_folder, to_plain
+from theia.types import TeacherSpec
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images"}
 
@@ -23,11 +29,6 @@ def check_folder(root: Path) -> None:
         raise StoreError(f"{root} is not empty and not a feature store. Give a new or empty folder with --store.")
 
 
-def same_images(former: ImageSet, images: ImageSet) -> bool:
-    """Whether two image sets are one, after what JSON does to tuples."""
-    return to_plain(former) == to_plain(images)
-
-
 def check_images(root: Path, split: str, former: ImageSet, images: ImageSet) -> None:
     """Refuses to mix two image sets in one split.
 
@@ -42,28 +43,69 @@ def check_images(root: Path, split: str, former: ImageSet, images: ImageSet) -> 
         )
 
 
-def check_teacher(root: Path, split: str, former: SetRecord, new: SetRecord) -> None:
-    """Refuses to mix the features of two versions of a teacher in one set.
+def check_teacher(root: Path, split: str, name: str, former: SetRecord, new: SetRecord) -> None:
+    """Refuses to mix the features of two versions of a teacher in one set; warns of two devices.
 
     Raises:
         StoreError: Names the first difference.
     """
-    difference = _first_difference(_identity(former), _identity(new))
+    former_way, way = ({"dtype": part.dtype, "precision": part.computed.get("precision")} for part in (former, new))
+    difference = _spec_difference(former.spec, new.spec) or _first_difference(former_way, way)
     if difference:
-        name = _identity(new)["name"]
         raise StoreError(
             f"Split {split!r} of {root} has features of another {name!r}: {difference}. Give the same options, "
             f"another --store, or delete {set_folder(root, split, name)} to extract it anew."
         )
+    devices = [part.computed.get("device") for part in (former, new)]
+    if devices[0] != devices[1] and not former.complete:
+        logger.warning("Features of %r / %r were begun on %s and go on on %s.", name, split, *devices)
 
 
-def has_shards(folder: Path) -> bool:
-    """Whether a set has any file yet."""
-    return any(folder.glob("shard-*.h5"))
+def check_splits(
+    root: Path, split: str, images: ImageSet, teachers: Sequence[TeacherSpec], others: Mapping[str, SplitRecord]
+) -> None:
+    """Refuses splits that differ in the size of their images or in a teacher: no model could be scored on them.
+
+    Args:
+        root: Folder of the store.
+        split: Name of the split.
+        images: Its images.
+        teachers: Its teachers.
+        others: The other splits, from :func:`with_shards`.
+
+    Raises:
+        StoreError: Names the first difference.
+    """
+    for other, record in others.items():
+        theirs, ours = ({"size": part.size, "resize": part.resize} for part in (record.images, images))
+        difference = _first_difference(theirs, ours) if record.sets else None
+        if difference:
+            raise StoreError(
+                f"The images of split {split!r} of {root} differ from those of {other!r}: {difference}. Give the "
+                f"same options, another --store, or delete {root / other} and extract that split anew."
+            )
+        for spec in teachers:
+            difference = _spec_difference(record.teachers.get(spec.name), spec)
+            if difference:
+                raise StoreError(
+                    f"Split {split!r} of {root} has another {spec.name!r} than {other!r}: {difference}. Give the same "
+                    f"options, another --store, or delete {set_folder(root, other, spec.name)} and extract it anew."
+                )
 
 
-def _identity(record: SetRecord) -> dict[str, Any]:
-    return {**to_plain(record.spec), "dtype": record.dtype}
+def with_shards(root: Path, split: str, record: SplitRecord) -> SplitRecord:
+    """A split with only those sets that have a file."""
+    sets = {name: part for name, part in record.sets.items() if any(set_folder(root, split, name).glob("shard-*.h5"))}
+    return replace(record, sets=sets)
+
+
+def _spec_difference(former: TeacherSpec | None, new: TeacherSpec | None) -> str | None:
+    if former is None or new is None:
+        return None
+    # A digest says what the weights are, wherever they lie.
+    if former.revision == new.revision and (new.revision or "").startswith("sha256:"):
+        former = replace(former, weights=new.weights)
+    return _first_difference(to_plain(former), to_plain(new))
 
 
 def _first_difference(former: Any, new: Any, place: str = "") -> str | None:

@@ -1,4 +1,4 @@
-"""From a teacher's float32 features to what is stored: checked, converted, summed."""
+"""One teacher's float32 features on their way into a shard: checked, converted, summed, appended batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,15 +8,81 @@ import torch
 from numpy.typing import NDArray
 
 from theia.errors import FeatureError
+from theia.store.layout import CLS_SUMS, PATCH_SUMS
+from theia.store.new_shard import NewShard
 from theia.store.schema import FeatureDtype
 from theia.store.statistics import Moments
-from theia.types import TeacherSpec
+from theia.teacher import check_features
+from theia.types import TeacherFeatures, TeacherSpec
 
 Float32 = NDArray[np.float32]
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _INT8_MAX = 127
 _BLOCK_VALUES = 1 << 18
+
+
+class ShardWriter:
+    """Takes the features of a shard's images in order. Made by ``SplitWriter.open_shard``.
+
+    Attributes:
+        ids: Sample ids of the shard, in the order in which features are expected.
+    """
+
+    def __init__(self, shard: NewShard, spec: TeacherSpec, dtype: FeatureDtype, ids: list[str]) -> None:
+        self.ids = ids
+        self._shard = shard
+        self._spec = spec
+        self._dtype = dtype
+        self._rows = 0
+        self._patches = Moments.zero(spec.channels)
+        self._cls = Moments.zero(spec.channels)
+
+    def append(self, patches: NDArray[np.float32], cls: NDArray[np.float32] | None) -> None:
+        """Stores the features of the next images.
+
+        Args:
+            patches: Float32, shape ``(b, N, C)``.
+            cls: Float32, shape ``(b, C)``; ``None`` for a teacher without CLS token.
+
+        Raises:
+            FeatureError: If shapes do not fit the spec or the number of images, or a value cannot be stored.
+            StoreError: If the disk is full.
+        """
+        patches, cls = _prepared(patches), None if cls is None else _prepared(cls)
+        tensors = TeacherFeatures(torch.from_numpy(patches), None if cls is None else torch.from_numpy(cls))
+        check_features(self._spec, tensors, len(patches))
+        stop = self._rows + len(patches)
+        if stop > len(self.ids):
+            raise FeatureError(
+                f"Teacher {self._spec.name!r} gave features of more than the {len(self.ids)} images of "
+                f"{self._shard.path}. This is a defect of the extraction loop: please report it."
+            )
+        ids = self.ids[self._rows : stop]
+        columns, patch_moments, cls_moments = to_stored(self._spec, self._dtype, ids, patches, cls)
+        self._shard.write_samples(columns, self._rows)
+        self._patches += patch_moments
+        if cls_moments is not None:
+            self._cls += cls_moments
+        self._rows = stop
+
+    def close(self) -> None:
+        """Writes the sums.
+
+        Raises:
+            FeatureError: If images are left without features.
+        """
+        if self._rows != len(self.ids):
+            raise FeatureError(
+                f"Teacher {self._spec.name!r} gave features of {self._rows} images for {self._shard.path}, which has "
+                f"{len(self.ids)}. This is a defect of the extraction loop: please report it."
+            )
+        pairs = [(PATCH_SUMS, self._patches)]
+        if self._spec.has_cls:
+            pairs.append((CLS_SUMS, self._cls))
+        for (total, squares), moments in pairs:
+            self._shard.write(total, moments.sum)
+            self._shard.write(squares, moments.sumsq)
 
 
 def to_stored(
@@ -100,8 +166,13 @@ def _refuse(spec: TeacherSpec, ids: Sequence[str], values: Float32, token: str, 
     value = float(values[sample, position, channel])
     where = f"Teacher {spec.name!r}, image {ids[sample]!r}, {token} {position}, channel {channel}: {value:g}"
     if not np.isfinite(value):
-        raise FeatureError(f"{where} is not a finite number. Compute in float32, or remove that image from the source.")
+        raise FeatureError(f"{where} is not a finite number. Remove that image from the source.")
     remedy = "Store this teacher as int8, or remove" if token == "patch token" else "Remove"
     raise FeatureError(
         f"{where} is beyond float16, whose largest value is {_FLOAT16_MAX:g}. {remedy} that image from the source."
     )
+
+
+def _prepared(values: NDArray[Any]) -> NDArray[np.float32]:
+    # torch warns about arrays that it may not write to.
+    return np.require(values, np.float32, ["C", "W"])

@@ -18,6 +18,18 @@ _HOST = socket.gethostname().replace("~", "-")
 _ABANDONED_SECONDS = 6 * 3600.0
 
 
+class UnreadableFileError(StoreError):
+    """The system refuses to read a file, which may be whole: not a reason to make it anew."""
+
+
+def unreadable(path: Path | str, error: OSError) -> UnreadableFileError:
+    """The error that says so. Made here, since an exception with arguments of its own could not be pickled."""
+    return UnreadableFileError(
+        f"{path} cannot be read: {error}. Check the file system, the permissions and 'ulimit -n'; the file itself "
+        "may be whole."
+    )
+
+
 def temporary_path(path: Path) -> Path:
     """Where this process writes a file before it gets its name; unique over hosts and processes."""
     return path.with_name(f".{path.name}~{_HOST}~{os.getpid()}{_SUFFIX}")
@@ -78,6 +90,32 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns system errors inside into an error that names the file.
+
+    Raises:
+        UnreadableFileError: On any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file, or ``None`` where there is none.
+
+    Raises:
+        UnreadableFileError: If the system does not tell.
+    """
+    with reading(path):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return None
 
 
 @contextmanager

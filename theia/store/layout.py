@@ -3,11 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from theia.errors import StoreError
+from theia.store.files import reading
 from theia.store.schema import (
     IMAGE,
     SCHEMA_VERSION,
@@ -15,6 +18,7 @@ from theia.store.schema import (
     ImageSet,
     SetRecord,
     ShardRecord,
+    SplitRecord,
     canonical_json,
     feature_fields,
     image_fields,
@@ -22,7 +26,8 @@ from theia.store.schema import (
     shard_path,
     to_plain,
 )
-from theia.store.shard import CRC32, Shard, damaged
+from theia.store.shard import CRC32, SCHEMA, Shard, damaged, decode, encode
+from theia.types import Json
 
 LABEL = "label"
 SKIPPED = "skipped"
@@ -83,14 +88,16 @@ class SetLayout:
             found |= dict.fromkeys(self.sum_names(), channels)
         return found
 
-    def attributes(self, index: int, rows: int) -> dict[str, str | int]:
-        """Attributes of one file."""
-        common: dict[str, str | int] = {
-            "schema": SCHEMA_VERSION,
+    def attributes(self, index: int, rows: int) -> dict[str, Json]:
+        """What one file says about itself."""
+        return {**self._attributes, "shard": index, "rows": rows}
+
+    @cached_property
+    def _attributes(self) -> dict[str, Json]:
+        common: dict[str, Json] = {
+            SCHEMA: SCHEMA_VERSION,
             "split": self.split,
             "set": self.name,
-            "shard": index,
-            "rows": rows,
             "image_set_sha256": hashlib.sha256(canonical_json(to_plain(self.images)).encode()).hexdigest(),
         }
         spec = self.record.spec
@@ -99,9 +106,7 @@ class SetLayout:
         return {
             **common,
             "dtype": self.record.dtype or "float16",
-            "spec": canonical_json(to_plain(spec)),
-            "weights": spec.weights,
-            "revision": spec.revision or "",
+            "spec": to_plain(spec),
             "preprocessing_sha256": preprocessing_hash(spec),
         }
 
@@ -127,8 +132,27 @@ class SetLayout:
     def recorded(self, index: int) -> ShardRecord | None:
         """The record of a shard: of its sidecar, which is newer, or else of the manifest."""
         try:
-            return ShardRecord(**json.loads(self.sidecar(index).read_bytes()))
-        except FileNotFoundError:
-            return next((record for record in self.record.shards if record.index == index), None)
-        except (OSError, TypeError, ValueError) as error:
+            with reading(self.sidecar(index)):
+                try:
+                    return ShardRecord(**json.loads(self.sidecar(index).read_bytes()))
+                except FileNotFoundError:
+                    return self.record.shards[index] if index < len(self.record.shards) else None
+        except (TypeError, ValueError) as error:
             raise StoreError(f"{self.sidecar(index)} is damaged ({error}). Delete it.") from error
+
+
+def split_layouts(root: Path, split: str, record: SplitRecord) -> list[SetLayout]:
+    """The sets of a split, images first."""
+    names = sorted(record.sets, key=lambda name: name != IMAGE)
+    return [SetLayout(root, split, name, record.images, record.sets[name]) for name in names]
+
+
+def encode_skipped(skipped: list[tuple[str, str]]) -> NDArray[np.bytes_]:
+    """Ids of the images of a shard that could not be read, with the reason, as stored: shape ``(m, 2)``."""
+    return encode([text for pair in skipped for text in pair]).reshape(-1, 2)
+
+
+def read_skipped(images: Shard) -> list[tuple[str, str]]:
+    """What :func:`encode_skipped` stored in an image shard."""
+    texts = decode(images.read(SKIPPED).reshape(-1))
+    return list(zip(texts[::2], texts[1::2], strict=True))

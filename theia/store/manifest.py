@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from theia.errors import StoreError
-from theia.store.files import locked, replace_bytes
+from theia.store.files import locked, replace_bytes, unreadable
 from theia.store.schema import (
     IMAGE,
     MANIFEST,
@@ -56,8 +56,10 @@ def read_manifest(root: Path) -> Manifest:
         raise StoreError(
             f"{root} is not a feature store: it has no {MANIFEST}. Give the folder that 'theia extract --store' wrote."
         ) from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}. Restore it from a copy, or extract again.") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}). Restore it from a copy, or extract again.") from error
     _check_schema(path, content)
     try:
         return Manifest({name: _split_from(values) for name, values in content["splits"].items()})

@@ -17,8 +17,21 @@ from numpy.typing import NDArray
 
 from theia.errors import StoreError
 from theia.store.files import publish, temporary_path, writing
-from theia.store.schema import Field
-from theia.store.shard import CHECKED, CRC32, KEY, Dataset, as_bytes, encode, file_sha256, locate, row_crc32
+from theia.store.schema import Field, canonical_json
+from theia.store.shard import (
+    CHECKED,
+    CRC32,
+    DESCRIPTION,
+    KEY,
+    SCHEMA,
+    Dataset,
+    as_bytes,
+    encode,
+    file_sha256,
+    locate,
+    row_crc32,
+)
+from theia.types import Json
 
 _ALIGNMENT = 4096
 
@@ -32,7 +45,7 @@ class NewShard:
         path: Its final name.
         keys: Sample ids.
         datasets: Types and row shapes of the datasets by name, and their rows.
-        attributes: Attributes of the file.
+        attributes: What the file says about itself.
 
     Raises:
         StoreError: If the file cannot be written.
@@ -43,7 +56,7 @@ class NewShard:
         path: Path,
         keys: Sequence[str],
         datasets: Mapping[str, tuple[int, Field]],
-        attributes: Mapping[str, str | int],
+        attributes: Mapping[str, Json],
     ) -> None:
         self.path = path
         self._temporary = temporary_path(path)
@@ -147,14 +160,13 @@ class _Structure(io.RawIOBase):
         self.size = 0
         self._position = 0
 
-    def describe(
-        self, datasets: Mapping[str, tuple[int, Field]], attributes: Mapping[str, str | int]
-    ) -> dict[str, Dataset]:
+    def describe(self, datasets: Mapping[str, tuple[int, Field]], attributes: Mapping[str, Json]) -> dict[str, Dataset]:
         """Lays out datasets and attributes."""
         alignment = {"alignment_threshold": 1, "alignment_interval": _ALIGNMENT}
         with h5py.File(self, "w", track_order=False, **alignment) as file:
-            for name, value in attributes.items():
-                file.attrs[name] = value
+            described = dict(attributes)
+            file.attrs[SCHEMA] = described.pop(SCHEMA)
+            file.attrs[DESCRIPTION] = canonical_json(described)
             return {name: _allocate(file, name, rows, field) for name, (rows, field) in datasets.items()}
 
     def seekable(self) -> bool:

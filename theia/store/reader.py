@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from theia.errors import StoreError
+from theia.store.agreement import check_splits, with_shards
 from theia.store.completion import missing_shards
+from theia.store.files import file_size
 from theia.store.layout import LABEL, SetLayout
 from theia.store.manifest import Manifest, read_manifest
-from theia.store.schema import IMAGE, MANIFEST, Field, ShardRecord, SplitRecord, statistics_path
+from theia.store.schema import IMAGE, MANIFEST, SplitRecord, set_folder, statistics_path
 from theia.store.shard import KEY, Shard, damaged, decode, read_shard
 from theia.store.split import Column, Split
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
-
-__all__ = ["FeatureStore", "Field", "Split"]
 
 
 class FeatureStore:
@@ -52,15 +52,6 @@ class FeatureStore:
         """
         return self._record(split).teachers
 
-    def classes(self, split: str) -> list[str] | None:
-        """Class names of a split by label, or ``None``.
-
-        Raises:
-            StoreError: If there is no such split.
-        """
-        classes = self._record(split).images.classes
-        return None if classes is None else list(classes)
-
     def statistics(self, teacher: str) -> ChannelStatistics:
         """Mean and standard deviation of a teacher's features over the training split.
 
@@ -84,7 +75,8 @@ class FeatureStore:
 
         Raises:
             StoreError: If the split or a teacher is not there or unfinished, a file is missing, truncated or
-                unreadable, or the samples of a teacher are not those of the images.
+                unreadable, the samples of a teacher are not those of the images, or another split has another teacher
+                of the same name.
         """
         record = self._record(split)
         names = list(record.teachers if teachers is None else teachers)
@@ -94,6 +86,10 @@ class FeatureStore:
                     f"Split {split!r} of {self.root} has no teacher {name!r}. It has: "
                     f"{', '.join(record.teachers) or 'none'}. Add it: {self._command(split, name)}"
                 )
+        others = {
+            other: with_shards(self.root, other, part) for other, part in self.manifest.splits.items() if other != split
+        }
+        check_splits(self.root, split, record.images, [record.teachers[name] for name in names], others)
         layouts = {name: self._complete(split, record, name) for name in (IMAGE, *names)}
         shards: dict[str, list[Shard]] = {name: [] for name in layouts}
         for index in range(record.images.shard_count):
@@ -108,9 +104,13 @@ class FeatureStore:
                 offsets = np.array([shard.datasets[dataset].offset for shard in shards[name]], np.int64)
                 paths = [str(shard.path) for shard in shards[name]]
                 columns[name if dataset == "data" else f"{name}/{dataset}"] = Column(field, paths, offsets)
-        labels = None
-        if shards[IMAGE] and all(LABEL in shard.datasets for shard in shards[IMAGE]):
-            labels = np.concatenate([shard.read(LABEL) for shard in shards[IMAGE]])
+        labelled = [shard for shard in shards[IMAGE] if LABEL in shard.datasets]
+        if labelled and len(labelled) < len(shards[IMAGE]):
+            raise StoreError(
+                f"Only {len(labelled)} of {len(shards[IMAGE])} image shards of {self.root / split} have labels. Delete "
+                "that folder and extract the split anew."
+            )
+        labels = np.concatenate([shard.read(LABEL) for shard in labelled]) if labelled else None
         keys = [(str(shard.path), shard.datasets[KEY]) for shard in shards[IMAGE]]
         size = record.images.size
         return Split({name: record.teachers[name] for name in names}, (size, size), columns, keys, labels)
@@ -127,9 +127,13 @@ class FeatureStore:
         layout = SetLayout(self.root, split, name, record.images, record.sets[name])
         if not layout.record.complete:
             total = record.images.shard_count
+            drop = ""
+            if name != IMAGE:
+                folder = set_folder(self.root, split, name)
+                drop = f", or drop this teacher: delete {folder} and run any theia extract of that split"
             raise StoreError(
                 f"Extraction of {name!r} / {split!r} in {self.root} is unfinished: "
-                f"{total - len(missing_shards(layout))} of {total} shards. Run the same theia extract again."
+                f"{total - len(missing_shards(layout))} of {total} shards. Run the same theia extract again{drop}."
             )
         return layout
 
@@ -139,18 +143,14 @@ class FeatureStore:
 
 def _validated(layout: SetLayout, index: int) -> Shard:
     path, record = layout.path(index), layout.record.shards[index]
-    _check_size(path, record)
+    size = file_size(path)
+    if size is not None and size != record.bytes:
+        raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
     shard = read_shard(path)
     layout.check(shard, index)
     if shard.rows != record.rows:
         raise StoreError(damaged(path, f"it has {shard.rows} samples, the manifest says {record.rows}"))
     return shard
-
-
-def _check_size(path: Path, record: ShardRecord) -> None:
-    size = path.stat().st_size if path.exists() else None
-    if size is not None and size != record.bytes:
-        raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
 
 
 def _check_keys(images: Shard, features: Shard) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ MANIFEST = "manifest.json"
 STATISTICS = "statistics"
 IMAGE = "image"
 TRAIN = "train"
+
+SPLIT_RULE = f"letters, digits, '_' and '-', and not {STATISTICS!r}: it becomes a folder in the store"
 
 FeatureDtype = Literal["float16", "int8"]
 Resize = Literal["squash", "center_crop"]
@@ -96,9 +99,10 @@ class SetRecord:
     Attributes:
         spec: What the teacher is; ``None`` for images.
         dtype: Type of the stored patch tokens; ``None`` for images.
-        computed: How the features were computed (device, precision, versions): information, never compared.
-        shards: One record per shard, empty until the set is complete.
-        complete: Whether every shard is there.
+        computed: How the features were computed (device, precision, versions): information, of which only the
+            precision is compared.
+        shards: One record per shard, empty until the set is complete for the first time.
+        complete: Whether every shard is there, and the statistics are theirs.
     """
 
     spec: TeacherSpec | None = None
@@ -119,6 +123,11 @@ class SplitRecord:
     def teachers(self) -> dict[str, TeacherSpec]:
         """Specs of the teachers that were begun, by name."""
         return {name: record.spec for name, record in self.sets.items() if record.spec is not None}
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a split may have this name; ``SPLIT_RULE`` says what it may be, for messages."""
+    return name != STATISTICS and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
 
 
 def set_folder(root: Path, split: str, name: str) -> Path:

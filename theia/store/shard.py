@@ -1,6 +1,7 @@
 """One shard on disk: h5py validates its structure, its values are read at their byte offsets."""
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import StoreError
+from theia.store.files import reading, unreadable
 from theia.store.schema import Field
+
+# One JSON text holds what a file says about itself: HDF5 is slow with many attributes. The schema can be read alone.
+SCHEMA = "schema"
+DESCRIPTION = "description"
 
 KEY = "key"
 CRC32 = "crc32"
@@ -43,7 +49,7 @@ class Shard:
 
     Attributes:
         path: The file.
-        attributes: Schema, set, spec and so on.
+        attributes: What it says about itself: schema, set, spec and so on.
         datasets: By name.
     """
 
@@ -70,11 +76,10 @@ class Shard:
         dataset = self.datasets[name]
         stop = dataset.rows if stop is None else min(stop, dataset.rows)
         values = np.empty((max(stop - start, 0), *dataset.field.shape), dataset.field.dtype)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                read = _read_whole(file.fileno(), values, dataset.offset + start * dataset.field.row_bytes)
-        except OSError as error:
-            raise StoreError(damaged(self.path, str(error))) from error
+        if not values.nbytes:
+            return values
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            read = _read_whole(file.fileno(), values, dataset.offset + start * dataset.field.row_bytes)
         if read != values.nbytes:
             raise StoreError(damaged(self.path, "it ends too early"))
         return values
@@ -96,14 +101,20 @@ def read_shard(path: Path) -> Shard:
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            attributes = dict(file.attrs)
+            attributes = {SCHEMA: int(file.attrs[SCHEMA]), **json.loads(file.attrs[DESCRIPTION])}
             datasets = {name: locate(h5py.h5d.open(file.id, name.encode())) for name in file}
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing. Run the theia extract that made the store again.") from error
+        raise StoreError(
+            f"{path} is missing. Run the theia extract that made it again; to drop a teacher instead, delete its "
+            "folder and run any theia extract of that split."
+        ) from error
     # A damaged structure surfaces in h5py as any of these.
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        # What the system refuses has a number; what HDF5 does not understand has none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from error
         raise StoreError(damaged(path, str(error))) from error
-    if KEY not in datasets or "schema" not in attributes:
+    if KEY not in datasets:
         raise StoreError(damaged(path, "it is no shard of a feature store"))
     return Shard(path, attributes, datasets)
 
@@ -129,8 +140,12 @@ def as_bytes(values: NDArray[Any]) -> memoryview:
 
 
 def file_sha256(path: Path) -> str:
-    """Digest of a whole file."""
-    with path.open("rb") as file:
+    """Digest of a whole file.
+
+    Raises:
+        UnreadableFileError: If it cannot be read.
+    """
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
+from theia.store.files import unreadable
 from theia.store.schema import Field
 from theia.store.shard import Dataset, as_bytes, damaged
 from theia.types import TeacherSpec
+
+# More than any store has; no more than that, since some programs close all that they could have open.
+_MANY_FILES = 1 << 16
 
 Int64 = NDArray[np.int64]
 
@@ -165,7 +170,7 @@ class Split:
                     raise StoreError(damaged(path, "it ends too early"))
                 done += more
         except OSError as error:
-            raise StoreError(damaged(path, str(error))) from error
+            raise unreadable(path, error) from error
 
 
 class _File:
@@ -183,7 +188,12 @@ class _File:
 
 
 def _open_files_at_most() -> int:
-    # A quarter of what the process may open: train and validation, and room for everything else. Random order over
-    # a large store profits from a raised `ulimit -n`.
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 16 if soft == resource.RLIM_INFINITY else max(soft // 4, 16)
+    # Random order over a large store touches every file again and again: the usual 1024 would close and open them.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    # A quarter: there are train and validation, and everything else that a process opens.
+    return max((_MANY_FILES if soft == resource.RLIM_INFINITY else soft) // 4, 16)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import StoreError
-from theia.store.files import replace_bytes
+from theia.store.files import replace_bytes, unreadable
 
 Vector = NDArray[np.float64]
 
@@ -131,7 +131,9 @@ class ChannelStatistics:
                 )
         except FileNotFoundError as error:
             raise StoreError(f"{path} is missing. Run the theia extract of the training split again.") from error
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(
                 f"{path} is damaged ({error}). Delete it and run the theia extract of the training split again."
             ) from error

@@ -1,4 +1,4 @@
-"""What is in a store, and whether all of it is whole."""
+"""Whether all of a store is whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -7,22 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from theia.errors import StoreError
-from theia.store.completion import missing_shards, set_statistics
-from theia.store.layout import SetLayout
+from theia.store.completion import missing_shards, set_statistics, shard_records
+from theia.store.files import file_size
+from theia.store.layout import SetLayout, split_layouts
 from theia.store.manifest import read_manifest
-from theia.store.schema import (
-    IMAGE,
-    TRAIN,
-    FeatureDtype,
-    ImageSet,
-    ShardRecord,
-    SplitRecord,
-    set_folder,
-    statistics_path,
-)
+from theia.store.schema import IMAGE, TRAIN, ShardRecord, set_folder, statistics_path
 from theia.store.shard import CRC32, KEY, Shard, file_sha256, read_shard
 from theia.store.statistics import ChannelStatistics
-from theia.types import TeacherSpec
 
 _ROWS_AT_ONCE = 64
 _SHOWN = 8
@@ -54,61 +45,6 @@ class Problem:
     text: str
 
 
-@dataclass(frozen=True)
-class SetSummary:
-    """One teacher's features, or the images, of a split.
-
-    Attributes:
-        name: ``"image"`` or the name of the teacher.
-        spec: The teacher, or ``None`` for images.
-        dtype: Stored type of the patch tokens, or ``None`` for images.
-        rows: Samples that are there.
-        shards: Files that are there.
-        bytes: Their size.
-        complete: Whether the set is finished.
-    """
-
-    name: str
-    spec: TeacherSpec | None
-    dtype: FeatureDtype | None
-    rows: int
-    shards: int
-    bytes: int
-    complete: bool
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """One split of a store.
-
-    Attributes:
-        name: Its name.
-        images: Its list of images.
-        skipped: Listed images that could not be read; ``None`` while the images are unfinished.
-        sets: Images first, then the teachers.
-    """
-
-    name: str
-    images: ImageSet
-    skipped: int | None
-    sets: tuple[SetSummary, ...]
-
-
-def describe(root: Path | str) -> list[SplitSummary]:
-    """What a store has, from its manifest.
-
-    Raises:
-        StoreError: If there is no store.
-    """
-    summaries = []
-    for name, record in read_manifest(Path(root)).splits.items():
-        sets = tuple(_summary(layout) for layout in _layouts(Path(root), name, record))
-        images = next(part for part in sets if part.name == IMAGE)
-        skipped = record.images.listed - images.rows if images.complete else None
-        summaries.append(SplitSummary(name, record.images, skipped, sets))
-    return summaries
-
-
 def verify(root: Path | str) -> Iterator[Problem | Checked]:
     """Reads every byte of a store and compares it with its checksums.
 
@@ -122,7 +58,7 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
         StoreError: If there is no store.
     """
     for split, record in read_manifest(Path(root)).splits.items():
-        layouts = _layouts(Path(root), split, record)
+        layouts = split_layouts(Path(root), split, record)
         for layout in layouts:
             found = False
             for event in _verify_set(layout, layouts[0]):
@@ -132,37 +68,18 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
                 yield from _verify_statistics(layout)
 
 
-def _layouts(root: Path, split: str, record: SplitRecord) -> list[SetLayout]:
-    names = sorted(record.sets, key=lambda name: name != IMAGE)
-    return [SetLayout(root, split, name, record.images, record.sets[name]) for name in names]
-
-
-def _summary(layout: SetLayout) -> SetSummary:
-    record = layout.record
-    shards: list[ShardRecord] = list(record.shards)
-    if not record.complete:
-        there = (index for index in range(layout.images.shard_count) if layout.path(index).exists())
-        shards = [shard for shard in map(layout.recorded, there) if shard is not None]
-    return SetSummary(
-        name=layout.name,
-        spec=record.spec,
-        dtype=record.dtype,
-        rows=sum(shard.rows for shard in shards),
-        shards=len(shards),
-        bytes=sum(shard.bytes for shard in shards),
-        complete=record.complete,
-    )
-
-
 def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Checked]:
+    folder = set_folder(layout.root, layout.split, layout.name)
+    try:
+        records = shard_records(layout)
+        missing = len(missing_shards(layout))
+    except StoreError as error:
+        yield Problem(folder, str(error))
+        return
     if not layout.record.complete:
         total = layout.images.shard_count
-        yield Problem(
-            set_folder(layout.root, layout.split, layout.name),
-            f"is unfinished: {total - len(missing_shards(layout))} of {total} shards. Run its theia extract again.",
-        )
-        return
-    for record in layout.record.shards:
+        yield Problem(folder, f"is unfinished: {total - missing} of {total} shards. Run its theia extract again.")
+    for record in records:
         path = layout.path(record.index)
         try:
             reason = _fault(layout, images, record)
@@ -176,17 +93,15 @@ def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Chec
 
 def _fault(layout: SetLayout, images: SetLayout, record: ShardRecord) -> str | None:
     path = layout.path(record.index)
-    if not path.exists():
-        return "is missing"
-    size = path.stat().st_size
-    if size != record.bytes:
+    size = file_size(path)
+    if size is not None and size != record.bytes:
         return f"has {size} bytes, the manifest says {record.bytes}"
-    intact = file_sha256(path) == record.sha256
     shard = read_shard(path)
+    intact = file_sha256(path) == record.sha256
     layout.check(shard, record.index)
     if not intact:
         return _damage(shard)
-    if layout.name != IMAGE and images.path(record.index).exists():
+    if layout.name != IMAGE and file_size(images.path(record.index)) is not None:
         wanted = read_shard(images.path(record.index))
         if not np.array_equal(wanted.read(KEY), shard.read(KEY)):
             return f"has other samples than {wanted.path}"
@@ -209,7 +124,8 @@ def _damage(shard: Shard) -> str:
 def _verify_statistics(layout: SetLayout) -> Iterator[Problem]:
     path = statistics_path(layout.root, layout.name)
     try:
-        stored, computed = ChannelStatistics.load(path), set_statistics(layout)
+        paths = (layout.path(index) for index in range(layout.images.shard_count))
+        stored, computed = ChannelStatistics.load(path), set_statistics(layout, map(read_shard, paths))
     except StoreError as error:
         yield Problem(path, str(error).removeprefix(f"{path} "))
         return

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
-from theia.store.agreement import check_folder, check_images, check_teacher, has_shards, same_images
-from theia.store.completion import check_whole, complete, is_whole, missing_shards
+from theia.store.agreement import check_folder, check_images, check_splits, check_teacher, with_shards
+from theia.store.completion import WholeShards, complete, missing_shards
+from theia.store.features import ShardWriter
 from theia.store.files import remove_stale, replace_bytes, writing
-from theia.store.image_shard import ImageShard, encode_skipped
-from theia.store.layout import LABEL, SKIPPED, SetLayout
+from theia.store.layout import LABEL, SKIPPED, SetLayout, encode_skipped, read_skipped, split_layouts
 from theia.store.manifest import edit_manifest, read_manifest
 from theia.store.new_shard import NewShard
 from theia.store.schema import (
     IMAGE,
+    SPLIT_RULE,
     STATISTICS,
     FeatureDtype,
     Field,
@@ -30,11 +30,11 @@ from theia.store.schema import (
     SetRecord,
     ShardRecord,
     SplitRecord,
+    is_split_name,
     set_folder,
     to_plain,
 )
-from theia.store.shard import read_shard
-from theia.store.shard_writer import ShardWriter
+from theia.store.shard import Shard
 from theia.types import Json, TeacherSpec
 
 
@@ -54,12 +54,13 @@ class SplitWriter:
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        if not re.fullmatch(r"\w[\w.-]*", split) or split == STATISTICS:
-            raise StoreError(f"A split cannot be named {split!r}. Use letters, digits, '_', '-' and '.'.")
+        if not is_split_name(split):
+            raise StoreError(f"A split cannot be named {split!r}. Use {SPLIT_RULE}.")
         self._root = Path(root)
         self._split = split
         self._names: tuple[str, ...] = ()
-        self._record: SplitRecord | None = None
+        self._sets: dict[str, SetLayout] = {}
+        self._whole = WholeShards(self._sets)
 
     def begin(
         self,
@@ -72,33 +73,36 @@ class SplitWriter:
 
         Args:
             images: The split's images.
-            teachers: Teachers to extract now; others that the store has stay as they are.
+            teachers: Teachers to extract now; others that the split has stay as they are, unless they have no file.
             dtype: Stored type of their patch tokens.
             computed: How they are computed, for the record.
 
         Raises:
-            StoreError: If the store holds other images, or other features of one of the teachers; or cannot be
-                written.
+            StoreError: If the split holds other images, or other features of one of the teachers; if another split
+                has images of another size, or another teacher of the same name; or if the store cannot be written.
         """
         check_folder(self._root)
         with writing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
         with edit_manifest(self._root) as manifest:
-            former = manifest.splits.get(self._split, SplitRecord(images, {}))
-            if not same_images(former.images, images):
-                if has_shards(self._folder(IMAGE)):
-                    check_images(self._root, self._split, former.images, images)
-                former = SplitRecord(images, {})
-            sets = {**former.sets, IMAGE: former.sets.get(IMAGE, SetRecord())}
+            # Sets without a file hold nothing to agree with, and nothing is lost with them.
+            splits = {name: with_shards(self._root, name, record) for name, record in manifest.splits.items()}
+            former = splits.pop(self._split, None)
+            kept = {} if former is None else dict(former.sets)
+            if former is not None and kept:
+                check_images(self._root, self._split, former.images, images)
+            check_splits(self._root, self._split, images, teachers, splits)
+            sets = {IMAGE: SetRecord(), **kept}
             for spec in teachers:
                 new = SetRecord(spec=spec, dtype=dtype, computed=computed)
-                sets[spec.name] = self._continued(former.sets.get(spec.name), new, spec.name)
+                sets[spec.name] = kept.get(spec.name, new)
+                check_teacher(self._root, self._split, spec.name, sets[spec.name], new)
             self._names = (IMAGE, *(spec.name for spec in teachers))
-            self._record = SplitRecord(images, sets)
-            for name in self._names:
-                whole = not missing_shards(self._layout(name))
-                sets[name] = replace(sets[name], complete=sets[name].complete and whole)
-            manifest.splits[self._split] = self._record
+            for layout in split_layouts(self._root, self._split, SplitRecord(images, sets)):
+                if layout.name in self._names and layout.record.complete and missing_shards(layout):
+                    sets[layout.name] = replace(layout.record, complete=False)
+            manifest.splits[self._split] = SplitRecord(images, sets)
+            self._announce(manifest.splits[self._split])
         folders = [self._root, self._root / STATISTICS, self._root / self._split]
         for folder in (*folders, *(self._folder(name) for name in self._names)):
             remove_stale(folder)
@@ -109,8 +113,12 @@ class SplitWriter:
         Args:
             name: ``"image"`` or the name of a teacher.
             index: Number of the shard.
+
+        Raises:
+            StoreError: If the system refuses to read a file.
         """
-        return is_whole(self._layout(name), self._layout(IMAGE), index)
+        self._layout(name)
+        return self._whole.get(name, index) is not None
 
     def write_images(
         self,
@@ -151,14 +159,19 @@ class SplitWriter:
             shard.write_samples(columns)
             shard.write(SKIPPED, lost)
             self._commit(shard, layout, index, len(ids))
+        self._whole.forget(index)
 
-    def read_images(self, index: int) -> ImageShard:
-        """The images of one shard.
+    def images(self, index: int) -> Shard:
+        """The images of one shard: dataset ``data``, uint8, shape ``(n, 3, H, W)``.
 
         Raises:
             StoreError: If the shard is missing or damaged.
         """
-        return ImageShard(read_shard(self._layout(IMAGE).path(index)))
+        path = self._layout(IMAGE).path(index)
+        shard = self._whole.get(IMAGE, index)
+        if shard is None:
+            raise StoreError(f"{path} is missing or damaged. Run the same theia extract again.")
+        return shard
 
     @contextmanager
     def open_shard(self, name: str, index: int) -> Iterator[ShardWriter]:
@@ -176,7 +189,7 @@ class SplitWriter:
         spec, dtype = layout.record.spec, layout.record.dtype
         if spec is None or dtype is None:
             raise StoreError(f"{name!r} is not a teacher of split {self._split!r}: write images with write_images().")
-        ids = self.read_images(index).ids
+        ids = self.images(index).keys()
         attributes = layout.attributes(index, len(ids))
         with NewShard(layout.path(index), ids, layout.datasets(len(ids)), attributes) as shard:
             features = ShardWriter(shard, spec, dtype, ids)
@@ -185,10 +198,9 @@ class SplitWriter:
             self._commit(shard, layout, index, len(ids))
 
     def skipped(self) -> list[tuple[str, str]]:
-        """Ids and reasons of the images that could not be read, over all image shards on disk."""
-        layout = self._layout(IMAGE)
-        paths = (layout.path(index) for index in range(layout.images.shard_count))
-        return [pair for path in paths if path.exists() for pair in ImageShard(read_shard(path)).skipped()]
+        """Ids and reasons of the images that could not be read, over all image shards that are there."""
+        shards = (self._whole.get(IMAGE, index) for index in range(self._layout(IMAGE).images.shard_count))
+        return [pair for shard in shards if shard is not None for pair in read_skipped(shard)]
 
     def finish(self) -> None:
         """Writes what is known only at the end: the manifest's records, the statistics, the list of skipped images.
@@ -200,49 +212,52 @@ class SplitWriter:
         """
         if not self._names:
             raise StoreError("SplitWriter.finish() is for the process that called begin().")
-        layouts = [self._layout(name) for name in self._names]
-        check_whole(layouts, self._layout(IMAGE))
-        finished = {layout.name: complete(layout) for layout in layouts}
+        whole = self._whole.sets(self._names)
+        finished = {name: complete(self._layout(name), shards) for name, shards in whole.items()}
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("id", "reason"), *self.skipped()])
         skipped = table.getvalue().encode("utf-8", "surrogateescape")
         replace_bytes(self._root / self._split / "skipped.csv", skipped)
         with edit_manifest(self._root) as manifest:
-            former = manifest.splits.get(self._split, self._known())
+            former = manifest.splits.get(self._split, SplitRecord(self._layout(IMAGE).images, {}))
             manifest.splits[self._split] = replace(former, sets={**former.sets, **finished})
-        for layout in layouts:
-            for shard in finished[layout.name].shards:
-                layout.sidecar(shard.index).unlink(missing_ok=True)
-
-    def _continued(self, former: SetRecord | None, new: SetRecord, name: str) -> SetRecord:
-        if former is None or not has_shards(self._folder(name)):
-            return new
-        check_teacher(self._root, self._split, former, new)
-        return former
+        for name, record in finished.items():
+            for shard in record.shards:
+                self._layout(name).sidecar(shard.index).unlink(missing_ok=True)
 
     def _commit(self, shard: NewShard, layout: SetLayout, index: int, rows: int) -> None:
+        if layout.record.complete:
+            self._reopen(layout.name)
         # The record comes first: killed in between, a later run finds the shard missing and replaces both.
         record = ShardRecord(index, rows, *shard.sync())
         replace_bytes(layout.sidecar(index), json.dumps(to_plain(record)).encode())
         shard.commit()
 
-    def _layout(self, name: str) -> SetLayout:
-        known = self._known()
-        if name not in known.sets:
-            raise StoreError(
-                f"Split {self._split!r} of {self._root} has no {name!r}, only {', '.join(known.sets)}. "
-                "Announce it with begin()."
-            )
-        return SetLayout(self._root, self._split, name, known.images, known.sets[name])
+    def _reopen(self, name: str) -> None:
+        # A kill before finish() must not leave new features beside former statistics in a set that counts as complete.
+        with edit_manifest(self._root) as manifest:
+            record = manifest.splits[self._split]
+            reopened = replace(self._sets[name].record, complete=False)
+            manifest.splits[self._split] = replace(record, sets={**record.sets, name: reopened})
+        self._sets[name] = replace(self._sets[name], record=reopened)
 
-    def _known(self) -> SplitRecord:
+    def _layout(self, name: str) -> SetLayout:
         # Processes that did not call begin() learn from the manifest what it announced.
-        if self._record is None:
+        if not self._sets:
             splits = read_manifest(self._root).splits
             if self._split not in splits:
                 raise StoreError(f"{self._root} has no split {self._split!r} yet. Announce it with begin().")
-            self._record = splits[self._split]
-        return self._record
+            self._announce(splits[self._split])
+        if name not in self._sets:
+            raise StoreError(
+                f"Split {self._split!r} of {self._root} has no {name!r}, only {', '.join(self._sets)}. "
+                "Announce it with begin()."
+            )
+        return self._sets[name]
+
+    def _announce(self, record: SplitRecord) -> None:
+        self._sets = {layout.name: layout for layout in split_layouts(self._root, self._split, record)}
+        self._whole = WholeShards(self._sets)
 
     def _folder(self, name: str) -> Path:
         return set_folder(self._root, self._split, name)

@@ -6,7 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from theia.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
@@ -14,8 +16,11 @@ from theia.training.distillation import Distillation
 from theia.types import FeatureBatch
 
 
-class LastCheckpoint(L.Callback):
+class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt``, the point from which a run resumes, every so many steps and at the end.
+
+    Where a validation is due at the same step the checkpoint is written after it: Lightning does not catch up on a
+    validation that was killed. Belongs behind the callback that keeps the best checkpoint, whose state it holds.
 
     Args:
         folder: Folder of the run's checkpoints.
@@ -27,24 +32,31 @@ class LastCheckpoint(L.Callback):
         self.every_n_steps = every_n_steps
         self._saved_step = 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Saves between two optimisation steps."""
-        step = trainer.global_step
-        if step != self._saved_step and step % self.every_n_steps == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of training."""
-        if trainer.global_step != self._saved_step:
-            self._save(trainer)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes where a resumed run begins."""
         self._saved_step = trainer.global_step
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Saves between two optimisation steps."""
+        fetcher = trainer.fit_loop._data_fetcher
+        # Lightning has no public way to ask.
+        validates = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        if not validates and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves after a validation: what it found, the best so far, is part of the state."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the end of training."""
+        self._save(trainer)
+
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)  # a temporary file, then a rename
-        self._saved_step = trainer.global_step
+        if trainer.global_step != self._saved_step:
+            trainer.save_checkpoint(self.path, weights_only=False)  # a temporary file, then a rename
+            self._saved_step = trainer.global_step
 
 
 class Throughput(L.Callback):
@@ -55,26 +67,22 @@ class Throughput(L.Callback):
         self._first_step = 0
         self._since: float | None = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Starts the clock at the first step and after a validation."""
-        if self._since is None:
-            self._images, self._first_step, self._since = 0, trainer.global_step, time.perf_counter()
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: FeatureBatch, batch_idx: int
     ) -> None:
-        """Logs on the steps that log anyway."""
-        self._images += len(batch.images) * trainer.world_size
-        steps = trainer.global_step - self._first_step
-        if self._since is None or not steps or (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        """Logs on the steps that log anyway; the wait for data is part of the time."""
+        now, step = time.perf_counter(), trainer.global_step
+        if self._since is None:  # the first step, and the first after a validation, is none to judge by
+            self._images, self._first_step, self._since = 0, step, now
             return
-        seconds = time.perf_counter() - self._since
-        steps_left = trainer.estimated_stepping_batches - trainer.global_step
+        self._images += len(batch.images) * trainer.world_size
+        if step == self._first_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        seconds = now - self._since
+        minutes_left = (trainer.estimated_stepping_batches - step) * seconds / (step - self._first_step) / 60
         pl_module.log("train/images_per_s", self._images / seconds, prog_bar=True, rank_zero_only=True)
-        pl_module.log(
-            "minutes_left", steps_left * seconds / steps / 60, prog_bar=True, logger=False, rank_zero_only=True
-        )
-        self._since = None
+        pl_module.log("minutes_left", minutes_left, prog_bar=True, logger=False, rank_zero_only=True)
+        self._images, self._first_step, self._since = 0, step, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock."""
@@ -84,17 +92,17 @@ class Throughput(L.Callback):
 class FeaturePictures(L.Callback):
     """Shows what the student has learned: for a few held-out images, teachers and translations side by side.
 
-    At each validation a board goes to TensorBoard; after a test it is written to ``path``. Per image: the image; per
+    At each validation a board goes to TensorBoard; after a test it is written to a file. Per image: the image; per
     teacher its features and the student's translation of them, as PCA colours in one basis, which is that of the
     teacher's features of these images and so stays the same over the run; the norms of the student's own tokens.
 
     Args:
-        path: PNG file that a test writes.
+        path: PNG file that a test writes; ``None`` for none.
         images: How many of the first held-out images to show.
     """
 
-    def __init__(self, path: str | Path, images: int = 4) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | None = None, images: int = 4) -> None:
+        self.path = path
         self.images = images
         self._shown: Tensor | None = None
         self._targets: dict[str, Tensor] = {}
@@ -119,8 +127,8 @@ class FeaturePictures(L.Callback):
                 logger.experiment.add_figure("val/features", board, trainer.global_step)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the board to the run folder."""
-        if self._shown is not None:
+        """Writes the board to the file."""
+        if self.path is not None and self._shown is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._board(trainer, pl_module, self._shown).savefig(self.path)
 

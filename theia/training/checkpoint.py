@@ -1,6 +1,5 @@
 """Checks a checkpoint against the model that is about to load it, before any work is lost."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from theia.errors import CheckpointError
 
 # Options that decide which parameters a model has, and what they mean.
 ARCHITECTURE = (
-    "teachers", "size", "image_size", "registers", "width", "depth", "heads", "translator", "distill_cls",
+    "teachers", "size", "image_size", "registers", "width", "depth", "heads", "translator", "distill_cls", "weights",
 )  # fmt: skip
 
 
@@ -29,7 +28,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"No checkpoint at {path}. In that folder: {there}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # Damage in a pickle raises whatever the reader stumbles over.
         raise CheckpointError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): it is truncated, damaged or of another "
             "kind. Use another checkpoint of that run."
@@ -50,11 +50,16 @@ def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: di
     Raises:
         CheckpointError: Names each option that differs.
     """
-    theirs = checkpoint["hyper_parameters"]
-    different = [name for name in ARCHITECTURE if theirs.get(name) != options.get(name)]
+    theirs, ours = ({**given, "weights": _start(given)} for given in (checkpoint["hyper_parameters"], options))
+    different = [name for name in ARCHITECTURE if theirs.get(name) != ours.get(name)]
     if different:
-        lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {options.get(name)!r} here" for name in different)
+        lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different)
         raise CheckpointError(
             f"The checkpoint {path} belongs to another architecture: {lines}. "
             "Use the config that it was trained with (config.yaml in its run folder) and a store with its teachers."
         )
+
+
+def _start(options: dict[str, Any]) -> str:
+    # DeiT's normalisation differs from that of a student from scratch; which DeiT it was makes no difference.
+    return "scratch" if options.get("weights") == "scratch" else "pretrained or a file"

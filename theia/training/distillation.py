@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from theia.errors import ConfigError, DivergenceError
+from theia.errors import ConfigError, DivergenceError, WeightsError
 from theia.models.distiller import Distiller
 from theia.models.student import Registers, Size, Student
 from theia.models.translators import TranslatorKind
@@ -20,6 +20,7 @@ from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate
 from theia.types import FeatureBatch
 
 _HELD_OUT = ("val", "test")
+_NEVER = 2**62  # step of a loss that was always finite
 
 
 class _Statistics(Protocol):
@@ -133,10 +134,14 @@ class Distillation(L.LightningModule):
             "lr_scheduler": {"scheduler": warmup_then_constant(optimizer, steps), "interval": "step"},
         }
 
+    @property
+    def logs(self) -> bool:
+        """Whether the step being taken is one that Lightning logs. Any other asks the device for nothing."""
+        return bool((self.global_step + 1) % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
+
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         _, predictions, cls_predictions = self.distiller(batch.images)
-        logs = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         by_teacher: dict[str, Tensor] = {}
         for name, prediction in predictions.items():
             target = self._target(batch, name)
@@ -144,14 +149,15 @@ class Distillation(L.LightningModule):
             if name in cls_predictions:
                 cls_target = self.distiller.normalize_cls(name, batch.cls[name])
                 by_teacher[name] = (by_teacher[name] + self.loss(cls_predictions[name], cls_target)) / 2
-            if logs:
+            if self.logs:
                 self._log_terms(name, prediction.detach(), target)
         self._note_bad(by_teacher)
         total = losses.weighted_mean(by_teacher, self.loss_weights)
-        self.log("train/loss", total, prog_bar=True)
-        self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        if logs:
+        if self.logs:
             self._stop_if_bad()
+            self.log("train/loss", total, prog_bar=True, sync_dist=True)
+            rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+            self.log("train/learning_rate", rate, rank_zero_only=True)
         return total
 
     def validation_step(self, batch: FeatureBatch, batch_idx: int) -> None:
@@ -183,6 +189,23 @@ class Distillation(L.LightningModule):
         """No checkpoint is overwritten with weights whose loss was not finite."""
         self._stop_if_bad()
 
+    def start_untrained(self, checkpoint: Mapping[str, Tensor]) -> None:
+        """Makes a new model comparable with a trained one: its own start, the trained one's statistics.
+
+        Args:
+            checkpoint: State of the trained model.
+
+        Raises:
+            WeightsError: If the pretrained weights that it starts from cannot be had.
+        """
+        try:
+            self.distiller.student.load_weights()
+        except WeightsError as error:
+            raise WeightsError(f"{error} Or leave out the comparison: --compare_untrained false.") from error
+        statistics = {name: value for name, value in checkpoint.items() if "scalers." in name}
+        self.load_state_dict(statistics, strict=False)
+        self._prepared = True
+
     def _prepare(self) -> None:
         """Takes pretrained weights from their source and statistics from the data, unless a checkpoint brought both."""
         if self._prepared:
@@ -197,9 +220,12 @@ class Distillation(L.LightningModule):
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
 
     def _log_terms(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        self.log(f"train/cosine/{name}", 1 - losses.cosine_loss(prediction, target))
-        self.log(f"train/smooth_l1/{name}", losses.smooth_l1_loss(prediction, target))
-        self.log(f"train/mse/{name}", losses.mse_loss(prediction, target))
+        terms = {
+            f"train/cosine/{name}": 1 - losses.cosine_loss(prediction, target),
+            f"train/smooth_l1/{name}": losses.smooth_l1_loss(prediction, target),
+            f"train/mse/{name}": losses.mse_loss(prediction, target),
+        }
+        self.log_dict(terms, sync_dist=True)
 
     def _score(self, batch: FeatureBatch, stage: str) -> None:
         tokens, predictions, _ = self.distiller(batch.images)
@@ -210,12 +236,13 @@ class Distillation(L.LightningModule):
         self.norm_entropy.update(tokens.patches)
 
     def _log_scores(self, stage: str) -> None:
+        # torchmetrics has summed over the processes already: sync_dist only spares Lightning's warning.
         for metrics in self.metrics[stage].values():  # type: ignore[operator]  # ModuleDict of ModuleDicts
-            self.log_dict(metrics.compute())
+            self.log_dict(metrics.compute(), sync_dist=True)
             metrics.reset()
         loss = losses.weighted_mean(self.held_out_loss.compute(), self.loss_weights)
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/norm_entropy", self.norm_entropy.compute())
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/norm_entropy", self.norm_entropy.compute(), sync_dist=True)
         self.held_out_loss.reset()
         self.norm_entropy.reset()
 
@@ -224,15 +251,19 @@ class Distillation(L.LightningModule):
         for name, loss in by_teacher.items():
             first = self._first_bad_step.get(name)
             if first is None:
-                first = torch.full((), -1, dtype=torch.int64, device=loss.device)
-            bad = ~torch.isfinite(loss.detach()) & (first < 0)
+                first = torch.full((), _NEVER, dtype=torch.int64, device=loss.device)
+            bad = ~torch.isfinite(loss.detach()) & (first == _NEVER)
             self._first_bad_step[name] = torch.where(bad, self.global_step, first)
 
     def _stop_if_bad(self) -> None:
-        bad = {name: int(step) for name, step in self._first_bad_step.items() if int(step) >= 0}
-        if bad:
-            step = min(bad.values())
-            names = ", ".join(repr(name) for name, at in bad.items() if at == step)
+        if not self._first_bad_step:
+            return
+        # Over all processes: one that stopped alone would leave the others waiting.
+        steps = torch.stack(list(self._first_bad_step.values()))
+        first = self.trainer.strategy.reduce(steps, reduce_op="min").tolist()
+        step = min(first)
+        if step < _NEVER:
+            names = ", ".join(repr(name) for name, at in zip(self._first_bad_step, first, strict=True) if at == step)
             raise DivergenceError(
                 f"The loss of teacher {names} is not finite since step {step}. The last checkpoint is from before it. "
                 "Lower model.learning_rate or check the features with 'theia store verify'."
