@@ -78,6 +78,16 @@ class FeatureLoader:
                 self.sampler.advance()
             yield self._batch(self._ring[slot], rows)
 
+    @property
+    def _iterator(self) -> Any:
+        # Under this name Lightning looks for worker processes to stop when a run ends or fails. Left to the garbage
+        # collector, each takes the five seconds of a time-out.
+        return self._reader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._reader._iterator = value
+
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler."""
         return self.sampler.state_dict() if isinstance(self.sampler, TrainingSampler) else {}
