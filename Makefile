@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
 	@echo "make test         format, lint, types, import contracts, tests"
 	@echo "make install      virtual environment in $(VENV)"
-	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG)"
+	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG) --images IMAGES=DIR"
 	@echo "make fit          theia fit --config CONFIG=$(CONFIG)"
 	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
 
@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)
 	theia test --config configs/quickstart.yaml --ckpt_path runs/quickstart/checkpoints/best.ckpt
 
 extract: $(INSTALLED)
-	theia extract --config $(EXTRACT_CONFIG)
+	theia extract --config $(EXTRACT_CONFIG) --images $(or $(IMAGES),$(error Say where the images are: make extract IMAGES=DIR))
 
 fit: $(INSTALLED)
 	theia fit --config $(CONFIG)

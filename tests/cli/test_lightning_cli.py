@@ -203,6 +203,7 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_is_lost(
         ("--trainer.max_epochs=-1", "Set trainer.max_epochs or trainer.max_steps"),
         ("--trainer.precision=bf16-true", "Use bf16-mixed"),
         ("--data.batch_size=0", "batch_size is 0"),
+        ("--data.batch_size=256", "fewer than one global batch"),
         ("--model.teacher_weights={gamma: 1}", "gamma"),
     ],
 )
@@ -212,6 +213,17 @@ def test_an_option_that_cannot_work_is_refused_before_anything_is_written(
     assert main(["fit", *options(store, tmp_path / "run", option)]) == 1
 
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_with_more_processes_than_the_trainer_expects_is_refused(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert main(["fit", *options(store, tmp_path / "run")]) == 1
+
+    assert "started 2 processes, but the trainer expects 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

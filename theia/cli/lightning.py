@@ -16,6 +16,7 @@ from theia.cli.report import table, write_report
 from theia.cli.run import (
     MetricsCSV,
     SaveRun,
+    check_processes,
     check_trainer,
     check_unused,
     checkpoints,
@@ -46,6 +47,17 @@ class TheiaCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
             "test": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
         }
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Says what ``--ckpt_path`` means here: Lightning's help is about its own trainer."""
+        super().setup_parser(*args, **kwargs)
+        for parser in self._subcommand_parsers.values():
+            for action in parser._actions:
+                if action.dest == "ckpt_path":
+                    action.help = (
+                        "A checkpoint file, or 'last' or 'best' of the run folder. In fit, training goes on from it, "
+                        "and 'last' also starts a run that has no checkpoint yet."
+                    )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run's own options, and hands the store's teachers to the model."""
@@ -96,16 +108,18 @@ class TheiaCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        resumes = asked == "last" or (
-            self.checkpoint is not None and run_of(self.checkpoint, self.checkpoint) == self.run_folder.resolve()
-        )
+        own = self.checkpoint is not None and self.checkpoint.resolve().parent == checkpoints(self.run_folder).resolve()
+        resumes = asked == "last" or own
         # Only the first process looks: when the others start, it may have written there already.
         if not resumes and not options.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(self.run_folder)
         self.save_config_kwargs = {"overwrite": True}  # of this run's own, when it is resumed
 
     def after_instantiate_classes(self) -> None:
-        """Checks the checkpoint against the model that was just built."""
+        """Checks what was just built, before the run folder is touched."""
+        check_processes(self.trainer)
+        if self.subcommand == "fit":
+            self.datamodule.check_training(self.trainer.world_size)
         if self.loaded is not None:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
 
@@ -205,8 +219,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _quieten() -> None:
-    """Drops advertisements and deprecation notes that are about the libraries' own insides."""
+    """Drops advertisements, and notes about the libraries' own insides or about what this command does on purpose."""
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(cli|utilities\._pytree)")
+    for text in (
+        ".*callbacks used to create the checkpoint need to be provided",
+        "Checkpoint directory .* exists and is not empty",
+        "Precision .* is not supported by the model summary",
+    ):
+        warnings.filterwarnings("ignore", message=text)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda line: "litlogger" not in line.getMessage()
+        lambda line: "litlogger" not in line.getMessage() and "litmodels" not in line.getMessage()
     )

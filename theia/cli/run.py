@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -33,8 +34,10 @@ def checkpoints(run: Path) -> Path:
 
 def run_of(checkpoint: Path, otherwise: Path) -> Path:
     """Run folder that a checkpoint lies in; ``otherwise`` if it lies in none."""
-    parent = checkpoint.resolve().parent
-    return parent.parent if parent.name == "checkpoints" else otherwise
+    parent = checkpoint.absolute().parent
+    if parent.name != "checkpoints" or parent.parent == otherwise.absolute():
+        return otherwise
+    return parent.parent
 
 
 def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None:
@@ -76,6 +79,20 @@ def check_trainer(options: Namespace) -> None:
         raise ConfigError(
             f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
             f"Use {str(trainer.precision).replace('true', 'mixed')}."
+        )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuses a launcher that started more processes than the trainer knows of: each would train on its own.
+
+    Raises:
+        ConfigError: Names the options that must agree.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched not in (1, trainer.world_size):
+        raise ConfigError(
+            f"The launcher started {launched} processes, but the trainer expects {trainer.world_size}. Set "
+            "trainer.devices to the processes per node and trainer.num_nodes to the nodes."
         )
 
 

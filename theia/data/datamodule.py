@@ -132,11 +132,23 @@ class FeatureDataModule(L.LightningDataModule):
             },
         }
 
+    def check_training(self, world_size: int) -> None:
+        """Fails now where training would fail later.
+
+        Args:
+            world_size: Number of processes that will share the work.
+
+        Raises:
+            StoreError: If the training split or its statistics are missing or damaged.
+            ConfigError: If the batch cannot be filled or shared.
+        """
+        self.statistics()
+        self._training_sampler(self._open("train"), 0, world_size)
+
     def train_dataloader(self) -> FeatureLoader:
         """Shuffled global batches; its state goes into the checkpoint."""
         split = self._open("train")
-        rows = fixed_fraction(self._training_rows(split), self.fraction)
-        sampler = TrainingSampler(rows, self.batch_size, self.seed, *self._processes())
+        sampler = self._training_sampler(split, *self._processes())
         self._training_loader = FeatureLoader(split, sampler, self.workers)
         if self._resume is not None:
             self._training_loader.load_state_dict(self._resume)
@@ -204,8 +216,9 @@ class FeatureDataModule(L.LightningDataModule):
             self._splits[split] = self.store.open_split(split, names)
         return self._splits[split]
 
-    def _training_rows(self, split: Split) -> Rows:
-        return np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[0]
+    def _training_sampler(self, split: Split, rank: int, world_size: int) -> TrainingSampler:
+        rows = np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[0]
+        return TrainingSampler(fixed_fraction(rows, self.fraction), self.batch_size, self.seed, rank, world_size)
 
     def _held_out_rows(self) -> Rows:
         split = self._open(self.val_split or "train")
