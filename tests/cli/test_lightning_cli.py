@@ -309,7 +309,7 @@ def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str
         run = tmp_path / str(processes)
         python = [sys.executable, "-m"]
         if processes == 2 and launcher == "torchrun":
-            python += ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+            python += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
         more = ["--trainer.log_every_n_steps=1", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
         subprocess.run([*python, "theia", "fit", *options(store, run, *more)], check=True, capture_output=True)
         with (run / "metrics.csv").open() as file:
