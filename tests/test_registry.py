@@ -109,8 +109,8 @@ def test_one_name_from_two_distributions_names_both(install: Install) -> None:
         ("fox", "def Plugin(): pass\n", "is not a subclass of theia.Teacher"),
         ("fox", "from theia.teacher import Teacher as Plugin\n", "has no class attribute 'spec'"),
         ("fox", "", "AttributeError: .* has no attribute 'Plugin'"),
-        ("Red-Fox", PLUGIN.format(name="Red-Fox"), "must have another name"),
-        ("image", PLUGIN.format(name="image"), "must have another name"),
+        ("Red-Fox", PLUGIN.format(name="Red-Fox"), "needs another name"),
+        ("image", PLUGIN.format(name="image"), "needs another name"),
     ],
 )
 def test_a_wrong_plugin_is_refused_with_the_reason(install: Install, name: str, source: str, reason: str) -> None:
