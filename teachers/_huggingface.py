@@ -134,8 +134,10 @@ def load(
         )
     if weights == "random":
         config = _random_config(teacher, build_config, sizes, architecture or {})
+        # Sizes too: of two random models with the same grid and width, a store must not mix the features.
+        drawn = [f"seed {RANDOM_SEED}", *(f"{name} {size}" for name, size in sorted((architecture or {}).items()))]
         with random_weights(teacher):
-            return model_class(config, **model_options), f"seed {RANDOM_SEED}"
+            return model_class(config, **model_options), ", ".join(drawn)
     folder = _fetch(teacher, weights, revision) if on_hub else local
     _check_model_type(teacher, folder, model_types)
     files = _weight_files(teacher, folder)

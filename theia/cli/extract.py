@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
     try:
         splits = extract(config)
     except KeyboardInterrupt:
-        print("Stopped. Whole shards are kept: run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        print("Stopped. Whole shards are kept: run the same command again to go on.", file=sys.stderr)
         return 130
     if splits is not None:
-        print(_summary(config, splits))  # noqa: T201
+        print(_summary(config, splits))
     return 0
 
 

@@ -195,7 +195,7 @@ class TheiaCLI(LightningCLI):
             f"picture:     {picture}",
             f"TensorBoard: tensorboard --logdir {figures.parent}",
         )
-        print("\n".join(lines))  # noqa: T201  # the command's result
+        print("\n".join(lines))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # LightningCLI's commands share one parser, so it is given the command too.
         return int(module.main(arguments if name == _LIGHTNING else arguments[1:]) or 0)
     except TheiaError as error:
-        print(f"theia {command}: {error}", file=sys.stderr)  # noqa: T201  # what a command says to its user
+        print(f"theia {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"theia {command}: interrupted", file=sys.stderr)  # noqa: T201
+        print(f"theia {command}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -49,7 +49,7 @@ def info(path: Path) -> int:
         rows = [_row(part, images.size, images.shard_count) for part in split.sets]
         # A revision may be a long digest.
         widths = [None] * 7 + [36, 36, None]
-        print("\n".join([*lines, tabulate(rows, headers, maxcolwidths=widths), ""]))  # noqa: T201
+        print("\n".join([*lines, tabulate(rows, headers, maxcolwidths=widths), ""]))
     return 0
 
 
@@ -74,7 +74,7 @@ def verify(path: Path) -> int:
                 files += 1
                 bar.update(event.bytes)
     found = f"problems: {problems}" if problems else "all whole"
-    print(f"{path}: {files} shards, {readable_bytes(total)}, {found}.")  # noqa: T201
+    print(f"{path}: {files} shards, {readable_bytes(total)}, {found}.")
     return 1 if problems else 0
 
 

@@ -32,5 +32,5 @@ def main(argv: list[str]) -> int:
     lines = [tabulate(rows, ("name", "channels", "grid", "CLS", "weights", "licence"), disable_numparse=[0, 2, 4, 5])]
     if broken:
         lines += ["", "Cannot be used:", *(f"  {error}" for error in broken.values())]
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(lines))
     return 0
