@@ -53,7 +53,8 @@ class FeatureBatch:
     Attributes:
         images: uint8, shape ``(B, 3, H, W)``.
         patches: By teacher name, raw spatial tokens ``(B, N, C)``, float16 or int8.
-        scales: By teacher name, for int8 features only: float32 ``(B, N)``; a token is ``int8 * scale``.
+        scales: By teacher name, for int8 features only: float32 ``(B, 2, C)``, step and middle of each channel of each
+            image; a value is ``int8 * step + middle``.
         cls: By teacher name, raw CLS tokens ``(B, C)``, float16; teachers without one are absent.
         labels: Class indices, int64 ``(B,)``, or ``None``.
         rows: Row of each sample in its split of the store, int64 ``(B,)``; always on the CPU.

@@ -87,26 +87,26 @@ def test_normalised_features_have_mean_0_and_deviation_1_and_back():
     np.testing.assert_allclose(distiller.denormalize("clip", normal).numpy(), stored.float().numpy(), rtol=1e-6)
 
 
-def test_int8_features_are_scaled_per_token():
+def test_int8_features_are_scaled_per_image_and_channel():
     rng = np.random.default_rng(0)
-    values, scale = rng.integers(-127, 128, (2, 256, 12), dtype=np.int8), rng.random((2, 256), dtype=np.float32)
+    values, scale = rng.integers(-127, 128, (2, 256, 12), dtype=np.int8), rng.random((2, 2, 12), dtype=np.float32)
     mean, std = rng.normal(size=12), rng.random(12) + 0.5
     distiller = small_distiller()
     distiller.set_statistics("clip", mean, std)
     normal = distiller.normalize("clip", torch.from_numpy(values), torch.from_numpy(scale))
-    np.testing.assert_allclose(normal.numpy(), (values * scale[..., None] - mean) / std, atol=1e-3)
+    np.testing.assert_allclose(normal.numpy(), (values * scale[:, :1] + scale[:, 1:] - mean) / std, atol=1e-3)
 
 
-def test_int8_without_a_scale_per_token_is_refused():
+def test_int8_without_a_scale_per_channel_is_refused():
     distiller = small_distiller()
     distiller.set_statistics("clip", torch.zeros(12), torch.ones(12))
     quantised = torch.zeros(2, 256, 12, dtype=torch.int8)
     with pytest.raises(ShapeError, match="without scales"):
         distiller.normalize("clip", quantised)
-    with pytest.raises(ShapeError, match="one per token"):
+    with pytest.raises(ShapeError, match="for each channel"):
         distiller.normalize("clip", quantised, torch.ones(2))
     with pytest.raises(ShapeError, match="with scales"):
-        distiller.normalize("clip", quantised.half(), torch.ones(2, 256))
+        distiller.normalize("clip", quantised.half(), torch.ones(2, 2, 12))
 
 
 def test_nothing_is_normalised_before_statistics_are_set():

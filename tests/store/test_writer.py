@@ -120,24 +120,27 @@ def test_images_are_read_back_in_slices(tmp_path: Path) -> None:
 
 def test_int8_is_half_the_size_and_half_a_step_off_at_most(tmp_path: Path) -> None:
     extract(tmp_path, dtype="int8")
-    given = np.stack([patches(ODD, number) for number in readable(image_set())])
-    stored, scale = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")
+    given = np.stack([patches(ODD, number) for number in readable(image_set())]).astype(np.float64)
+    stored, scale = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale").astype(np.float64)
     assert stored.dtype == np.int8
     assert stored.nbytes == given.astype(np.float16).nbytes // 2
-    np.testing.assert_allclose(scale, np.abs(given).max(-1) / 127, rtol=1e-6)
-    error = np.abs(given.astype(np.float64) - stored * scale.astype(np.float64)[..., None])
-    assert (error <= scale[..., None] * 0.50001).all()
+    step, middle = scale[:, :1], scale[:, 1:]
+    np.testing.assert_allclose(step, np.ptp(given, axis=1, keepdims=True) / 254, rtol=1e-5)
+    assert (np.abs(given - (stored * step + middle)) <= step * 0.501).all()
 
 
-def test_int8_keeps_tokens_of_zeros_and_values_beyond_float16(tmp_path: Path) -> None:
+def test_int8_keeps_channels_of_any_offset_and_scale(tmp_path: Path) -> None:
     writer = begin(tmp_path, teachers=[ODD], dtype="int8", listed=1)
     write_images(writer, image_set(1), 0)
-    given = np.zeros((1, 100, 48), np.float32)
-    given[0, 7] = 1e6
+    random = np.random.default_rng(0)
+    scale, offset = np.exp(random.normal(0, 3, 48)), random.choice([0, 100], 48)
+    given = ((random.standard_normal((1, 100, 48)) + offset) * scale).astype(np.float32)
+    given[..., 5], given[..., 6], given[..., 7] = 0, -1e6, np.where(given[..., 7] > given[..., 7].mean(), 3e38, -3e38)
     with writer.open_shard("odd", 0) as shard:
         shard.append(given, None)
-    stored, scale = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")
-    np.testing.assert_allclose(stored * scale[..., None], given, rtol=1e-6)
+    stored, (step, middle) = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")[0].astype(np.float64)
+    error = np.abs(stored * step + middle - given)[0].max(0)
+    assert (error <= 0.501 * np.ptp(given[0].astype(np.float64), axis=0) / 254).all()
 
 
 @pytest.mark.parametrize(

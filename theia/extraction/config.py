@@ -25,7 +25,7 @@ class ExtractConfig:
         batch_size: Images per forward of a teacher.
         workers: Decoding processes beside each extracting one.
         shard_size: Images per shard, the unit in which interrupted work is kept.
-        dtype: How features are stored; ``int8`` with one scale per token halves the size.
+        dtype: How features are stored; ``int8``, steps of the range of each channel of an image, halves the size.
         all_at_once: Hold all teachers in memory and read every image once; otherwise one teacher after another.
         precision: ``bf16-mixed`` runs the teachers under bfloat16 autocast.
         accelerator: ``auto``, ``cpu``, ``cuda``, ...: what Lightning Fabric takes.

@@ -129,30 +129,31 @@ class Distiller(nn.Module):
         Args:
             name: Name of the teacher.
             patches: As stored, shape ``(B, N, C)``, floating point or int8.
-            scale: For int8, the value of one step of each token, shape ``(B, N)``.
+            scale: For int8, the step and the middle of each channel, shape ``(B, 2, C)``.
 
         Returns:
             Normalised features, float32, same shape.
 
         Raises:
             ConfigError: If the teacher is unknown or its statistics are not set.
-            ShapeError: If int8 features come without a scale per token, or others with one.
+            ShapeError: If int8 features come without steps and middles, or others with them.
         """
         scaler = self._scaler(self.scalers, name)
         if (patches.dtype == torch.int8) != (scale is not None):
             raise ShapeError(
                 f"Features of teacher {name!r} are {patches.dtype} and come "
-                f"{'without' if scale is None else 'with'} scales: int8 needs one per token, other types "
-                "none."
+                f"{'without' if scale is None else 'with'} scales: int8 needs a step and a middle per channel, other "
+                "types none."
             )
         if scale is None:
             return scaler.normalize(patches)
-        if scale.shape != patches.shape[:-1]:
+        if scale.shape != (len(patches), 2, patches.shape[-1]):
             raise ShapeError(
                 f"Features of teacher {name!r} have shape {tuple(patches.shape)}, their scales "
-                f"{tuple(scale.shape)}: there must be one per token."
+                f"{tuple(scale.shape)}: there must be a step and a middle for each channel of each image."
             )
-        return scaler.normalize(patches.float() * scale.float().unsqueeze(-1))
+        step, middle = scale.float().unsqueeze(2).unbind(1)
+        return scaler.normalize(patches.float() * step + middle)
 
     def normalize_cls(self, name: str, cls: Tensor) -> Tensor:
         """Stored CLS tokens ``(B, C)`` to training targets, float32.

@@ -103,22 +103,25 @@ def to_stored(
     Raises:
         FeatureError: If a value is NaN, infinite, or beyond float16; names teacher, image and channel.
     """
-    tokens = patches.reshape(-1, patches.shape[-1])
     moments = Moments.zero(spec.channels)
-    stored: NDArray[Any] = np.empty(tokens.shape, np.int8) if dtype == "int8" else _to_float16(tokens)
-    columns = {"data": stored.reshape(patches.shape)}
+    columns: dict[str, NDArray[Any]] = {}
     if dtype == "int8":
-        columns["scale"] = np.empty(patches.shape[:2], np.float32)
+        columns["data"] = np.empty(patches.shape, np.int8)
+        columns["scale"] = np.empty((len(patches), 2, spec.channels), np.float32)
+    else:
+        columns["data"] = _to_float16(patches)
     # Infinities of both signs have no sum: that is found below, not worth a warning.
     with np.errstate(invalid="ignore"):
-        for block in _blocks(*tokens.shape):
+        for row, data in enumerate(columns["data"]):
             if dtype == "int8":
-                scale = columns["scale"].reshape(-1)[block]
-                stored[block], scale[:] = quantise(tokens[block])
-            values = torch.from_numpy(stored[block]).double().numpy()
-            if dtype == "int8":
-                values *= scale[:, None]
-            moments += Moments.of(values)
+                data[:], columns["scale"][row] = quantise(patches[row])
+            for block in _blocks(*data.shape):
+                values = torch.from_numpy(data[block]).double().numpy()
+                if dtype == "int8":
+                    step, middle = columns["scale"][row]
+                    values *= step
+                    values += middle
+                moments += Moments.of(values)
         cls_moments = None
         if cls is not None:
             columns["cls"] = _to_float16(cls)
@@ -132,21 +135,31 @@ def to_stored(
 
 
 def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """int8 with one scale per token; a value is ``int8 * scale``, at most half a scale off.
+    """int8 that divides the range of each channel of one image; a value is ``int8 * step + middle``.
+
+    Channels of a teacher differ in standard deviation by orders of magnitude, and some hardly move around a mean of a
+    hundred times that: one step for all channels of a token would leave nothing of most of them.
 
     Args:
-        tokens: Shape ``(n, C)``.
+        tokens: Of one image, shape ``(N, C)``.
 
     Returns:
-        int8 of the same shape, and float32 scales of shape ``(n,)``; where a token is not finite, neither is its scale.
+        int8 of the same shape, at most half a step off, and float32 ``(2, C)``: steps and middles; where a channel is
+        not finite, neither are they.
     """
-    scale = np.abs(tokens).max(1) / np.float32(_INT8_MAX)
-    # A token of zeros, or as good as zeros, becomes zeros; so does one that is not finite, but its scale tells.
-    usable = (scale >= np.finfo(np.float32).tiny) & np.isfinite(scale)
-    steps = tokens / np.where(usable, scale, np.float32(1))[:, None]
-    steps[~usable] = 0
+    low, high = tokens.min(0), tokens.max(0)
+    # Halved first: the difference of two large values may be beyond float32.
+    step = (high / 2 - low / 2) / np.float32(_INT8_MAX)
+    middle = low / 2 + high / 2
+    # A channel of one value is its middle; so is one that is not finite, but its middle tells.
+    usable = (step >= np.finfo(np.float32).tiny) & np.isfinite(step)
+    steps = tokens - middle
+    steps /= np.where(usable, step, np.float32(1))
+    steps[:, ~usable] = 0
     np.rint(steps, out=steps)
-    return steps.astype(np.int8), scale
+    # Where the range is a few units in the last place, the middle is rounded as coarsely.
+    np.clip(steps, -_INT8_MAX, _INT8_MAX, out=steps)
+    return steps.astype(np.int8), np.stack([step, middle])
 
 
 def _blocks(tokens: int, channels: int) -> Iterator[slice]:

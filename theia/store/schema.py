@@ -156,7 +156,7 @@ def feature_fields(spec: TeacherSpec, dtype: FeatureDtype) -> dict[str, Field]:
     tokens = spec.grid_hw[0] * spec.grid_hw[1]
     row = {"data": Field(np.dtype("i1" if dtype == "int8" else "<f2"), (tokens, spec.channels))}
     if dtype == "int8":
-        row["scale"] = Field(np.dtype("<f4"), (tokens,))
+        row["scale"] = Field(np.dtype("<f4"), (2, spec.channels))
     if spec.has_cls:
         row["cls"] = Field(np.dtype("<f2"), (spec.channels,))
     return row
