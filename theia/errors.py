@@ -33,6 +33,10 @@ class StoreError(TheiaError):
     """A feature store is missing, unfinished, of another schema, damaged, or disagrees with itself."""
 
 
+class WorkerError(TheiaError):
+    """A reading process ended while it was needed."""
+
+
 class ShapeError(TheiaError):
     """Tensors or images whose shapes do not fit."""
 

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from theia.data.datamodule import FeatureDataModule
@@ -69,3 +70,17 @@ def test_a_state_reaches_a_loader_made_before_or_after(store: Path) -> None:
 
     assert next(iter(loader)).rows.tolist() == expected
     assert next(iter(late.train_dataloader())).rows.tolist() == expected
+
+
+@pytest.mark.parametrize("ending", ["teardown", "on_exception"])
+def test_workers_end_with_the_run_however_it_ends(store: Path, ending: str) -> None:
+    data = FeatureDataModule(str(store), batch_size=8, workers=1)
+    loaders = [data.train_dataloader(), data.val_dataloader()]
+    for loader in loaders:
+        next(iter(loader))
+    workers = [pid for loader in loaders for pid in loader._workers.pids]
+    assert len(workers) == 2
+
+    {"teardown": lambda: data.teardown("fit"), "on_exception": lambda: data.on_exception(KeyboardInterrupt())}[ending]()
+
+    assert not any(map(psutil.pid_exists, workers))

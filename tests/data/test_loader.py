@@ -1,14 +1,14 @@
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from theia.data.loader import HELD, FeatureLoader
+from theia.data.loader import FeatureLoader
+from theia.data.ring import HELD
 from theia.data.sampler import EvaluationSampler, TrainingSampler
-from theia.errors import StoreError
+from theia.errors import ConfigError, StoreError
 from theia.store.reader import FeatureStore
 from theia.store.split import Split
 from theia.types import FeatureBatch
@@ -120,12 +120,14 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error_with_its_name(tmp_pat
         copies(loader(split, workers=1))
 
 
-def test_a_killed_worker_ends_the_iteration_with_an_error(split: Split) -> None:
-    one = loader(split, workers=1, batch=4)
-    iterator = iter(one)
-    next(iterator)
-    (worker,) = one._reader._iterator._workers
-    os.kill(worker.pid, signal.SIGKILL)
+@pytest.mark.parametrize("taken", [1, 9])  # in the middle, and where all is asked for
+def test_a_second_iteration_ends_the_first_with_an_error(split: Split, taken: int) -> None:
+    one = loader(split, workers=1)
+    first, second = iter(one), iter(one)
+    for _ in range(taken):
+        next(first)
+    one.sampler.set_epoch(1)
+    next(second)
 
-    with pytest.raises(RuntimeError, match=r"killed|exited unexpectedly"):
-        list(iterator)
+    with pytest.raises(ConfigError, match="second iteration"):
+        next(first)

@@ -1,6 +1,7 @@
 """``theia fit | validate | test``: LightningCLI over the distillation module and the feature store's datamodule."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from theia.cli.report import table, write_report
 from theia.cli.run import (
@@ -30,6 +32,8 @@ from theia.training.checkpoint import check_architecture, read_checkpoint
 from theia.training.distillation import Distillation
 
 logger = logging.getLogger(__name__)
+
+_TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a program that the signal ended
 
 
 class TheiaCLI(LightningCLI):
@@ -203,18 +207,28 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: The command and its options.
+
+    Returns:
+        Exit status: 0, or 143 if a signal asked to stop.
     """
     _quieten()
-    TheiaCLI(
-        Distillation,
-        FeatureDataModule,
-        save_config_callback=SaveRun,
-        seed_everything_default=0,
-        parser_kwargs={"prog": "theia"},
-        args=list(argv),
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    try:
+        TheiaCLI(
+            Distillation,
+            FeatureDataModule,
+            save_config_callback=SaveRun,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "theia"},
+            args=list(argv),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except SIGTERMException:  # Lightning would end with 0, as if the work were done
+        return _TERMINATED
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
     return 0
 
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, 1 for an error of Theia's own (one message on stderr), 130 after Ctrl-C.
+        Exit status: 0, 1 for an error of Theia's own (one message on stderr), 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(arguments[:1]).command

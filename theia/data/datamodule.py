@@ -91,6 +91,7 @@ class FeatureDataModule(L.LightningDataModule):
             teachers = list(self.store.teachers("train"))
         names = None if teachers is None else comma_list(teachers)
         self._splits: dict[str, Split] = {}
+        self._loaders: list[FeatureLoader] = []
         self._training_loader: FeatureLoader | None = None
         self._resume: dict[str, Any] | None = None
         first = self._open(self.val_split or "train", names)
@@ -149,7 +150,7 @@ class FeatureDataModule(L.LightningDataModule):
         """Shuffled global batches; its state goes into the checkpoint."""
         split = self._open("train")
         sampler = self._training_sampler(split, *self._processes())
-        self._training_loader = FeatureLoader(split, sampler, self.workers)
+        self._training_loader = self._loader(split, sampler)
         if self._resume is not None:
             self._training_loader.load_state_dict(self._resume)
         return self._training_loader
@@ -158,7 +159,7 @@ class FeatureDataModule(L.LightningDataModule):
         """Held-out samples, each once, in order."""
         split = self._open(self.val_split or "train")
         sampler = EvaluationSampler(self._held_out_rows(), self.val_batch_size, *self._processes())
-        return FeatureLoader(split, sampler, self.workers)
+        return self._loader(split, sampler)
 
     def test_dataloader(self) -> FeatureLoader:
         """The same samples as in validation: training never saw them."""
@@ -196,7 +197,7 @@ class FeatureDataModule(L.LightningDataModule):
         return self.store.manifest.splits["train"].images.ids_sha256
 
     def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
-        """Moves a batch; on the CPU it stays a view of its slot."""
+        """Moves a batch that is not there yet: on the CPU it stays a view of its slot; CUDA's come from the loader."""
 
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -209,6 +210,24 @@ class FeatureDataModule(L.LightningDataModule):
             cls=moved(batch.cls),
             labels=None if batch.labels is None else batch.labels.to(device),
         )
+
+    def teardown(self, stage: str) -> None:
+        """Ends the reading workers."""
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The same for a run that fails or is interrupted."""
+        self._close()
+
+    def _close(self) -> None:
+        while self._loaders:
+            self._loaders.pop().close()
+
+    def _loader(self, split: Split, sampler: TrainingSampler | EvaluationSampler) -> FeatureLoader:
+        device = self.trainer.strategy.root_device if self.trainer else None
+        loader = FeatureLoader(split, sampler, self.workers, device if device and device.type == "cuda" else None)
+        self._loaders.append(loader)
+        return loader
 
     def _open(self, split: str, teachers: list[str] | None = None) -> Split:
         if split not in self._splits:

@@ -1,62 +1,54 @@
-"""Batches through a ring of shared slots: workers read rows straight into them and pass slot numbers, not tensors."""
+"""Batches of a feature store: read by workers straight into shared slots, and copied to the device ahead of time."""
 
-import mmap
-import multiprocessing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from theia.data.ring import LABELS, RawBatch, Ring, Slot
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
-from theia.errors import StoreError
-from theia.store.schema import IMAGE, Field
+from theia.data.transfer import DeviceCopies
+from theia.data.workers import Workers
+from theia.errors import ConfigError
+from theia.store.schema import IMAGE
 from theia.store.split import Split
 from theia.types import FeatureBatch
 
-# Batches that a worker may fill ahead of the one being used.
+# Batches that a worker may fill ahead of the one in use.
 _PREFETCH = 2
-# Batches that stay valid after they were handed out: the one in use, and the one before it.
-HELD = 2
 
 
 class FeatureLoader:
     """Iterates over one split of a feature store.
 
-    A batch is a view of a slot of the ring: it stays valid until ``HELD`` more batches have been taken. Copy what must
-    live longer. With ``state_dict`` and ``load_state_dict`` it is what Lightning calls a stateful loader.
+    A batch is a view of a slot of a ring: it stays valid until ``ring.HELD`` more batches were taken. Copy what must
+    live longer. One iteration at a time: a second one ends the first. With ``state_dict`` and ``load_state_dict`` it is
+    what Lightning calls a stateful loader.
 
     Args:
         split: Opened split of a store.
         sampler: Which rows, in which order.
-        workers: Reading processes; 0 reads in this process.
+        workers: Reading processes; 0 reads in this process. They start with the first batch.
+        device: CUDA device to copy batches to, one batch ahead; by default they stay in host memory.
     """
 
-    def __init__(self, split: Split, sampler: TrainingSampler | EvaluationSampler, workers: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        sampler: TrainingSampler | EvaluationSampler,
+        workers: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.split = split
         self.sampler = sampler  # Lightning calls sampler.set_epoch
         self.batch_sampler = None  # Lightning asks anything that has a sampler for it
-        slots = max(1, workers) * _PREFETCH + HELD
-        self._ring = [_allocate(split.fields, sampler.largest) for _ in range(slots)]
-        # The ring is anonymous shared memory, which only a fork inherits; unlike /dev/shm, containers do not limit it.
-        parallel: dict[str, Any] = (
-            {
-                "num_workers": workers,
-                "prefetch_factor": _PREFETCH,
-                "persistent_workers": True,
-                "multiprocessing_context": multiprocessing.get_context("fork"),
-            }
-            if workers
-            else {}
-        )
-        self._reader: DataLoader[Any] = DataLoader(
-            _SlotReader(split, self._ring),
-            sampler=_Slots(sampler, slots),
-            batch_size=None,
-            collate_fn=_as_is,
-            **parallel,
-        )
+        self._device = device
+        self._ahead = workers * _PREFETCH
+        self._ring = Ring(split, sampler.largest, self._ahead)
+        slots = self._ring.slots
+        self._workers = Workers(lambda slot, rows: _read(split, rows, slots[slot]), workers, str(split.folder))
+        self._copies: DeviceCopies | None = None
+        self._iterations = 0
 
     def __len__(self) -> int:
         """Batches in a whole epoch, wherever a resumed one begins."""
@@ -67,26 +59,17 @@ class FeatureLoader:
 
         Raises:
             StoreError: If a shard changed or vanished since the store was opened.
+            WorkerError: If a worker died, of lack of memory for instance.
         """
         # A generator, so that the order is settled by the first batch asked for: Lightning makes the iterator first and
         # sets the epoch afterwards.
-        for item in self._reader:
-            if isinstance(item, StoreError):
-                raise item
-            slot, rows = item
+        batches = self._in_memory()
+        if self._device is not None:
+            batches = self._on_device(batches, self._device)
+        for batch in batches:
             if isinstance(self.sampler, TrainingSampler):
                 self.sampler.advance()
-            yield self._batch(self._ring[slot], rows)
-
-    @property
-    def _iterator(self) -> Any:
-        # Under this name Lightning looks for worker processes to stop when a run ends or fails. Left to the garbage
-        # collector, each takes the five seconds of a time-out.
-        return self._reader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._reader._iterator = value
+            yield _features(batch, self.split)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler."""
@@ -101,63 +84,56 @@ class FeatureLoader:
         if isinstance(self.sampler, TrainingSampler):
             self.sampler.load_state_dict(state)
 
-    def _batch(self, slot: Mapping[str, np.ndarray], rows: Rows) -> FeatureBatch:
-        tensors = {field: torch.from_numpy(buffer[: len(rows)]) for field, buffer in slot.items()}
-        labels = self.split.labels
-        return FeatureBatch(
-            images=tensors[IMAGE],
-            patches={name: tensors[name] for name in self.split.teachers},
-            scales=_suffixed(tensors, "/scale"),
-            cls=_suffixed(tensors, "/cls"),
-            labels=None if labels is None else torch.from_numpy(labels[rows]),
-            rows=torch.from_numpy(rows),
-        )
+    def close(self) -> None:
+        """Ends the workers and frees the device's memory. Another iteration starts them again."""
+        self._workers.close()
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
 
-
-class _SlotReader(Dataset[Any]):
-    def __init__(self, split: Split, ring: list[dict[str, np.ndarray]]) -> None:
-        self.split = split
-        self.ring = ring
-
-    def __getitem__(self, item: tuple[int, Rows]) -> tuple[int, Rows] | StoreError:
-        slot, rows = item
-        try:
-            self.split.read_into(rows, self.ring[slot])
-        except StoreError as error:
-            return error  # raised in the main process: a worker's own traceback would bury the message
-        return item
-
-
-class _Slots:
-    """Numbers the sampler's batches with the slots that they go into, round and round.
-
-    The reader runs at most ``workers * _PREFETCH`` batches ahead, so a slot comes up again only after ``HELD`` more
-    batches were handed out.
-    """
-
-    def __init__(self, sampler: TrainingSampler | EvaluationSampler, slots: int) -> None:
-        self.sampler = sampler
-        self.slots = slots
-        self._next = 0  # goes on over epochs: the last batch of one is still held when the next begins
-
-    def __iter__(self) -> Iterator[tuple[int, Rows]]:
+    def _in_memory(self) -> Iterator[RawBatch]:
+        self._workers.start()
+        self._iterations += 1
+        iteration = self._iterations
+        asked = 0
         for rows in self.sampler:
-            yield self._next, rows
-            self._next = (self._next + 1) % self.slots
+            self._check_current(iteration)
+            self._workers.ask(self._ring.claim(), rows)
+            asked += 1
+            if asked > self._ahead:
+                asked -= 1
+                yield self._ring.batch(*self._workers.take())
+        for _ in range(asked):
+            self._check_current(iteration)
+            yield self._ring.batch(*self._workers.take())
+
+    def _check_current(self, iteration: int) -> None:
+        # It would take the other's batches.
+        if iteration != self._iterations:
+            raise ConfigError("A second iteration over a FeatureLoader ends the first. Make a loader for each.")
+
+    def _on_device(self, batches: Iterator[RawBatch], device: torch.device) -> Iterator[RawBatch]:
+        self._workers.start()  # a fork comes before any page-locking
+        if self._copies is None:
+            self._copies = DeviceCopies(self._ring.slots, device)
+        return self._copies.ahead(batches)
 
 
-def _allocate(fields: Mapping[str, Field], batch_size: int) -> dict[str, np.ndarray]:
-    buffers = {}
-    for name, field in fields.items():
-        shape = (batch_size, *field.shape)
-        size = int(np.prod(shape)) * field.dtype.itemsize
-        buffers[name] = np.frombuffer(mmap.mmap(-1, size), field.dtype).reshape(shape)
-    return buffers
+def _read(split: Split, rows: Rows, slot: Slot) -> None:
+    split.read_into(rows, {name: slot.arrays[name] for name in split.fields})
+
+
+def _features(batch: RawBatch, split: Split) -> FeatureBatch:
+    tensors = batch.tensors
+    return FeatureBatch(
+        images=tensors[IMAGE],
+        patches={name: tensors[name] for name in split.teachers},
+        scales=_suffixed(tensors, "/scale"),
+        cls=_suffixed(tensors, "/cls"),
+        labels=tensors.get(LABELS),
+        rows=torch.from_numpy(batch.rows),
+    )
 
 
 def _suffixed(tensors: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
     return {name.removesuffix(suffix): tensor for name, tensor in tensors.items() if name.endswith(suffix)}
-
-
-def _as_is(item: Any) -> Any:
-    return item

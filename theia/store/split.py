@@ -1,11 +1,13 @@
 """Rows of one split, read at byte offsets straight into the caller's buffers."""
 
+import mmap
 import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,11 @@ class Split:
         # File descriptors belong to one process.
         return {**self.__dict__, "_process": 0, "_file": _File}
 
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return Path(self._keys[0][0]).parents[1]
+
     def key(self, row: int) -> str:
         """Sample id of one row.
 
@@ -99,12 +106,12 @@ class Split:
         return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
     def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
-        """Buffers for all fields, uninitialised.
+        """Buffers for all fields, filled with zeros and shared with processes that are forked later.
 
         Args:
             rows: Samples that they hold.
         """
-        return {name: np.empty((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
+        return {name: shared_array((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
 
     def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]]) -> None:
         """Reads samples into the first rows of buffers; only the fields that have a buffer are read.
@@ -171,6 +178,21 @@ class Split:
                 done += more
         except OSError as error:
             raise unreadable(path, error) from error
+
+
+def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros in memory of their own that is shared with processes forked later, and begins on a page.
+
+    The kernel copies a file to a page's beginning at nearly twice the rate at which it copies to the place where
+    ``np.empty`` puts an array, 16 bytes behind.
+
+    Args:
+        shape: Of the array.
+        dtype: Of its elements.
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))  # a mapping cannot be empty
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class _File:

@@ -1,0 +1,116 @@
+"""However a training ends, it leaves nothing behind: no process, no shared memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+Fit = Callable[..., "subprocess.Popen[str]"]
+_TIMEOUT_S = 120
+
+
+@pytest.fixture
+def fit(store: Path, tmp_path: Path) -> Iterator[Fit]:
+    """Starts ``theia fit`` with two workers and gives it back when it trains."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(epochs: int = 100_000) -> subprocess.Popen[str]:
+        run = tmp_path / "run"
+        command = [
+            sys.executable, "-m", "theia", "fit", f"--data.store={store}", f"--run_folder={run}",
+            "--data.batch_size=16", "--data.workers=2", "--model.width=16", "--model.depth=1", "--model.heads=2",
+            "--trainer.accelerator=cpu", "--checkpoint_every=3", f"--trainer.max_epochs={epochs}",
+            "--trainer.check_val_every_n_epoch=1000",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        wait_for(lambda: (run / "checkpoints" / "last.ckpt").exists() or process.poll() is not None)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The run's reading processes. Nothing in /dev/shm is in use, so that nothing can be left there."""
+    run = psutil.Process(process.pid)
+    workers = run.children(recursive=True)
+    assert len(workers) == 4
+    assert not [area for one in [run, *workers] for area in one.memory_maps() if area.path.startswith("/dev/shm/")]
+    return workers
+
+
+def end_of(process: "subprocess.Popen[str]", workers: list[psutil.Process]) -> str:
+    """Waits for the end of a run, checks that nothing is left of it, and gives what it said."""
+    _, said = process.communicate(timeout=_TIMEOUT_S)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE] == []
+    return said
+
+
+@pytest.mark.parametrize("which", [0, -1])  # one of validation, which idles, and one of training
+def test_a_killed_worker_stops_the_run_with_an_error_that_names_it(fit: Fit, which: int) -> None:
+    process = fit()
+    workers = workers_of(process)
+
+    workers[which].send_signal(signal.SIGKILL)
+    said = end_of(process, workers)
+
+    assert process.returncode == 1
+    assert f"(pid {workers[which].pid}) was killed (SIGKILL)" in said
+    assert "--ckpt_path last" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_of_all_processes_stops_the_run(fit: Fit, times: int) -> None:
+    process = fit()
+    workers = workers_of(process)
+
+    for _ in range(times):  # as Ctrl-C does, to the whole group
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    said = end_of(process, workers)
+
+    assert process.returncode == 130
+    assert "Traceback" not in said
+
+
+def test_a_run_that_is_asked_to_stop_does_not_look_like_one_that_has_finished(fit: Fit) -> None:
+    process = fit()
+    workers = workers_of(process)
+
+    process.terminate()
+    end_of(process, workers)
+
+    assert process.returncode == 143
+
+
+def test_a_run_that_is_killed_leaves_no_worker(fit: Fit) -> None:
+    process = fit()
+    workers = workers_of(process)
+
+    process.kill()
+    end_of(process, workers)
+
+    assert process.returncode == -signal.SIGKILL
