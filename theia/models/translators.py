@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ class Translator(nn.Module):
         else:
             layers = _to_any(width, student_grid_hw, grid_hw)
         self.adapter = nn.Sequential(*layers, nn.Linear(width, channels))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
         """Predicts a teacher's normalised features.
@@ -77,47 +79,65 @@ class Translator(nn.Module):
                 f"tokens was given {patches.shape[1]} tokens on {height}x{width}. Use images of the "
                 "student's training size."
             )
-        maps = patches.transpose(1, 2).reshape(len(patches), -1, height, width)
+        # A view, whose memory order is that of the tokens: channels last, as all maps in here.
+        maps = patches.reshape(len(patches), height, width, -1).permute(0, 3, 1, 2)
         prediction: Tensor = self.adapter(self.pad(maps))
         return prediction
 
 
+class _JointNorm(nn.LayerNorm):
+    """A layer norm over channels, rows and columns of maps ``(B, C, H, W)`` that lie channels last in memory.
+
+    Weight and bias have the shape (C, H, W) of the published models, and the memory order of the maps.
+    """
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        super().__init__([channels, height, width])
+        self.weight = _channels_last(self.weight)
+        self.bias = _channels_last(self.bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        order = maps.permute(0, 2, 3, 1)
+        scale, shift = self.weight.permute(1, 2, 0), self.bias.permute(1, 2, 0)
+        return F.layer_norm(order, order.shape[1:], scale, shift, self.eps).permute(0, 3, 1, 2)
+
+
 def _to_16x16(width: int) -> list[nn.Module]:
     return [
-        nn.LayerNorm([width, 16, 16]),
+        _JointNorm(width, 16, 16),
         nn.Conv2d(width, width, 3, padding=1),
         nn.ReLU(),
-        nn.LayerNorm([width, 16, 16]),
+        _JointNorm(width, 16, 16),
         nn.Conv2d(width, width, 3, padding=1),
         nn.ReLU(),
-        nn.LayerNorm([width, 16, 16]),
+        _JointNorm(width, 16, 16),
         _ToTokens(),
     ]
 
 
 def _to_64x64(width: int) -> list[nn.Module]:
     return [
-        nn.LayerNorm([width, 16, 16]),
+        _JointNorm(width, 16, 16),
         nn.ConvTranspose2d(width, width, 3, stride=2, padding=1),  # 31x31
         nn.ReLU(),
-        nn.LayerNorm([width, 31, 31]),
+        _JointNorm(width, 31, 31),
         nn.ConvTranspose2d(width, width, 3, stride=2, output_padding=1),  # 64x64
         nn.ReLU(),
-        nn.LayerNorm([width, 64, 64]),
+        _JointNorm(width, 64, 64),
         _ToTokens(),
     ]
 
 
 def _to_any(width: int, student_grid_hw: GridHW, grid_hw: GridHW) -> list[nn.Module]:
     return [
-        nn.LayerNorm([width, *student_grid_hw]),
+        _JointNorm(width, *student_grid_hw),
         nn.Conv2d(width, width, 3, padding=1),
         nn.ReLU(),
         *_resize(student_grid_hw, grid_hw),
-        nn.LayerNorm([width, *grid_hw]),
+        _JointNorm(width, *grid_hw),
         nn.Conv2d(width, width, 3, padding=1),
         nn.ReLU(),
-        nn.LayerNorm([width, *grid_hw]),
+        _JointNorm(width, *grid_hw),
         _ToTokens(),
     ]
 
@@ -143,4 +163,9 @@ class _Resize(nn.Module):
 class _ToTokens(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) to (B, H * W, C)."""
-        return maps.flatten(2).transpose(1, 2)
+        return maps.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _channels_last(parameter: Tensor) -> nn.Parameter:
+    """The same (C, H, W) values, laid out in memory as (H, W, C)."""
+    return nn.Parameter(parameter.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1))

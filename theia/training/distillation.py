@@ -16,6 +16,7 @@ from theia.models.translators import TranslatorKind
 from theia.training import losses
 from theia.training.losses import LossKind, feature_loss
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
+from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
 from theia.types import FeatureBatch
 
@@ -62,6 +63,8 @@ class Distillation(L.LightningModule):
         decay_rule: Which parameters decay: "matrices" (no norms, biases, position embedding, tokens) or "authors"
             (all with more than one dimension).
         warmup: Share of all steps in which the learning rate rises linearly from 1 % to its full value.
+        compile: Compile the training step with torch.compile: on a GPU all of it, about a minute before the first
+            step; on a CPU the loss, some seconds. By default on a GPU only.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Distillation(L.LightningModule):
         weight_decay: float = 0.01,
         decay_rule: DecayRule = "matrices",
         warmup: float = 0.1,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -110,11 +114,15 @@ class Distillation(L.LightningModule):
         self.norm_entropy = NormEntropy()
         self._first_bad_step: dict[str, Tensor] = {}
         self._prepared = False
+        self.objective = Objective(self.distiller, self.loss)
 
     def on_fit_start(self) -> None:
         """Makes a new model ready; so does the start of a validation or test of one."""
         self._first_bad_step = {}
         self._prepare()
+        wanted = self.hparams["compile"]
+        if self.device.type == "cuda" if wanted is None else wanted:
+            self.objective.compile(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that pretrained weights and statistics come from a checkpoint."""
@@ -141,16 +149,10 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        _, predictions, cls_predictions = self.distiller(batch.images)
-        by_teacher: dict[str, Tensor] = {}
-        for name, prediction in predictions.items():
-            target = self._target(batch, name)
-            by_teacher[name] = self.loss(prediction, target)
-            if name in cls_predictions:
-                cls_target = self.distiller.normalize_cls(name, batch.cls[name])
-                by_teacher[name] = (by_teacher[name] + self.loss(cls_predictions[name], cls_target)) / 2
-            if self.logs:
-                self._log_terms(name, prediction.detach(), target)
+        by_teacher, predictions = self.objective(batch)
+        if self.logs:
+            for name, prediction in predictions.items():
+                self._log_terms(name, prediction.detach(), self._target(batch, name))
         self._note_bad(by_teacher)
         total = losses.weighted_mean(by_teacher, self.loss_weights)
         if self.logs:

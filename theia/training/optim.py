@@ -63,7 +63,7 @@ def build_optimizer(
 
     Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01.
     """
-    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS)
+    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS, fused=True)
 
 
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:

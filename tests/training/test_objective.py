@@ -1,0 +1,64 @@
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from theia.data.datamodule import FeatureDataModule
+from theia.errors import ConfigError
+from theia.models.distiller import Distiller
+from theia.models.student import Student
+from theia.training.distillation import Distillation
+from theia.training.losses import mse_loss
+from theia.training.objective import Objective
+
+TEACHERS = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+
+
+def fit(store: Path, **options: Any) -> dict[str, torch.Tensor]:
+    L.seed_everything(0)
+    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    model = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-3, **options)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=2,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"distill_cls": True}, {"loss": "mse"}], ids=["default", "cls", "mse"])
+def test_compiled_training_ends_with_the_weights_of_plain_training(store: Path, options: dict[str, Any]) -> None:
+    plain, compiled = (fit(store, compile=on, **options) for on in (False, True))
+
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            compiled[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
+        )
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise RuntimeError("No working C++ compiler found\nand a long trace")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+
+    with pytest.raises(ConfigError, match=r"No working C\+\+ compiler found.*model.compile false"):
+        Objective(Distiller(Student(width=16, depth=1, heads=2), TEACHERS), mse_loss).compile(torch.device("cpu"))
+
+
+def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
+    torch.manual_seed(0)
+    distiller = Distiller(Student(image_size=32, width=16, depth=1, heads=2), TEACHERS)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    tokens, patches, _ = torch.compile(distiller.forward, dynamic=False, fullgraph=True)(images)
+
+    expected_tokens, expected, _ = distiller(images)
+    torch.testing.assert_close(patches["alpha"], expected["alpha"])
+    torch.testing.assert_close(tokens.patches, expected_tokens.patches)
