@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +13,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from extraction.tiny_plugin import SIZE, install, pooled, write_images
+from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
 from theia.errors import ConfigError, FeatureError, ImageError, StoreError, UnknownTeacherError
-from theia.extraction.config import ExtractConfig
 from theia.extraction.extract import extract
-
-Run = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    install(tmp_path / "site")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    registry.find.cache_clear()
-    yield
-    registry.find.cache_clear()
-
-
-@pytest.fixture
-def pixels(tmp_path: Path) -> dict[str, np.ndarray]:
-    return write_images(tmp_path / "images", 10)
-
-
-@pytest.fixture
-def config(tmp_path: Path, pixels: dict[str, np.ndarray]) -> Callable[..., ExtractConfig]:
-    def build(**changes: Any) -> ExtractConfig:
-        options: dict[str, Any] = {
-            "images": str(tmp_path / "images"),
-            "teachers": "pooled",
-            "store": tmp_path / "store",
-            "size": SIZE,
-            "shard_size": 4,
-            "batch_size": 3,
-            "workers": 0,
-            "accelerator": "cpu",
-            "devices": 1,
-        }
-        return ExtractConfig(**(options | changes))
-
-    return build
 
 
 def stored(store: Path, name: str, dataset: str, split: str = "train") -> np.ndarray:

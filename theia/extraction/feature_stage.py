@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -11,12 +11,19 @@ from torch import Tensor
 from theia import registry
 from theia.errors import ConfigError, PluginError
 from theia.extraction.config import ExtractConfig
+from theia.extraction.handover import Handover
 from theia.extraction.processes import Processes
 from theia.extraction.progress import Progress
+from theia.store.features import ShardWriter
 from theia.store.schema import ImageSet, feature_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher, check_features
 from theia.types import TeacherFeatures, TeacherSpec
+
+
+class _HostFeatures(NamedTuple):
+    features: TeacherFeatures
+    copied: torch.cuda.Event | None  # they are there when it has happened
 
 
 def store_features(
@@ -29,6 +36,8 @@ def store_features(
     fabric: Fabric,
 ) -> None:
     """Runs some teachers, held in memory together, over this process's shards that lack them.
+
+    While a teacher computes the features of one batch, those of the one before are stored; there are never more.
 
     Args:
         specs: What process 0 found these teachers to give.
@@ -57,10 +66,10 @@ def store_features(
             continue
         total = sum(image_sets[split].listed_in(shard) for shard in shards)
         label = f"{split}: {', '.join(name for name in teachers if any(name in names for names in shards.values()))}"
-        with Progress(label, total, shown=processes.rank == 0) as progress:
+        with Progress(label, total, shown=processes.rank == 0) as progress, Handover() as storing:
             for shard, names in shards.items():
                 chosen = {name: teachers[name] for name in names}
-                rows = _store_shard(shard, chosen, writers[split], config, fabric, progress)
+                rows = _store_shard(shard, chosen, writers[split], config, fabric, progress, storing)
                 # Images that could not be read are done, too.
                 progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
@@ -97,24 +106,26 @@ def _store_shard(
     config: ExtractConfig,
     fabric: Fabric,
     progress: Progress,
+    storing: Handover,
 ) -> int:
     images = writer.images(shard)
     rows = images.rows
     row_bytes = sum(
         part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
     )
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(writer.open_shard(name, shard)) for name in teachers}
-        # Batches are cut at the same rows in every run: a batch of another size may round differently.
-        for start in range(0, rows, config.batch_size):
-            stop = min(start + config.batch_size, rows)
-            batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
-            for name, teacher in teachers.items():
-                features = _forward(teacher, batch, config, fabric)
-                files[name].append(
-                    _to_numpy(features.patches), None if features.cls is None else _to_numpy(features.cls)
-                )
-            progress.advance(stop - start, row_bytes * (stop - start))
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(writer.open_shard(name, shard)) for name in teachers}
+        with storing.done():
+            # Batches are cut at the same rows in every run: a batch of another size may round differently.
+            for start in range(0, rows, config.batch_size):
+                stop = min(start + config.batch_size, rows)
+                batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
+                for name, teacher in teachers.items():
+                    features = _forward(teacher, batch, config, fabric)
+                    storing.give(_append, files[name], _to_host(features, fabric.device))
+                progress.advance(stop - start, row_bytes * (stop - start))
+        # A slow disk takes long to bring a whole shard to rest: the next one's first batch need not wait for it.
+        storing.give(opened.pop_all().close)
     return rows
 
 
@@ -131,6 +142,20 @@ def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fa
     return features
 
 
-def _to_numpy(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    array: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = values.float().cpu().numpy()
-    return array
+def _to_host(features: TeacherFeatures, device: torch.device) -> _HostFeatures:
+    # In the type that the teacher gave, which may be narrower: the thread that stores it makes float32 of it.
+    cuda = device.type == "cuda"
+    patches = features.patches.to("cpu", non_blocking=cuda)
+    cls = None if features.cls is None else features.cls.to("cpu", non_blocking=cuda)
+    copied = torch.cuda.current_stream(device).record_event() if cuda else None
+    return _HostFeatures(TeacherFeatures(patches, cls), copied)
+
+
+def _append(file: ShardWriter, host: _HostFeatures) -> None:
+    if host.copied is not None:
+        host.copied.synchronize()
+    patches, cls = host.features.patches, host.features.cls
+    # Image by image: what the conversions need is small then, and stays in the processor's cache.
+    for row in range(len(patches)):
+        one = slice(row, row + 1)
+        file.append(patches[one].float().numpy(), None if cls is None else cls[one].float().numpy())
