@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 # Set where a quickstart was interrupted or is repeated: it goes on from its last checkpoint.
 RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
 
-.PHONY: help install quickstart extract fit lint format test
+.PHONY: help install quickstart extract fit bench bench-gpu lint format test
 
 help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
@@ -17,6 +17,8 @@ help:
 	@echo "make install      virtual environment in $(VENV)"
 	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG) --images IMAGES=DIR"
 	@echo "make fit          theia fit --config CONFIG=$(CONFIG)"
+	@echo "make bench        how fast it is on this machine, beside other ways to do the same (CPU, about 5 minutes)"
+	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
 	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
 
 install: $(INSTALLED)
@@ -37,6 +39,12 @@ extract: $(INSTALLED)
 
 fit: $(INSTALLED)
 	theia fit --config $(CONFIG)
+
+bench: $(INSTALLED)
+	python -m benchmarks.throughput
+
+bench-gpu: $(INSTALLED)
+	python -m benchmarks.throughput gpu
 
 lint: $(INSTALLED)
 	ruff format --check

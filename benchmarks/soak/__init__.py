@@ -1,0 +1,1 @@
+"""A long training, watched: does it keep more and more memory, descriptors or processes?"""

@@ -1,0 +1,93 @@
+"""What was seen, as a table, a JSON and a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks.soak.watch import Sample, slope_per_hour
+
+# The first part of a run fills caches and takes its first validation.
+WARM_UP = 0.1
+_SHOWN = {
+    "pss_mb": "memory of all processes, shared pages once (MB)",
+    "uss_mb": "memory that is not shared (MB)",
+    "rss_mb": "resident memory of the training process (MB)",
+    "descriptors": "open file descriptors",
+    "threads": "threads",
+    "processes": "processes",
+    "shared_memory": "files in /dev/shm",
+}
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """Per figure: after the warm-up and at the end (means of a tenth of the run), and its slope in between.
+
+    Args:
+        samples: Over time; at least four.
+    """
+    warm = after_warm_up(samples)
+    tenth = max(1, len(warm) // 9)
+    seconds = [sample.seconds for sample in warm]
+    summary = {}
+    for name in _SHOWN:
+        values = [float(getattr(sample, name)) for sample in warm]
+        summary[name] = {
+            "after_warm_up": sum(values[:tenth]) / tenth,
+            "end": sum(values[-tenth:]) / tenth,
+            "greatest": max(values),
+            "slope_per_hour": slope_per_hour(seconds, values),
+        }
+    return summary
+
+
+def after_warm_up(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of the run without its first tenth."""
+    return list(samples[int(len(samples) * WARM_UP) :])
+
+
+def table(summary: Mapping[str, Mapping[str, float]]) -> str:
+    """The summary for a terminal."""
+    rows = [
+        [heading, *(summary[name][column] for column in ("after_warm_up", "end", "greatest", "slope_per_hour"))]
+        for name, heading in _SHOWN.items()
+    ]
+    headings = ["", "after warm-up", "end", "greatest", "slope per hour"]
+    return str(tabulate(rows, headers=headings, floatfmt=".1f"))
+
+
+def write(
+    path: Path, samples: Sequence[Sample], summary: Mapping[str, Mapping[str, float]], more: Mapping[str, Any]
+) -> None:
+    """Writes a JSON, and a picture beside it.
+
+    Args:
+        path: The JSON file; the picture has the ending ``.png``.
+        samples: Over time.
+        summary: Of them.
+        more: What else belongs into the JSON; builtins only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {**more, "summary": summary, "samples": [asdict(sample) for sample in samples]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    _picture(samples).savefig(path.with_suffix(".png"), dpi=120)
+
+
+def _picture(samples: Sequence[Sample]) -> Figure:
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, counts = figure.subplots(2, 1, sharex=True)
+    minutes = [sample.seconds / 60 for sample in samples]
+    for axes, names in ((memory, ("pss_mb", "uss_mb", "rss_mb")), (counts, ("descriptors", "threads", "processes"))):
+        for name in names:
+            axes.plot(minutes, [getattr(sample, name) for sample in samples], label=_SHOWN[name])
+        axes.axvspan(minutes[0], after_warm_up(samples)[0].seconds / 60, color="0.9", label="warm-up")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    counts.set_xlabel("minutes")
+    return figure

@@ -1,0 +1,104 @@
+"""``python -m benchmarks.throughput [SUITE ...]``: measures, prints one table, writes one JSON."""
+
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+
+from benchmarks.throughput.machine import machine, versions
+from benchmarks.throughput.measure import BenchmarkError, Result, Settings
+from benchmarks.throughput.report import table, write
+from theia.errors import TheiaError
+
+# Modules of this package, in the order of their turns.
+SUITES = [
+    name
+    for name in ("loaders", "step", "growth", "extraction", "int8", "gpu")
+    if importlib.util.find_spec(f"benchmarks.throughput.{name}")
+]
+# The CPU's, in about five minutes on two cores.
+DEFAULT = [name for name in SUITES if name not in ("int8", "gpu")]
+
+
+def bench(
+    suites: list[str],
+    folder: Path | None = None,
+    pairs: int = 5,
+    threads: int = 2,
+    results: Path = Path("benchmarks/results"),
+) -> Path:
+    """Measures how fast Theia is on this machine, against other ways to do the same.
+
+    Args:
+        suites: What to measure.
+        folder: Where to put the data, about 3 GB that are deleted afterwards; the system's temporary folder by default.
+        pairs: Counted repetitions of everything that is compared.
+        threads: Threads of torch in the training process.
+        results: Folder for the JSON with all repetitions.
+
+    Returns:
+        The JSON.
+
+    Raises:
+        BenchmarkError: If there is no such suite or folder, or what is compared does not do the same.
+    """
+    unknown = [name for name in suites if name not in SUITES]
+    if unknown:
+        raise BenchmarkError(f"There is no suite {unknown[0]!r}. Choose from: {', '.join(SUITES)}.")
+    if folder is not None and not folder.is_dir():
+        raise BenchmarkError(f"There is no folder {folder}. Make it, or give another one with --folder.")
+    record = {
+        "versions": versions(),
+        "machine": machine(),
+        "settings": {"suites": suites, "pairs": pairs, "threads": threads},
+    }
+    finished: dict[str, Result] = {}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in suites:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            module = importlib.import_module(f"benchmarks.throughput.{name}")
+            with tempfile.TemporaryDirectory(prefix="theia-bench-", dir=folder) as data:
+                finished[name] = module.run(Settings(Path(data), pairs))
+    finally:
+        torch.set_num_threads(threads_before)
+        # What was measured is not lost with a later suite.
+        if finished:
+            kind = "gpu" if "gpu" in finished else "cpu"
+            print(table(finished))
+            path = write(results, kind, finished, record)
+            print(path)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a suite that failed with a message, 130 after Ctrl-C.
+    """
+    parser = ArgumentParser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
+    parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"of: {', '.join(SUITES)}")
+    parser.add_function_arguments(bench, skip={"suites"})
+    try:
+        bench(**parser.parse_args(argv).as_dict())
+    except (BenchmarkError, TheiaError) as error:
+        print(f"benchmarks.throughput: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("benchmarks.throughput: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

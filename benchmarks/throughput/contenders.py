@@ -1,0 +1,94 @@
+"""Ways to the same samples, taken in turn by whole epochs, so that no worker is busy while another's turn is timed."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from benchmarks.throughput.data import IMAGE, ROW, Batch
+from benchmarks.throughput.measure import Cost, interleave
+from theia.data.loader import FeatureLoader
+from theia.data.sampler import TrainingSampler
+from theia.store.reader import FeatureStore
+
+# Reading processes of Theia's loader.
+WORKERS = 1
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the samples.
+
+    Attributes:
+        epoch: Starts an epoch over all samples.
+        epochs: Epochs in one turn: enough of the fast ones for clocks that tick every 10 ms.
+    """
+
+    epoch: Callable[[], Iterable[Batch]]
+    epochs: int = 1
+
+    def turn(self) -> None:
+        """Takes every batch of some epochs, and drops it."""
+        for _ in range(self.epochs):
+            for _ in self.epoch():
+                pass
+
+
+def cost_per_epoch(contenders: Mapping[str, Contender], pairs: int) -> dict[str, list[Cost]]:
+    """Gives each contender its turn, several times.
+
+    Args:
+        contenders: By name.
+        pairs: Turns of each.
+
+    Returns:
+        By name, what an epoch took in each turn.
+    """
+    turns = interleave({name: contender.turn for name, contender in contenders.items()}, pairs)
+    return {name: [cost / contenders[name].epochs for cost in costs] for name, costs in turns.items()}
+
+
+@contextmanager
+def ended(loader: "DataLoader[Any]") -> Iterator["DataLoader[Any]"]:
+    """Ends a loader's persistent workers when it is left.
+
+    Args:
+        loader: torch's, or one made of it.
+    """
+    try:
+        yield loader
+    finally:
+        # litdata's iterator refers back to its loader. The garbage collector, which finds that cycle at any later time,
+        # takes the queues first and then waits 5 s for each worker, in the middle of something else's turn.
+        loader._iterator = None
+
+
+def theia_loader(
+    store: Path, batch_size: int, stack: ExitStack, teachers: Sequence[str] | None = None
+) -> Callable[[], Iterator[Batch]]:
+    """Theia's loader over a store's split ``train``.
+
+    Args:
+        store: Folder of the store.
+        batch_size: Samples per batch; what does not fill one is left out.
+        stack: Closes the loader.
+        teachers: Teachers to read; all by default.
+
+    Returns:
+        Starts an epoch.
+    """
+    split = FeatureStore(store).open_split("train", teachers)
+    sampler = TrainingSampler(np.arange(len(split)), batch_size, seed=0)
+    loader = FeatureLoader(split, sampler, WORKERS)
+    stack.callback(loader.close)
+
+    def epoch() -> Iterator[Batch]:
+        sampler.set_epoch(sampler.epoch + 1)
+        for batch in loader:
+            yield {ROW: batch.rows, IMAGE: batch.images, **batch.patches}
+
+    return epoch
