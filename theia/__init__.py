@@ -5,15 +5,19 @@ from typing import TYPE_CHECKING, Any
 from theia.version import __version__
 
 if TYPE_CHECKING:
+    from theia.encoder.encoder import Encoder
+    from theia.encoder.load import load
     from theia.teacher import Teacher
 
-__all__ = ["Teacher", "__version__"]
+__all__ = ["Encoder", "Teacher", "__version__", "load"]
+
+_HOMES = {"Encoder": "theia.encoder.encoder", "Teacher": "theia.teacher", "load": "theia.encoder.load"}
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `theia --help` and `theia --version` do not need it.
-    if name == "Teacher":
-        from theia.teacher import Teacher
+    if name in _HOMES:
+        import importlib
 
-        return Teacher
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'theia' has no attribute {name!r}")

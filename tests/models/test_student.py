@@ -113,7 +113,7 @@ def test_every_variant_starts_from_the_same_distribution(registers):
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (448, 224), (16, 16)])
 def test_other_image_sizes_give_their_own_grid(registers, height, width):
     tokens = small_student(registers=registers)(images(height, width))
-    assert tokens.grid_hw == (height // 16, width // 16)
+    assert tokens.grid == (height // 16, width // 16)
     assert tokens.patches.shape == (2, height * width // 256, 32)
 
 

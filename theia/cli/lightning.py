@@ -27,8 +27,8 @@ from theia.cli.run import (
 )
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
+from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.training.callbacks import FeaturePictures, LastCheckpoint, Throughput
-from theia.training.checkpoint import check_architecture, read_checkpoint
 from theia.training.distillation import Distillation
 
 logger = logging.getLogger(__name__)

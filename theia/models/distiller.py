@@ -88,7 +88,7 @@ class Distiller(nn.Module):
             ShapeError: If the images are of another shape, size or type.
         """
         tokens: StudentTokens = self.student(images)
-        patches = {name: head(tokens.patches, tokens.grid_hw) for name, head in self.translators.items()}
+        patches = {name: head(tokens.patches, tokens.grid) for name, head in self.translators.items()}
         cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
         return tokens, patches, cls
 

@@ -1,5 +1,6 @@
 """The student: a small ViT whose tokens are what a robot uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
 from theia.models import deit
+from theia.models.positions import PositionRule, resize_positions
 
 PATCH = 16  # pixels along each side
 MLP_RATIO = 4
@@ -27,19 +29,23 @@ _SCRATCH_EPS = 1e-12  # of the released models
 
 @dataclass(frozen=True)
 class StudentTokens:
-    """What the student gives for a batch, after the final layer norm.
+    """What the student gives for a batch.
 
     Attributes:
         cls: CLS token, shape ``(B, C)``, or ``None`` for a student without one.
         registers: The other register tokens, shape ``(B, R, C)``; ``R`` may be 0.
         patches: Spatial tokens, row by row, shape ``(B, N, C)``.
-        grid_hw: Rows and columns of ``patches``, ``N = H * W``.
+        grid: Rows and columns of ``patches``, ``N = H * W``.
     """
 
     cls: Tensor | None
     registers: Tensor
     patches: Tensor
-    grid_hw: tuple[int, int]
+    grid: tuple[int, int]
+
+    def as_map(self) -> Tensor:
+        """The patch tokens as a feature map, shape ``(B, C, H, W)``: a view that lies channels last in memory."""
+        return self.patches.reshape(len(self.patches), *self.grid, -1).permute(0, 3, 1, 2)
 
 
 class Student(nn.Module):
@@ -47,8 +53,7 @@ class Student(nn.Module):
 
     Every student starts alike, with or without registers: weights, position embedding and tokens from a
     normal distribution of standard deviation 0.02, biases zero. Training is at ``image_size``; images of any
-    other size that is a multiple of the patch work too, with the position embedding resized (bicubic,
-    antialiased).
+    other size that is a multiple of the patch work too, with the position embedding resized.
 
     Args:
         size: Width, depth and heads of DeiT-Tiny, -Small or -Base.
@@ -62,6 +67,7 @@ class Student(nn.Module):
         width: Overrides the width of ``size``; for small experiments, as the next two.
         depth: Overrides the number of blocks.
         heads: Overrides the number of attention heads.
+        positions: How the position embedding is resized; the published models have a rule of their own.
 
     Raises:
         ConfigError: If an option is out of its range, or the width is not a multiple of the heads.
@@ -85,6 +91,7 @@ class Student(nn.Module):
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        positions: PositionRule = "size",
     ) -> None:
         super().__init__()
         if size not in _SHAPES:
@@ -122,7 +129,7 @@ class Student(nn.Module):
         mean, std = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if scratch else (deit.PIXEL_MEAN, deit.PIXEL_STD)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
-        self._size, self._weights = size, weights
+        self._size, self._weights, self._positions = size, weights, positions
         if load_weights:
             self.load_weights()
 
@@ -137,7 +144,7 @@ class Student(nn.Module):
             deit.copy_into(self.vit, deit.fetch(self._size) if pretrained else deit.read(self._weights))
 
     def forward(self, images: Tensor) -> StudentTokens:
-        """Tokens of a batch.
+        """Tokens of a batch as it is stored, after the final layer norm.
 
         Args:
             images: RGB, uint8, shape ``(B, 3, H, W)``, both sides multiples of 16.
@@ -145,21 +152,90 @@ class Student(nn.Module):
         Raises:
             ShapeError: If the images are of another shape or type.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        if images.dtype != torch.uint8:
             raise ShapeError(
                 f"Images of shape {tuple(images.shape)} and type {images.dtype}; a student takes uint8 (B, 3, H, W)."
             )
+        return self.encode(images)
+
+    def encode(self, images: Tensor) -> StudentTokens:
+        """The same, of images that may be scaled already. Their range is for the caller to check.
+
+        Args:
+            images: RGB, shape ``(B, 3, H, W)``, both sides multiples of 16; uint8, or floating point from 0 to 1.
+
+        Raises:
+            ShapeError: If the images are of another shape.
+        """
+        tokens, grid = self._embed(images)
+        for block in self.vit.blocks:
+            tokens = block(tokens)
+        return self._split(self.vit.norm(tokens), grid)
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int], norm: bool = False) -> list[StudentTokens]:
+        """Tokens after some of the blocks.
+
+        Args:
+            images: See :meth:`encode`.
+            indices: Blocks, from 0; negative ones count from the end.
+            norm: Whether to apply the final layer norm to each.
+
+        Returns:
+            In the order of the indices.
+
+        Raises:
+            ShapeError: If the images are of another shape.
+            ConfigError: If there is no such block.
+        """
+        depth = len(self.vit.blocks)
+        wrong = [index for index in indices if not -depth <= index < depth]
+        if wrong:
+            raise ConfigError(f"There is no block {wrong[0]}; this student has {depth}, numbered from 0.")
+        wanted = [index % depth for index in indices]
+        tokens, grid = self._embed(images)
+        found = {}
+        for number, block in enumerate(self.vit.blocks[: max(wanted, default=-1) + 1]):
+            tokens = block(tokens)
+            if number in wanted:
+                found[number] = self._split(self.vit.norm(tokens) if norm else tokens, grid)
+        return [found[number] for number in wanted]
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What goes into the first block: ``(B, prefix + N, C)``, and the grid of the patches."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ShapeError(f"Images of shape {tuple(images.shape)}; a student takes uint8 (B, 3, H, W).")
         height, width = images.shape[-2:]
         _check_image_size(height, width)
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         # In float32 whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
-        pixels = (images.float() / 255 - self.pixel_mean) / self.pixel_std
-        tokens: Tensor = self.vit.forward_features(pixels.to(self.vit.patch_embed.proj.weight.dtype))
+        pixels = (scaled - self.pixel_mean) / self.pixel_std
+        vit = self.vit
+        patches = vit.patch_embed(pixels.to(vit.patch_embed.proj.weight.dtype))  # (B, rows, columns, C)
+        grid = (height // PATCH, width // PATCH)
+        prefix = [
+            token.expand(images.shape[0], -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None
+        ]
+        tokens = torch.cat([*prefix, patches.flatten(1, 2)], dim=1)
+        return tokens + self._positions_for(grid), grid
+
+    def _positions_for(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding ``(1, prefix + N, C)``."""
+        positions = self.vit.get_parameter("pos_embed")
+        # An exported graph is for any size.
+        if not torch.compiler.is_exporting() and grid == self.grid_hw:
+            return positions
+        prefix = self.vit.num_prefix_tokens
+        trained = positions[0, prefix:].reshape(*self.grid_hw, -1)
+        resized = resize_positions(trained, *grid, self._positions)
+        return torch.cat([positions[:, :prefix], resized.flatten(0, 1)[None]], dim=1)
+
+    def _split(self, tokens: Tensor, grid: tuple[int, int]) -> StudentTokens:
         prefix = self.vit.num_prefix_tokens
         return StudentTokens(
             cls=tokens[:, 0] if self.has_cls else None,
             registers=tokens[:, int(self.has_cls) : prefix],
             patches=tokens[:, prefix:],
-            grid_hw=(height // PATCH, width // PATCH),
+            grid=grid,
         )
 
 

@@ -153,5 +153,5 @@ class FeaturePictures(L.Callback):
             for heading, features in ((name, target), (f"{name}, student", predictions[name].float().cpu())):
                 pictures = [pca_colours(patches, (rows, width), self._bases[name]) for patches in features.numpy()]
                 columns.append((heading, pictures))
-        norms = [norm_map(patches, tokens.grid_hw) for patches in tokens.patches.float().cpu().numpy()]
+        norms = [norm_map(patches, tokens.grid) for patches in tokens.patches.float().cpu().numpy()]
         return board([*columns, ("student's norms", norms)])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from theia.errors import ConfigError, DivergenceError, WeightsError
-from theia.models.distiller import Distiller
-from theia.models.student import Registers, Size, Student
+from theia.models.architecture import Architecture
+from theia.models.student import Registers, Size
 from theia.models.translators import TranslatorKind
 from theia.training import losses
 from theia.training.losses import LossKind, feature_loss
@@ -94,17 +94,9 @@ class Distillation(L.LightningModule):
         self.save_hyperparameters()
         if not 0 <= warmup < 1:
             raise ConfigError(f"model.warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
-        student = Student(
-            size,
-            image_size=image_size,
-            registers=registers,
-            weights=weights,
-            load_weights=False,  # in setup, as a checkpoint makes them needless
-            width=width,
-            depth=depth,
-            heads=heads,
-        )
-        self.distiller = Distiller(student, teachers, translator=translator, distill_cls=distill_cls)
+        self.distiller = Architecture.of(self.hparams).build(
+            weights
+        )  # loaded in setup: a checkpoint makes them needless
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
         self.loss = partial(feature_loss, loss=loss, cosine_weight=cosine_weight, per_token=per_token)
         self.metrics = nn.ModuleDict(

@@ -6,11 +6,7 @@ from typing import Any
 import torch
 
 from theia.errors import CheckpointError
-
-# Options that decide which parameters a model has, and what they mean.
-ARCHITECTURE = (
-    "teachers", "size", "image_size", "registers", "width", "depth", "heads", "translator", "distill_cls", "weights",
-)  # fmt: skip
+from theia.models.architecture import Architecture
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -50,16 +46,11 @@ def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: di
     Raises:
         CheckpointError: Names each option that differs.
     """
-    theirs, ours = ({**given, "weights": _start(given)} for given in (checkpoint["hyper_parameters"], options))
-    different = [name for name in ARCHITECTURE if theirs.get(name) != ours.get(name)]
+    theirs, ours = (Architecture.of(given).as_dict() for given in (checkpoint["hyper_parameters"], options))
+    different = [name for name in ours if theirs[name] != ours[name]]
     if different:
         lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different)
         raise CheckpointError(
             f"The checkpoint {path} belongs to another architecture: {lines}. "
             "Use the config that it was trained with (config.yaml in its run folder) and a store with its teachers."
         )
-
-
-def _start(options: dict[str, Any]) -> str:
-    # DeiT's normalisation differs from that of a student from scratch; which DeiT it was makes no difference.
-    return "scratch" if options.get("weights") == "scratch" else "pretrained or a file"

@@ -1,0 +1,216 @@
+"""What a user of a trained model holds."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from theia.encoder.inputs import to_channels_first
+from theia.errors import ConfigError, UnknownTeacherError
+from theia.models.distiller import Distiller
+from theia.models.student import PATCH, StudentTokens
+
+Pool = Literal["none", "mean", "max", "cls"]
+Images = Tensor | NDArray[Any]
+
+
+class Encoder(nn.Module):
+    """A trained student with its translators.
+
+    Images are RGB, ``(B, H, W, 3)`` or ``(B, 3, H, W)``, as tensor or numpy array, uint8 from 0 to 255 or floating
+    point from 0 to 1. Both sides must be multiples of 16 pixels; the size need not be that of training, but for
+    :meth:`translate`. The encoder normalises them itself.
+
+    Args:
+        distiller: Student, translators and the statistics of the teachers' features.
+        pool: What a call gives by default.
+    """
+
+    def __init__(self, distiller: Distiller, pool: Pool = "none") -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.pool = check_pool(pool)
+        self._encode: Callable[[Tensor], StudentTokens] = distiller.student.encode
+        self.eval()
+
+    @property
+    def width(self) -> int:
+        """Channels ``C`` of a token."""
+        return self.distiller.student.width
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.distiller.student.vit.blocks)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along each side of a training image."""
+        return self.distiller.student.grid_hw[0] * PATCH
+
+    @property
+    def teachers(self) -> list[str]:
+        """Teachers that tokens can be translated for."""
+        return self.distiller.teachers
+
+    def forward(self, images: Images, pool: Pool | None = None) -> Tensor:
+        """Features of a batch of images.
+
+        Args:
+            images: See the class.
+            pool: ``"mean"`` or ``"max"`` over the patch tokens, the ``"cls"`` token, or ``"none"``: the patch tokens.
+                By default what the model was released with.
+
+        Returns:
+            Shape ``(B, C)``, or ``(B, N, C)`` without pooling.
+
+        Raises:
+            ShapeError: If the images are of a wrong shape or size.
+            ImageError: If they are of a wrong type or range.
+            ConfigError: If there is no such pooling, or no CLS token.
+        """
+        pool = self.pool if pool is None else check_pool(pool)
+        tokens = self.forward_features(images)
+        if pool == "cls":
+            if tokens.cls is None:
+                raise ConfigError("This model has no CLS token. Choose pool='mean', 'max' or 'none'.")
+            return tokens.cls
+        if pool == "mean":
+            return tokens.patches.mean(1)
+        if pool == "max":
+            return tokens.patches.amax(1)
+        return tokens.patches
+
+    def forward_features(self, images: Images) -> StudentTokens:
+        """All tokens, after the final layer norm.
+
+        Args:
+            images: See the class.
+
+        Raises:
+            ShapeError: If the images are of a wrong shape or size.
+            ImageError: If they are of a wrong type or range.
+        """
+        return self._encode(self._prepared(images))
+
+    def forward_intermediates(
+        self, images: Images, indices: Sequence[int] | None = None, norm: bool = False
+    ) -> list[StudentTokens]:
+        """Tokens after some of the blocks.
+
+        Args:
+            images: See the class.
+            indices: Blocks, from 0; negative ones count from the end. All by default.
+            norm: Whether to apply the final layer norm to each.
+
+        Returns:
+            In the order of the indices.
+
+        Raises:
+            ShapeError: If the images are of a wrong shape or size.
+            ImageError: If they are of a wrong type or range.
+            ConfigError: If there is no such block.
+        """
+        wanted = range(self.depth) if indices is None else indices
+        return self.distiller.student.forward_intermediates(self._prepared(images), wanted, norm)
+
+    def translate(
+        self, images: Images, teachers: Sequence[str] | None = None, denormalize: bool = False
+    ) -> dict[str, Tensor]:
+        """The teachers' features as the student predicts them.
+
+        Args:
+            images: See the class; of the size of training.
+            teachers: Which ones; all by default.
+            denormalize: Give them in the teacher's own scale, not normalised per channel.
+
+        Returns:
+            By teacher, shape ``(B, N, C)`` with the teacher's tokens and channels, row by row.
+
+        Raises:
+            UnknownTeacherError: If the model has no translator for a teacher.
+            ShapeError: If the images are of a wrong shape or size.
+            ImageError: If they are of a wrong type or range.
+            ConfigError: If the model came without statistics to denormalise with, as the published ones do.
+        """
+        names = self.teachers if teachers is None else list(teachers)
+        unknown = [name for name in names if name not in self.teachers]
+        if unknown:
+            raise UnknownTeacherError(
+                f"This model has no translator for {unknown[0]!r}. It has: {', '.join(self.teachers)}."
+            )
+        if denormalize:
+            for name in names:
+                self.distiller.denormalize(name, torch.zeros(1, 1, 1, device=self._device))
+        tokens = self.forward_features(images)
+        translations = {name: self.distiller.translators[name](tokens.patches, tokens.grid) for name in names}
+        if denormalize:
+            return {name: self.distiller.denormalize(name, value) for name, value in translations.items()}
+        return translations
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size nearest to one in pixels that the encoder takes.
+
+        Args:
+            height: Of an image.
+            width: Of an image.
+        """
+
+        def nearest(side: int) -> int:
+            return max(1, int(side / PATCH + 0.5)) * PATCH
+
+        return nearest(height), nearest(width)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the student at its first use, anew for each size of a batch.
+
+        Args:
+            options: Of ``torch.compile``.
+        """
+        self._encode = torch.compile(self.distiller.student.encode, **{"dynamic": False, **options})
+
+    def freeze(self) -> "Encoder":
+        """Keeps every parameter as it is in a training; gives the encoder back."""
+        self.requires_grad_(False)
+        return self
+
+    def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
+        """Lets a training change the student's transformer; gives the encoder back.
+
+        Args:
+            last_n_blocks: Only so many blocks before the output, and the final layer norm. All by default, with patch
+                embedding, positions and tokens. What was free before stays free.
+
+        Raises:
+            ConfigError: If there are not so many blocks.
+        """
+        vit = self.distiller.student.vit
+        if last_n_blocks is None:
+            vit.requires_grad_(True)
+            return self
+        if not 0 <= last_n_blocks <= self.depth:
+            raise ConfigError(f"last_n_blocks is {last_n_blocks}; this encoder has {self.depth} blocks.")
+        for block in list(vit.blocks)[self.depth - last_n_blocks :]:
+            block.requires_grad_(True)
+        vit.norm.requires_grad_(True)
+        return self
+
+    def _prepared(self, images: Images) -> Tensor:
+        return to_channels_first(images, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.distiller.student.pixel_mean.device
+
+
+def check_pool(pool: str) -> Pool:
+    """The same, if it is one.
+
+    Raises:
+        ConfigError: If there is no such pooling.
+    """
+    if pool not in get_args(Pool):
+        raise ConfigError(f"There is no pooling {pool!r}. Choose one of: {', '.join(get_args(Pool))}.")
+    return cast(Pool, pool)

@@ -1,0 +1,159 @@
+"""``theia.load``: an encoder from whatever holds one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from theia.encoder import authors
+from theia.encoder.encoder import Encoder, check_pool
+from theia.errors import ConfigError, WeightsError
+from theia.models.architecture import Architecture
+from theia.models.checkpoint import read_checkpoint
+from theia.models.strict import load_strictly
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_TYPE = "theia-encoder"
+# In front of all names in our files, as in a training checkpoint.
+PREFIX = "distiller."
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    revision: str | None = None,
+) -> Encoder:
+    """Loads a trained encoder.
+
+    No code from elsewhere is run. What is loaded is checked: every tensor is used and every parameter set.
+
+    Args:
+        source: A folder that ``theia export`` wrote, a training checkpoint (``.ckpt``), a folder of a published model,
+            or its id on the Hugging Face hub, such as ``theiainstitute/theia-base-patch16-224-cdiv``.
+        device: Where to put it.
+        dtype: Type of the parameters; float32 by default.
+        compile: Compile the student at its first use, anew for each size of a batch.
+        revision: For the hub: branch, tag or commit.
+
+    Returns:
+        The encoder, in evaluation mode. Its parameters can be trained; see :meth:`Encoder.freeze`.
+
+    Raises:
+        WeightsError: If there is nothing to load, the hub cannot be reached, or files are damaged, of another kind, or
+            do not fit each other.
+        CheckpointError: If a training checkpoint cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        encoder = _from_checkpoint(path)
+    elif path.is_dir():
+        encoder = _from_folder(path, str(path))
+    elif isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".ckpt"):
+        encoder = _from_folder(_fetch(source, revision), source)
+    else:
+        raise WeightsError(
+            f"There is no file or folder {str(source)!r}, and it is no id on the hub (OWNER/NAME). Give a folder that "
+            "'theia export' wrote, a checkpoint of 'theia fit', or an id."
+        )
+    encoder.to(device=device, dtype=dtype)
+    if compile:
+        encoder.compile()
+    return encoder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder.
+
+    Raises:
+        WeightsError: If it is missing or no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise WeightsError(
+            f"There is no {CONFIG} in {folder}, so it holds no model. 'theia export' writes such folders."
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON ({error}). Fetch or export the model again.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} holds no JSON object. Fetch or export the model again.")
+    return config
+
+
+def _from_checkpoint(path: Path) -> Encoder:
+    checkpoint = read_checkpoint(path)
+    distiller = _build(checkpoint["hyper_parameters"], str(path)).build()
+    tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
+    load_strictly(distiller, _without_prefix(tensors), str(path))
+    return Encoder(distiller)
+
+
+def _from_folder(folder: Path, origin: str) -> Encoder:
+    config = read_config(folder)
+    tensors = _read_tensors(folder, origin)
+    if authors.is_config(config):
+        architecture, pool = authors.read_config(config, origin)
+        distiller = architecture.build()
+        names = [name for name, _ in distiller.named_parameters()]
+        # The rest are constants of all published models, and statistics, which they do not have.
+        load_strictly(distiller, authors.from_theirs(tensors, names, origin), origin, names)
+    elif config.get("model_type") == MODEL_TYPE:
+        distiller = _build(config.get("architecture", {}), origin).build()
+        load_strictly(distiller, _without_prefix(tensors), origin)
+        pool = check_pool(config.get("pool", "none"))
+    else:
+        raise WeightsError(
+            f"The model {origin} is of another family (model_type {config.get('model_type')!r}). Give a folder that "
+            "'theia export' wrote, or a published Theia model."
+        )
+    return Encoder(distiller, pool)
+
+
+def _build(options: Any, origin: str) -> Architecture:
+    try:
+        return Architecture.of(options)
+    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"The architecture of {origin} is incomplete: {error}. Export the model again.") from error
+
+
+def _read_tensors(folder: Path, origin: str) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise WeightsError(f"The model {origin} has no {WEIGHTS}. Fetch or export it again.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error}): it is cut short, damaged or of another kind. Fetch or export it again."
+        ) from error
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    # Not at the top: it takes long to import, and a local model does not need it.
+    from huggingface_hub import hf_hub_download
+
+    try:
+        paths = [hf_hub_download(repository, name, revision=revision) for name in (CONFIG, WEIGHTS)]
+    except Exception as error:
+        # Between here and the hub are several libraries, each with its own exceptions.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"Cannot get {repository!r} from the Hugging Face hub: {type(error).__name__}: {reason} Without a network, "
+            f"give a local folder that holds its {CONFIG} and {WEIGHTS}."
+        ) from error
+    return Path(paths[0]).parent
