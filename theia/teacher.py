@@ -40,8 +40,9 @@ class Teacher(nn.Module, ABC):
                 follows: resize, crop, mean and standard deviation.
 
         Returns:
-            ``patches`` of shape ``(B, spec.grid_hw[0] * spec.grid_hw[1], spec.channels)``, row by row, and ``cls`` of
-            shape ``(B, spec.channels)`` if ``spec.has_cls``.
+            Fresh tensors, as they may be stored while the next batch is computed: ``patches`` of shape
+            ``(B, spec.grid_hw[0] * spec.grid_hw[1], spec.channels)``, row by row, and ``cls`` of shape
+            ``(B, spec.channels)`` if ``spec.has_cls``.
         """
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from benchmarks.soak.report import summarize, table, write
+from benchmarks.soak.report import grown, summarize, table, write
 from benchmarks.soak.store import write_store
 from benchmarks.soak.watch import Watch
+from benchmarks.throughput.machine import machine, versions
 
 # Enough points for a line, few enough not to disturb.
 _LOOKS = 400
+# Minutes; a shorter run still warms up.
+_JUDGED_FROM = 10
 # A training ends with a validation.
 _PATIENCE_S = 300
 
@@ -43,7 +46,7 @@ def soak(
         The JSON.
 
     Raises:
-        SoakError: If the training failed, or was too short to be judged.
+        SoakError: If the training failed, was too short to be judged, held more and more, or left something behind.
     """
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as data:
         store = Path(data) / "store"
@@ -67,11 +70,16 @@ def soak(
         raise SoakError(f"The training ended after {len(samples)} looks at it. Give it more minutes.")
     summary = summarize(samples)
     path = results / f"soak-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    settings = {"minutes": minutes, "workers": workers, "small": small, "python": sys.version.split()[0]}
-    write(path, samples, summary, {"settings": settings, "left_behind": left})
+    settings = {"minutes": minutes, "workers": workers, "small": small}
+    more = {"versions": versions(), "machine": machine(), "settings": settings, "left_behind": left}
+    write(path, samples, summary, more)
     print(table(summary))
     print(f"left behind at the end: {left['processes']} processes, {left['shared_memory']} files in /dev/shm")
     print(f"{path}, {path.with_suffix('.png').name}")
+    problems = grown(summary) if minutes >= _JUDGED_FROM else []
+    problems += [f"left behind: {count} {name}" for name, count in left.items() if count]
+    if problems:
+        raise SoakError(f"The training does not hold what it should: {'; '.join(problems)}.")
     return path
 
 

@@ -12,8 +12,10 @@ from tabulate import tabulate
 
 from benchmarks.soak.watch import Sample, slope_per_hour
 
-# The first part of a run fills caches and takes its first validation.
-WARM_UP = 0.1
+# The first part of a run fills caches and takes its first validations.
+WARM_UP = 1 / 3
+# Growth of the memory of all processes after it that a run of half an hour can tell from the swings of an allocator.
+MOST_GROWTH = 0.05
 _SHOWN = {
     "pss_mb": "memory of all processes, shared pages once (MB)",
     "uss_mb": "memory that is not shared (MB)",
@@ -32,7 +34,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
         samples: Over time; at least four.
     """
     warm = after_warm_up(samples)
-    tenth = max(1, len(warm) // 9)
+    tenth = max(1, len(warm) * 3 // 20)
     seconds = [sample.seconds for sample in warm]
     summary = {}
     for name in _SHOWN:
@@ -47,8 +49,24 @@ def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
 
 
 def after_warm_up(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples of the run without its first tenth."""
+    """Samples of the run without its first third."""
     return list(samples[int(len(samples) * WARM_UP) :])
+
+
+def grown(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What a run held more and more of: one line each, none if all is well.
+
+    Args:
+        summary: Of the run.
+    """
+    lines = []
+    memory = summary["pss_mb"]
+    if memory["end"] > memory["after_warm_up"] * (1 + MOST_GROWTH):
+        lines.append(f"memory grew from {memory['after_warm_up']:.0f} to {memory['end']:.0f} MB")
+    for name in ("descriptors", "threads", "processes", "shared_memory"):
+        if summary[name]["end"] > summary[name]["after_warm_up"] + 1:
+            lines.append(f"{_SHOWN[name]} grew from {summary[name]['after_warm_up']:.0f} to {summary[name]['end']:.0f}")
+    return lines
 
 
 def table(summary: Mapping[str, Mapping[str, float]]) -> str:

@@ -52,6 +52,8 @@ def bench(
         raise BenchmarkError(f"There is no suite {unknown[0]!r}. Choose from: {', '.join(SUITES)}.")
     if folder is not None and not folder.is_dir():
         raise BenchmarkError(f"There is no folder {folder}. Make it, or give another one with --folder.")
+    if min(pairs, threads) < 1:
+        raise BenchmarkError(f"There must be at least one pair and one thread, not {pairs} and {threads}.")
     record = {
         "versions": versions(),
         "machine": machine(),

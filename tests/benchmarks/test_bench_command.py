@@ -113,6 +113,16 @@ def test_an_unknown_suite_is_named_before_anything_runs(
     assert not seen
 
 
+@pytest.mark.parametrize("option", ["--pairs=0", "--threads=0"])
+def test_nothing_to_measure_is_refused_before_anything_runs(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = suite("quick", monkeypatch)
+    assert bench(tmp_path, "quick", option) == 1
+    assert "at least one" in capsys.readouterr().err
+    assert not seen
+
+
 def test_without_arguments_the_suites_of_the_cpu_run() -> None:
     assert set(command.DEFAULT) <= {"loaders", "step", "growth", "extraction"}
     assert {"loaders", "growth"} <= set(command.DEFAULT)

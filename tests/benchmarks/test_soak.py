@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak.__main__ import soak
-from benchmarks.soak.report import summarize
+from benchmarks.soak.report import grown, summarize
 from benchmarks.soak.watch import Sample, Watch, slope_per_hour
 
 # Two processes that both touch the same 50 MB.
@@ -30,13 +30,22 @@ def test_slope_is_that_of_the_line() -> None:
 
 
 def test_warm_up_is_left_out() -> None:
-    samples = [sample(minute, 100 if minute < 10 else 500 + minute) for minute in range(100)]
+    samples = [sample(minute, 100 if minute < 33 else 500 + minute) for minute in range(100)]
 
     memory = summarize(samples)["pss_mb"]
 
     assert memory["slope_per_hour"] == pytest.approx(60)
-    assert memory["after_warm_up"] == pytest.approx(514.5)
+    assert memory["after_warm_up"] == pytest.approx(537.5)
     assert memory["end"] == pytest.approx(594.5)
+
+
+def test_growth_is_told_from_swings() -> None:
+    swings = summarize([sample(minute, 500 + 20 * (minute % 3)) for minute in range(100)])
+    grows = summarize([sample(minute, 500 + minute) for minute in range(100)])
+
+    assert grown(swings) == []
+    (line,) = grown(grows)
+    assert "memory grew from" in line
 
 
 def test_shared_pages_count_once() -> None:

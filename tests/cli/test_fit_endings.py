@@ -96,11 +96,12 @@ def test_an_interrupt_of_all_processes_stops_the_run(fit: Fit, times: int) -> No
     assert "Traceback" not in said
 
 
-def test_a_run_that_is_asked_to_stop_does_not_look_like_one_that_has_finished(fit: Fit) -> None:
+@pytest.mark.parametrize("signalled", ["the run", "all its processes"])  # by hand; by a scheduler
+def test_a_run_that_is_asked_to_stop_does_not_look_like_one_that_has_finished(fit: Fit, signalled: str) -> None:
     process = fit()
     workers = workers_of(process)
 
-    process.terminate()
+    (process.terminate if signalled == "the run" else lambda: os.killpg(process.pid, signal.SIGTERM))()
     end_of(process, workers)
 
     assert process.returncode == 143

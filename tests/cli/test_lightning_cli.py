@@ -230,10 +230,10 @@ def test_a_launcher_with_more_processes_than_the_trainer_expects_is_refused(
 @pytest.mark.parametrize(
     "option",
     ["--trainer.fast_dev_run=true", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
-     "--trainer.callbacks=LearningRateMonitor"],
+     "--trainer.callbacks=LearningRateMonitor", "--trainer.gradient_clip_val=1.0 --trainer.precision=bf16-mixed"],
 )  # fmt: skip
 def test_the_trainers_own_options_work(store: Path, tmp_path: Path, option: str) -> None:
-    assert main(["fit", *options(store, tmp_path / "run", option)]) == 0
+    assert main(["fit", *options(store, tmp_path / "run", *option.split())]) == 0
 
 
 def test_no_validation_means_no_best_checkpoint_and_says_so(

@@ -120,6 +120,16 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error_with_its_name(tmp_pat
         copies(loader(split, workers=1))
 
 
+def test_closing_ends_an_iteration_with_an_error_and_loses_nothing_silently(split: Split) -> None:
+    one = loader(split, workers=1)
+    batches = iter(one)
+    next(batches)
+    one.close()
+
+    with pytest.raises(ConfigError, match="close"):
+        next(batches)
+
+
 @pytest.mark.parametrize("taken", [1, 9])  # in the middle, and where all is asked for
 def test_a_second_iteration_ends_the_first_with_an_error(split: Split, taken: int) -> None:
     one = loader(split, workers=1)
@@ -129,5 +139,5 @@ def test_a_second_iteration_ends_the_first_with_an_error(split: Split, taken: in
     one.sampler.set_epoch(1)
     next(second)
 
-    with pytest.raises(ConfigError, match="second iteration"):
+    with pytest.raises(ConfigError, match="by a second one"):
         next(first)

@@ -59,6 +59,18 @@ def test_a_worker_that_dies_idle_stops_other_loaders_too(split: Split) -> None:
         list(batches)
 
 
+def test_a_worker_leaves_the_answer_to_a_schedulers_signal_to_the_run(split: Split) -> None:
+    one = loader(split, workers=1)
+    batches = iter(one)
+    next(batches)
+    (worker,) = one._workers.pids
+    os.kill(worker, signal.SIGTERM)
+
+    assert len(list(batches)) == len(one) - 1
+    one.close()
+    assert not psutil.pid_exists(worker)
+
+
 def test_a_loader_whose_worker_died_starts_afresh(split: Split) -> None:
     one = loader(split, workers=1)
     next(iter(one))

@@ -85,7 +85,8 @@ class FeatureLoader:
             self.sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Ends the workers and frees the device's memory. Another iteration starts them again."""
+        """Ends the workers, the iteration and its memory on a device. Another iteration starts them again."""
+        self._iterations += 1
         self._workers.close()
         if self._copies is not None:
             self._copies.close()
@@ -110,7 +111,9 @@ class FeatureLoader:
     def _check_current(self, iteration: int) -> None:
         # It would take the other's batches.
         if iteration != self._iterations:
-            raise ConfigError("A second iteration over a FeatureLoader ends the first. Make a loader for each.")
+            raise ConfigError(
+                "This iteration over a FeatureLoader was ended by a second one, or by close(). Make a loader for each."
+            )
 
     def _on_device(self, batches: Iterator[RawBatch], device: torch.device) -> Iterator[RawBatch]:
         self._workers.start()  # a fork comes before any page-locking

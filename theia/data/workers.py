@@ -6,6 +6,7 @@ whatever line the training happens to be at, and its queues need a thread in eve
 
 import gc
 import multiprocessing
+import multiprocessing.util
 import signal
 import weakref
 from collections import deque
@@ -70,7 +71,8 @@ class Workers:
             self._workers = [_start(self._fill) for _ in range(self._count)]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        self._finalizer = weakref.finalize(self, _stop, self._workers)
+        # Before multiprocessing's own end of its children, which asks with the signal that they do not listen to.
+        self._finalizer = multiprocessing.util.Finalize(self, _stop, (self._workers,), exitpriority=0)
 
     def ask(self, slot: int, rows: Rows) -> None:
         """Has a slot filled.
@@ -156,8 +158,9 @@ def _serve(fill: Fill, pipe: Connection, parents: Connection) -> None:
     gc.freeze()  # what was inherited is the parent's to finalize: its workers, its device memory
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one answers it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what multiprocessing ends its children with
+            signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C, and what a scheduler sends at the end of its time, reach all processes; the first one answers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with suppress(EOFError, ConnectionError):  # the training process has ended
         while True:

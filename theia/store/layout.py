@@ -124,7 +124,8 @@ class SetLayout:
         for name, (rows, field) in self.datasets(shard.rows, LABEL in shard.datasets).items():
             dataset = shard.datasets.get(name)
             if dataset is None or dataset.rows != rows or dataset.field != field:
-                raise StoreError(damaged(shard.path, f"/{name} is missing or has another shape"))
+                old = "; the int8 of an earlier version had one step per token" if name == "scale" else ""
+                raise StoreError(damaged(shard.path, f"/{name} is missing or has another shape{old}"))
         unread = self.images.listed_in(index) - shard.rows
         if self.name == IMAGE and (SKIPPED not in shard.datasets or shard.datasets[SKIPPED].rows != unread):
             raise StoreError(damaged(shard.path, f"/{SKIPPED} does not name {unread} images"))

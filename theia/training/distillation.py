@@ -127,7 +127,8 @@ class Distillation(L.LightningModule):
         if options["scale_learning_rate"]:
             data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
             rate = scale_learning_rate(rate, data.batch_size * self.trainer.accumulate_grad_batches)
-        optimizer = build_optimizer(self.distiller, rate, options["weight_decay"], options["decay_rule"])
+        clips = bool(self.trainer.gradient_clip_val)
+        optimizer = build_optimizer(self.distiller, rate, options["weight_decay"], options["decay_rule"], not clips)
         steps = round(options["warmup"] * self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,

@@ -48,7 +48,11 @@ def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "
 
 
 def build_optimizer(
-    module: nn.Module, learning_rate: float, weight_decay: float = 0.01, rule: DecayRule = "matrices"
+    module: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    rule: DecayRule = "matrices",
+    fused: bool = True,
 ) -> AdamW:
     """AdamW over a model's trainable parameters.
 
@@ -57,13 +61,14 @@ def build_optimizer(
         learning_rate: Of all parameters, after the warm-up.
         weight_decay: Of those that decay.
         rule: See :func:`parameter_groups`.
+        fused: All parameters in one pass. Not where Lightning clips gradients under mixed precision: it refuses.
 
     Raises:
         ConfigError: If the rule is unknown.
 
     Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01.
     """
-    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS, fused=True)
+    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS, fused=fused)
 
 
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
