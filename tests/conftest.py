@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from encoder.small import TEACHERS, small
 
+from theia.encoder.encoder import Encoder
 from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter
 from theia.types import TeacherSpec
@@ -77,3 +80,35 @@ def _logging_as_found() -> Iterator[None]:
     logger = logging.getLogger("theia")
     yield
     logger.handlers, logger.propagate = [], True
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    """A small encoder of two teachers, random in every parameter, with statistics."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = Encoder(small())
+        for parameter in built.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    for name, teacher in TEACHERS.items():
+        channels = teacher["channels"]
+        built.distiller.set_statistics(name, torch.arange(channels) * 10.0, torch.arange(channels) + 1.0)
+    return built
+
+
+@pytest.fixture
+def checkpoint(encoder: Encoder, tmp_path: Path) -> Callable[..., Path]:
+    """Writes that encoder to a file as ``theia fit`` does, changed by the arguments."""
+
+    def write(**changes: object) -> Path:
+        state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
+        content = {
+            "hyper_parameters": {**encoder.architecture.as_dict(), "learning_rate": 1e-3},
+            "state_dict": {**state, "metrics.val.clip": torch.zeros(1)},
+            "global_step": 3,
+            **changes,
+        }
+        torch.save(content, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt"
+
+    return write

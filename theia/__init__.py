@@ -1,7 +1,9 @@
 """Theia: distil many vision foundation models into one small visual encoder for robots."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from theia.late import when_imported
 from theia.version import __version__
 
 if TYPE_CHECKING:
@@ -17,7 +19,14 @@ _HOMES = {"Encoder": "theia.encoder.encoder", "Teacher": "theia.teacher", "load"
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `theia --help` and `theia --version` do not need it.
     if name in _HOMES:
-        import importlib
-
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'theia' has no attribute {name!r}")
+
+
+def _register(module: str) -> None:
+    importlib.import_module(module).register()
+
+
+# So that AutoModel.from_pretrained reads what `theia export` wrote. Two steps: of the two, each imports the other.
+when_imported("transformers.models.auto.configuration_auto", lambda: _register("theia.encoder.hf_config"))
+when_imported("transformers.models.auto.modeling_auto", lambda: _register("theia.encoder.hf_model"))

@@ -47,3 +47,7 @@ class CheckpointError(TheiaError):
 
 class DivergenceError(TheiaError):
     """A loss stopped being finite."""
+
+
+class ExportError(TheiaError):
+    """A model cannot be written in a format, or what was written does not give what the model gives."""

@@ -19,6 +19,15 @@ from theia.models.strict import refuse_unless_equal
 _BACKBONE = re.compile(r"facebook/deit-(tiny|small|base)-patch16-224")
 _POOLS: dict[str | None, Pool] = {None: "none", "mean_pooling": "mean", "max_pooling": "max", "cls": "cls"}
 
+# By our name, what the published models call a teacher. Any other is called what it is called here.
+HUB_IDS = {
+    "clip": "openai/clip-vit-large-patch14",
+    "dinov2": "facebook/dinov2-large",
+    "vit": "google/vit-huge-patch14-224-in21k",
+    "sam": "facebook/sam-vit-huge",
+    "depth_anything": "LiheYoung/depth-anything-large-hf",
+}
+
 # timm's names of the student's transformer, and theirs.
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
@@ -93,18 +102,17 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
     return architecture, _POOLS[config.get("feature_reduce_method")]
 
 
-def write_config(architecture: Architecture, hub_ids: Mapping[str, str], pool: Pool) -> dict[str, Any]:
+def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
     """The ``config.json`` that a model of ours would have been published with.
 
     Args:
         architecture: Of the model.
-        hub_ids: By teacher, its id there.
         pool: Default pooling.
 
     Raises:
         WeightsError: If their layout cannot hold such a model.
     """
-    _check_can_be_published(architecture, hub_ids, pool)
+    _check_can_be_published(architecture)
     return {
         "architectures": ["TheiaModel"],
         "backbone": f"facebook/deit-{architecture.size}-patch16-224",
@@ -117,7 +125,8 @@ def write_config(architecture: Architecture, hub_ids: Mapping[str, str], pool: P
         "num_reg_tokens": 0,
         "pretrained": False,
         "target_feature_sizes": {
-            hub_ids[name]: [teacher["channels"], *teacher["grid_hw"]] for name, teacher in architecture.teachers.items()
+            HUB_IDS.get(name, name): [teacher["channels"], *teacher["grid_hw"]]
+            for name, teacher in architecture.teachers.items()
         },
         "target_loss_weights": None,
         "torch_dtype": "float32",
@@ -139,7 +148,7 @@ def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str
     """
     # Some of their files have "_" in place of "/" in the names of heads.
     tensors = {_flat(name): tensor for name, tensor in tensors.items()}
-    wanted = {name: [_flat(theirs) for theirs in _theirs(name, {})] for name in names}
+    wanted = {name: [_flat(theirs) for theirs in _theirs(name)] for name in names}
     expected = {theirs for group in wanted.values() for theirs in group}
     refuse_unless_equal(expected, tensors.keys(), origin)
     return {
@@ -148,21 +157,20 @@ def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str
     }
 
 
-def to_theirs(tensors: Mapping[str, Tensor], hub_ids: Mapping[str, str]) -> dict[str, Tensor]:
+def to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names.
 
     Args:
         tensors: Parameters of a distiller, without statistics.
-        hub_ids: By teacher, its id there.
     """
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        group = _theirs(name, hub_ids)
+        group = _theirs(name)
         theirs |= zip(group, tensor.chunk(len(group)), strict=True)
     return theirs
 
 
-def _theirs(name: str, hub_ids: Mapping[str, str]) -> list[str]:
+def _theirs(name: str) -> list[str]:
     """Their names of one of our parameters: one, or three of queries, keys and values."""
     if name.startswith(_VIT):
         inner = name.removeprefix(_VIT)
@@ -173,7 +181,7 @@ def _theirs(name: str, hub_ids: Mapping[str, str]) -> list[str]:
         layers = _QKV if layer == "attn.qkv" else [_BLOCK[layer]]
         return [f"{_THEIR_VIT}encoder.layer.{number}.{part}.{kind}" for part in layers]
     _, teacher, layer = name.split(".", 2)
-    head = hub_ids.get(teacher, teacher).replace(".", "_")
+    head = HUB_IDS.get(teacher, teacher).replace(".", "_")
     return [f"{_THEIR_HEADS}{head}.{layer.replace('pad.', 'pad.1.')}"]
 
 
@@ -181,7 +189,7 @@ def _flat(name: str) -> str:
     return name.replace("/", "_")
 
 
-def _check_can_be_published(architecture: Architecture, hub_ids: Mapping[str, str], pool: Pool) -> None:
+def _check_can_be_published(architecture: Architecture) -> None:
     a = architecture
     problems = []
     if (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
@@ -193,10 +201,6 @@ def _check_can_be_published(architecture: Architecture, hub_ids: Mapping[str, st
     for name, teacher in a.teachers.items():
         if tuple(teacher["grid_hw"]) not in ((16, 16), (64, 64)):
             problems.append("teacher {!r} has a grid of {}x{}".format(name, *teacher["grid_hw"]))
-        if name not in hub_ids:
-            problems.append(f"teacher {name!r} has no hub id")
-    if pool not in _POOLS.values():
-        problems.append(f"it pools with {pool!r}")
     if problems:
         raise WeightsError(
             f"The published layout cannot hold this model: {'; '.join(problems)}. Leave out the format 'authors'."

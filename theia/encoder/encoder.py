@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from theia.encoder.inputs import to_channels_first
 from theia.errors import ConfigError, UnknownTeacherError
-from theia.models.distiller import Distiller
+from theia.models.architecture import Architecture
 from theia.models.student import PATCH, StudentTokens
 
 Pool = Literal["none", "mean", "max", "cls"]
@@ -24,15 +24,19 @@ class Encoder(nn.Module):
     :meth:`translate`. The encoder normalises them itself.
 
     Args:
-        distiller: Student, translators and the statistics of the teachers' features.
+        architecture: What to build, with untrained weights; :func:`theia.load` gives a trained one.
         pool: What a call gives by default.
+
+    Attributes:
+        distiller: Student, translators and the statistics of the teachers' features.
     """
 
-    def __init__(self, distiller: Distiller, pool: Pool = "none") -> None:
+    def __init__(self, architecture: Architecture, pool: Pool = "none") -> None:
         super().__init__()
-        self.distiller = distiller
+        self.architecture = architecture
+        self.distiller = architecture.build()
         self.pool = check_pool(pool)
-        self._encode: Callable[[Tensor], StudentTokens] = distiller.student.encode
+        self._encode: Callable[[Tensor], StudentTokens] = self.distiller.student.encode
         self.eval()
 
     @property
@@ -71,8 +75,14 @@ class Encoder(nn.Module):
             ImageError: If they are of a wrong type or range.
             ConfigError: If there is no such pooling, or no CLS token.
         """
-        pool = self.pool if pool is None else check_pool(pool)
-        tokens = self.forward_features(images)
+        return self.pooled(self.forward_features(images), self.pool if pool is None else check_pool(pool))
+
+    def pooled(self, tokens: StudentTokens, pool: Pool) -> Tensor:
+        """One vector of all tokens, ``(B, C)``; see :meth:`forward`.
+
+        Raises:
+            ConfigError: If there is no CLS token to give.
+        """
         if pool == "cls":
             if tokens.cls is None:
                 raise ConfigError("This model has no CLS token. Choose pool='mean', 'max' or 'none'.")

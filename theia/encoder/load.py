@@ -93,34 +93,32 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _from_checkpoint(path: Path) -> Encoder:
     checkpoint = read_checkpoint(path)
-    distiller = _build(checkpoint["hyper_parameters"], str(path)).build()
+    encoder = Encoder(_architecture(checkpoint["hyper_parameters"], str(path)))
     tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
-    load_strictly(distiller, _without_prefix(tensors), str(path))
-    return Encoder(distiller)
+    load_strictly(encoder.distiller, _without_prefix(tensors), str(path))
+    return encoder
 
 
 def _from_folder(folder: Path, origin: str) -> Encoder:
     config = read_config(folder)
     tensors = _read_tensors(folder, origin)
     if authors.is_config(config):
-        architecture, pool = authors.read_config(config, origin)
-        distiller = architecture.build()
-        names = [name for name, _ in distiller.named_parameters()]
+        encoder = Encoder(*authors.read_config(config, origin))
+        names = [name for name, _ in encoder.distiller.named_parameters()]
         # The rest are constants of all published models, and statistics, which they do not have.
-        load_strictly(distiller, authors.from_theirs(tensors, names, origin), origin, names)
+        load_strictly(encoder.distiller, authors.from_theirs(tensors, names, origin), origin, names)
     elif config.get("model_type") == MODEL_TYPE:
-        distiller = _build(config.get("architecture", {}), origin).build()
-        load_strictly(distiller, _without_prefix(tensors), origin)
-        pool = check_pool(config.get("pool", "none"))
+        encoder = Encoder(_architecture(config.get("architecture", {}), origin), check_pool(config.get("pool", "none")))
+        load_strictly(encoder.distiller, _without_prefix(tensors), origin)
     else:
         raise WeightsError(
             f"The model {origin} is of another family (model_type {config.get('model_type')!r}). Give a folder that "
             "'theia export' wrote, or a published Theia model."
         )
-    return Encoder(distiller, pool)
+    return encoder
 
 
-def _build(options: Any, origin: str) -> Architecture:
+def _architecture(options: Any, origin: str) -> Architecture:
     try:
         return Architecture.of(options)
     except (ConfigError, TypeError, KeyError, AttributeError) as error:

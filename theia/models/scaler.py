@@ -33,7 +33,7 @@ class FeatureScaler(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("is_set", torch.tensor(False))
         self.register_buffer("reciprocal", torch.ones(channels), persistent=False)
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
         self._ready = False  # is_set on the host: reading the buffer in every step would make the device wait
 
     @torch.no_grad()
@@ -58,9 +58,14 @@ class FeatureScaler(nn.Module):
             )
         self.mean.copy_(new_mean)
         self.std.copy_(new_std)
-        _refresh(self)
+        self.refresh()
         self.is_set.fill_(True)
         self._ready = True
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Computes what follows from the statistics; needed where they were set from outside."""
+        self.reciprocal.copy_(self.std.reciprocal())
 
     def normalize(self, tokens: Tensor) -> Tensor:
         """Raw to normalised features, ``(..., C)``, float32."""
@@ -79,7 +84,3 @@ class FeatureScaler(nn.Module):
                 f"{self.name} has no statistics to normalise with. Set them from the feature store before "
                 "training (Distiller.set_statistics), or load a trained checkpoint."
             )
-
-
-def _refresh(scaler: FeatureScaler, _: object = None) -> None:
-    scaler.reciprocal.copy_(scaler.std.reciprocal())

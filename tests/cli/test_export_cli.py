@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import theia
+from theia.cli.main import main
+
+SMALL = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished fit."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    options = [*SMALL, f"--data.store={store}", f"--run_folder={folder}"]
+    assert main(["fit", *options, "--trainer.max_epochs=2", "--seed_everything=5"]) == 0
+    assert main(["test", *options, "--ckpt_path=best"]) == 0
+    return folder
+
+
+def test_a_runs_model_is_exported_into_the_run_with_its_figures(
+    run: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", f"--ckpt={run}/checkpoints/best.ckpt"]) == 0
+
+    assert capsys.readouterr().out.strip() == f"{run}/exported"
+    card = (run / "exported/README.md").read_text()
+    report = json.loads((run / "test_best.json").read_text())
+    for fact in (f"{report['after']['test/cosine/alpha']:.3f}", report["store"]["manifest_sha256"], "| seed", "MIT"):
+        assert fact in card
+    assert str(store) not in card + (run / "exported/config.json").read_text()
+    encoder = theia.load(run / "exported")
+    images = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    translations = encoder.translate(images, denormalize=True)
+    assert {name: value.shape for name, value in translations.items()} == {"alpha": (1, 16, 8), "beta": (1, 18, 5)}
+    trained = theia.load(run / "checkpoints/best.ckpt")
+    assert torch.equal(encoder(images), trained(images))
+
+
+def test_figures_of_another_checkpoint_are_not_taken(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["export", f"--ckpt={run}/checkpoints/last.ckpt", f"--out={tmp_path / 'out'}"]) == 0
+
+    assert "no test_last.json" in capsys.readouterr().err
+    assert "not recorded: `theia test`" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt={run}/checkpoints/first.ckpt"], "no file or folder"),
+        (["--ckpt=owner/model"], "--out FOLDER"),
+        (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=safetensors,gguf"], "'gguf'"),
+        (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=timm"], "no model for this student"),
+        (["--ckpt={run}/config.yaml", "--out={tmp}/x"], "truncated, damaged or of another kind"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", *(argument.format(run=run, tmp=tmp_path) for argument in arguments)]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,63 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+import theia
+from theia.encoder.encoder import Encoder
+from theia.export.export import export
+
+
+def images() -> torch.Tensor:
+    return torch.randint(256, (2, 224, 160, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    export(checkpoint(), tmp_path / "exported", ["hf"])
+    return tmp_path / "exported"
+
+
+@torch.no_grad()
+def test_automodel_gives_the_encoders_tokens(folder: Path, encoder: Encoder) -> None:
+    model = AutoModel.from_pretrained(folder)
+    tokens = encoder.forward_features(images())
+    output = model(pixel_values=images())
+    assert torch.equal(output.last_hidden_state, torch.cat([tokens.cls[:, None], tokens.patches], 1))
+    assert torch.equal(output.pooler_output, tokens.patches.mean(1))
+
+
+@torch.no_grad()
+def test_what_no_file_holds_is_right_after_loading(folder: Path, encoder: Encoder) -> None:
+    model = AutoModel.from_pretrained(folder)
+    raw = torch.randn(1, 256, 12)
+    assert torch.equal(model.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
+
+
+def test_saved_by_transformers_and_loaded_by_theia(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = theia.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_the_config_alone(folder: Path) -> None:
+    assert AutoConfig.from_pretrained(folder).architecture["width"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import theia; from transformers import AutoModel",
+        "from transformers import AutoModel, AutoConfig; AutoModel.register; import theia",
+        "import transformers, theia; transformers.AutoConfig; AutoModel = transformers.AutoModel",
+    ],
+)
+def test_any_order_of_imports(folder: Path, imports: str) -> None:
+    code = f"{imports}; print(type(AutoModel.from_pretrained({str(folder)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "TheiaModel"

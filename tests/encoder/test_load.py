@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import theia
+from theia.encoder.encoder import Encoder
+from theia.errors import CheckpointError, TheiaError, WeightsError
+from theia.export.export import export
+
+Checkpoint = Callable[..., Path]
+
+
+def images() -> torch.Tensor:
+    return torch.randint(256, (1, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    export(checkpoint(), tmp_path / "exported", ["safetensors"])
+    return tmp_path / "exported"
+
+
+@torch.no_grad()
+def test_checkpoint_and_folder_hold_the_same_encoder(encoder: Encoder, checkpoint: Checkpoint, folder: Path) -> None:
+    for source in (checkpoint(), str(folder)):
+        loaded = theia.load(source)
+        assert not loaded.training
+        assert torch.equal(loaded(images()), encoder(images()))
+        for denormalize in (False, True):
+            expected = encoder.translate(images(), denormalize=denormalize)
+            given = loaded.translate(images(), denormalize=denormalize)
+            assert all(torch.equal(given[name], value) for name, value in expected.items())
+
+
+def test_device_and_type(folder: Path) -> None:
+    loaded = theia.load(folder, device="cpu", dtype=torch.float16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
+
+
+def test_a_students_start_is_kept_without_the_path_of_it(encoder: Encoder, checkpoint: Checkpoint) -> None:
+    options = {**encoder.architecture.as_dict(), "weights": "/somewhere/deit.pth"}
+    state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
+    loaded = theia.load(checkpoint(hyper_parameters=options, state_dict=state))
+    assert loaded.architecture.weights == "pretrained"
+    assert loaded.distiller.student.vit.norm.eps == 1e-6
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "no JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (_truncate, "cut short"),
+        (_change_config(model_type="vit"), "another family .model_type 'vit'"),
+        (_change_config(architecture={}), "architecture of .* incomplete: .*teachers"),
+        (_change_config(architecture={"teachers": {}}), "No teachers"),
+        (_change_config(architecture={"teachers": {"clip": {}}}), "clip"),
+        (_change_tensors(lambda tensors: tensors.pop("distiller.student.vit.norm.bias")), "vit.norm.bias is missing"),
+        (_change_tensors(lambda tensors: tensors.update(more=torch.ones(1))), "more is left over"),
+        (
+            _change_tensors(lambda tensors: tensors.update({"distiller.student.vit.norm.bias": torch.ones(7)})),
+            r"vit.norm.bias has shape \(7,\), not \(32,\)",
+        ),
+        (
+            _change_tensors(lambda tensors: tensors["distiller.student.vit.norm.bias"].fill_(torch.nan)),
+            "vit.norm.bias is not finite",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(TheiaError, match=message):
+        theia.load(folder)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint: Checkpoint) -> None:
+    path = checkpoint()
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match="truncated"):
+        theia.load(path)
+    with pytest.raises(WeightsError, match="is missing"):
+        theia.load(checkpoint(state_dict={}))
+
+
+def test_nothing_to_load_says_what_there_might_be(tmp_path: Path) -> None:
+    for source in ("nowhere", str(tmp_path / "run/checkpoints/last.ckpt"), tmp_path / "a/b"):
+        with pytest.raises(WeightsError, match="no file or folder"):
+            theia.load(source)
+
+
+def test_a_hub_out_of_reach_names_id_cause_and_the_other_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody' .*hub: \w+: .*local folder"):
+        theia.load("owner/model-of-nobody")
+
+
+def test_the_hub_is_asked_for_two_files_of_a_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str, revision: str | None = None) -> str:
+        asked.append((repository, name, revision))
+        return str(folder / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    theia.load("owner/model", revision="v1")
+    assert asked == [("owner/model", name, "v1") for name in ("config.json", "model.safetensors")]
+
+
+def test_importing_theia_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, theia; assert not {'torch', 'transformers', 'timm'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,183 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import theia
+from theia.errors import ConfigError, ExportError
+from theia.export import formats
+from theia.export.card import strictest_licence
+from theia.export.export import export
+from theia.models.architecture import Architecture
+
+Checkpoint = Callable[..., Path]
+RECORD = {
+    "teachers": {
+        "clip": {"weights": "openai/clip-vit-large-patch14", "revision": "32bd64", "licence": "MIT"},
+        "odd": {"weights": "none", "revision": None, "licence": "CC-BY-NC-4.0"},
+    },
+    "data": {"name": "imagenet", "manifest_sha256": "abc123"},
+    "recipe": {"model.learning_rate": 5e-4, "trainer.max_epochs": 50},
+    "held_out": {"clip": {"cosine": 0.81234, "explained_variance": 0.5}},
+}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_is_there_whole_and_says_what_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    lines = export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+    assert lines == ["config.json, model.safetensors, README.md"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o044
+
+
+def test_names_are_those_of_a_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = checkpoint()
+    export(path, tmp_path / "out", ["safetensors"])
+    state = torch.load(path)["state_dict"]
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert tensors.keys() == {name for name in state if name.startswith("distiller.")}
+    assert all(torch.equal(tensors[name], state[name]) for name in tensors)
+
+
+def test_the_card_says_where_the_model_comes_from(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+    card = (tmp_path / "out/README.md").read_text()
+    for fact in (
+        "openai/clip-vit-large-patch14", "32bd64", "**CC-BY-NC-4.0**", "`imagenet`", "abc123", "0.812", "0.0005",
+        "224 x 224", "theia.load",
+    ):  # fmt: skip
+        assert fact in card
+
+
+def test_a_record_travels_with_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "one", ["safetensors"], RECORD)
+    export(tmp_path / "one", tmp_path / "two", ["safetensors"])
+    assert (tmp_path / "one/README.md").read_text() == (tmp_path / "two/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("licences", "strictest"),
+    [(["MIT", "Apache-2.0"], "Apache-2.0"), (["CC-BY-NC-4.0", "MIT"], "CC-BY-NC-4.0"), (["MIT", "ask us"], "ask us")],
+)
+def test_the_strictest_licence(licences: list[str], strictest: str) -> None:
+    assert strictest_licence(licences) == strictest
+
+
+def test_timm_loads_its_file_strictly_and_gives_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    architecture = Architecture(teachers={"odd": {"channels": 2, "grid_hw": [3, 3], "has_cls": False}})
+    encoder = theia.Encoder(architecture)
+    state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
+    torch.save({"hyper_parameters": architecture.as_dict(), "state_dict": state}, tmp_path / "last.ckpt")
+
+    (line,) = export(tmp_path / "last.ckpt", tmp_path / "out", ["timm"])
+
+    path = tmp_path / "out/timm/deit_tiny_patch16_224.safetensors"
+    model = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(path)).eval()
+    images = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        theirs = model.forward_features(images / 127.5 - 1)[:, 1:]
+        torch.testing.assert_close(theirs, encoder(images), atol=1e-2, rtol=0)  # another epsilon in the norms
+    assert "mean [0.5, 0.5, 0.5]" in line
+
+
+def test_what_timm_has_no_model_for_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no model for this student"):
+        export(checkpoint(), tmp_path / "out", ["timm"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["gguf"], {}, "no format 'gguf'.*safetensors"),
+        ([], {}, "no format"),
+        (["hf"], {"int8": True}, "Add it: --formats"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused_first(
+    names: list[str], options: dict, message: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export(checkpoint(), tmp_path / "out", names, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_model_is_replaced_only_when_asked(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+    before = (tmp_path / "out/README.md").read_text()
+    with pytest.raises(ExportError, match="--overwrite"):
+        export(checkpoint(), tmp_path / "out", ["safetensors"])
+    assert (tmp_path / "out/README.md").read_text() == before
+
+    export(checkpoint(), tmp_path / "out", ["safetensors"], overwrite=True)
+    assert (tmp_path / "out/README.md").read_text() != before
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json"])
+def test_a_folder_with_anything_else_is_never_replaced(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"model_type": "vit"}')
+    with pytest.raises(ExportError, match=f"something else: {name}"):
+        export(checkpoint(), tmp_path / "out", ["safetensors"], overwrite=True)
+    assert (tmp_path / "out" / name).exists()
+
+
+def test_a_file_in_the_way_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ExportError, match="is a file"):
+        export(checkpoint(), tmp_path / "out", ["safetensors"])
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(checkpoint(), tmp_path / "out" / "deeper", ["safetensors"])
+
+
+def test_a_writer_that_fails_leaves_what_was_there(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in listing(tmp_path / "out")}
+
+    def fail(*_: object) -> list[str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(formats.FORMATS, "authors", fail)
+    monkeypatch.setattr("theia.export.export.check", lambda *_: None)
+    with pytest.raises(ExportError, match="No space left"):
+        export(checkpoint(), tmp_path / "out", ["safetensors", "authors"], overwrite=True)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in listing(tmp_path / "out")} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_a_killed_export_left_is_cleared_away(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "half").write_text("")
+    export(checkpoint(), tmp_path / "out", ["safetensors"])
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+    assert not (tmp_path / ".out.part").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = checkpoint()
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(path, tmp_path / "closed" / "out", ["safetensors"])
+
+
+def test_the_config_holds_builtins_and_no_path(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+    text = (tmp_path / "out/config.json").read_text()
+    assert json.loads(text)["architecture"]["teachers"]["odd"]["grid_hw"] == [3, 7]
+    assert str(tmp_path) not in text

@@ -1,0 +1,142 @@
+"""``theia export``: a trained model in the forms that others load."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import auto_cli
+
+from theia.errors import ConfigError
+from theia.lists import comma_list
+
+logger = logging.getLogger(__name__)
+
+# Options of a training that make the recipe; where they stand in config.yaml.
+_RECIPE = {
+    "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
+    "data": ("batch_size", "fraction"),
+    "model": (
+        "learning_rate", "weight_decay", "decay_rule", "warmup", "loss", "cosine_weight", "per_token",
+        "teacher_weights", "translator", "distill_cls", "registers",
+    ),
+}  # fmt: skip
+_METRICS = ("cosine", "explained_variance")
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``theia export``.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        TheiaError: See :func:`theia.export.export.export`.
+    """
+    return int(auto_cli(export, args=argv, prog="theia export", as_positional=False))
+
+
+def export(
+    ckpt: str,
+    out: Path | None = None,
+    formats: str | list[str] = "safetensors",
+    overwrite: bool = False,
+    int8: bool = False,
+) -> int:
+    """Write a trained model in the forms that others load.
+
+    Args:
+        ckpt: A checkpoint of 'theia fit', an exported folder, a folder of a published model, or its id on the hub.
+        out: Folder to make; 'exported' in the run folder of a checkpoint by default.
+        formats: Of safetensors (for theia.load, with a model card), hf (the same: AutoModel reads it, too), onnx, timm
+            and authors (the layout of the published models), with commas between them.
+        overwrite: Replace a folder that an export wrote before, as a whole.
+        int8: For onnx: also write int8 weights, if the features stay as they are (cosine of 0.999 on photographs).
+    """
+    path = Path(ckpt)
+    run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else None
+    if out is None and run is None:
+        raise ConfigError(
+            "Say where to write the model: --out FOLDER. Only a checkpoint in a run folder has a default."
+        )
+    target = out or Path(f"{run}/exported")
+    record = run_record(run, path.stem) if run is not None and path.is_file() else None
+
+    # torch takes seconds to import; --help does not need it.
+    from theia.export.export import export as write
+
+    for line in write(ckpt, target, comma_list(formats), record, overwrite, int8):
+        logger.info("%s", line)
+    print(target)
+    return 0
+
+
+def run_record(run: Path, checkpoint: str) -> dict[str, Any]:
+    """What a run folder says of a training, for a model card.
+
+    Args:
+        run: Run folder.
+        checkpoint: Name of the checkpoint, without ``.ckpt``: held-out figures of another one are not its own.
+
+    Returns:
+        See :func:`theia.export.card.write`. What the folder lacks is left out, and said.
+    """
+    config = _read(run / "config.yaml")
+    environment = _read(run / "environment.json")
+    report = _read(run / f"test_{checkpoint}.json")
+    store = environment.get("store") or {}
+    record: dict[str, Any] = {name: environment[name] for name in ("versions", "git_commit") if name in environment}
+    if "teachers" in store:
+        record["teachers"] = {name: _without_paths(teacher) for name, teacher in store["teachers"].items()}
+    if "manifest_sha256" in store:
+        name = Path(str(config.get("data", {}).get("store", "store"))).name
+        record["data"] = {"name": name, "manifest_sha256": store["manifest_sha256"]}
+    recipe = {
+        f"{part}.{option}": config[part][option]
+        for part, options in _RECIPE.items()
+        for option in options
+        if config.get(part, {}).get(option) is not None
+    }
+    if recipe:
+        record["recipe"] = {"seed": config.get("seed_everything"), **recipe}
+    # The same store: figures of other features say nothing about this training.
+    if report and report.get("store", {}).get("manifest_sha256") == store.get("manifest_sha256"):
+        record["held_out"] = _figures(report["after"])
+    else:
+        logger.warning(
+            "The model card will have no held-out figures: there is no test_%s.json of it in %s. Make it with "
+            "'theia test --config %s --ckpt_path %s', then export again.",
+            checkpoint, run, run / "config.yaml", checkpoint,
+        )  # fmt: skip
+    return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}). Mend it, or move it away to export without it.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _without_paths(teacher: dict[str, Any]) -> dict[str, Any]:
+    """A path of the machine that computed the features means nothing elsewhere."""
+    weights = str(teacher.get("weights"))
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", weights) is not None
+    return {**teacher, "weights": weights if is_id else f"a local file, {Path(weights).name}"}
+
+
+def _figures(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    figures: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        _, metric, *teacher = name.split("/", 2)
+        if metric in _METRICS and teacher:
+            figures.setdefault(teacher[0], {})[metric] = value
+    return figures

@@ -1,0 +1,64 @@
+"""An encoder as a model of transformers: ``AutoModel.from_pretrained(FOLDER)`` after ``import theia``."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel
+
+from theia.encoder.encoder import Encoder, check_pool
+from theia.encoder.hf_config import TheiaConfig
+from theia.models.architecture import Architecture
+from theia.models.scaler import FeatureScaler
+
+
+class TheiaModel(PreTrainedModel):
+    """Loaded, saved and pushed to the hub by transformers; the parameters are those of :class:`Encoder`."""
+
+    config_class = TheiaConfig
+    base_model_prefix = "theia"
+    main_input_name = "pixel_values"
+    encoder: Encoder
+
+    def __init__(self, config: TheiaConfig) -> None:
+        super().__init__(config)
+        # Not as a submodule, of which only its own part is one: the names in the file are those of a checkpoint.
+        object.__setattr__(
+            self, "encoder", Encoder(Architecture.of(config.architecture or {}), check_pool(config.pool))
+        )
+        self.distiller = self.encoder.distiller
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Tokens of a batch of images.
+
+        Args:
+            pixel_values: Images as :class:`Encoder` takes them: uint8, or floating point from 0 to 1; not normalised.
+
+        Returns:
+            ``last_hidden_state``: CLS, register and patch tokens in this order, shape ``(B, prefix + N, C)``;
+            ``pooler_output``: shape ``(B, C)``.
+
+        Raises:
+            ShapeError: If the images are of a wrong shape or size.
+            ImageError: If they are of a wrong type or range.
+        """
+        tokens = self.encoder.forward_features(pixel_values)
+        cls = [] if tokens.cls is None else [tokens.cls[:, None]]
+        every = torch.cat([*cls, tokens.registers, tokens.patches], dim=1)
+        pool = "mean" if self.encoder.pool == "none" else self.encoder.pool
+        return BaseModelOutputWithPooling(
+            last_hidden_state=cast(Any, every), pooler_output=cast(Any, self.encoder.pooled(tokens, pool))
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a file does not hold: transformers builds a model without values and fills in those of the file."""
+        if isinstance(module, FeatureScaler):
+            module.refresh()
+
+
+def register() -> None:
+    """Tells ``AutoModel`` of it."""
+    AutoModel.register(TheiaConfig, TheiaModel, exist_ok=True)

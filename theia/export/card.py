@@ -1,0 +1,143 @@
+"""The model card: where a model comes from, under which licences, how good it is, and how to load it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from theia.encoder.encoder import Encoder
+from theia.models.architecture import Architecture
+
+# From the most liberal to the strictest; what is not here is stricter than all of them until somebody has read it.
+_LICENCES = (
+    "none",
+    "public domain",
+    "CC0-1.0",
+    "MIT",
+    "BSD-3-Clause",
+    "Apache-2.0",
+    "CC-BY-4.0",
+    "CC-BY-SA-4.0",
+    "CC-BY-NC-4.0",
+)
+_UNKNOWN = "not recorded"
+
+_HEAD = """---
+library_name: theia
+pipeline_tag: image-feature-extraction
+tags: [theia, robotics, distillation, vision]
+---
+
+# {title}
+
+A vision transformer that was distilled from {teachers}. It turns an image into spatial tokens for a robot policy.
+
+## Use
+
+```python
+import theia
+
+encoder = theia.load("PATH_OR_ID")
+features = encoder.forward_features(images)  # uint8 (B, H, W, 3); sides are multiples of 16
+features.patches  # (B, N, {width}), N = H/16 * W/16
+encoder(images, pool="mean")  # (B, {width})
+encoder.translate(images)  # the teachers' features as the student predicts them
+```
+
+With transformers: `import theia`, then `AutoModel.from_pretrained("PATH_OR_ID")`.
+"""
+
+
+def write(path: Path, encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]) -> None:
+    """Writes a model card in Markdown.
+
+    Args:
+        path: Of the file.
+        encoder: The model.
+        architecture: Of it.
+        record: What is known of its training, all of it optional: ``teachers`` (by name: ``weights``, ``revision``,
+            ``licence``), ``data`` (``name``, ``manifest_sha256``), ``recipe`` (options of the training by name),
+            ``held_out`` (by teacher: figures by name), ``versions``, ``git_commit``.
+    """
+    path.write_text(text(encoder, architecture, record))
+
+
+def text(encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]) -> str:
+    """The card as text; see :func:`write`."""
+    known = record.get("teachers", {})
+    rows = []
+    for name, shape in architecture.teachers.items():
+        teacher = known.get(name, {})
+        rows.append(
+            (
+                name, "{}x{}".format(*shape["grid_hw"]), shape["channels"], teacher.get("weights") or _UNKNOWN,
+                teacher.get("revision") or _UNKNOWN, teacher.get("licence") or _UNKNOWN,
+            )
+        )  # fmt: skip
+    student = encoder.distiller.student
+    parts = [
+        _HEAD.format(
+            title=f"Theia {_size(architecture)}",
+            teachers=", ".join(architecture.teachers) or _UNKNOWN,
+            width=encoder.width,
+        ),
+        "## Student\n",
+        _table(
+            [
+                ("parameters", f"{sum(p.numel() for p in student.parameters()):,}"),
+                ("width, blocks", f"{encoder.width}, {encoder.depth}"),
+                ("trained at", f"{architecture.image_size} x {architecture.image_size} pixels, patches of 16"),
+                ("tokens beside the patches", architecture.registers),
+                ("began as", "random weights" if architecture.weights == "scratch" else "a pretrained DeiT"),
+            ],
+            ("", ""),
+        ),
+        "## Teachers\n",
+        _table(rows, ("teacher", "grid", "channels", "weights", "revision", "licence")),
+        f"The strictest of the teachers' licences: **{strictest_licence([row[-1] for row in rows])}**. Whether a "
+        "student is bound by them is for you to judge.\n",
+        "## Training\n",
+        _data(record.get("data", {})),
+        _table(sorted(record.get("recipe", {}).items()), ("option", "value")) or f"The recipe is {_UNKNOWN}.\n",
+        "## Held-out figures\n",
+        _figures(record.get("held_out", {})),
+    ]
+    return "\n".join(parts)
+
+
+def strictest_licence(licences: list[str]) -> str:
+    """The one that allows least; one that is not known here comes before all others.
+
+    Args:
+        licences: SPDX ids, or a few words.
+    """
+    if not licences:
+        return _UNKNOWN
+    return max(licences, key=lambda licence: _LICENCES.index(licence) if licence in _LICENCES else len(_LICENCES))
+
+
+def _size(architecture: Architecture) -> str:
+    return (
+        "custom"
+        if any((architecture.width, architecture.depth, architecture.heads))
+        else architecture.size.capitalize()
+    )
+
+
+def _table(rows: list[Any], headers: tuple[str, ...]) -> str:
+    return str(tabulate(rows, headers, tablefmt="github", disable_numparse=True)) + "\n" if rows else ""
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if not data:
+        return f"The data are {_UNKNOWN}.\n"
+    return f"Feature store `{data.get('name', _UNKNOWN)}`, manifest sha256 `{data.get('manifest_sha256', _UNKNOWN)}`.\n"
+
+
+def _figures(held_out: Mapping[str, Mapping[str, float]]) -> str:
+    if not held_out:
+        return f"Held-out figures are {_UNKNOWN}: `theia test` makes them.\n"
+    names = list(next(iter(held_out.values())))
+    rows = [(teacher, *(f"{values[name]:.3f}" for name in names)) for teacher, values in held_out.items()]
+    return _table(rows, ("teacher", *(name.replace("_", " ") for name in names)))

@@ -1,0 +1,168 @@
+"""One function per format: each writes into a folder that is not yet in place."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from theia.encoder import authors
+from theia.encoder.encoder import Encoder
+from theia.encoder.load import CONFIG, MODEL_TYPE, PREFIX, WEIGHTS
+from theia.errors import ConfigError, ExportError, WeightsError
+from theia.export import card, onnx
+from theia.models.architecture import Architecture
+from theia.types import Json
+from theia.version import __version__
+
+_TIMM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model on its way out.
+
+    Attributes:
+        encoder: On the CPU, in float32.
+        architecture: Of it.
+        record: What is known of its training; see :func:`theia.export.card.write`.
+        int8: Whether ONNX comes in int8, too.
+    """
+
+    encoder: Encoder
+    architecture: Architecture
+    record: Mapping[str, Any]
+    int8: bool = False
+
+
+def write_safetensors(model: Exported, folder: Path) -> list[str]:
+    """``config.json``, ``model.safetensors`` and a model card: what ``theia.load`` and ``AutoModel`` read."""
+    config: dict[str, Json] = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["TheiaModel"],
+        "theia_version": __version__,
+        "architecture": model.architecture.as_dict(),
+        "pool": model.encoder.pool,
+        "record": dict(model.record),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {PREFIX + name: tensor for name, tensor in model.encoder.distiller.state_dict().items()}
+    _save(tensors, folder / WEIGHTS)
+    card.write(folder / "README.md", model.encoder, model.architecture, model.record)
+    return [f"{CONFIG}, {WEIGHTS}, README.md"]
+
+
+def write_authors(model: Exported, folder: Path) -> list[str]:
+    """The published layout, in a folder of its own."""
+    target = folder / "authors"
+    target.mkdir()
+    config = authors.write_config(model.architecture, model.encoder.pool)
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    parameters = {name: parameter.detach() for name, parameter in model.encoder.distiller.named_parameters()}
+    _save(authors.to_theirs(parameters), target / WEIGHTS)
+    return [f"authors/{CONFIG}, authors/{WEIGHTS}"]
+
+
+def write_timm(model: Exported, folder: Path) -> list[str]:
+    """Weights of the student that ``timm.create_model(NAME, checkpoint_path=FILE)`` loads strictly.
+
+    timm's model has a classifier; the student has none, so it is all zeros. Its layer norms have another epsilon.
+
+    Raises:
+        ExportError: If timm has no such model.
+    """
+    name = _timm_name(model.architecture)
+    width = model.encoder.width
+    tensors = {
+        **model.encoder.distiller.student.vit.state_dict(),
+        "head.weight": torch.zeros(_TIMM_CLASSES, width),
+        "head.bias": torch.zeros(_TIMM_CLASSES),
+    }
+    (folder / "timm").mkdir()
+    path = folder / "timm" / f"{name}.safetensors"
+    _save(tensors, path)
+    theirs: Any = timm.create_model(name, checkpoint_path=str(path)).eval()
+    images = torch.from_numpy(onnx.photographs(224, 224)).permute(0, 3, 1, 2)
+    student = model.encoder.distiller.student
+    with torch.inference_mode():
+        pixels = (images.float() / 255 - student.pixel_mean) / student.pixel_std
+        difference = float((theirs.forward_features(pixels)[:, 1:] - student.encode(images).patches).abs().max())
+    mean, std = (
+        [round(float(value), 4) for value in values.flatten()] for values in (student.pixel_mean, student.pixel_std)
+    )
+    return [
+        f"timm/{path.name}: pixels with mean {mean} and deviation {std}; features differ by up to {difference:.1e}, as "
+        "timm's layer norms have another epsilon"
+    ]
+
+
+def write_onnx(model: Exported, folder: Path) -> list[str]:
+    """A graph for any batch and size, and a report of how well it agrees with the encoder.
+
+    Raises:
+        ConfigError: If packages are missing.
+        ExportError: If it does not agree.
+    """
+    found = onnx.export(model.encoder, folder / "onnx", model.int8)
+    report = {"least_cosine_allowed": {onnx.MODEL: onnx.LEAST_COSINE, onnx.INT8_MODEL: onnx.LEAST_INT8_COSINE}, **found}
+    (folder / "onnx" / "parity.json").write_text(json.dumps(report, indent=2) + "\n")
+    return [
+        f"onnx/{name}: on photographs of {size} differs by up to {values['largest_difference']:.1e}, least cosine "
+        f"{values['least_cosine']:.7f}"
+        for name, sizes in found.items()
+        for size, values in sizes.items()
+    ]
+
+
+def check(model: Exported, formats: list[str]) -> None:
+    """Says what cannot be written before anything is.
+
+    Raises:
+        ConfigError: If a format is unknown, or a package is missing for it.
+        ExportError: If a format cannot hold this model.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ConfigError(f"There is no format {(unknown or [''])[0]!r}. Choose from: {', '.join(FORMATS)}.")
+    if model.int8 and "onnx" not in formats:
+        raise ConfigError("--int8 is about ONNX. Add it: --formats safetensors,onnx.")
+    if "onnx" in formats:
+        onnx.check_installed()
+    if "timm" in formats:
+        _timm_name(model.architecture)
+    if "authors" in formats:
+        try:
+            authors.write_config(model.architecture, model.encoder.pool)
+        except WeightsError as error:
+            raise ExportError(str(error)) from error
+
+
+def _timm_name(architecture: Architecture) -> str:
+    a = architecture
+    if (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
+        raise ExportError(
+            "timm has no model for this student: only DeiT-Tiny, -Small and -Base of 224 pixels with a CLS token. "
+            "Leave out the format 'timm'."
+        )
+    return f"deit_{a.size}_patch16_224"
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # The format is read elsewhere, too: plain memory order, whatever is fastest here.
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
+
+
+FORMATS: dict[str, Callable[[Exported, Path], list[str]]] = {
+    "safetensors": write_safetensors,
+    "hf": write_safetensors,
+    "onnx": write_onnx,
+    "timm": write_timm,
+    "authors": write_authors,
+}
+"""Writers by the names of ``--formats``; ``hf`` is another word for ``safetensors``, which ``AutoModel`` reads."""

@@ -1,0 +1,220 @@
+"""ONNX: uint8 images in, features out, for any batch and size; checked by ONNX Runtime on photographs."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from theia.encoder.encoder import Encoder
+from theia.errors import ConfigError, ExportError
+from theia.extraction.samples import HELD_OUT_PHOTOS, SampleSource
+from theia.models.student import PATCH
+
+logger = logging.getLogger(__name__)
+
+MODEL = "encoder.onnx"
+INT8_MODEL = "encoder.int8.onnx"
+# Height and width in pixels at which a graph is checked: that of training, a smaller oblong and a larger one.
+SIZES = ((224, 224), (160, 240), (320, 256))
+LEAST_COSINE = 0.99999
+LEAST_INT8_COSINE = 0.999
+
+_OPSET = 18
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_OUTPUTS = ("patches", "cls", "registers")
+
+Parity = dict[str, dict[str, float]]
+
+
+def check_installed() -> None:
+    """Says now what would be missing later.
+
+    Raises:
+        ConfigError: Names the packages, and how to install them.
+    """
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"ONNX needs {', '.join(missing)}. Install them: pip install 'theia[onnx]'.")
+
+
+def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Parity]:
+    """Writes a graph, and compares what it gives for photographs with what the encoder gives.
+
+    The graph has one input, ``images``, uint8 ``(batch, height, width, 3)`` from 0 to 255, both sides multiples of 16,
+    and the outputs ``patches`` ``(batch, N, C)``, ``cls`` ``(batch, C)`` and ``registers`` ``(batch, R, C)``, the last
+    two if the model has them.
+
+    Args:
+        encoder: On a CPU, in float32.
+        folder: Where to put the files.
+        int8: Also write a graph whose weights are int8, with activations quantised as they come.
+
+    Returns:
+        By file, by size, the largest difference and the least cosine of an image's tokens.
+
+    Raises:
+        ConfigError: If packages are missing.
+        ExportError: If a graph does not give what the encoder gives; says how far off it is.
+    """
+    check_installed()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_graph(encoder, folder / MODEL)
+    found = {MODEL: parity(encoder, folder / MODEL)}
+    _refuse_below(LEAST_COSINE, found[MODEL], "The ONNX graph", "Export without 'onnx', and report this model.")
+    if int8:
+        quantise(folder / MODEL, folder / INT8_MODEL)
+        found[INT8_MODEL] = parity(encoder, folder / INT8_MODEL)
+        _refuse_below(LEAST_INT8_COSINE, found[INT8_MODEL], "The int8 graph", "Export without --int8.")
+    return found
+
+
+def write_graph(encoder: Encoder, path: Path) -> None:
+    """Writes the graph alone.
+
+    Args:
+        encoder: On a CPU.
+        path: Of the file.
+    """
+    graph = _Graph(encoder)
+    # Neither square nor of the size of training, so that nothing is taken for a constant.
+    example = torch.zeros(2, 15 * PATCH, 13 * PATCH, 3, dtype=torch.uint8)
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            opset_version=_OPSET,
+            external_data=False,
+            verbose=False,
+            input_names=["images"],
+            output_names=graph.outputs,
+            dynamic_shapes={"images": {0: batch, 1: PATCH * rows, 2: PATCH * columns}},
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program. Export without 'onnx'.")
+    program.save(str(path))
+
+
+def quantise(path: Path, target: Path) -> None:
+    """Writes a graph with int8 weights, by ONNX Runtime's dynamic quantisation.
+
+    Args:
+        path: The float graph.
+        target: The int8 graph.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet("root"):
+        # The patch embedding, a convolution, stays as it is: its input are pixels.
+        quantize_dynamic(
+            path, target, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+
+
+def parity(encoder: Encoder, path: Path) -> Parity:
+    """Compares a graph with the encoder on photographs that no training saw.
+
+    Args:
+        encoder: On a CPU.
+        path: Of the graph.
+
+    Returns:
+        By size, ``HEIGHTxWIDTH``: ``largest_difference`` of a value, and ``least_cosine`` between the tokens of an
+        image, over images.
+    """
+    session = start_session(path)
+    found = {}
+    for height, width in SIZES:
+        images = photographs(height, width)
+        given = dict(zip(_names(session), session.run(None, {"images": images}), strict=True))
+        with torch.inference_mode():
+            expected = _outputs(encoder, torch.from_numpy(images).permute(0, 3, 1, 2))
+        differences = [float(np.abs(given[name] - value.numpy()).max()) for name, value in expected.items()]
+        mine, theirs = (torch.as_tensor(values["patches"]).flatten(1).double() for values in (expected, given))
+        found[f"{height}x{width}"] = {
+            "largest_difference": max(differences),
+            "least_cosine": float(cosine_similarity(mine, theirs).min()),
+        }
+    return found
+
+
+def start_session(path: Path, threads: int = 0) -> Any:
+    """Loads a graph into ONNX Runtime, on the CPU.
+
+    Args:
+        path: Of the graph.
+        threads: As many as there are cores by default.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def photographs(height: int, width: int) -> NDArray[np.uint8]:
+    """Held-out sample photographs, uint8 ``(4, height, width, 3)``."""
+    source = SampleSource("val", len(HELD_OUT_PHOTOS))
+    return np.stack([np.asarray(source.read(index).resize((width, height))) for index in range(len(source.ids))])
+
+
+class _Graph(nn.Module):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        has = {
+            "patches": True,
+            "cls": encoder.distiller.student.has_cls,
+            "registers": encoder.distiller.student.vit.num_prefix_tokens > 1,
+        }
+        self.outputs = [name for name in _OUTPUTS if has[name]]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = _outputs(self.encoder, images.permute(0, 3, 1, 2))
+        return tuple(found[name] for name in self.outputs)
+
+
+def _outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    tokens = encoder.distiller.student.encode(images)
+    found = {"patches": tokens.patches, "cls": tokens.cls, "registers": tokens.registers}
+    return {name: value for name, value in found.items() if value is not None and value.shape[1]}
+
+
+def _names(session: Any) -> Sequence[str]:
+    return [output.name for output in session.get_outputs()]
+
+
+def _refuse_below(least: float, found: Mapping[str, Mapping[str, float]], what: str, step: str) -> None:
+    size, worst = min(found.items(), key=lambda item: item[1]["least_cosine"])
+    if not worst["least_cosine"] >= least:
+        raise ExportError(
+            f"{what} is refused: on photographs of {size} its features have a cosine of {worst['least_cosine']:.6f} "
+            f"with the encoder's, and {least} is the least. {step}"
+        )
+
+
+class _quiet:
+    """Raises the level of loggers for a while: the exporter tells its own developers more than its users."""
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(None if name == "root" else name) for name in names]
+
+    def __enter__(self) -> None:
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
