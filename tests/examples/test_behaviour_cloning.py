@@ -1,0 +1,219 @@
+"""Behaviour cloning: both heads, both kinds of training, and the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from examples.behaviour_cloning import __main__ as command
+from examples.behaviour_cloning.demonstrations import Demonstrations, colored_square, read_demonstrations
+from examples.behaviour_cloning.policy import Policy, PolicyOptions
+from examples.behaviour_cloning.training import TrainingOptions, blind_error, compute_features, evaluate, train
+from theia import Encoder
+from theia.errors import ConfigError, DivergenceError, FeatureError, ShapeError
+from theia.models.architecture import Architecture
+
+QUIET = TrainingOptions(epochs=2, batch_size=16, progress=False)
+
+
+def tiny_encoder(image_size: int = 32) -> Encoder:
+    torch.manual_seed(0)
+    teachers: dict[str, Any] = {"alpha": {"channels": 4, "grid_hw": [4, 4], "has_cls": False}}
+    return Encoder(Architecture(teachers=teachers, width=32, depth=2, heads=2, image_size=image_size)).freeze()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``theia fit`` writes it, as far as a load needs."""
+    encoder = tiny_encoder(224)
+    path = tmp_path_factory.mktemp("runs") / "last.ckpt"
+    tensors = {f"distiller.{name}": tensor for name, tensor in encoder.distiller.state_dict().items()}
+    torch.save({"hyper_parameters": encoder.architecture.as_dict(), "state_dict": tensors}, path)
+    return path
+
+
+def random_demonstrations(steps: int = 24, state: int = 0) -> Demonstrations:
+    generator = torch.Generator().manual_seed(1)
+    return Demonstrations(
+        images=torch.randint(0, 256, (steps, 32, 32, 3), generator=generator, dtype=torch.uint8),
+        actions=torch.randn(steps, 2, generator=generator),
+        episodes=torch.arange(steps) // 4,
+        proprioception=torch.randn(steps, state, generator=generator) if state else None,
+    )
+
+
+def test_spatial_policy_on_a_frozen_encoder_beats_the_best_constant_on_new_episodes() -> None:
+    torch.manual_seed(0)
+    seen, unseen = colored_square(episodes=120).split(0.2, seed=0)
+    policy = Policy(tiny_encoder(224), PolicyOptions(actions=2))
+    losses = train(policy, seen, TrainingOptions(epochs=6, batch_size=16, progress=False))
+    assert losses[-1] < 0.3 * losses[0]
+    assert evaluate(policy, unseen).mean() < 0.7 * blind_error(seen, unseen).mean()
+
+
+def test_no_policy_beats_the_best_constant_where_the_square_is_not_in_sight() -> None:
+    # If this failed, position would leak through something else than the square.
+    torch.manual_seed(0)
+    seen, unseen = colored_square(episodes=60).split(0.2, seed=0)
+    order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
+    shuffled = Demonstrations(seen.images[order], seen.actions, seen.episodes)
+    policy = Policy(tiny_encoder(224), PolicyOptions(actions=2))
+    train(policy, shuffled, TrainingOptions(epochs=3, batch_size=32, progress=False))
+    assert evaluate(policy, unseen).mean() > 0.9 * blind_error(shuffled, unseen).mean()
+
+
+def test_spatial_head_has_the_parameters_of_the_paper() -> None:
+    policy = Policy(tiny_encoder(224), PolicyOptions(actions=3, conv_norm=False, input_norm=False))
+    convolutions = (32 * 16 + 1) * 256 + 2 * (256 * 9 + 1) * 256
+    mlp = 2 * (256 + 1) * 256 + (256 + 1) * 3
+    heads = [*policy.reduction.parameters(), *policy.mlp.parameters()]
+    assert sum(parameter.numel() for parameter in heads) == convolutions + mlp
+
+
+def test_norms_add_their_parameters() -> None:
+    policy = Policy(tiny_encoder(224), PolicyOptions(actions=3))
+    layer_norms = sum(p.numel() for m in policy.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters())
+    encoder = sum(
+        p.numel() for m in policy.encoder.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()
+    )
+    assert layer_norms - encoder == 2 * 256 * (7 * 7 + 3 * 3 + 1)
+    assert isinstance(policy.mlp[0], torch.nn.BatchNorm1d)
+
+
+def test_frozen_encoder_sees_each_image_once_and_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
+    before = {name: tensor.clone() for name, tensor in policy.encoder.state_dict().items()}
+    seen, encode = [], policy.encode
+    monkeypatch.setattr(policy, "encode", lambda images: seen.append(len(images)) or encode(images))
+    train(policy, random_demonstrations(24), TrainingOptions(epochs=3, batch_size=16, progress=False))
+    assert sum(seen) == 24
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.encoder.state_dict().items())
+
+
+def test_unfrozen_blocks_learn_and_the_others_do_not() -> None:
+    policy = Policy(tiny_encoder().unfreeze(1), PolicyOptions(actions=2, features="mean"))
+    before = {name: tensor.clone() for name, tensor in policy.encoder.state_dict().items()}
+    train(policy, random_demonstrations(), QUIET)
+    changed = {name for name, tensor in policy.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("blocks.1." in name for name in changed)
+    assert all("blocks.1." in name or "vit.norm." in name for name in changed)
+
+
+def test_fine_tuning_lowers_the_loss_further_than_a_frozen_encoder() -> None:
+    options = TrainingOptions(epochs=12, batch_size=16, encoder_learning_rate=1e-3, progress=False)
+    losses = []
+    for encoder in (tiny_encoder(), tiny_encoder().unfreeze()):
+        torch.manual_seed(0)
+        policy = Policy(encoder, PolicyOptions(actions=2, features="mean", input_norm=False))
+        losses.append(train(policy, random_demonstrations(32), options)[-1])
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_proprioception_alone_can_be_learnt() -> None:
+    torch.manual_seed(0)
+    data = random_demonstrations(64, state=2)
+    data = Demonstrations(data.images, 100 * data.proprioception + 7, data.episodes, data.proprioception)  # type: ignore[operator]
+    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, proprioception=2, features="mean"))
+    losses = train(policy, data, TrainingOptions(epochs=60, batch_size=16, progress=False))
+    assert losses[-1] < 0.2 * losses[0]
+    # In the units of the demonstrations, not standardised.
+    assert evaluate(policy, data).mean() < 0.5 * data.actions.std()
+
+
+def test_cached_features_are_those_of_the_encoder() -> None:
+    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="max"))
+    images = random_demonstrations(20).images
+    expected = policy.encoder(images, pool="max")
+    torch.testing.assert_close(compute_features(policy, images, QUIET).float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_images_of_another_size_are_resized() -> None:
+    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
+    flat = torch.full((1, 50, 70, 3), 130, dtype=torch.uint8)
+    torch.testing.assert_close(policy.encode(flat), policy.encode(flat[:, :32, :32]))
+
+
+def test_same_seed_gives_the_same_policy() -> None:
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
+        runs.append(train(policy, random_demonstrations(), QUIET, seed=5))
+    assert runs[0] == runs[1]
+
+
+def test_split_holds_out_whole_episodes() -> None:
+    seen, unseen = random_demonstrations(24).split(0.3, seed=0)
+    assert set(seen.episodes.tolist()).isdisjoint(unseen.episodes.tolist())
+    assert len(seen) + len(unseen) == 24
+    assert len(unseen) == 8
+
+
+@pytest.mark.parametrize("kind", ["npz", "h5"])
+def test_demonstrations_come_back_from_a_file(tmp_path: Path, kind: str) -> None:
+    data = random_demonstrations(state=3)
+    arrays = {name: value.numpy() for name, value in vars(data).items()}
+    path = tmp_path / f"demonstrations.{kind}"
+    if kind == "npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, value in arrays.items():
+                file[name] = value
+    read = read_demonstrations(path)
+    assert all(torch.equal(value, vars(read)[name]) for name, value in vars(data).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: a.pop("episodes"), ConfigError, "no array 'episodes'"),
+        (lambda a: a.update(images=a["images"].astype(np.float32)), ShapeError, "float32"),
+        (lambda a: a.update(actions=a["actions"][:-1]), ShapeError, "one entry for each of the 24 images"),
+        (lambda a: a["actions"].__setitem__(0, np.nan), FeatureError, "no numbers"),
+    ],
+)
+def test_unusable_demonstrations_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], error: type[Exception], message: str
+) -> None:
+    arrays = {name: value.numpy() for name, value in vars(random_demonstrations()).items() if value is not None}
+    change(arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(error, match=message):
+        read_demonstrations(tmp_path / "bad.npz")
+
+
+def test_grid_too_small_for_the_convolutions_is_refused() -> None:
+    with pytest.raises(ShapeError, match="14x14"):
+        Policy(tiny_encoder(), PolicyOptions(actions=2))
+
+
+def test_a_loss_that_is_no_number_stops_the_training() -> None:
+    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean", input_norm=False))
+    with pytest.raises(DivergenceError, match="after epoch"):
+        train(policy, random_demonstrations(), TrainingOptions(epochs=2, learning_rate=1e30, progress=False))
+
+
+def test_command_saves_a_policy_that_acts_as_it_did(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = random_demonstrations(32)
+    np.savez(tmp_path / "d.npz", **{name: value.numpy() for name, value in vars(data).items() if value is not None})
+    output = tmp_path / "out" / "policy.pt"
+    arguments = [
+        f"--encoder={checkpoint}", f"--demonstrations={tmp_path / 'd.npz'}", f"--output={output}", "--features=mean",
+        "--device=cpu", "--training.epochs=2", "--training.progress=false",
+    ]  # fmt: skip
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    policy = Policy.restore(torch.load(output, weights_only=True))
+    error = evaluate(policy, data.split(0.2, seed=0)[1])
+    assert all(f"{value:.4g}" in printed for value in error.tolist())
+    assert [path.name for path in output.parent.iterdir()] == ["policy.pt"]
+    # A second run must not write over the first.
+    assert command.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
