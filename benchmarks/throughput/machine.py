@@ -12,6 +12,7 @@ import torch
 
 _PACKAGES = (
     "theia", "torch", "lightning", "numpy", "h5py", "timm", "transformers", "safetensors", "webdataset", "litdata",
+    "onnx", "onnxscript", "onnxruntime", "openvino",
 )  # fmt: skip
 
 
