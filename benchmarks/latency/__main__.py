@@ -1,0 +1,140 @@
+"""``python -m benchmarks.latency``: measures, prints one table, writes one JSON."""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from jsonargparse import ArgumentParser
+
+from benchmarks.latency import cuda, runtimes
+from benchmarks.latency.report import results as records
+from benchmarks.latency.report import table
+from benchmarks.latency.rows import Row, measure
+from benchmarks.latency.trained import random_encoder, trained_encoder
+from benchmarks.throughput.machine import machine, versions
+from benchmarks.throughput.measure import BenchmarkError
+from benchmarks.throughput.report import write
+from theia.encoder.encoder import Encoder
+from theia.encoder.load import load
+from theia.errors import TheiaError
+from theia.export.onnx import photographs
+from theia.lists import comma_list
+from theia.models.student import Size
+
+_PIXELS = 224
+
+
+def bench(
+    encoder: str | None = None,
+    sizes: str = "tiny,small,base",
+    batches: str = "1,32",
+    pairs: int = 5,
+    threads: int = 1,
+    results: Path = Path("benchmarks/results"),
+) -> Path:
+    """Measures how long an encoder takes, in PyTorch and in other runtimes, and on a GPU if there is one.
+
+    Args:
+        encoder: A model of your own to measure instead: what theia.load takes.
+        sizes: Some of tiny, small and base, separated by commas. Tiny gets a training of about a minute first; the
+            others have random weights.
+        batches: Batch sizes, separated by commas.
+        pairs: Counted turns of every runtime.
+        threads: Of every runtime.
+        results: Folder for the JSON with all repetitions.
+
+    Returns:
+        The JSON.
+
+    Raises:
+        BenchmarkError: If an option is out of its range, or a runtime does not do what the others do.
+        TheiaError: If the encoder cannot be loaded.
+    """
+    chosen, counts = comma_list(sizes), comma_list(batches)
+    _check(chosen, counts, pairs, threads)
+    settings = {"sizes": chosen, "batches": counts, "pairs": pairs, "threads": threads, "own_encoder": bool(encoder)}
+    record: dict[str, Any] = {"versions": versions(), "machine": machine(), "settings": settings, "training": {}}
+    rows: list[Row] = []
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, weights, model in _models(encoder, cast(list[Size], chosen), record["training"]):
+            with tempfile.TemporaryDirectory(prefix="theia-bench-") as folder:
+                for count in counts:
+                    _say(f"{name}, batch {count} ...")
+                    case = runtimes.Case(model, int(count), threads, Path(folder))
+                    rows += _on_all_devices(case, pairs, name, weights)
+    finally:
+        torch.set_num_threads(threads_before)
+        # What was measured is not lost with a later model.
+        if rows:
+            print(table(rows))
+            path = write(results, "latency", records(rows), record)
+            print(path)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
+    """
+    parser = ArgumentParser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
+    parser.add_function_arguments(bench)
+    try:
+        bench(**parser.parse_args(argv).as_dict())
+    except (BenchmarkError, TheiaError) as error:
+        print(f"benchmarks.latency: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("benchmarks.latency: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _models(own: str | None, sizes: list[Size], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:
+    """Name, origin of the weights, and the encoder; what a training did goes into ``training``."""
+    if own is not None:
+        # The last part alone: where it lies is nobody else's business.
+        yield Path(own).name, "given", load(own)
+        return
+    for size in sizes:
+        if size == "tiny":
+            _say("training tiny, about a minute ...")
+            encoder, training["losses"] = trained_encoder(size)
+            yield size, "trained", encoder
+        else:
+            yield size, "random", random_encoder(size)
+
+
+def _on_all_devices(case: runtimes.Case, pairs: int, model: str, weights: str) -> list[Row]:
+    images = photographs(_PIXELS, _PIXELS)
+    rows = measure(case, runtimes.RUNTIMES, images, pairs, model=model, weights=weights)
+    if torch.cuda.is_available():
+        rows += measure(case, cuda.RUNTIMES, images, pairs, model=model, weights=weights, device="cuda")
+    return rows
+
+
+def _check(sizes: list[str], batches: list[str], pairs: int, threads: int) -> None:
+    unknown = [size for size in sizes if size not in get_args(Size)]
+    if unknown or not sizes:
+        raise BenchmarkError(f"There is no size {', '.join(unknown)!r}. Choose from: {', '.join(get_args(Size))}.")
+    if not batches or not all(count.isdecimal() and int(count) for count in batches):
+        raise BenchmarkError(f"--batches is {','.join(batches)!r}; give whole numbers above 0, such as 1,32.")
+    if pairs < 1 or threads < 1:
+        raise BenchmarkError(f"--pairs is {pairs} and --threads {threads}; both must be 1 or more.")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
