@@ -51,7 +51,7 @@ def test_figures_of_another_checkpoint_are_not_taken(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt={run}/checkpoints/first.ckpt"], "no file or folder"),
+        (["--ckpt={run}/checkpoints/first.ckpt", "--out={tmp}/x"], "no file or folder"),
         (["--ckpt=owner/model"], "--out FOLDER"),
         (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=safetensors,gguf"], "'gguf'"),
         (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=timm"], "no model for this student"),

@@ -39,7 +39,7 @@ def load(
 
     Args:
         source: A folder that ``theia export`` wrote, a training checkpoint (``.ckpt``), a folder of a published model,
-            or its id on the Hugging Face hub, such as ``theiainstitute/theia-base-patch16-224-cdiv``.
+            or its id on the Hugging Face hub, such as ``theaiinstitute/theia-base-patch16-224-cdiv``.
         device: Where to put it.
         dtype: Type of the parameters; float32 by default.
         compile: Compile the student at its first use, anew for each size of a batch.
