@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import theia
 from theia import Encoder
+from theia.errors import ImageError
 
 
 def model_zoo_entry(
@@ -98,6 +99,8 @@ def infer(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
         if tuple(batch.shape[1:3]) != size:
+            if batch.dtype != torch.uint8:
+                raise ImageError(f"Images of type {batch.dtype} to be resized; IsaacLab's RGB cameras give uint8.")
             channels_first = batch.permute(0, 3, 1, 2).float()
             resized = F.interpolate(channels_first, size, mode="bilinear", antialias=True)
             batch = resized.round().clamp(0, 255).to(batch.dtype)

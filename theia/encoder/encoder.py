@@ -36,7 +36,8 @@ class Encoder(nn.Module):
         self.architecture = architecture
         self.distiller = architecture.build()
         self.pool = check_pool(pool)
-        self._encode: Callable[[Tensor], StudentTokens] = self.distiller.student.encode
+        self._compile: dict[str, Any] | None = None
+        self._compiled: Callable[[Tensor], StudentTokens] | None = None
         self.eval()
 
     @property
@@ -103,7 +104,10 @@ class Encoder(nn.Module):
             ShapeError: If the images are of a wrong shape or size.
             ImageError: If they are of a wrong type or range.
         """
-        return self._encode(self._prepared(images))
+        student = self.distiller.student
+        if self._compile is not None and self._compiled is None:
+            self._compiled = torch.compile(student.encode, **self._compile)
+        return (self._compiled or student.encode)(self._prepared(images))
 
     def forward_intermediates(
         self, images: Images, indices: Sequence[int] | None = None, norm: bool = False
@@ -179,7 +183,11 @@ class Encoder(nn.Module):
         Args:
             options: Of ``torch.compile``.
         """
-        self._encode = torch.compile(self.distiller.student.encode, **{"dynamic": False, **options})
+        self._compile, self._compiled = {"dynamic": False, **options}, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: compiled code belongs to the parameters of the original."""
+        return {**self.__dict__, "_compiled": None}
 
     def freeze(self) -> "Encoder":
         """Keeps every parameter as it is in a training; gives the encoder back."""

@@ -27,7 +27,7 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
         ImageError: If type or range is another. Looking at the range of floating-point images on a GPU waits for the
             GPU; uint8 needs no look.
     """
-    batch = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    batch = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(batch, Tensor):
         raise ShapeError(f"Images of type {type(images).__name__}; an encoder takes a torch tensor or a numpy array.")
     shape = tuple(batch.shape)
@@ -42,6 +42,15 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
     if batch.is_floating_point() and batch.numel() and not torch.compiler.is_compiling():
         _check_range(batch)
     return batch if shape[1] == 3 else batch.permute(0, 3, 1, 2)
+
+
+def _from_numpy(images: NDArray[Any]) -> Tensor:
+    if images.dtype.kind not in "uf" or images.dtype.itemsize > 8:
+        raise ImageError(f"Images of type {images.dtype}. {_WANTED}.")
+    native = images.astype(images.dtype.newbyteorder("="), copy=False)
+    # torch takes no negative strides, as of BGR turned to RGB, and warns of memory that it may not write to.
+    usable = native.flags.writeable and min(native.strides, default=0) >= 0
+    return torch.from_numpy(native if usable else native.copy())
 
 
 def _check_range(batch: Tensor) -> None:

@@ -102,6 +102,7 @@ def write_graph(encoder: Encoder, path: Path) -> None:
         )
     if program is None:
         raise ExportError("torch.onnx.export gave no program. Export without 'onnx'.")
+    _forget_sources(program.model)
     program.save(str(path))
 
 
@@ -183,6 +184,18 @@ class _Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = _outputs(self.encoder, images.permute(0, 3, 1, 2))
         return tuple(found[name] for name in self.outputs)
+
+
+def _forget_sources(model: Any) -> None:
+    """The exporter notes, for every node, which line of which file of this machine it comes from."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for part in (node, *node.outputs):
+                part.metadata_props.clear()
+        for value in graph.inputs:
+            value.metadata_props.clear()
+        graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def _outputs(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class FeatureScaler(nn.Module):
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("is_set", torch.tensor(False))
         self.register_buffer("reciprocal", torch.ones(channels), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
         self._ready = False  # is_set on the host: reading the buffer in every step would make the device wait
 
     @torch.no_grad()
@@ -84,3 +84,8 @@ class FeatureScaler(nn.Module):
                 f"{self.name} has no statistics to normalise with. Set them from the feature store before "
                 "training (Distiller.set_statistics), or load a trained checkpoint."
             )
+
+
+# Not a lambda: a model may be pickled.
+def _refresh(scaler: FeatureScaler, _: object) -> None:
+    scaler.refresh()

@@ -45,7 +45,7 @@ class StudentTokens:
 
     def as_map(self) -> Tensor:
         """The patch tokens as a feature map, shape ``(B, C, H, W)``: a view that lies channels last in memory."""
-        return self.patches.reshape(len(self.patches), *self.grid, -1).permute(0, 3, 1, 2)
+        return self.patches.reshape(len(self.patches), *self.grid, self.patches.shape[-1]).permute(0, 3, 1, 2)
 
 
 class Student(nn.Module):

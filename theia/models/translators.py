@@ -80,7 +80,7 @@ class Translator(nn.Module):
                 "student's training size."
             )
         # A view, whose memory order is that of the tokens: channels last, as all maps in here.
-        maps = patches.reshape(len(patches), height, width, -1).permute(0, 3, 1, 2)
+        maps = patches.reshape(len(patches), height, width, patches.shape[-1]).permute(0, 3, 1, 2)
         prediction: Tensor = self.adapter(self.pad(maps))
         return prediction
 
