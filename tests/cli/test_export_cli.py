@@ -48,6 +48,19 @@ def test_figures_of_another_checkpoint_are_not_taken(
     assert "not recorded: `theia test`" in (tmp_path / "out/README.md").read_text()
 
 
+def test_figures_of_an_earlier_file_of_that_name_are_not_taken(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "environment.json", "test_best.json"):
+        (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
+    (tmp_path / "run/checkpoints/best.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+
+    assert main(["export", f"--ckpt={tmp_path}/run/checkpoints/best.ckpt"]) == 0
+
+    assert "no test_best.json of it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

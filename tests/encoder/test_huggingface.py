@@ -38,6 +38,12 @@ def test_what_no_file_holds_is_right_after_loading(folder: Path, encoder: Encode
     assert torch.equal(model.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
 
 
+def test_statistics_stay_float32_in_narrower_models(folder: Path, encoder: Encoder) -> None:
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    raw = torch.full((1, 256, 12), 100.3)
+    assert torch.equal(model.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
+
+
 def test_saved_by_transformers_and_loaded_by_theia(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "again")
     again = theia.load(tmp_path / "again").state_dict()

@@ -112,6 +112,21 @@ def test_a_damaged_checkpoint_is_refused(checkpoint: Checkpoint) -> None:
         theia.load(checkpoint(state_dict={}))
 
 
+def test_a_run_folder_points_to_what_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint().rename(tmp_path / "checkpoints/last.ckpt")
+    with pytest.raises(WeightsError, match=r"folder of a run.*checkpoints/last\.ckpt"):
+        theia.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_stay_float32_in_narrower_models(folder: Path, encoder: Encoder, dtype: torch.dtype) -> None:
+    raw = torch.full((1, 256, 12), 100.3)
+    loaded = theia.load(folder, dtype=dtype)
+    assert torch.equal(loaded.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
+    assert loaded.distiller.student.pixel_mean.dtype == torch.float32
+
+
 def test_nothing_to_load_says_what_there_might_be(tmp_path: Path) -> None:
     for source in ("nowhere", str(tmp_path / "run/checkpoints/last.ckpt"), tmp_path / "a/b"):
         with pytest.raises(WeightsError, match="no file or folder"):
@@ -120,7 +135,7 @@ def test_nothing_to_load_says_what_there_might_be(tmp_path: Path) -> None:
 
 def test_a_hub_out_of_reach_names_id_cause_and_the_other_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody' .*hub: \w+: .*local folder"):
+    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody'.*hub either: \w+: .*local folder"):
         theia.load("owner/model-of-nobody")
 
 

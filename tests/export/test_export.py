@@ -126,9 +126,9 @@ def test_a_folder_with_a_model_is_replaced_only_when_asked(checkpoint: Checkpoin
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "config.json"])
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "onnx/resnet.onnx", "README.md"])
 def test_a_folder_with_anything_else_is_never_replaced(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text('{"model_type": "vit"}')
     with pytest.raises(ExportError, match=f"something else: {name}"):
         export(checkpoint(), tmp_path / "out", ["safetensors"], overwrite=True)
@@ -166,6 +166,23 @@ def test_what_a_killed_export_left_is_cleared_away(checkpoint: Checkpoint, tmp_p
     export(checkpoint(), tmp_path / "out", ["safetensors"])
     assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
     assert not (tmp_path / ".out.part").exists()
+
+
+def test_two_exports_into_one_folder_do_not_mix(checkpoint: Checkpoint, tmp_path: Path, monkeypatch) -> None:
+    path = checkpoint()
+    refused = []
+
+    def second(*_: object) -> list[str]:
+        with pytest.raises(ExportError, match="Another export is writing"):
+            export(path, tmp_path / "out", ["safetensors"])
+        refused.append(True)
+        return []
+
+    monkeypatch.setitem(formats.FORMATS, "authors", second)
+    monkeypatch.setattr("theia.export.export.check", lambda *_: None)
+    export(path, tmp_path / "out", ["safetensors", "authors"])
+    assert refused
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

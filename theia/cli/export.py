@@ -65,7 +65,7 @@ def export(
             "Say where to write the model: --out FOLDER. Only a checkpoint in a run folder has a default."
         )
     target = out or Path(f"{run}/exported")
-    record = run_record(run, path.stem) if run is not None and path.is_file() else None
+    record = run_record(run, path) if run is not None and path.is_file() else None
 
     # torch takes seconds to import; --help does not need it.
     from theia.export.export import export as write
@@ -76,19 +76,21 @@ def export(
     return 0
 
 
-def run_record(run: Path, checkpoint: str) -> dict[str, Any]:
+def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
     """What a run folder says of a training, for a model card.
 
     Args:
         run: Run folder.
-        checkpoint: Name of the checkpoint, without ``.ckpt``: held-out figures of another one are not its own.
+        checkpoint: The checkpoint: held-out figures of another one are not its own.
 
     Returns:
         See :func:`theia.export.card.write`. What the folder lacks is left out, and said.
     """
+    from theia.models.checkpoint import file_sha256  # late, as it imports torch
+
     config = _read(run / "config.yaml")
     environment = _read(run / "environment.json")
-    report = _read(run / f"test_{checkpoint}.json")
+    report = _read(run / f"test_{checkpoint.stem}.json")
     store = environment.get("store") or {}
     record: dict[str, Any] = {name: environment[name] for name in ("versions", "git_commit") if name in environment}
     if "teachers" in store:
@@ -104,14 +106,16 @@ def run_record(run: Path, checkpoint: str) -> dict[str, Any]:
     }
     if recipe:
         record["recipe"] = {"seed": config.get("seed_everything"), **recipe}
-    # The same store: figures of other features say nothing about this training.
-    if report and report.get("store", {}).get("manifest_sha256") == store.get("manifest_sha256"):
+    # Of this very file, which a longer training replaces; and of the features that it was trained on.
+    same = report.get("store", {}).get("manifest_sha256") == store.get("manifest_sha256")
+    if same and report.get("checkpoint_sha256") == file_sha256(checkpoint):
+        record["held_out_images"] = report.get("samples")
         record["held_out"] = _figures(report["after"])
     else:
         logger.warning(
             "The model card will have no held-out figures: there is no test_%s.json of it in %s. Make it with "
             "'theia test --config %s --ckpt_path %s', then export again.",
-            checkpoint, run, run / "config.yaml", checkpoint,
+            checkpoint.stem, run, run / "config.yaml", checkpoint.stem,
         )  # fmt: skip
     return record
 

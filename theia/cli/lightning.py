@@ -27,7 +27,7 @@ from theia.cli.run import (
 )
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
-from theia.models.checkpoint import check_architecture, read_checkpoint
+from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
 from theia.training.callbacks import FeaturePictures, LastCheckpoint, Throughput
 from theia.training.distillation import Distillation
 
@@ -183,6 +183,7 @@ class TheiaCLI(LightningCLI):
             return
         report = {
             "checkpoint": str(self.checkpoint),
+            "checkpoint_sha256": file_sha256(self.checkpoint),
             "samples": self.datamodule.held_out,
             "before": before,
             "after": after,

@@ -20,6 +20,8 @@ class TheiaModel(PreTrainedModel):
     config_class = TheiaConfig
     base_model_prefix = "theia"
     main_input_name = "pixel_values"
+    # Statistics, which lose too much in any narrower type.
+    _keep_in_fp32_modules_strict = {"scalers", "cls_scalers", "pixel_mean", "pixel_std"}  # noqa: RUF012  (of transformers)
     encoder: Encoder
 
     def __init__(self, config: TheiaConfig) -> None:

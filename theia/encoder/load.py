@@ -79,6 +79,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
+        inside = [str(folder / name) for name in ("exported", "checkpoints/best.ckpt", "checkpoints/last.ckpt")]
+        found = [name for name in inside if Path(name).exists()]
+        if found:
+            raise WeightsError(f"{folder} is the folder of a run. Give what it holds: {' or '.join(found)}.")
         raise WeightsError(
             f"There is no {CONFIG} in {folder}, so it holds no model. 'theia export' writes such folders."
         )
@@ -151,7 +155,8 @@ def _fetch(repository: str, revision: str | None) -> Path:
         # Between here and the hub are several libraries, each with its own exceptions.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"Cannot get {repository!r} from the Hugging Face hub: {type(error).__name__}: {reason} Without a network, "
-            f"give a local folder that holds its {CONFIG} and {WEIGHTS}."
+            f"There is no local folder {repository!r}, and it cannot be had from the Hugging Face hub either: "
+            f"{type(error).__name__}: {reason} Without a network, give a local folder that holds {CONFIG} and "
+            f"{WEIGHTS}."
         ) from error
     return Path(paths[0]).parent

@@ -1,8 +1,11 @@
 """Writes a model in some formats, as one folder that is there whole or not at all."""
 
+import fcntl
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from theia.errors import ExportError, WeightsError
 from theia.export.formats import FORMATS, Exported, check
 
 # All that an export may put into a folder; a folder with anything else is not ours to replace.
-_OURS = {CONFIG, WEIGHTS, "README.md", "onnx", "timm", "authors"}
+_OURS = re.compile(
+    rf"{CONFIG}|{WEIGHTS}|README\.md|onnx/(encoder(\.int8)?\.onnx|parity\.json)|timm/deit_\w+_patch16_224\.safetensors|"
+    rf"authors/({CONFIG}|{WEIGHTS})"
+)
 
 
 def export(
@@ -42,6 +48,7 @@ def export(
         ConfigError: If a format is unknown, or a package for it is missing.
         ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written.
     """
+    out = out.resolve()
     _check_free(out, overwrite)
     encoder = load(source)
     if record is None:
@@ -49,21 +56,17 @@ def export(
         record = read_config(folder).get("record", {}) if folder.is_dir() else {}
     model = Exported(encoder, encoder.architecture, record, int8)
     check(model, formats)
-    part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-        part.mkdir()
-        writers = dict.fromkeys(FORMATS[name] for name in formats)
-        lines = [line for write in writers for line in write(model, part)]
-        _sync(part)
-        _put_in_place(part, out)
+        with _part(out) as part:
+            writers = dict.fromkeys(FORMATS[name] for name in formats)
+            lines = [line for write in writers for line in write(model, part)]
+            _sync(part)
+            _put_in_place(part, out)
     except OSError as error:
         raise ExportError(
             f"{out} cannot be written ({error.strerror or error}). Choose another folder with --out."
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return lines
 
 
@@ -72,11 +75,12 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise ExportError(f"{out} is a file. Choose a folder with --out.")
-    found = {path.name for path in out.iterdir()}
-    if not found:
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir())
+    if not any(out.iterdir()):
         return
-    if found - _OURS or not _is_export(out):
-        other = sorted(found - _OURS) or sorted(found)
+    other = [name for name in found if not _OURS.fullmatch(name)]
+    if other or not _is_export(out, found):
+        other = other or found
         raise ExportError(f"{out} holds something else: {', '.join(other[:3])}. Choose another folder with --out.")
     if not overwrite:
         raise ExportError(
@@ -84,19 +88,44 @@ def _check_free(out: Path, overwrite: bool) -> None:
         )
 
 
-def _is_export(folder: Path) -> bool:
-    if not (folder / CONFIG).exists():
-        return any((folder / name).is_dir() for name in ("onnx", "timm", "authors"))
+def _is_export(folder: Path, found: list[str]) -> bool:
+    if CONFIG not in found:
+        return bool({"onnx/parity.json", f"authors/{CONFIG}"} & set(found)) or any("timm/" in name for name in found)
     try:
         return read_config(folder).get("model_type") == MODEL_TYPE
     except WeightsError:
         return False
 
 
+@contextmanager
+def _part(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out``, of this export alone; it is gone afterwards, or has become ``out``."""
+    part = out.with_name(f".{out.name}.part")
+    part.mkdir(exist_ok=True)
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        # Held as long as this process lives, and no longer: what a killed export left may be cleared away.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not part.exists() or os.fstat(descriptor).st_ino != part.stat().st_ino:
+            raise BlockingIOError
+        for path in part.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ExportError(
+            f"Another export is writing {out}. Wait for it, or choose another folder with --out."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
 def _put_in_place(part: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     part.rename(out)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,8 @@
 """Per-channel normalisation of a teacher's features, which makes different teachers comparable targets."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -8,6 +11,26 @@ from torch import Tensor, nn
 from theia.errors import ConfigError, ShapeError
 
 Statistic = Tensor | npt.NDArray[np.floating]
+
+
+def keep_float32(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
+    """Moves or converts a module as asked, but for some of its buffers, which only move.
+
+    bfloat16 would put the statistics of an extreme channel off by a quarter of its standard deviation.
+
+    Args:
+        module: Whose buffers they are.
+        names: Of the buffers.
+        apply: What ``nn.Module._apply`` would do.
+    """
+    before = {name: module.get_buffer(name) for name in names}
+    apply()
+    for name, buffer in before.items():
+        now = module.get_buffer(name)
+        if now.dtype != buffer.dtype:
+            module.register_buffer(
+                name, buffer.to(now.device), persistent=name not in module._non_persistent_buffers_set
+            )
 
 
 class FeatureScaler(nn.Module):
@@ -35,6 +58,10 @@ class FeatureScaler(nn.Module):
         self.register_buffer("reciprocal", torch.ones(channels), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
         self._ready = False  # is_set on the host: reading the buffer in every step would make the device wait
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FeatureScaler":
+        keep_float32(self, ("mean", "std", "reciprocal"), lambda: super(FeatureScaler, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def set(self, mean: Statistic, std: Statistic) -> None:
@@ -65,7 +92,7 @@ class FeatureScaler(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Computes what follows from the statistics; needed where they were set from outside."""
-        self.reciprocal.copy_(self.std.reciprocal())
+        self.reciprocal = self.std.float().reciprocal()
 
     def normalize(self, tokens: Tensor) -> Tensor:
         """Raw to normalised features, ``(..., C)``, float32."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from theia.errors import ConfigError, ShapeError
 from theia.models import deit
 from theia.models.positions import PositionRule, resize_positions
+from theia.models.scaler import keep_float32
 
 PATCH = 16  # pixels along each side
 MLP_RATIO = 4
@@ -132,6 +133,10 @@ class Student(nn.Module):
         self._size, self._weights, self._positions = size, weights, positions
         if load_weights:
             self.load_weights()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Student":
+        keep_float32(self, ("pixel_mean", "pixel_std"), lambda: super(Student, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
 
     def load_weights(self) -> None:
         """Starts from the pretrained weights that the constructor was given; from scratch there is nothing to do.
