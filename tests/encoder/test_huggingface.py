@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel
 
 import theia
@@ -38,6 +39,7 @@ def test_what_no_file_holds_is_right_after_loading(folder: Path, encoder: Encode
     assert torch.equal(model.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 narrows buffers")
 def test_statistics_stay_float32_in_narrower_models(folder: Path, encoder: Encoder) -> None:
     model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     raw = torch.full((1, 256, 12), 100.3)

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
@@ -20,8 +21,11 @@ class TheiaModel(PreTrainedModel):
     config_class = TheiaConfig
     base_model_prefix = "theia"
     main_input_name = "pixel_values"
-    # Statistics, which lose too much in any narrower type.
-    _keep_in_fp32_modules_strict = {"scalers", "cls_scalers", "pixel_mean", "pixel_std"}  # noqa: RUF012  (of transformers)
+    # Statistics lose too much in any narrower type. transformers 4 takes no names of buffers here: with it, load in
+    # float32 and convert afterwards, model.to(dtype).
+    _keep_in_fp32_modules_strict = (
+        {"scalers", "cls_scalers", "pixel_mean", "pixel_std"} if transformers.__version__ >= "5" else None
+    )
     encoder: Encoder
 
     def __init__(self, config: TheiaConfig) -> None:
