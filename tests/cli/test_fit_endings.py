@@ -31,8 +31,10 @@ def fit(store: Path, tmp_path: Path) -> Iterator[Fit]:
             "--trainer.check_val_every_n_epoch=1000",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            # A shell ignores Ctrl-C for what it runs in the background, the tests included; a child would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         started.append(process)
         wait_for(lambda: (run / "checkpoints" / "last.ckpt").exists() or process.poll() is not None)
         return process
