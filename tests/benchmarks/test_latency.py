@@ -22,7 +22,8 @@ from theia.encoder.encoder import Encoder
 from theia.export.onnx import photographs
 
 SMALL = {"width": 48, "depth": 2, "heads": 3}
-# Compiling takes longer than all the rest. OpenVINO in the process of other tests has crashed those that fork or compile.
+# Compiling takes longer than all the rest. OpenVINO in the process of other tests has crashed those that fork or
+# compile.
 QUICK = {name: runtime for name, runtime in RUNTIMES.items() if not name.startswith(("compiled", "OpenVINO"))}
 PHOTOGRAPHS = photographs(224, 224)
 
