@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import torch
 from jsonargparse import ArgumentParser
 
+from benchmarks import command
 from benchmarks.latency import cuda, runtimes
 from benchmarks.latency.report import results as records
 from benchmarks.latency.report import table
@@ -19,7 +20,6 @@ from benchmarks.throughput.measure import BenchmarkError
 from benchmarks.throughput.report import write
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
-from theia.errors import TheiaError
 from theia.export.onnx import photographs
 from theia.lists import comma_list
 from theia.models.student import Size
@@ -88,15 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = ArgumentParser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
     parser.add_function_arguments(bench)
-    try:
-        bench(**parser.parse_args(argv).as_dict())
-    except (BenchmarkError, TheiaError) as error:
-        print(f"benchmarks.latency: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("benchmarks.latency: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = parser.parse_args(argv).as_dict()
+    return command.run("benchmarks.latency", lambda: bench(**options))
 
 
 def _models(own: str | None, sizes: list[Size], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:

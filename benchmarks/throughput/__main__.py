@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser
 
+from benchmarks import command
 from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import BenchmarkError, Result, Settings
 from benchmarks.throughput.report import table, write
-from theia.errors import TheiaError
 
 # Modules of this package, in the order of their turns.
 SUITES = [
@@ -91,15 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
     parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"of: {', '.join(SUITES)}")
     parser.add_function_arguments(bench, skip={"suites"})
-    try:
-        bench(**parser.parse_args(argv).as_dict())
-    except (BenchmarkError, TheiaError) as error:
-        print(f"benchmarks.throughput: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("benchmarks.throughput: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = parser.parse_args(argv).as_dict()
+    return command.run("benchmarks.throughput", lambda: bench(**options))
 
 
 if __name__ == "__main__":
