@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import theia
+from theia.cli.export import _without_paths
 from theia.cli.main import main
 
 SMALL = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=16"]
@@ -59,6 +60,12 @@ def test_figures_of_an_earlier_file_of_that_name_are_not_taken(
     assert main(["export", f"--ckpt={tmp_path}/run/checkpoints/best.ckpt"]) == 0
 
     assert "no test_best.json of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", ["/data/clip", "../clip", "models/clip/", "C:\\models\\clip", "vit_b/clip.pth"])
+def test_paths_do_not_leave_the_machine(weights: str) -> None:
+    assert _without_paths({"weights": weights})["weights"].startswith("local, clip")
+    assert _without_paths({"weights": "openai/clip-vit-large-patch14"})["weights"] == "openai/clip-vit-large-patch14"
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def test_a_published_model_has_no_statistics_to_denormalise_with(published: Publ
         ({"translator_type": "mlp"}, "translator_type 'mlp'"),
         ({"feature_reduce_method": "median"}, "median"),
         ({"target_feature_sizes": {"facebook/dinov2-large": [1024, 24, 24]}}, "24x24"),
+        ({"feature_reduce_method": ["mean_pooling"]}, "mean_pooling"),
+        ({"target_feature_sizes": None}, "target_feature_sizes None"),
         ({"target_feature_sizes": {"facebook/dinov2-large": "big"}}, "must be .channels, rows, columns"),
     ],
 )

@@ -30,6 +30,11 @@ def test_automodel_gives_the_encoders_tokens(folder: Path, encoder: Encoder) -> 
     output = model(pixel_values=images())
     assert torch.equal(output.last_hidden_state, torch.cat([tokens.cls[:, None], tokens.patches], 1))
     assert torch.equal(output.pooler_output, tokens.patches.mean(1))
+    plain = model(images(), return_dict=False)
+    assert torch.equal(plain[0], output.last_hidden_state)
+    assert torch.equal(plain[1], output.pooler_output)
+    with pytest.raises(TypeError, match="output_hidden_states"):
+        model(images(), output_hidden_states=True)
 
 
 @torch.no_grad()

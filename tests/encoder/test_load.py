@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder.small import TEACHERS
 from safetensors.torch import load_file, save_file
 
 import theia
@@ -82,7 +83,14 @@ def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (_truncate, "cut short"),
         (_change_config(model_type="vit"), "another family .model_type 'vit'"),
-        (_change_config(architecture={}), "architecture of .* incomplete: .*teachers"),
+        (_change_config(architecture={}), "architecture of .* incomplete or wrong: .*teachers"),
+        (_change_config(architecture=None), "has no architecture"),
+        (_change_config(architecture={"teachers": TEACHERS, "neck": 1}), "does not know: neck"),
+        (_change_config(architecture={"teachers": TEACHERS, "positions": "nearest"}), "positions.*'scale_factor'"),
+        (_change_config(architecture={"teachers": TEACHERS, "image_size": [224]}), "image_size.*int"),
+        (_change_config(architecture={"teachers": TEACHERS, "image_size": None}), "incomplete or wrong"),
+        (_change_config(architecture={"teachers": {"clip": 3}}), "teachers.*dict"),
+        (_change_config(pool="median"), "no pooling 'median'"),
         (_change_config(architecture={"teachers": {}}), "No teachers"),
         (_change_config(architecture={"teachers": {"clip": {}}}), "clip"),
         (_change_tensors(lambda tensors: tensors.pop("distiller.student.vit.norm.bias")), "vit.norm.bias is missing"),
@@ -94,6 +102,16 @@ def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
         (
             _change_tensors(lambda tensors: tensors["distiller.student.vit.norm.bias"].fill_(torch.nan)),
             "vit.norm.bias is not finite",
+        ),
+        (
+            _change_tensors(lambda tensors: tensors.update({"distiller.scalers.odd.std": torch.zeros(5)})),
+            "scalers.odd.std is not positive",
+        ),
+        (
+            _change_tensors(
+                lambda tensors: tensors.update({"distiller.scalers.odd.mean": torch.zeros(5, dtype=torch.int64)})
+            ),
+            "scalers.odd.mean is torch.int64",
         ),
     ],
 )
@@ -110,6 +128,8 @@ def test_a_damaged_checkpoint_is_refused(checkpoint: Checkpoint) -> None:
         theia.load(path)
     with pytest.raises(WeightsError, match="is missing"):
         theia.load(checkpoint(state_dict={}))
+    with pytest.raises(WeightsError, match="no revision 'v1'"):
+        theia.load(checkpoint(), revision="v1")
 
 
 def test_a_run_folder_points_to_what_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -21,10 +21,18 @@ RECORD = {
         "clip": {"weights": "openai/clip-vit-large-patch14", "revision": "32bd64", "licence": "MIT"},
         "odd": {"weights": "none", "revision": None, "licence": "CC-BY-NC-4.0"},
     },
-    "data": {"name": "imagenet", "manifest_sha256": "abc123"},
+    "data": {"name": "imagenet", "images": 12345, "manifest_sha256": "abc123"},
     "recipe": {"model.learning_rate": 5e-4, "trainer.max_epochs": 50},
     "held_out": {"clip": {"cosine": 0.81234, "explained_variance": 0.5}},
+    "held_out_images": 678,
+    "versions": {"torch": "2.9.9"},
+    "git_commit": "c0ffee",
 }
+
+
+def state_of(encoder: theia.Encoder) -> dict:
+    state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
+    return {"hyper_parameters": encoder.architecture.as_dict(), "state_dict": state}
 
 
 def listing(folder: Path) -> list[str]:
@@ -54,9 +62,26 @@ def test_the_card_says_where_the_model_comes_from(checkpoint: Checkpoint, tmp_pa
     card = (tmp_path / "out/README.md").read_text()
     for fact in (
         "openai/clip-vit-large-patch14", "32bd64", "**CC-BY-NC-4.0**", "`imagenet`", "abc123", "0.812", "0.0005",
-        "224 x 224", "theia.load",
+        "224 x 224", "theia.load", "12,345 images", "678 images", "torch 2.9.9", "c0ffee", "license: cc-by-nc-4.0",
     ):  # fmt: skip
         assert fact in card
+    assert "authors/" not in card
+
+
+def test_the_card_names_the_other_formats(tmp_path: Path) -> None:
+    architecture = Architecture(teachers={"odd": {"channels": 2, "grid_hw": [16, 16], "has_cls": False}})
+    torch.save(state_of(theia.Encoder(architecture)), tmp_path / "last.ckpt")
+    export(tmp_path / "last.ckpt", tmp_path / "out", ["safetensors", "timm", "authors"], RECORD)
+    card = (tmp_path / "out/README.md").read_text()
+    for fact in ("`authors/`", 'create_model("deit_tiny_patch16_224"', "mean [0.5, 0.5, 0.5]"):
+        assert fact in card
+    assert "`onnx/`" not in card
+
+    export(tmp_path / "out/authors", tmp_path / "published", ["safetensors"])
+    card = (tmp_path / "published/README.md").read_text()
+    for fact in ("published model `authors`", "non-commercial", "license: other"):
+        assert fact in card
+    assert "theia test" not in card
 
 
 def test_a_record_travels_with_the_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -77,8 +102,7 @@ def test_timm_loads_its_file_strictly_and_gives_the_same(tmp_path: Path) -> None
     torch.manual_seed(0)
     architecture = Architecture(teachers={"odd": {"channels": 2, "grid_hw": [3, 3], "has_cls": False}})
     encoder = theia.Encoder(architecture)
-    state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
-    torch.save({"hyper_parameters": architecture.as_dict(), "state_dict": state}, tmp_path / "last.ckpt")
+    torch.save(state_of(encoder), tmp_path / "last.ckpt")
 
     (line,) = export(tmp_path / "last.ckpt", tmp_path / "out", ["timm"])
 
@@ -124,6 +148,14 @@ def test_a_folder_with_a_model_is_replaced_only_when_asked(checkpoint: Checkpoin
     assert (tmp_path / "out/README.md").read_text() != before
     assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_a_kill_between_two_renames_moved_away_is_put_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(ExportError, match="holds a model already"):
+        export(checkpoint(), tmp_path / "out", ["safetensors"])
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "config.json", "onnx/resnet.onnx", "README.md"])

@@ -34,6 +34,26 @@ def test_one_graph_gives_the_encoders_features_for_any_batch_and_size(positions:
             np.testing.assert_allclose(given, wanted.numpy(), atol=1e-4)
 
 
+def test_a_graph_refuses_what_is_no_multiple_of_its_patches(tmp_path: Path) -> None:
+    onnx.write_graph(Encoder(small()), tmp_path / "graph.onnx")
+    session = onnx.start_session(tmp_path / "graph.onnx")
+    with pytest.raises(Exception, match=r"cannot be reshaped.*\{1,225,224,3\}"):
+        session.run(None, {"images": images(1, 225, 224)})
+
+
+@pytest.mark.parametrize("part", ["cls_token", "reg_token"])
+def test_parity_looks_at_every_output(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "SIZES", ((96, 96),))
+    encoder = Encoder(small(registers=4, depth=1))
+    onnx.write_graph(encoder, tmp_path / "graph.onnx")
+    vit = encoder.distiller.student.vit
+    # A layer later than this token's would not change the others.
+    monkeypatch.setattr(vit.blocks[0].attn, "forward", lambda tokens, **_: torch.zeros_like(tokens))
+    onnx.write_graph(encoder, tmp_path / "graph.onnx")
+    torch.nn.init.normal_(getattr(vit, part))
+    assert onnx.parity(encoder, tmp_path / "graph.onnx")["96x96"]["least_cosine"] < 0.5
+
+
 def test_a_student_without_cls_has_one_output(tmp_path: Path) -> None:
     onnx.write_graph(Encoder(small(registers=0)), tmp_path / "graph.onnx")
     assert [output.name for output in onnx.start_session(tmp_path / "graph.onnx").get_outputs()] == ["patches"]

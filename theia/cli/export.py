@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -24,6 +24,7 @@ _RECIPE = {
     ),
 }  # fmt: skip
 _METRICS = ("cosine", "explained_variance")
+_FILES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +98,8 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
         record["teachers"] = {name: _without_paths(teacher) for name, teacher in store["teachers"].items()}
     if "manifest_sha256" in store:
         name = Path(str(config.get("data", {}).get("store", "store"))).name
-        record["data"] = {"name": name, "manifest_sha256": store["manifest_sha256"]}
+        images = environment.get("images")
+        record["data"] = {"name": name, "images": images, "manifest_sha256": store["manifest_sha256"]}
     recipe = {
         f"{part}.{option}": config[part][option]
         for part, options in _RECIPE.items()
@@ -133,8 +135,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _without_paths(teacher: dict[str, Any]) -> dict[str, Any]:
     """A path of the machine that computed the features means nothing elsewhere."""
     weights = str(teacher.get("weights"))
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", weights) is not None
-    return {**teacher, "weights": weights if is_id else f"a local file, {Path(weights).name}"}
+    # One name in front of one slash is an id on the hub or a folder beside the user's; only files have such endings.
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", weights) and not weights.endswith(_FILES)
+    return {**teacher, "weights": weights if is_id else f"local, {PureWindowsPath(weights).name}"}
 
 
 def _figures(metrics: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -122,6 +122,7 @@ class SaveRun(SaveConfigCallback):
             "processes": trainer.world_size,
             "precision": trainer.precision,
             "store": datamodule.provenance() if datamodule else None,
+            "images": datamodule.trained_on if datamodule else None,
         }
         path = Path(trainer.default_root_dir) / "environment.json"
         path.write_text(json.dumps(environment, indent=2) + "\n")

@@ -123,6 +123,15 @@ class FeatureDataModule(L.LightningDataModule):
         """Number of samples in validation and test."""
         return len(self._held_out_rows())
 
+    @property
+    def trained_on(self) -> int:
+        """Number of samples that training draws from.
+
+        Raises:
+            StoreError: If no training split was extracted.
+        """
+        return len(self._training_rows(self._open("train")))
+
     def provenance(self) -> dict[str, Any]:
         """What the features are exactly: the store's digest and each teacher's weights and revision; builtins only."""
         return {
@@ -236,8 +245,11 @@ class FeatureDataModule(L.LightningDataModule):
         return self._splits[split]
 
     def _training_sampler(self, split: Split, rank: int, world_size: int) -> TrainingSampler:
+        return TrainingSampler(self._training_rows(split), self.batch_size, self.seed, rank, world_size)
+
+    def _training_rows(self, split: Split) -> Rows:
         rows = np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[0]
-        return TrainingSampler(fixed_fraction(rows, self.fraction), self.batch_size, self.seed, rank, world_size)
+        return fixed_fraction(rows, self.fraction)
 
     def _held_out_rows(self) -> Rows:
         split = self._open(self.val_split or "train")

@@ -14,10 +14,14 @@ from torch import Tensor
 from theia.encoder.encoder import Pool
 from theia.errors import WeightsError
 from theia.models.architecture import Architecture
+from theia.models.positions import PositionRule
 from theia.models.strict import refuse_unless_equal
 
 _BACKBONE = re.compile(r"facebook/deit-(tiny|small|base)-patch16-224")
 _POOLS: dict[str | None, Pool] = {None: "none", "mean_pooling": "mean", "max_pooling": "max", "cls": "cls"}
+
+POSITIONS: PositionRule = "scale_factor"
+"""How the published models resize their position embedding; no training of ours makes such a model."""
 
 # By our name, what the published models call a teacher. Any other is called what it is called here.
 HUB_IDS = {
@@ -75,7 +79,8 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
         }.items()
         if config.get(name) not in usual
     }  # fmt: skip
-    if match is None or unusual or config.get("feature_reduce_method") not in _POOLS:
+    pooled = config.get("feature_reduce_method")
+    if match is None or unusual or pooled not in list(_POOLS):
         unusual |= {name: config.get(name) for name in ("backbone", "feature_reduce_method")}
         raise WeightsError(
             f"The model {origin} is of a kind that was never released: "
@@ -84,7 +89,13 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
             "read."
         )
     teachers = {}
-    for hub_id, size in config["target_feature_sizes"].items():
+    sizes = config["target_feature_sizes"]
+    if not isinstance(sizes, Mapping) or not sizes:
+        raise WeightsError(
+            f"The config of {origin} has target_feature_sizes {sizes!r}; it must give [channels, rows, columns] by "
+            "teacher. Fetch the model again."
+        )
+    for hub_id, size in sizes.items():
         try:
             channels, rows, columns = (int(value) for value in size)
         except (TypeError, ValueError) as error:
@@ -98,8 +109,8 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
                 "translators are for 16x16 and 64x64."
             )
         teachers[hub_id] = {"channels": channels, "grid_hw": [rows, columns], "has_cls": False}
-    architecture = Architecture(teachers=teachers, size=match[1], positions="scale_factor")  # type: ignore[arg-type]
-    return architecture, _POOLS[config.get("feature_reduce_method")]
+    architecture = Architecture(teachers=teachers, size=match[1], positions=POSITIONS)  # type: ignore[arg-type]
+    return architecture, _POOLS[pooled]
 
 
 def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:

@@ -37,11 +37,14 @@ class TheiaModel(PreTrainedModel):
         self.distiller = self.encoder.distiller
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Tokens of a batch of images.
 
         Args:
             pixel_values: Images as :class:`Encoder` takes them: uint8, or floating point from 0 to 1; not normalised.
+            return_dict: ``False`` gives a plain tuple, in the same order.
 
         Returns:
             ``last_hidden_state``: CLS, register and patch tokens in this order, shape ``(B, prefix + N, C)``;
@@ -55,9 +58,10 @@ class TheiaModel(PreTrainedModel):
         cls = [] if tokens.cls is None else [tokens.cls[:, None]]
         every = torch.cat([*cls, tokens.registers, tokens.patches], dim=1)
         pool = "mean" if self.encoder.pool == "none" else self.encoder.pool
-        return BaseModelOutputWithPooling(
+        output = BaseModelOutputWithPooling(
             last_hidden_state=cast(Any, every), pooler_output=cast(Any, self.encoder.pooled(tokens, pool))
         )
+        return output.to_tuple() if return_dict is False else output
 
     def _init_weights(self, module: nn.Module) -> None:
         """What a file does not hold: transformers builds a model without values and fills in those of the file."""

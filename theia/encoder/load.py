@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from theia.encoder import authors
 from theia.encoder.encoder import Encoder, check_pool
-from theia.errors import ConfigError, WeightsError
+from theia.errors import TheiaError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
 from theia.models.strict import load_strictly
@@ -43,7 +44,7 @@ def load(
         device: Where to put it.
         dtype: Type of the parameters; float32 by default.
         compile: Compile the student at its first use, anew for each size of a batch.
-        revision: For the hub: branch, tag or commit.
+        revision: For the hub: branch, tag or commit. A local folder has none.
 
     Returns:
         The encoder, in evaluation mode. Its parameters can be trained; see :meth:`Encoder.freeze`.
@@ -54,6 +55,8 @@ def load(
         CheckpointError: If a training checkpoint cannot be read.
     """
     path = Path(source)
+    if revision is not None and path.exists():
+        raise WeightsError(f"{path} is local and has no revision {revision!r}. Leave it out, or give an id on the hub.")
     if path.is_file():
         encoder = _from_checkpoint(path)
     elif path.is_dir():
@@ -97,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _from_checkpoint(path: Path) -> Encoder:
     checkpoint = read_checkpoint(path)
-    encoder = Encoder(_architecture(checkpoint["hyper_parameters"], str(path)))
+    encoder = _build(checkpoint["hyper_parameters"], "none", str(path))
     tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     load_strictly(encoder.distiller, _without_prefix(tensors), str(path))
     return encoder
@@ -112,7 +115,7 @@ def _from_folder(folder: Path, origin: str) -> Encoder:
         # The rest are constants of all published models, and statistics, which they do not have.
         load_strictly(encoder.distiller, authors.from_theirs(tensors, names, origin), origin, names)
     elif config.get("model_type") == MODEL_TYPE:
-        encoder = Encoder(_architecture(config.get("architecture", {}), origin), check_pool(config.get("pool", "none")))
+        encoder = _build_ours(config, origin)
         load_strictly(encoder.distiller, _without_prefix(tensors), origin)
     else:
         raise WeightsError(
@@ -122,11 +125,27 @@ def _from_folder(folder: Path, origin: str) -> Encoder:
     return encoder
 
 
-def _architecture(options: Any, origin: str) -> Architecture:
+def _build_ours(config: dict[str, Any], origin: str) -> Encoder:
+    options = config.get("architecture")
+    if not isinstance(options, dict):
+        raise WeightsError(f"The {CONFIG} of {origin} has no architecture. Export the model again.")
+    unknown = set(options) - {field.name for field in fields(Architecture)}
+    if unknown:
+        raise WeightsError(
+            f"The architecture of {origin} has options that this version does not know: {', '.join(sorted(unknown))}. "
+            f"It was written by theia {config.get('theia_version')}; install that, or export the model again."
+        )
+    return _build(options, config.get("pool", "none"), origin)
+
+
+def _build(options: dict[str, Any], pool: str, origin: str) -> Encoder:
     try:
-        return Architecture.of(options)
-    except (ConfigError, TypeError, KeyError, AttributeError) as error:
-        raise WeightsError(f"The architecture of {origin} is incomplete: {error}. Export the model again.") from error
+        return Encoder(Architecture.of(options), check_pool(pool))
+    # What comes out of a file may be anything, and fail anywhere.
+    except (TheiaError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"The architecture of {origin} is incomplete or wrong: {error} Export the model again."
+        ) from error
 
 
 def _read_tensors(folder: Path, origin: str) -> dict[str, Tensor]:

@@ -1,13 +1,18 @@
 """The model card: where a model comes from, under which licences, how good it is, and how to load it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from theia.encoder.encoder import Encoder
 from theia.models.architecture import Architecture
+
+_ORIGIN = """## Origin
+
+The published model `{origin}`, in another form. Its training, figures and licence are stated where it was published;
+the licence of the published Theia models allows non-commercial use only.
+"""
 
 # From the most liberal to the strictest; what is not here is stricter than all of them until somebody has read it.
 _LICENCES = (
@@ -27,6 +32,7 @@ _HEAD = """---
 library_name: theia
 pipeline_tag: image-feature-extraction
 tags: [theia, robotics, distillation, vision]
+license: {licence}
 ---
 
 # {title}
@@ -49,22 +55,20 @@ With transformers: `import theia`, then `AutoModel.from_pretrained("PATH_OR_ID")
 """
 
 
-def write(path: Path, encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]) -> None:
-    """Writes a model card in Markdown.
+def text(
+    encoder: Encoder, architecture: Architecture, record: Mapping[str, Any], formats: Mapping[str, str] | None = None
+) -> str:
+    """A model card in Markdown.
 
     Args:
-        path: Of the file.
         encoder: The model.
         architecture: Of it.
         record: What is known of its training, all of it optional: ``teachers`` (by name: ``weights``, ``revision``,
-            ``licence``), ``data`` (``name``, ``manifest_sha256``), ``recipe`` (options of the training by name),
-            ``held_out`` (by teacher: figures by name), ``versions``, ``git_commit``.
+            ``licence``), ``data`` (``name``, ``images``, ``manifest_sha256``), ``recipe`` (options of the training by
+            name), ``held_out`` (by teacher: figures by name), ``held_out_images``, ``versions``, ``git_commit``; or
+            ``origin``, the name of the published model that it is.
+        formats: What lies beside the card in other formats, a phrase each.
     """
-    path.write_text(text(encoder, architecture, record))
-
-
-def text(encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]) -> str:
-    """The card as text; see :func:`write`."""
     known = record.get("teachers", {})
     rows = []
     for name, shape in architecture.teachers.items():
@@ -76,12 +80,17 @@ def text(encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]
             )
         )  # fmt: skip
     student = encoder.distiller.student
+    strictest = strictest_licence([row[-1] for row in rows])
+    origin = record.get("origin")
     parts = [
         _HEAD.format(
+            # Names of the hub; "other" is its name for whatever it has none for.
+            licence=strictest.lower() if strictest in _LICENCES[2:] and origin is None else "other",
             title=f"Theia {_size(architecture)}",
             teachers=", ".join(architecture.teachers) or _UNKNOWN,
             width=encoder.width,
         ),
+        _others(formats or {}),
         "## Student\n",
         _table(
             [
@@ -95,15 +104,20 @@ def text(encoder: Encoder, architecture: Architecture, record: Mapping[str, Any]
         ),
         "## Teachers\n",
         _table(rows, ("teacher", "grid", "channels", "weights", "revision", "licence")),
-        f"The strictest of the teachers' licences: **{strictest_licence([row[-1] for row in rows])}**. Whether a "
-        "student is bound by them is for you to judge.\n",
+    ]
+    if origin is not None:
+        return "\n".join([*parts, _ORIGIN.format(origin=origin)])
+    parts += [
+        f"The strictest of the teachers' licences: **{strictest}**. Whether a student is bound by them is for you to "
+        "judge.\n",
         "## Training\n",
         _data(record.get("data", {})),
         _table(sorted(record.get("recipe", {}).items()), ("option", "value")) or f"The recipe is {_UNKNOWN}.\n",
+        _versions(record),
         "## Held-out figures\n",
-        _figures(record.get("held_out", {})),
+        _figures(record.get("held_out", {}), record.get("held_out_images")),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def strictest_licence(licences: list[str]) -> str:
@@ -132,12 +146,29 @@ def _table(rows: list[Any], headers: tuple[str, ...]) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return f"The data are {_UNKNOWN}.\n"
-    return f"Feature store `{data.get('name', _UNKNOWN)}`, manifest sha256 `{data.get('manifest_sha256', _UNKNOWN)}`.\n"
+    images = "" if data.get("images") is None else f"{data['images']:,} images of "
+    return (
+        f"{images}feature store `{data.get('name', _UNKNOWN)}`, manifest sha256 "
+        f"`{data.get('manifest_sha256', _UNKNOWN)}`.\n"
+    )
 
 
-def _figures(held_out: Mapping[str, Mapping[str, float]]) -> str:
+def _others(formats: Mapping[str, str]) -> str:
+    if not formats:
+        return ""
+    return "In other forms in this folder:\n\n" + "".join(f"- {line}.\n" for line in formats.values())
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    versions = [f"{name} {version}" for name, version in record.get("versions", {}).items() if version]
+    commit = f" (commit {record['git_commit']})" if record.get("git_commit") else ""
+    return f"Trained with {', '.join(versions)}{commit}.\n" if versions else ""
+
+
+def _figures(held_out: Mapping[str, Mapping[str, float]], images: int | None) -> str:
     if not held_out:
         return f"Held-out figures are {_UNKNOWN}: `theia test` makes them.\n"
     names = list(next(iter(held_out.values())))
     rows = [(teacher, *(f"{values[name]:.3f}" for name in names)) for teacher, values in held_out.items()]
-    return _table(rows, ("teacher", *(name.replace("_", " ") for name in names)))
+    over = "" if images is None else f"On {images:,} images that training did not see:\n\n"
+    return over + _table(rows, ("teacher", *(name.replace("_", " ") for name in names)))

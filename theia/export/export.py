@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from theia.encoder.authors import POSITIONS as PUBLISHED_POSITIONS
+from theia.encoder.encoder import Encoder
 from theia.encoder.load import CONFIG, MODEL_TYPE, WEIGHTS, load, read_config
 from theia.errors import ExportError, WeightsError
 from theia.export.formats import FORMATS, Exported, check
@@ -34,7 +36,7 @@ def export(
         source: What :func:`theia.load` takes.
         out: Folder to make.
         formats: Of :data:`theia.export.formats.FORMATS`.
-        record: What is known of its training; see :func:`theia.export.card.write`. By default what the source itself
+        record: What is known of its training; see :func:`theia.export.card.text`. By default what the source itself
             says.
         overwrite: Replace a folder that an export wrote before.
         int8: Also write ONNX in int8.
@@ -49,12 +51,10 @@ def export(
         ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written.
     """
     out = out.resolve()
+    _restore(out)
     _check_free(out, overwrite)
     encoder = load(source)
-    if record is None:
-        folder = Path(source)
-        record = read_config(folder).get("record", {}) if folder.is_dir() else {}
-    model = Exported(encoder, encoder.architecture, record, int8)
+    model = Exported(encoder, encoder.architecture, record or _record_of(source, encoder), tuple(formats), int8)
     check(model, formats)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,17 @@ def export(
             f"{out} cannot be written ({error.strerror or error}). Choose another folder with --out."
         ) from error
     return lines
+
+
+def _record_of(source: str | Path, encoder: Encoder) -> Mapping[str, Any]:
+    """What a model says of itself; a published one says nothing, so that where it comes from is all there is to say."""
+    folder = Path(source)
+    if folder.is_file():
+        return {}
+    record: Mapping[str, Any] = read_config(folder).get("record", {}) if folder.is_dir() else {}
+    if not record and encoder.architecture.positions == PUBLISHED_POSITIONS:
+        return {"origin": folder.resolve().name if folder.is_dir() else str(source)}
+    return record
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -123,12 +134,23 @@ def _part(out: Path) -> Iterator[Path]:
 
 
 def _put_in_place(part: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
+    old = _old(out)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     part.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """An export that was killed between two renames left the folder that it was to replace under another name."""
+    old = _old(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+
+
+def _old(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
 
 
 def _sync(folder: Path) -> None:

@@ -30,13 +30,15 @@ class Exported:
     Attributes:
         encoder: On the CPU, in float32.
         architecture: Of it.
-        record: What is known of its training; see :func:`theia.export.card.write`.
+        record: What is known of its training; see :func:`theia.export.card.text`.
+        formats: What else the folder will hold.
         int8: Whether ONNX comes in int8, too.
     """
 
     encoder: Encoder
     architecture: Architecture
     record: Mapping[str, Any]
+    formats: tuple[str, ...] = ()
     int8: bool = False
 
 
@@ -53,7 +55,8 @@ def write_safetensors(model: Exported, folder: Path) -> list[str]:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     tensors = {PREFIX + name: tensor for name, tensor in model.encoder.distiller.state_dict().items()}
     _save(tensors, folder / WEIGHTS)
-    card.write(folder / "README.md", model.encoder, model.architecture, model.record)
+    formats = {name: _DESCRIPTIONS[name](model) for name in dict.fromkeys(model.formats) if name in _DESCRIPTIONS}
+    (folder / "README.md").write_text(card.text(model.encoder, model.architecture, model.record, formats))
     return [f"{CONFIG}, {WEIGHTS}, README.md"]
 
 
@@ -92,12 +95,9 @@ def write_timm(model: Exported, folder: Path) -> list[str]:
     with torch.inference_mode():
         pixels = (images.float() / 255 - student.pixel_mean) / student.pixel_std
         difference = float((theirs.forward_features(pixels)[:, 1:] - student.encode(images).patches).abs().max())
-    mean, std = (
-        [round(float(value), 4) for value in values.flatten()] for values in (student.pixel_mean, student.pixel_std)
-    )
     return [
-        f"timm/{path.name}: pixels with mean {mean} and deviation {std}; features differ by up to {difference:.1e}, as "
-        "timm's layer norms have another epsilon"
+        f"timm/{path.name}: {_pixels(model)}; features differ by up to {difference:.1e}, as timm's layer norms have "
+        "another epsilon"
     ]
 
 
@@ -152,11 +152,44 @@ def _timm_name(architecture: Architecture) -> str:
     return f"deit_{a.size}_patch16_224"
 
 
+def _pixels(model: Exported) -> str:
+    student = model.encoder.distiller.student
+    mean, std = (
+        [round(float(value), 4) for value in values.flatten()] for values in (student.pixel_mean, student.pixel_std)
+    )
+    return f"pixels with mean {mean} and deviation {std}"
+
+
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     # The format is read elsewhere, too: plain memory order, whatever is fastest here.
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors leaves it to its owner alone
 
+
+def _describe_onnx(_: Exported) -> str:
+    return (
+        "`onnx/`: graphs for ONNX Runtime and OpenVINO, `images` uint8 (B, H, W, 3) in, features out; how well they "
+        "agree with the model is in `onnx/parity.json`"
+    )
+
+
+def _describe_timm(model: Exported) -> str:
+    name = _timm_name(model.architecture)
+    return (
+        f'`timm/`: `timm.create_model("{name}", checkpoint_path="timm/{name}.safetensors")`; normalise {_pixels(model)}'
+        ", which is not timm's default for that name"
+    )
+
+
+def _describe_authors(_: Exported) -> str:
+    return "`authors/`: the layout of the published Theia models"
+
+
+_DESCRIPTIONS: dict[str, Callable[[Exported], str]] = {
+    "onnx": _describe_onnx,
+    "timm": _describe_timm,
+    "authors": _describe_authors,
+}
 
 FORMATS: dict[str, Callable[[Exported, Path], list[str]]] = {
     "safetensors": write_safetensors,

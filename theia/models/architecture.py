@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from jsonargparse import ArgumentError, ArgumentParser
+
 from theia.errors import ConfigError
 from theia.models.distiller import Distiller
 from theia.models.positions import PositionRule
@@ -49,14 +51,19 @@ class Architecture:
             options: A model's, of a training or of a file. What is not there has its default.
 
         Raises:
-            ConfigError: If there are no teachers.
+            ConfigError: If there are no teachers, or a value is of another type or not one of its choices.
         """
         given = {field.name: options[field.name] for field in fields(cls) if field.name in options}
         if not isinstance(given.get("teachers"), Mapping):
             raise ConfigError("There is no record of the teachers that the model was built for.")
         # Which DeiT it was makes no difference, and a path of some machine belongs nowhere else.
         given["weights"] = "scratch" if given.get("weights", "scratch") == "scratch" else "pretrained"
-        return cls(**given)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        try:
+            return cls(**parser.parse_object(given).as_dict())
+        except ArgumentError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
 
     def as_dict(self) -> dict[str, Any]:
         """Builtins only."""

@@ -21,7 +21,8 @@ def load_strictly(
         names: What must be given; all of the module's by default.
 
     Raises:
-        WeightsError: If a tensor is missing, left over, of another shape, or not finite.
+        WeightsError: If a tensor is missing, left over, of another shape or kind of number, not finite, or a standard
+            deviation and not positive.
     """
     own = module.state_dict()
     refuse_unless_equal(own.keys() if names is None else names, tensors.keys(), origin)
@@ -32,7 +33,17 @@ def load_strictly(
             for name, tensor in tensors.items()
             if tensor.shape != own[name].shape
         ]
-        or [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()],
+        or [
+            f"{name} is {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() != own[name].is_floating_point()
+        ]
+        or [f"{name} is not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        or [
+            f"{name} is not positive"
+            for name, tensor in tensors.items()
+            if name.endswith((".std", "_std")) and not (tensor > 0).all()
+        ],
     )
     module.load_state_dict(dict(tensors), strict=False)
 
