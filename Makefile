@@ -6,10 +6,16 @@ EXTRACT_CONFIG ?= configs/extract/cdiv.yaml
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/installed
+# Of a sweep. Without STORE or BASE it shows itself on sample photographs.
+STORE ?=
+BASE ?=
+SEEDS ?= 0
+JOBS ?= $(if $(STORE)$(BASE),1,2)
+LAUNCHER ?= local
 # Set where a quickstart was interrupted or is repeated: it goes on from its last checkpoint.
 RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
 
-.PHONY: help install quickstart extract fit bench bench-gpu lint format test
+.PHONY: help install quickstart extract fit ablate-teachers bench bench-gpu lint format test
 
 help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
@@ -17,6 +23,8 @@ help:
 	@echo "make install      virtual environment in $(VENV)"
 	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG) --images IMAGES=DIR"
 	@echo "make fit          theia fit --config CONFIG=$(CONFIG)"
+	@echo "make ablate-teachers   the paper's 13 sets of teachers: STORE=FOLDER BASE=CONFIG SEEDS=0,1,2 JOBS=1 LAUNCHER=local;"
+	@echo "                  with nothing set: on sample photographs, to see it work (offline, about 10 minutes)"
 	@echo "make bench        how fast it is on this machine, beside other ways to do the same (CPU, about 5 minutes)"
 	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
 	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
@@ -39,6 +47,18 @@ extract: $(INSTALLED)
 
 fit: $(INSTALLED)
 	theia fit --config $(CONFIG)
+
+ablate-teachers: $(INSTALLED)
+ifeq ($(STORE)$(BASE),)
+	@echo "No STORE= is given: small teachers with random weights on sample photographs. They carry no knowledge;"
+	@echo "this only shows that the sweep works."
+	theia extract --config configs/extract/samples.yaml
+	theia ablate --config configs/ablations/teachers.yaml --base configs/samples.yaml --out runs/ablations/samples \
+	  --seeds $(SEEDS) --jobs $(JOBS) --launcher $(LAUNCHER)
+else
+	theia ablate --config configs/ablations/teachers.yaml $(if $(BASE),--base $(BASE)) \
+	  $(if $(STORE),--data.store $(STORE)) --seeds $(SEEDS) --jobs $(JOBS) --launcher $(LAUNCHER)
+endif
 
 bench: $(INSTALLED)
 	python -m benchmarks.throughput

@@ -32,14 +32,21 @@ def sample_id(split: str, row: int) -> str:
     return f"{split}/{row:05d}.png"
 
 
-def write_split(root: Path, split: str, rows: int, dtype: str = "float16", labels: bool = True) -> None:
+def write_split(
+    root: Path,
+    split: str,
+    rows: int,
+    dtype: str = "float16",
+    labels: bool = True,
+    classes: tuple[str, ...] = ("even", "odd"),
+) -> None:
     """A split of random images; the features of a sample are a fixed linear function of its image's mean colours."""
     rng = np.random.default_rng(len(split))
     shard_size = 16
     ids = [sample_id(split, row) for row in range(rows)]
     images = ImageSet(
         source={"kind": "test"}, size=IMAGE_SIZE, resize="squash", listed=rows, ids_sha256=hash_ids(ids),
-        shard_size=shard_size, classes=["even", "odd"] if labels else None,
+        shard_size=shard_size, classes=classes if labels else None,
     )  # fmt: skip
     writer = SplitWriter(root, split)
     writer.begin(images, SPECS, dtype, {"device": "cpu"})
@@ -47,8 +54,8 @@ def write_split(root: Path, split: str, rows: int, dtype: str = "float16", label
         count = min(shard_size, rows - start)
         coarse = rng.integers(0, 256, (count, 3, 2, 2), dtype=np.uint8)
         pixels = coarse.repeat(IMAGE_SIZE // 2, 2).repeat(IMAGE_SIZE // 2, 3)
-        classes = np.arange(start, start + count, dtype=np.int64) % 2
-        writer.write_images(index, ids[start : start + count], pixels, classes if labels else None, [])
+        numbers = np.arange(start, start + count, dtype=np.int64) % 2
+        writer.write_images(index, ids[start : start + count], pixels, numbers if labels else None, [])
         colours = coarse.reshape(count, -1).astype(np.float32) / 255
         for spec in SPECS:
             tokens = spec.grid_hw[0] * spec.grid_hw[1]

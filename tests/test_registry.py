@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import distributions
 import pytest
 
 from theia import registry
@@ -40,13 +41,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(distribution: str, name: str, source: str | None = None) -> None:
-        # A module of its own for each test: Python keeps imported modules.
-        module = f"plugin_{tmp_path.name}_{distribution}".replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(PLUGIN.format(name=name) if source is None else source)
-        info = tmp_path / f"{distribution.replace('-', '_')}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\n{name} = {module}:Plugin\n")
+        code = PLUGIN.format(name=name) if source is None else source
+        distributions.install(tmp_path, distribution, registry.GROUP, name, code, "Plugin")
 
     return install
 

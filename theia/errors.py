@@ -13,8 +13,12 @@ class UnknownTeacherError(TheiaError):
     """No installed distribution registers a teacher of that name."""
 
 
+class UnknownScorerError(TheiaError):
+    """No installed distribution registers a scorer of that name."""
+
+
 class PluginError(TheiaError):
-    """A registered teacher cannot be used: its import fails, its class is wrong, or its name is taken."""
+    """A registered teacher or scorer cannot be used: it fails, is something else, or shares its name with another."""
 
 
 class WeightsError(TheiaError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -66,3 +67,23 @@ class FeatureBatch:
     cls: dict[str, Tensor]
     labels: Tensor | None
     rows: Tensor
+
+
+class FeatureStatistics(Protocol):
+    """What a teacher's features are normalised with, each of shape ``(C,)``, over the training split."""
+
+    @property
+    def mean(self) -> Any:
+        """Of the patch tokens."""
+
+    @property
+    def std(self) -> Any:
+        """Of the patch tokens: a standard deviation."""
+
+    @property
+    def cls_mean(self) -> Any:
+        """Of the CLS token; ``None`` for a teacher without one."""
+
+    @property
+    def cls_std(self) -> Any:
+        """Likewise."""

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
@@ -45,6 +46,20 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path, make_split: Any) -> 
     assert len(held) == data.held_out == 8
     assert trained | held == set(range(80))
     assert not trained & held
+
+
+def test_a_capped_part_is_the_same_for_everyone_and_within_a_larger_one(store: Path) -> None:
+    def rows(most: int | None, **options: Any) -> list[int]:
+        data = FeatureDataModule(str(store), workers=0, val_batch_size=7, **options).with_all_teachers()
+        loader = data.ordered_dataloader("train", torch.device("cpu"), most)
+        return [row for batch in loader for row in batch.rows.tolist()]
+
+    few, more = rows(13), rows(31)
+
+    assert (len(few), len(more)) == (13, 31)
+    assert few == sorted(few) == rows(13, teachers="beta", seed=1, fraction=0.5)
+    assert set(few) < set(more)
+    assert rows(None) == rows(1000) == list(range(80))
 
 
 def test_a_state_of_other_images_is_refused(store: Path, tmp_path: Path, make_split: Any) -> None:

@@ -25,9 +25,11 @@ from theia.cli.run import (
     resolve_checkpoint,
     run_of,
 )
+from theia.cli.scores import find_scorers, run_scorers, scores_table
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
+from theia.scoring import registry
 from theia.training.callbacks import FeaturePictures, LastCheckpoint, Throughput
 from theia.training.distillation import Distillation
 
@@ -77,6 +79,15 @@ class TheiaCLI(LightningCLI):
             "--compare_untrained", type=bool, default=True,
             help="In test: also score the student before training, so that the table shows what was learned.",
         )  # fmt: skip
+        parser.add_argument(
+            "--scorers", type=str | list[str], default="",
+            help="In test: what to score beyond the student's own translators, comma-separated or a YAML list. "
+            f"Installed: {', '.join(registry.names()) or 'none'}.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--scorer_images", type=int, default=10000,
+            help="Training images that scorers fit on at most, a fixed part of all; the held-out ones are all used.",
+        )  # fmt: skip
         parser.link_arguments("run_folder", "trainer.default_root_dir")
         # The store knows its teachers and image size, so one config serves any store.
         parser.link_arguments("data.teacher_shapes", "model.teachers", apply_on="instantiate")
@@ -98,6 +109,7 @@ class TheiaCLI(LightningCLI):
         self.checkpoint: Path | None = None
         self.loaded: dict[str, Any] | None = None
         check_trainer(options)
+        self.scorers = find_scorers(options.scorers)
         asked = options.ckpt_path
         if asked is None and self.subcommand != "fit":
             raise ConfigError(
@@ -126,6 +138,8 @@ class TheiaCLI(LightningCLI):
             self.datamodule.check_training(self.trainer.world_size)
         if self.loaded is not None:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
+        if self.subcommand == "test" and self.scorers:
+            self.scored = self.datamodule.with_all_teachers()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and callbacks to the configured trainer."""
@@ -181,6 +195,8 @@ class TheiaCLI(LightningCLI):
         after = self.trainer.test(**kwargs, weights_only=True, verbose=False)[0]
         if not self.trainer.is_global_zero:
             return
+        print(f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})")
+        print(table(list(self.datamodule.teacher_specs), before, after))
         report = {
             "checkpoint": str(self.checkpoint),
             "checkpoint_sha256": file_sha256(self.checkpoint),
@@ -190,17 +206,31 @@ class TheiaCLI(LightningCLI):
             "device": str(self.trainer.strategy.root_device),
             "precision": self.trainer.precision,
             "store": self.datamodule.provenance(),
+            **self._score(self.checkpoint),
         }
         write_report(figures, report)
         lines = (
-            f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})",
-            table(list(self.datamodule.teacher_specs), before, after),
             f"run folder:  {figures.parent}",
             f"figures:     {figures}",
             f"picture:     {picture}",
             f"TensorBoard: tensorboard --logdir {figures.parent}",
         )
         print("\n".join(lines))
+
+    def _score(self, checkpoint: Path) -> dict[str, Any]:
+        """Runs the scorers and prints what they say; the report's part about them."""
+        if not self.scorers:
+            return {"scorers": [], "scores": {}, "scorer_images": None}
+        options = self.config[self.subcommand]
+        images = min(options.scorer_images, self.scored.trained_on)
+        scores = run_scorers(
+            self.scorers, self.scored, checkpoint, self.trainer.strategy.root_device,
+            images=images, seed=int(options.seed_everything or 0),
+        )  # fmt: skip
+        print(f"Scorers fitted on {images} training images, on the same held-out images:")
+        for name in self.scorers:
+            print(scores_table(name, scores, self.scored.teacher_specs, self.datamodule.teacher_specs))
+        return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
 
 
 def main(argv: Sequence[str]) -> int:

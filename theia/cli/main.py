@@ -21,6 +21,7 @@ COMMANDS = {
     "fit": (_LIGHTNING, "train a student on a feature store, or resume its training"),
     "validate": (_LIGHTNING, "score a checkpoint on held-out images, in Lightning's table"),
     "test": (_LIGHTNING, "score a checkpoint against the untrained student, with a table and a picture"),
+    "ablate": ("theia.cli.ablate", "train, score and compare students: which teachers, which loss, which size"),
     "export": ("theia.cli.export", "write a trained model for others: safetensors, ONNX, timm, the published layout"),
 }
 

@@ -12,14 +12,16 @@ _SHOWN = {"cosine": "cosine", "explained_variance": "explained variance"}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the figures as JSON.
+    """Writes the figures as JSON, whole or not at all: that the file is there says that the test is finished.
 
     Args:
         path: JSON file.
         report: Plain values.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def table(teachers: list[str], before: Mapping[str, float] | None, after: Mapping[str, float]) -> str:

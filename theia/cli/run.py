@@ -71,6 +71,8 @@ def check_trainer(options: Namespace) -> None:
     """
     if options.checkpoint_every < 1:
         raise ConfigError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1.")
+    if options.scorer_images < 1:
+        raise ConfigError(f"scorer_images is {options.scorer_images}; it must be at least 1.")
     trainer = options.trainer
     endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
     if endless and trainer.max_steps == -1:

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -174,6 +174,48 @@ class FeatureDataModule(L.LightningDataModule):
         """The same samples as in validation: training never saw them."""
         return self.val_dataloader()
 
+    def with_all_teachers(self) -> "FeatureDataModule":
+        """The same store and held-out samples, with every teacher that is finished in both parts.
+
+        It has all training samples, whatever the fraction that this one uses: students that were trained on different
+        shares of the images are scored alike.
+
+        Raises:
+            StoreError: If the training split, or features or statistics of one of its teachers, are missing or damaged.
+        """
+        trained = self.store.teachers("train")
+        splits = [self.store.manifest.splits[name] for name in ("train", self.val_split or "train")]
+        data = FeatureDataModule(
+            str(self.store.root),
+            [name for name in trained if all(name in split.sets and split.sets[name].complete for split in splits)],
+            val_batch_size=self.val_batch_size,
+            workers=self.workers,
+            val_split=self.val_split or _DEFAULT_VAL_SPLIT,
+            holdout=self.holdout,
+        )
+        data._open("train")
+        data.statistics()
+        return data
+
+    def ordered_dataloader(
+        self, part: Literal["train", "held_out"], device: torch.device, most: int | None = None
+    ) -> FeatureLoader:
+        """Samples of one part, each once, in order, and all of them in this process.
+
+        Args:
+            part: Those of training, or of validation and test.
+            device: Where the batches will be used; only a CUDA device gets them from the loader itself.
+            most: So many samples at most: a fixed part of them, contained in that of a larger number.
+
+        Raises:
+            StoreError: If the split is missing or damaged.
+        """
+        split = self._open("train" if part == "train" else self.val_split or "train")
+        rows = self._training_rows(split) if part == "train" else self._held_out_rows()
+        if most is not None and most < len(rows):
+            rows = fixed_fraction(rows, most / len(rows))
+        return self._loader(split, EvaluationSampler(rows, self.val_batch_size), device)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training loader is; part of every checkpoint.
 
@@ -232,8 +274,11 @@ class FeatureDataModule(L.LightningDataModule):
         while self._loaders:
             self._loaders.pop().close()
 
-    def _loader(self, split: Split, sampler: TrainingSampler | EvaluationSampler) -> FeatureLoader:
-        device = self.trainer.strategy.root_device if self.trainer else None
+    def _loader(
+        self, split: Split, sampler: TrainingSampler | EvaluationSampler, device: torch.device | None = None
+    ) -> FeatureLoader:
+        if device is None and self.trainer:
+            device = self.trainer.strategy.root_device
         loader = FeatureLoader(split, sampler, self.workers, device if device and device.type == "cuda" else None)
         self._loaders.append(loader)
         return loader

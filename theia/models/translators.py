@@ -1,6 +1,6 @@
 """Translators: shallow heads from the student's patch tokens to each teacher's normalised features."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,21 @@ class Translator(nn.Module):
         Raises:
             ShapeError: If the tokens are not on the grid for which the translator was built.
         """
+        prediction: Tensor = self.adapter(self._maps(patches, grid_hw))
+        return prediction
+
+    @property
+    def last(self) -> nn.Linear:
+        """The linear layer to the teacher's channels."""
+        return cast(nn.Linear, self.adapter[-1])
+
+    def before_last(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
+        """What goes into :attr:`last`, shape ``(B, H * W, C)``; arguments and errors as of a call."""
+        tokens: Tensor = self.adapter[:-1](self._maps(patches, grid_hw))
+        return tokens
+
+    def _maps(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
+        """Tokens ``(B, N, C)`` to what goes into the adapter."""
         height, width = grid_hw
         if grid_hw != self.student_grid_hw or patches.shape[1] != height * width:
             raise ShapeError(
@@ -80,9 +95,8 @@ class Translator(nn.Module):
                 "student's training size."
             )
         # A view, whose memory order is that of the tokens: channels last, as all maps in here.
-        maps = patches.reshape(len(patches), height, width, patches.shape[-1]).permute(0, 3, 1, 2)
-        prediction: Tensor = self.adapter(self.pad(maps))
-        return prediction
+        maps: Tensor = self.pad(patches.reshape(len(patches), height, width, patches.shape[-1]).permute(0, 3, 1, 2))
+        return maps
 
 
 class _JointNorm(nn.LayerNorm):

@@ -18,17 +18,10 @@ from theia.training.losses import LossKind, feature_loss
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
-from theia.types import FeatureBatch
+from theia.types import FeatureBatch, FeatureStatistics
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # step of a loss that was always finite
-
-
-class _Statistics(Protocol):
-    mean: Any
-    std: Any
-    cls_mean: Any
-    cls_std: Any
 
 
 class _FeatureData(Protocol):
@@ -36,7 +29,7 @@ class _FeatureData(Protocol):
 
     batch_size: int
 
-    def statistics(self) -> Mapping[str, _Statistics]: ...
+    def statistics(self) -> Mapping[str, FeatureStatistics]: ...
 
 
 class Distillation(L.LightningModule):

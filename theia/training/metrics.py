@@ -87,24 +87,26 @@ class NormEntropy(Metric):
         return entropy
 
 
-def feature_metrics(stage: str, teacher: str) -> MetricCollection:
+def feature_metrics(stage: str, teacher: str, *, alone: bool = False) -> MetricCollection:
     """Metrics of one teacher, on normalised features: cosine, smooth_l1, mse, explained_variance.
 
     All take ``(prediction, target)`` of shape ``(B, N, C)``. The cosine is that of each sample's whole
     flattened map.
 
     Args:
-        stage: First part of the logged name: ``"train"``, ``"val"`` or ``"test"``.
+        stage: First part of the logged name, such as ``"val"``.
         teacher: Last part.
+        alone: Whether only this process has them: merging with the others would wait for them for ever.
 
     Returns:
         A collection whose results are named ``stage/metric/teacher``.
     """
+    options: dict[str, Any] = {"sync_on_compute": not alone}
     metrics: dict[str, Metric | MetricCollection] = {
-        "cosine": SampleMean(_cosine),
-        "smooth_l1": SampleMean(smooth_l1_loss),
-        "mse": SampleMean(mse_loss),
-        "explained_variance": TokenExplainedVariance(),
+        "cosine": SampleMean(_cosine, **options),
+        "smooth_l1": SampleMean(smooth_l1_loss, **options),
+        "mse": SampleMean(mse_loss, **options),
+        "explained_variance": TokenExplainedVariance(**options),
     }
     # Compute groups merge metrics whose states happen to be equal after the first batch, as two losses of 0
     # are.

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of trainings in, a table and a picture out."""

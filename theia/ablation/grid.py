@@ -1,0 +1,150 @@
+"""Which trainings a sweep consists of: named rows, sets of teachers, products of options."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from theia.errors import ConfigError
+
+TEACHERS = "data.teachers"
+
+# Of the sweep itself, one per run.
+_RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir")
+_NAME = re.compile(r"[\w+=,-][\w.+=, -]*")
+
+Options = Mapping[str, Any]
+TeacherSets = str | list[str | list[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a training for each seed.
+
+    Attributes:
+        name: Unique in a sweep; also the name of a folder.
+        options: Dotted options of ``theia fit`` in which it differs from the base config.
+    """
+
+    name: str
+    options: Options
+
+
+def expand(
+    rows: Mapping[str, Options] | None = None,
+    teachers: TeacherSets | None = None,
+    product: Mapping[str, Sequence[Any]] | None = None,
+    pool: Sequence[str] = (),
+) -> list[Row]:
+    """The rows of a sweep.
+
+    Args:
+        rows: Dotted options by name of the row.
+        teachers: Sets of teachers, each a further row; see :func:`teacher_sets`.
+        product: Values by dotted option; every row is repeated for every combination.
+        pool: Teachers that sets are made of.
+
+    Returns:
+        Rows in the order given, names unique.
+
+    Raises:
+        ConfigError: If there is no row, two have one name, or an option cannot be swept.
+    """
+    found = [Row(str(name), options) for name, options in (rows or {}).items()]
+    found += [Row(name, {TEACHERS: members}) for name, members in teacher_sets(teachers, pool).items()]
+    for name, values in (product or {}).items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"product.{name} is {values!r}; it must be a list with at least one value.")
+    if product:
+        parts = [[(option, value) for value in values] for option, values in product.items()]
+        combinations = [dict(choice) for choice in itertools.product(*parts)]
+        found = [_combine(row, combination) for row in found or [Row("", {})] for combination in combinations]
+    if not found:
+        raise ConfigError("The sweep has no rows. Name some under 'rows', 'teachers' or 'product'.")
+    for row in found:
+        _check(row)
+    repeated = sorted({row.name for row in found if sum(other.name == row.name for other in found) > 1})
+    if repeated:
+        raise ConfigError(f"Several rows of the sweep are called {repeated[0]!r}. Give each a name of its own.")
+    return found
+
+
+def teacher_sets(sets: TeacherSets | None, pool: Sequence[str]) -> dict[str, list[str]]:
+    """Sets of teachers by name.
+
+    Args:
+        sets: ``"singles"``, ``"all"``, ``"leave_one_out"`` (with all of them), ``"all_pairs"``, ``"powerset"`` (without
+            the empty one), or a list of these words and of lists of teachers.
+        pool: Teachers to choose from, whoever wrote them.
+
+    Returns:
+        Without repetitions, in the order given; names are ``all``, ``all-NAME`` and ``NAME+NAME``.
+
+    Raises:
+        ConfigError: If a word is unknown, or a set is empty or names a teacher twice.
+    """
+    found: dict[frozenset[str], tuple[str, list[str]]] = {}
+    for item in [sets] if isinstance(sets, str) else sets or []:
+        if isinstance(item, str):
+            if item not in SETS:
+                raise ConfigError(f"There are no sets of teachers called {item!r}. Choose from: {', '.join(SETS)}.")
+            named = [(_name(members, pool), members) for members in SETS[item](list(pool))]
+        else:
+            named = [("+".join(item), item)]
+        for name, members in named:
+            if not members or len(set(members)) < len(members):
+                raise ConfigError(f"{members} is no set of teachers: it is empty, or names one twice.")
+            found.setdefault(frozenset(members), (name, members))
+    return dict(found.values())
+
+
+def _leave_one_out(pool: list[str]) -> list[list[str]]:
+    return [pool, *([name for name in pool if name != left_out] for left_out in pool if len(pool) > 1)]
+
+
+def _of_size(pool: list[str], sizes: Iterable[int]) -> list[list[str]]:
+    return [list(members) for size in sizes for members in itertools.combinations(pool, size)]
+
+
+SETS: dict[str, Callable[[list[str]], list[list[str]]]] = {
+    "singles": lambda pool: _of_size(pool, [1]),
+    "all": lambda pool: [pool],
+    "leave_one_out": _leave_one_out,
+    "all_pairs": lambda pool: _of_size(pool, [2]),
+    "powerset": lambda pool: _of_size(pool, range(1, len(pool) + 1)),
+}
+
+
+def _name(members: list[str], pool: Sequence[str]) -> str:
+    missing = [name for name in pool if name not in members]
+    if len(members) > 1 and not missing:
+        return "all"
+    if len(members) > 2 and len(missing) == 1:
+        return f"all-{missing[0]}"
+    return "+".join(members)
+
+
+def _combine(row: Row, options: Options) -> Row:
+    twice = row.options.keys() & options.keys()
+    if twice:
+        raise ConfigError(f"Row {row.name!r} and the product both set {sorted(twice)[0]}. Leave it to one of them.")
+    values = ",".join(f"{name.rsplit('.', 1)[-1]}={_text(value)}" for name, value in options.items())
+    return Row(f"{row.name},{values}" if row.name else values, {**row.options, **options})
+
+
+def _text(value: Any) -> str:
+    return "+".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def _check(row: Row) -> None:
+    if not _NAME.fullmatch(row.name):
+        raise ConfigError(
+            f"A row cannot be called {row.name!r}: the name is that of a folder too. Use letters, digits, blanks and "
+            "any of + - _ . = , and name rows yourself, under 'rows', where values are no names."
+        )
+    if not isinstance(row.options, Mapping):
+        raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must be options of 'theia fit' with their values.")
+    reserved = [name for name in row.options if name in _RESERVED]
+    if reserved:
+        raise ConfigError(f"Row {row.name!r} sets {reserved[0]}, which the sweep itself sets. Leave it out.")

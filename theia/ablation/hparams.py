@@ -1,0 +1,52 @@
+"""Runs of a sweep for TensorBoard's HPARAMS tab: options and scores side by side."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from theia.ablation.summary import Scored
+
+_FOLDER = "hparams"
+
+
+def write_hparams(folder: Path, scored: Sequence[Scored]) -> None:
+    """Writes one entry per run, ``hparams/<row>/<seed>``, in place of all that was there.
+
+    Options that are lists are joined with ``+``. Scores of a row as a whole are shown with each of its runs.
+
+    Args:
+        folder: Of the sweep; ``hparams`` in it is this function's alone.
+        scored: Finished runs.
+    """
+    if (folder / _FOLDER).exists():
+        shutil.rmtree(folder / _FOLDER)
+    whole = {run.row: run.scores for run in scored if run.seed is None}
+    for run in scored:
+        if run.seed is not None:
+            options = {"row": run.row, "seed": run.seed, **_flat(run.options)}
+            _write(folder / _FOLDER / run.row / str(run.seed), options, {**whole.get(run.row, {}), **run.scores})
+
+
+def _write(folder: Path, options: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    with SummaryWriter(str(folder)) as writer:
+        # SummaryWriter.add_hparams would put the entry into a folder of its own below this one.
+        for summary in hparams(dict(options), dict(scores)):  # type: ignore[no-untyped-call]
+            writer.file_writer.add_summary(summary)
+        for name, score in scores.items():
+            writer.add_scalar(name, score)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, str | bool | int | float]:
+    found: dict[str, str | bool | int | float] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (str, bool, int, float)):
+            found[prefix + name] = value
+        else:
+            found[prefix + name] = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return found

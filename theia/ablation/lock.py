@@ -1,0 +1,30 @@
+"""Locks that nothing leaves behind: the system drops them with the last process that holds them."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[int | None]:
+    """Holds a file for one process, and for those of its children that are given the descriptor.
+
+    Args:
+        path: Of the file, which stays.
+
+    Yields:
+        The descriptor, or ``None`` if somebody else holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,182 @@
+"""One run of a sweep: its folder, how far it is, and what is left of it to do."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from theia.ablation.lock import lock
+from theia.errors import ConfigError
+
+State = Literal["waiting", "running", "finished", "failed"]
+
+CHECKPOINT = "last"  # no choice by held-out figures, which are what is compared
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with a seed.
+
+    Attributes:
+        row: Name of the row.
+        seed: Of the training.
+        folder: Run folder.
+        options: Dotted options in which the row differs from the base config.
+        config: All options of ``theia fit``, resolved.
+        steps: Optimisation steps of the whole training.
+        scorers: What is to be scored beside the translators.
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    options: Mapping[str, Any]
+    config: Mapping[str, Any]
+    steps: int
+    scorers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Distilled from."""
+        return tuple(self.config["data"]["teachers"])
+
+    @property
+    def config_file(self) -> Path:
+        """What ``theia fit`` and ``theia test`` are given."""
+        return self.folder / "fit.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What both said."""
+        return self.folder / "log.txt"
+
+    @property
+    def failed(self) -> Path:
+        """Holds the exit status of the command that failed, until the run is tried again."""
+        return self.folder / "failed"
+
+    @property
+    def trained(self) -> Path:
+        """A mark that training came to its end."""
+        return self.folder / "trained"
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is at work on it, here or on another machine that shares the folder."""
+        if not self.lock.exists():
+            return False
+        with lock(self.lock) as held:
+            return held is None
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever works on it."""
+        return self.folder / ".lock"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all scores are there."""
+        return self.report is not None
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """What ``theia test`` wrote, if it has all scores that are wanted."""
+        try:
+            report = json.loads((self.folder / f"test_{CHECKPOINT}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        whole = isinstance(report, dict) and set(self.scorers) <= set(report.get("scorers", ()))
+        return report if whole else None
+
+    def prepare(self) -> None:
+        """Writes the config."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.config_file.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
+        temporary.replace(self.config_file)
+
+    def progress(self) -> tuple[int, float | None]:
+        """Optimisation steps so far and the last training loss that was logged."""
+        if self.trained.exists():
+            return self.steps, None
+        step, loss = 0, None
+        for row in _rows(self.folder / "metrics.csv", _TAIL_BYTES):
+            step = max(step, int(_number(row, "step") or 0) + 1)
+            loss = _number(row, "train/loss") or loss
+        return min(step, self.steps), loss
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of the log."""
+        if not self.log.exists():
+            return ""
+        return "\n".join(_tail(self.log, _TAIL_BYTES)[-count:])
+
+    def speed(self) -> dict[str, float]:
+        """Images per second, the median of what was logged, and hours of the devices together for the whole run."""
+        rates = [rate for row in _rows(self.folder / "metrics.csv") if (rate := _number(row, "train/images_per_s"))]
+        if not rates:
+            return {}
+        rate = sorted(rates)[len(rates) // 2]
+        environment = json.loads((self.folder / "environment.json").read_text())
+        images = self.steps * self.config["data"]["batch_size"] * self.config["trainer"]["accumulate_grad_batches"]
+        return {"images_per_s": rate, "device_hours": environment["processes"] * images / rate / 3600}
+
+    def check(self) -> None:
+        """Sees that the folder is of this very run, if it is there.
+
+        Raises:
+            ConfigError: If it holds a run with other options.
+        """
+        if not self.config_file.exists():
+            return
+        there = _flat(yaml.safe_load(self.config_file.read_text()) or {})
+        here = _flat(self.config)
+        different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        if different:
+            lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
+            raise ConfigError(
+                f"{self.folder} holds a run of {self.name} with other options: {lines}. Choose another --out, or "
+                "remove that folder."
+            )
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, str]]:
+    """Rows of a CSV file, or those of its end: a long run's file is not read as a whole every second."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        header = file.readline()
+    lines = _tail(path, tail_bytes)
+    # The first line is the header, or a row that the tail cuts through.
+    return list(csv.DictReader(lines[1:], next(csv.reader([header]), [])))
+
+
+def _tail(path: Path, count: int | None) -> list[str]:
+    with path.open("rb") as file:
+        if count is not None:
+            file.seek(max(0, path.stat().st_size - count))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def _number(row: Mapping[str, str], column: str) -> float | None:
+    try:
+        return float(row.get(column) or "")
+    except ValueError:
+        return None

@@ -1,0 +1,80 @@
+"""Plug-ins of one kind: found through an entry-point group, imported on first use."""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from theia.errors import PluginError, TheiaError
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME_RULE = "of lower-case letters, digits and '_'"
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What distributions register in one group.
+
+    Attributes:
+        group: Entry-point group.
+        kind: What its members are called, in messages.
+        unknown: Error for a name that nothing registers.
+    """
+
+    group: str
+    kind: str
+    unknown: type[TheiaError]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted. Imports none of them."""
+        return sorted({point.name for point in entry_points(group=self.group)})
+
+    def load(self, name: str, problem: Callable[[Any], str | None]) -> Any:
+        """What one name stands for.
+
+        Args:
+            name: Name of its entry point.
+            problem: Says why an object is none of this kind, as the end of a sentence; ``None`` if it is one.
+
+        Raises:
+            TheiaError: Of the group's own class, if nothing registers the name; lists what is installed and the
+                nearest name.
+            PluginError: If the plug-in cannot be imported, has a problem, or shares its name with another.
+        """
+        points = [point for point in entry_points(group=self.group) if point.name == name]
+        if not points:
+            raise self.unknown(self._unknown(name))
+        if len(points) > 1:
+            places = " and ".join(_origin(point) for point in points)
+            raise PluginError(
+                f"Two plugins register the {self.kind} {name!r}: {places}. Uninstall or rename one of them."
+            )
+        point = points[0]
+        title = f"{self.kind.capitalize()} {name!r} of {_origin(point)}"
+        try:
+            found = point.load()
+        except Exception as error:
+            # Whatever a third party's import raises must not reach the plug-ins beside it.
+            raise PluginError(
+                f"{title} cannot be imported: {type(error).__name__}: {error}. "
+                "Reinstall or uninstall that distribution."
+            ) from error
+        reason = problem(found)
+        if reason is not None:
+            raise PluginError(f"{title} ({point.value}) {reason}.")
+        return found
+
+    def _unknown(self, name: str) -> str:
+        installed = self.names()
+        nearest = difflib.get_close_matches(name, installed, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return (
+            f"No {self.kind} named {name!r}.{hint} Installed: {', '.join(installed) or 'none'}. "
+            f"A plugin adds one under [project.entry-points.{self.group!r}]."
+        )
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value

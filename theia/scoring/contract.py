@@ -1,0 +1,66 @@
+"""The contract of a scorer: what the author of a plug-in reads.
+
+A scorer is a function that is given a trained student and gives numbers::
+
+    def brightness(trained: Trained) -> dict[str, float]:
+        '''How well the brightness of an image can be read out of its pooled tokens.'''
+        for batch in trained.train():
+            pooled = trained.encoder(batch.images, pool="mean")
+        ...
+        return {"correlation": 0.93}
+
+One line registers it, under its name::
+
+    [project.entry-points."theia.scorers"]
+    brightness = "my_package:brightness"
+
+Then ``theia test --scorers brightness`` writes ``brightness/correlation`` into its report. The first line of the
+docstring is what the log says of it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from theia.encoder.encoder import Encoder
+from theia.types import FeatureBatch, FeatureStatistics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained student, and the images and features to score it with.
+
+    ``train`` and ``held_out`` give their images on each call from the beginning, each image once, in the order of the
+    store, with the features of every teacher in :attr:`shapes`, on :attr:`device`. A batch is a view of memory that is
+    used again: it is valid until the next one is taken, so clone what you keep. Two iterations over the same part at
+    once are refused.
+
+    A scorer runs in one process, the others of a distributed test have ended: no collectives.
+
+    Attributes:
+        checkpoint: File of the student.
+        encoder: It, in evaluation mode and frozen, on :attr:`device`; a fresh one for every scorer.
+        shapes: By name of every teacher that the store has, ``{"channels": int, "grid_hw": [rows, columns],
+            "has_cls": bool}``. The student was distilled from those in ``encoder.teachers``, perhaps not from others.
+        statistics: By the same names, what features are normalised with.
+        train: Images to fit on, at most as many as ``--scorer_images``: a fixed part of the training split.
+        held_out: Images to score on, which neither the student nor ``train`` has.
+        device: Where to compute.
+        seed: Of everything random; torch, numpy and Python are seeded with it before each scorer.
+    """
+
+    checkpoint: Path
+    encoder: Encoder
+    shapes: Mapping[str, Mapping[str, Any]]
+    statistics: Mapping[str, FeatureStatistics]
+    train: Callable[[], Iterable[FeatureBatch]]
+    held_out: Callable[[], Iterable[FeatureBatch]]
+    device: torch.device
+    seed: int
+
+
+# Keys are a metric, or metric/teacher. All values are finite.
+Scorer = Callable[[Trained], Mapping[str, float]]
