@@ -18,6 +18,7 @@ from theia.types import TeacherSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FIT = sorted(CONFIGS.glob("*.yaml"))
+SWEEPS = sorted(CONFIGS.glob("ablations/*.yaml"))
 RECIPES = sorted(CONFIGS.glob("cdiv_*.yaml"))
 
 IMAGE_SIZE = 32
@@ -101,6 +102,36 @@ def test_every_shipped_config_trains_and_is_tested(
     scores = json.loads((run / "test_best.json").read_text())["after"]
     scored = {name.removeprefix("test/cosine/") for name in scores if name.startswith("test/cosine/")}
     assert scored == set(shipped["data"]["teachers"])
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_shipped_sweep_can_be_started(
+    path: Path, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "configs").symlink_to(CONFIGS)  # its base is a relative path
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(path), f"--data.store={small_store}", "--data.batch_size=4", "--dry_run=true"]
+
+    assert main(["ablate", *arguments]) == 0
+
+    rows = yaml.safe_load(path.read_text())
+    out = capsys.readouterr().out
+    assert rows["reference"] in out
+    assert f"runs/ablations/{path.stem}/" in out
+
+
+def test_the_papers_sets_of_teachers() -> None:
+    rows = yaml.safe_load((CONFIGS / "ablations/teachers.yaml").read_text())["rows"]
+    letters = {"clip": "C", "depth_anything": "De", "dinov2": "Di", "sam": "S", "vit": "V"}
+    named = {name: "".join(letters[teacher] for teacher in row["data.teachers"]) for name, row in rows.items()}
+    everything = "CDeDiSV"
+    expected = {"C", "De", "Di", "S", "V", "CDiV", "CDiS", everything}
+    expected |= {everything.replace(letter, "") for letter in letters.values()}
+    assert len(rows) == 13
+    assert set(named.values()) == expected
+    for name, members in named.items():
+        meant = everything.replace(name[4:], "") if name.startswith("All") else name
+        assert members == meant
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

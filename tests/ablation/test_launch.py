@@ -1,4 +1,5 @@
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,30 @@ def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
     job.stop()
     thread.join(10)
     assert codes == [-signal.SIGKILL]
+
+
+def test_a_preempted_job_goes_on_where_it_is_put_into_the_queue_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=60)
+    job = make_job(run)
+    thread = threading.Thread(target=job)
+    thread.start()
+    wait_for(lambda: run.progress()[0] > 3)
+    again = job.checkpoint()
+    thread.join(10)
+    assert 3 < run.progress()[0] < 60
+    assert not run.running
+
+    assert pickle.loads(pickle.dumps(again)).result() == 0
+    steps = [line.split(",")[1] for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == [str(step) for step in range(60)]
+
+
+def test_a_child_does_not_know_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    run = make_run(tmp_path)
+    show = "import os; print([name for name in os.environ if 'SLURM' in name])"
+    assert Job(run, program=(sys.executable, "-c", show))() == 0
+    assert run.last_lines(1) == "[]"
 
 
 @pytest.mark.parametrize("cluster", ["local", "debug"])

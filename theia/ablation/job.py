@@ -106,7 +106,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
+                env={**_environment(), **self.environment},
                 pass_fds=[held],
                 # Ctrl-C reaches this process alone, which then ends its children one after the other.
                 start_new_session=True,
@@ -122,3 +122,8 @@ class Job:
                 child.kill()
             time.sleep(_POLL_S)
         return code
+
+
+def _environment() -> dict[str, str]:
+    """Without SLURM's variables: Lightning would take the job for one that SLURM starts once for each device."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}

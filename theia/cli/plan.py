@@ -36,11 +36,8 @@ class Stores:
             data: The options of ``theia fit`` under ``data``.
 
         Raises:
-            ConfigError: If no store is named.
             StoreError: If there is none, or it is unfinished or damaged.
         """
-        if data.get("store") is None:
-            raise ConfigError("No feature store is named. Give it with --data.store, or in the config of --base.")
         key = tuple(data[name] for name in _OF_IMAGES)
         if key not in self._opened:
             self._opened[key] = FeatureDataModule(**dict(zip(_OF_IMAGES, key, strict=True)))

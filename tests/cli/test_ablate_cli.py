@@ -1,0 +1,226 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from theia.ablation.lock import lock
+from theia.cli.main import main
+
+FIT = [
+    "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2",
+    "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false", "--model.width=16", "--model.depth=1",
+    "--model.heads=2", "--data.batch_size=16", "--data.workers=0",
+]  # fmt: skip
+# Slow enough to be caught.
+LONG = ["--trainer.max_epochs=20", "--trainer.check_val_every_n_epoch=100"]
+
+
+def sweep_file(folder: Path, **content: object) -> str:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"out": str(folder / "sweep"), "teachers": "singles", **content}))
+    return str(path)
+
+
+@pytest.fixture
+def ablate(store: Path, tmp_path: Path) -> Callable[..., int]:
+    def run(*arguments: str, **content: object) -> int:
+        options = [f"--data.store={store}", *FIT, *arguments]
+        return main(["ablate", "--config", sweep_file(tmp_path, **content), *options])
+
+    return run
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")} - {"sweep.yaml"}
+
+
+def test_a_plan_shows_commands_and_cost_and_writes_nothing(
+    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("--dry_run=true", "--seeds=1,2", teachers=["all", ["beta"]], options={"model.registers": 4}) == 0
+    out = capsys.readouterr().out
+    assert out.count("theia fit ") == 4
+    assert "--model.registers=4" in out
+    assert f"--run_folder={tmp_path}/sweep/beta/seed_2" in out
+    assert "0 of 4 runs are finished. To do: 4 runs, 40 steps, 640 images" in out
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ({"rows": {"a": {"model.registers": 3}}}, [], "row 'a': Parser key \"model.registers\""),
+        ({"rows": {"a": {"model.colour": 3}}}, [], "row 'a': unrecognized arguments: --model.colour=3"),
+        ({"rows": {"a": {"data.teachers": ["x", "alpha"]}, "b": {"data.teachers": ["y", "x"]}}}, [],
+         "lacks teachers of this sweep: x (of a, b); y (of b)"),
+        ({"product": {"model.size": []}}, [], "at least one value"),
+        ({"teachers": None}, [], "no rows"),
+        ({"teachers": "triples"}, [], "no sets of teachers called 'triples'"),
+        ({"reference": "gamma"}, [], "reference 'gamma' is no row"),
+        ({"scorers": "robot"}, [], "No scorer named 'robot'"),
+        ({}, ["--jobs=0"], "jobs is 0"),
+        ({}, ["--seeds=1,1"], "each once"),
+        ({}, ["--seeds=x"], "whole numbers"),
+        ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
+        ({}, ["--base=/nowhere.yaml"], "/nowhere.yaml"),
+        ({}, ["--model.depth=x"], "the base of the sweep: Parser key \"model.depth\""),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_starts(
+    content: dict, arguments: list[str], message: str, ablate: Callable[..., int], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert ablate(*arguments, **content) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert files(tmp_path) == set()
+
+
+def test_slurm_where_there_is_none(
+    ablate: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ablate("--launcher=slurm") == 1
+    assert "no SLURM here" in capsys.readouterr().err
+
+
+def test_an_option_that_a_sweep_has_not_got(ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ablate(rowz={"a": {"model.size": "tiny"}})
+    assert "rowz" in capsys.readouterr().err
+
+
+def test_a_row_that_stands_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "twice.yaml").write_text(
+        f"out: {tmp_path}/sweep\nrows:\n  a: {{model.size: tiny}}\n  a: {{model.size: base}}\n"
+    )
+    assert main(["ablate", "--config", str(tmp_path / "twice.yaml")]) == 1
+    assert "twice.yaml" in (said := capsys.readouterr().err)
+    assert "names 'a' twice, from line 3 on" in said
+
+
+def test_a_second_sweep_in_one_folder_is_refused(
+    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock(tmp_path / "sweep/.lock"):
+        assert ablate() == 1
+    assert "Another sweep is at work" in capsys.readouterr().err
+
+
+def test_a_report_needs_a_sweep_with_something_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "report", str(tmp_path / "nowhere")]) == 1
+    assert "not the folder of a sweep" in capsys.readouterr().err
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["ablate", "report", str(tmp_path)]) == 1
+    assert "sweep.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_rows_from_start_to_report_with_one_that_fails(
+    ablate: Callable[..., int], store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "good": {"data.teachers": ["alpha"]},
+        "bad": {"model.weights": str(tmp_path / "nothing.pth")},
+        "linear": {"model.translator": "linear"},
+    }
+    content = {"rows": rows, "teachers": None, "reference": "good"}
+    assert ablate("--jobs=2", **content) == 1
+
+    said = capsys.readouterr()
+    assert "Failed: bad, seed 0" in said.out
+    assert "nothing.pth" in said.err  # the end of its log
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert {row["name"] for row in report["rows"]} == {"good", "linear"}
+    good = report["runs"][0]
+    assert good["teachers"] == ["alpha"]
+    for name in ("test/cosine/alpha", "readout/explained_variance/beta", "classification/knn_accuracy", "images_per_s"):
+        assert name in good["scores"]
+    assert report["statement"]["failed"] == ["bad, seed 0"]
+    page = (tmp_path / "sweep/report.md").read_text()
+    assert report["statement"]["store"]["manifest_sha256"] in page
+    run = tmp_path / "sweep/good/seed_0"
+    before = {name: (run / name).stat().st_mtime_ns for name in ("test_last.json", "checkpoints/last.ckpt")}
+
+    # Finished rows stay as they are; another option is another sweep; another seed is more of the same.
+    rows.pop("bad")
+    assert ablate(**content) == 0
+    assert {name: (run / name).stat().st_mtime_ns for name in before} == before
+    assert ablate("--model.learning_rate=0.1", **content) == 1
+    assert "other options: model.learning_rate was 0.0005, is 0.1" in capsys.readouterr().err
+
+    (tmp_path / "robot.csv").write_text("row,seed,success\ngood,0,0.5\nlinear,0,0.75\n")
+    arguments = ["--scores", str(tmp_path / "robot.csv"), "--sort_by", "external/success"]
+    assert main(["ablate", "report", str(tmp_path / "sweep"), *arguments]) == 0
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["linear", "good"]
+
+
+def start(store: Path, folder: Path) -> "subprocess.Popen[bytes]":
+    options = {"teachers": ["all", "singles"], "options": {"checkpoint_every": 1}, "scorers": "readout"}
+    command = [sys.executable, "-m", "theia", "ablate", "--config", sweep_file(folder, **options), "--jobs=2"]
+    return subprocess.Popen(
+        [*command, f"--data.store={store}", *FIT, *LONG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes of trainings of a sweep."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder / "sweep/").encode() in line and b"fit\0" in line:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_twice_and_interrupted_once_ends_as_if_it_never_was(store: Path, tmp_path: Path) -> None:
+    def lines() -> int:
+        path = tmp_path / "sweep/all/seed_0/metrics.csv"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    for least in (10, 40):  # with its children, as when the power fails
+        sweep = start(store, tmp_path)
+        wait_for(lambda least=least: lines() > least)
+        sweep.kill()
+        sweep.wait()
+        for process in alive(tmp_path):
+            os.kill(process, signal.SIGKILL)
+        wait_for(lambda: not alive(tmp_path))
+    sweep = start(store, tmp_path)
+    wait_for(lambda: bool(alive(tmp_path)))
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(60) == 130
+    assert not alive(tmp_path)
+
+    assert start(store, tmp_path).wait(240) == 0
+
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert [row["seeds"] for row in report["rows"]] == [[0], [0], [0]]
+    for row in ("all", "alpha", "beta"):
+        lines = (tmp_path / f"sweep/{row}/seed_0/metrics.csv").read_text().splitlines()
+        header = lines[0].split(",")
+        steps = [int(line.split(",")[header.index("step")]) for line in lines[1:]
+                 if line.split(",")[header.index("train/loss")]]  # fmt: skip
+        assert steps == list(range(100))
