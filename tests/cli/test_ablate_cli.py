@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import signal
@@ -219,8 +220,6 @@ def test_a_sweep_that_is_killed_twice_and_interrupted_once_ends_as_if_it_never_w
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert [row["seeds"] for row in report["rows"]] == [[0], [0], [0]]
     for row in ("all", "alpha", "beta"):
-        lines = (tmp_path / f"sweep/{row}/seed_0/metrics.csv").read_text().splitlines()
-        header = lines[0].split(",")
-        steps = [int(line.split(",")[header.index("step")]) for line in lines[1:]
-                 if line.split(",")[header.index("train/loss")]]  # fmt: skip
+        with (tmp_path / f"sweep/{row}/seed_0/metrics.csv").open(newline="") as file:
+            steps = [int(line["step"]) for line in csv.DictReader(file) if line["train/loss"]]
         assert steps == list(range(100))
