@@ -1,0 +1,1 @@
+"""What makes a representation good: numbers and pictures of any encoder."""

@@ -1,0 +1,1 @@
+"""What a student has learned from each teacher, shown as the teacher would show it."""

@@ -1,0 +1,208 @@
+"""Any encoder by one name: trained students, teachers, timm's models, teachers side by side, untrained students."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+
+from theia import registry
+from theia.encoder.encoder import Encoder
+from theia.encoder.load import load
+from theia.errors import ConfigError, ShapeError, WeightsError
+from theia.models.architecture import Architecture
+from theia.models.student import StudentTokens
+from theia.teacher import Teacher
+
+FORMS = """FOLDER, FILE.ckpt or OWNER/NAME   a Theia model: exported folder, checkpoint, or id on the hub
+teacher:NAME[@WEIGHTS]            an installed teacher, with its own weights, a path or id of others, or 'random'
+timm:NAME[@random]                a model of timm, pretrained or untrained
+concat:NAME,NAME,...              teachers side by side on the grid of the first; each may have @WEIGHTS
+random:vit_tiny                   an untrained student: vit_tiny, vit_small or vit_base"""
+
+_STUDENTS = {"vit_tiny": "tiny", "vit_small": "small", "vit_base": "base"}
+_SEED = 0
+
+
+class NamedEncoder(nn.Module):
+    """An encoder as analyses and probes see it: images in, spatial tokens out. Frozen, in evaluation mode.
+
+    Args:
+        name: As it was given.
+        inner: Gives :class:`~theia.models.student.StudentTokens` for uint8 images ``(B, 3, H, W)``.
+
+    Attributes:
+        name: For reports.
+        source: What it is: a :class:`~theia.encoder.encoder.Encoder` for Theia models.
+    """
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.inner = inner.eval().requires_grad_(False)
+
+    @property
+    def source(self) -> nn.Module:
+        """The model behind it."""
+        return self.inner.inner if isinstance(self.inner, _OfTheia | _OfTeacher | _OfTimm) else self.inner
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> StudentTokens:
+        """Spatial tokens, float32.
+
+        Args:
+            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides multiples of 16; the
+                others resize them to their own size.
+
+        Returns:
+            ``patches`` of shape ``(B, N, C)`` row by row, ``grid`` ``(H, W)``, ``cls`` if there is one.
+
+        Raises:
+            ShapeError: If the images are of another shape or size than the encoder takes.
+        """
+        tokens: StudentTokens = self.inner(images)
+        cls = None if tokens.cls is None else tokens.cls.float()
+        return StudentTokens(cls, tokens.registers.float(), tokens.patches.float(), tokens.grid)
+
+
+def open_encoder(name: str, device: str | torch.device = "cpu") -> NamedEncoder:
+    """Builds the encoder that a name stands for.
+
+    Args:
+        name: One of the forms in :data:`FORMS`.
+        device: Where to put it.
+
+    Raises:
+        ConfigError: If the name has none of the forms, or a model has no spatial features.
+        UnknownTeacherError: If no such teacher is installed.
+        WeightsError: If weights cannot be had.
+    """
+    kind, colon, rest = name.partition(":")
+    if not colon or kind not in _KINDS:
+        try:
+            return NamedEncoder(name, _OfTheia(load(name))).to(device)
+        except WeightsError as error:
+            if colon:
+                raise ConfigError(f"{name!r} names no encoder. The forms are:\n{FORMS}") from error
+            raise
+    if not rest:
+        raise ConfigError(f"{name!r} names no encoder. The forms are:\n{FORMS}")
+    return NamedEncoder(name, _KINDS[kind](rest)).to(device)
+
+
+class _OfTheia(nn.Module):
+    def __init__(self, inner: Encoder) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        return self.inner.forward_features(images)
+
+
+class _OfTeacher(nn.Module):
+    def __init__(self, inner: Teacher) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        features = self.inner(images)
+        return _tokens(features.patches, self.inner.spec.grid_hw, features.cls)
+
+
+class _OfTimm(nn.Module):
+    mean: Tensor  # (3, 1, 1), of values in 0..1
+    std: Tensor
+
+    def __init__(self, inner: Any, name: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self._name = name
+        config = resolve_model_data_config(inner)  # type: ignore[no-untyped-call]
+        self._size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        pixels = images.float()
+        if tuple(pixels.shape[2:]) != self._size:
+            pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 255)
+        features = self.inner.forward_features((pixels / 255 - self.mean) / self.std)
+        if features.ndim == 4:
+            last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
+            maps = features if last else features.permute(0, 2, 3, 1)
+            return _tokens(maps.flatten(1, 2), tuple(maps.shape[1:3]), None)
+        prefix = getattr(self.inner, "num_prefix_tokens", None)
+        if features.ndim != 3 or prefix is None:
+            raise ConfigError(f"timm's {self._name} gives no spatial features, {tuple(features.shape)}. Take another.")
+        rows, columns = self.inner.patch_embed.grid_size
+        return _tokens(features[:, prefix:], (rows, columns), features[:, 0] if self.inner.has_class_token else None)
+
+
+class _Concatenation(nn.Module):
+    """The paper's naive combination: channels of several teachers on one grid, resampled bilinearly where needed."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        every = [part(images) for part in self.parts]
+        grid = every[0].grid
+        maps = [
+            tokens.as_map().float()
+            if tokens.grid == grid
+            else F.interpolate(tokens.as_map().float(), grid, mode="bilinear", antialias=True)
+            for tokens in every
+        ]
+        return _tokens(torch.cat(maps, 1).permute(0, 2, 3, 1).flatten(1, 2), grid, None)
+
+
+def _tokens(patches: Tensor, grid: tuple[int, int], cls: Tensor | None) -> StudentTokens:
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ShapeError(f"{patches.shape[1]} tokens do not lie on a grid of {grid[0]}x{grid[1]}.")
+    return StudentTokens(cls, patches[:, :0], patches, grid)
+
+
+def _teacher(text: str) -> nn.Module:
+    name, _, weights = text.partition("@")
+    return _OfTeacher(registry.create(name, {"weights": weights} if weights else None))
+
+
+def _timm(text: str) -> nn.Module:
+    name, _, weights = text.partition("@")
+    if weights not in ("", "random"):
+        raise ConfigError(f"timm:{text}: after @ there can only be 'random'. Without it, timm's weights are fetched.")
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.partition('.')[0][:12]}*")[:5]
+        raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_SEED)
+            model = timm.create_model(name, pretrained=not weights, num_classes=0)
+    except Exception as error:
+        # Between here and the weights lie several libraries, each with its own exceptions.
+        raise WeightsError(
+            f"timm's weights of {name} cannot be had ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"Untrained it is timm:{name}@random."
+        ) from error
+    return _OfTimm(model, name)
+
+
+def _concat(text: str) -> nn.Module:
+    return _Concatenation([_teacher(part) for part in text.split(",")])
+
+
+def _random(text: str) -> nn.Module:
+    if text not in _STUDENTS:
+        raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(_STUDENTS)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_SEED)
+        teachers = {"none": {"channels": 1, "grid_hw": [1, 1], "has_cls": False}}  # a model needs one
+        size: Any = _STUDENTS[text]
+        return _OfTheia(Encoder(Architecture(teachers=teachers, size=size, translator="linear")))
+
+
+_KINDS = {"teacher": _teacher, "timm": _timm, "concat": _concat, "random": _random}
