@@ -110,7 +110,7 @@ def test_every_shipped_sweep_can_be_started(
 ) -> None:
     (tmp_path / "configs").symlink_to(CONFIGS)  # its base is a relative path
     monkeypatch.chdir(tmp_path)
-    arguments = ["--config", str(path), f"--data.store={small_store}", "--data.batch_size=4", "--dry_run=true"]
+    arguments = ["--config", str(path), f"--data.store={small_store}", "--data.batch_size=4", "--dry_run"]
 
     assert main(["ablate", *arguments]) == 0
 

@@ -45,7 +45,7 @@ def files(folder: Path) -> set[str]:
 def test_a_plan_shows_commands_and_cost_and_writes_nothing(
     ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ablate("--dry_run=true", "--seeds=1,2", teachers=["all", ["beta"]], options={"model.registers": 4}) == 0
+    assert ablate("--dry_run", "--seeds=1,2", teachers=["all", ["beta"]], options={"model.registers": 4}) == 0
     out = capsys.readouterr().out
     assert out.count("theia fit ") == 4
     assert "--model.registers=4" in out

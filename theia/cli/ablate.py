@@ -10,9 +10,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 
 from theia.ablation.grid import expand
+from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     """
     if argv[:1] == ["report"]:
         return int(auto_cli(report, args=argv[1:], prog="theia ablate report"))
-    parser = ArgumentParser(prog="theia ablate", description=_DESCRIPTION)
+    parser = Parser(prog="theia ablate", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
     own, fit_options = _split(argv, {action.dest for action in parser._actions})

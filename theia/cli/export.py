@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 
+from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     Raises:
         TheiaError: See :func:`theia.export.export.export`.
     """
-    return int(auto_cli(export, args=argv, prog="theia export", as_positional=False))
+    return int(auto_cli(export, args=argv, prog="theia export", as_positional=False, parser_class=Parser))
 
 
 def export(

@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tabulate import tabulate
 
 from theia import registry
+from theia.cli.parser import Parser
 from theia.errors import PluginError
 from theia.extraction.config import ExtractConfig
 from theia.teacher import Teacher
@@ -64,9 +65,9 @@ def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:
     return "\n".join(lines)
 
 
-def _build_parser() -> tuple[ArgumentParser, dict[str, type[Teacher]], dict[str, PluginError]]:
+def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginError]]:
     """The parser, the teachers that have their options in it, and why the others cannot."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="theia extract",
         description="Run teachers over images once and store their features. "
         "The same command again continues what was interrupted.",

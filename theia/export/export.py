@@ -95,7 +95,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise ExportError(f"{out} holds something else: {', '.join(other[:3])}. Choose another folder with --out.")
     if not overwrite:
         raise ExportError(
-            f"{out} holds a model already. Replace it with --overwrite true, or choose another folder with --out."
+            f"{out} holds a model already. Replace it with --overwrite, or choose another folder with --out."
         )
 
 
