@@ -39,9 +39,7 @@ def classification(trained: Trained) -> dict[str, float]:
     training = _pooled(trained.encoder, trained.train())
     held_out = None if training is None else _pooled(trained.encoder, trained.held_out())
     if training is None or held_out is None:
-        logger.info(
-            "No classification scores: the store has no class labels. 'theia extract --labels' keeps them."
-        )
+        logger.info("No classification scores: the store has no class labels. 'theia extract --labels' keeps them.")
         return {}
     if len(np.unique(training[1])) < 2:
         logger.info("No classification scores: all %d training images are of one class.", len(training[1]))
