@@ -126,7 +126,7 @@ def test_a_report_needs_a_sweep_with_something_finished(tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_two_rows_from_start_to_report_with_one_that_fails(
-    ablate: Callable[..., int], store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {
         "good": {"data.teachers": ["alpha"]},
@@ -151,9 +151,10 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     run = tmp_path / "sweep/good/seed_0"
     before = {name: (run / name).stat().st_mtime_ns for name in ("test_last.json", "checkpoints/last.ckpt")}
 
-    # Finished rows stay as they are; another option is another sweep; another seed is more of the same.
+    # Finished rows stay as they are, under whatever path; another option is another sweep.
     rows.pop("bad")
-    assert ablate(**content) == 0
+    monkeypatch.chdir(tmp_path)
+    assert ablate("--out=sweep", **content) == 0
     assert {name: (run / name).stat().st_mtime_ns for name in before} == before
     assert ablate("--model.learning_rate=0.1", **content) == 1
     assert "other options: model.learning_rate was 0.0005, is 0.1" in capsys.readouterr().err

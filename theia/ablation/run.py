@@ -141,7 +141,9 @@ class Run:
             return
         there = _flat(yaml.safe_load(self.config_file.read_text()) or {})
         here = _flat(self.config)
-        different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        # The folder may have been moved, or be named in another way.
+        names = [name for name in {**there, **here} if name != "run_folder"]
+        different = [name for name in names if there.get(name) != here.get(name)]
         if different:
             lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
             raise ConfigError(
