@@ -3,7 +3,8 @@ import math
 import pytest
 from scipy import stats
 
-from theia.ablation.statistics import correlation, estimate, paired_difference
+from theia.ablation.statistics import estimate, paired_difference
+from theia.analysis.statistics import correlation
 
 # Of the t distribution, from a printed table: 97.5 % with 1 and 2 degrees of freedom.
 T_1, T_2 = 12.706, 4.303

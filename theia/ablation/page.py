@@ -6,8 +6,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from theia.ablation.statistics import Correlation, Estimate
+from theia.ablation.statistics import Estimate
 from theia.ablation.summary import ENTROPY, RowSummary, Summary, higher_is_better
+from theia.analysis.statistics import Correlation
 
 PICTURE = "report.png"
 _ABSENT = "–"

@@ -1,16 +1,11 @@
-"""What a few seeds tell: means, paired differences and correlations, each with its 95 % interval."""
+"""What a few seeds tell: means and paired differences, each with its 95 % interval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-_CONFIDENCE = 0.95
-
-# Values that differ by less than this part of their size differ by rounding only.
-_ROUNDING = 1e-12
+from theia.analysis.statistics import CONFIDENCE, ROUNDING, is_constant
 
 
 @dataclass(frozen=True)
@@ -48,23 +43,6 @@ class Difference(Estimate):
     p: float | None
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """Pearson's coefficient.
-
-    Attributes:
-        r: In ``[-1, 1]``.
-        low: Lower end of its 95 % interval (Fisher's transformation); ``None`` with fewer than four points.
-        high: Upper end.
-        n: Points.
-    """
-
-    r: float
-    low: float | None
-    high: float | None
-    n: int
-
-
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean with Student's t interval.
 
@@ -79,8 +57,8 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None, None, len(values))
     from scipy import stats
 
-    error = 0.0 if _constant(values) else float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half_width = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)) * error
+    error = 0.0 if is_constant(values) else float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
     return Estimate(mean, mean - half_width, mean + half_width, len(values))
 
 
@@ -103,41 +81,13 @@ def paired_difference(values: Mapping[int | None, float], reference: Mapping[int
     ours, theirs = [values[seed] for seed in common], [reference[seed] for seed in common]
     differences = np.subtract(ours, theirs)
     size = float(np.max(np.abs([ours, theirs])))
-    if np.ptp(differences) <= _ROUNDING * size:
+    if np.ptp(differences) <= ROUNDING * size:
         # The t statistic would be 0/0 or infinite; of rounding, it would be any number.
         differences = np.full(len(common), differences.mean())
     found = estimate(differences.tolist())
     p = None
-    if len(common) > 1 and not _constant(differences):
+    if len(common) > 1 and not is_constant(differences):
         from scipy import stats
 
         p = float(stats.ttest_rel(ours, theirs).pvalue)
     return Difference(found.mean, found.low, found.high, found.n, p)
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
-    """Pearson's coefficient of paired values.
-
-    Args:
-        x: Finite values.
-        y: As many.
-
-    Returns:
-        ``None`` with fewer than three points, through two of which there is always a line, or if either side is
-        constant.
-    """
-    if len(x) < 3 or _constant(x) or _constant(y):
-        return None
-    from scipy import stats
-
-    found = stats.pearsonr(x, y)
-    r = float(found.statistic)
-    if len(x) < 4:
-        return Correlation(r, None, None, len(x))
-    with np.errstate(divide="ignore"):  # points on a line: the interval is the coefficient alone
-        low, high = found.confidence_interval(_CONFIDENCE)
-    return Correlation(r, float(low), float(high), len(x))
-
-
-def _constant(values: Sequence[float] | npt.NDArray[Any]) -> bool:
-    return bool(np.ptp(values) <= _ROUNDING * np.max(np.abs(values)))

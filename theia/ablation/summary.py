@@ -5,14 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from theia.ablation.statistics import (
-    Correlation,
-    Difference,
-    Estimate,
-    correlation,
-    estimate,
-    paired_difference,
-)
+from theia.ablation.statistics import Difference, Estimate, estimate, paired_difference
+from theia.analysis.statistics import Correlation, correlation
 from theia.errors import ConfigError
 
 ENTROPY = "test/norm_entropy"

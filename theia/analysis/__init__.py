@@ -1,1 +1,1 @@
-"""What makes a representation good: numbers and pictures of any encoder."""
+"""What makes a representation good: figures of any encoder's patch tokens, over any number of images."""

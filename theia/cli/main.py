@@ -22,6 +22,7 @@ COMMANDS = {
     "validate": (_LIGHTNING, "score a checkpoint on held-out images, in Lightning's table"),
     "test": (_LIGHTNING, "score a checkpoint against the untrained student, with a table and a picture"),
     "ablate": ("theia.cli.ablate", "train, score and compare students: which teachers, which loss, which size"),
+    "analyze": ("theia.cli.analyze", "compare representations: norms, components, similarity, CKA; of any encoders"),
     "export": ("theia.cli.export", "write a trained model for others: safetensors, ONNX, timm, the published layout"),
 }
 

@@ -1,5 +1,6 @@
 """Any encoder by one name: trained students, teachers, timm's models, teachers side by side, untrained students."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,15 +131,33 @@ class _OfTimm(nn.Module):
         if tuple(pixels.shape[2:]) != self._size:
             pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 255)
         features = self.inner.forward_features((pixels / 255 - self.mean) / self.std)
-        if features.ndim == 4:
+        if isinstance(features, Tensor) and features.ndim == 4:
             last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
             maps = features if last else features.permute(0, 2, 3, 1)
-            return _tokens(maps.flatten(1, 2), tuple(maps.shape[1:3]), None)
+            return _tokens(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), None)
         prefix = getattr(self.inner, "num_prefix_tokens", None)
-        if features.ndim != 3 or prefix is None:
-            raise ConfigError(f"timm's {self._name} gives no spatial features, {tuple(features.shape)}. Take another.")
-        rows, columns = self.inner.patch_embed.grid_size
-        return _tokens(features[:, prefix:], (rows, columns), features[:, 0] if self.inner.has_class_token else None)
+        if not isinstance(features, Tensor) or features.ndim != 3 or prefix is None:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigError(f"timm's {self._name} gives no spatial features, but {shape}. Take another.")
+        patches = features[:, prefix:]
+        return _tokens(patches, self._grid(patches.shape[1]), features[:, 0] if self._has_cls(prefix) else None)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns: of the patch embedding if the model keeps its grid, a square otherwise."""
+        grid = getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
+        if grid is not None and grid[0] * grid[1] == tokens:
+            return grid[0], grid[1]
+        side = math.isqrt(tokens)
+        if side * side != tokens or self._size[0] != self._size[1]:
+            raise ConfigError(
+                f"timm's {self._name} gives {tokens} tokens on a grid that it does not tell. Take another."
+            )
+        return side, side
+
+    def _has_cls(self, prefix: int) -> bool:
+        # Not all of timm's transformers say so, but all that have one call it alike and put it first.
+        told = getattr(self.inner, "has_class_token", getattr(self.inner, "cls_token", None) is not None)
+        return prefix > 0 and bool(told)
 
 
 class _Concatenation(nn.Module):

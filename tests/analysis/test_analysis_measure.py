@@ -1,0 +1,116 @@
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from theia.analysis.measure import ImageBatch, measure
+from theia.analysis.results import as_json, assemble
+from theia.errors import FeatureError
+from theia.models.student import StudentTokens
+from theia.training.metrics import NormEntropy
+
+
+class Pixels(nn.Module):
+    """Every 4x4 patch of an image as a token, through some function."""
+
+    def __init__(self, change: nn.Module | None = None) -> None:
+        super().__init__()
+        self.change = change or nn.Identity()
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        rows, columns = (side // 4 for side in images.shape[2:])
+        patches = nn.functional.unfold(images.float() / 255, 4, stride=4).transpose(1, 2)
+        changed = self.change(patches)
+        return StudentTokens(None, changed[:, :0], changed, (rows, columns))
+
+
+class Constant(Pixels):
+    def forward(self, images: Tensor) -> StudentTokens:
+        tokens = super().forward(images)
+        return StudentTokens(None, tokens.registers, torch.full_like(tokens.patches, 0.3), tokens.grid)
+
+
+def images(count: int) -> Tensor:
+    return torch.randint(256, (count, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def batches(pixels: Tensor, size: int) -> Iterator[ImageBatch]:
+    for start in range(0, len(pixels), size):
+        part = pixels[start : start + size]
+        yield ImageBatch([f"{start + row}.png" for row in range(len(part))], part)
+
+
+def test_one_pass_gives_what_all_tokens_at_once_do() -> None:
+    pixels = images(20)
+    found = measure({"pixels": Pixels()}, batches(pixels, 6)).encoders["pixels"]
+    patches = Pixels()(pixels).patches
+    tokens = patches.flatten(0, 1).double().numpy()
+    metric = NormEntropy()
+    metric.update(patches)
+
+    assert (found.width, found.grid) == (48, (2, 3))
+    assert found.entropy.value == pytest.approx(float(metric.compute()), abs=1e-6)
+    variances = np.linalg.svd(tokens - tokens.mean(0), compute_uv=False) ** 2
+    assert found.spectrum.ratio == pytest.approx(variances / variances.sum(), abs=1e-9)
+    norms = np.linalg.norm(tokens, axis=1) / math.sqrt(48)
+    assert found.relative.median == pytest.approx(np.median(norms), rel=2e-3)
+
+
+def test_the_size_of_a_batch_changes_nothing() -> None:
+    encoders = {"a": Pixels(), "b": Pixels(nn.LayerNorm(48))}
+    one, other = (measure(encoders, batches(images(13), size)) for size in (1, 13))
+    assert one.cka == [pytest.approx(row, abs=1e-9) for row in other.cka]
+    for name in encoders:
+        assert one.encoders[name].entropy.low == other.encoders[name].entropy.low
+        assert one.encoders[name].spectrum.area == pytest.approx(other.encoders[name].spectrum.area)
+
+
+def test_the_first_images_or_the_chosen_ones_are_shown() -> None:
+    first = measure({"a": Pixels()}, batches(images(9), 2), 3).maps
+    assert [*first.images] == ["0.png", "1.png", "2.png"]
+    assert [norms.shape for norms in first.norms["a"]] == [(2, 3)] * 3
+
+    chosen = measure({"a": Pixels()}, batches(images(9), 2), ["7.png", "2.png"]).maps
+    assert [*chosen.images] == ["2.png", "7.png"]
+    expected = Pixels()(images(9)[7:8]).patches[0].norm(dim=1).reshape(2, 3) / 48**0.5
+    assert chosen.norms["a"][1] == pytest.approx(expected.numpy())
+
+
+def test_constant_features_have_no_entropy_and_what_is_undefined_is_null_with_a_note() -> None:
+    measured = measure({"constant": Constant(), "a": Pixels()}, batches(images(8), 4))
+    analysis = assemble(measured, {"constant": False, "a": True}, {}, [], {})
+    constant, other = as_json(analysis)["encoders"]
+
+    assert constant["norm_entropy"]["value"] == 0
+    assert constant["pca"] == {"area": None, "for_90": None, "for_99": None, "explained_variance_ratio": None}
+    assert constant["similarity"]["mean"] == pytest.approx(1)
+    assert measured.cka == [[None, None], [None, pytest.approx(1)]]
+    assert other["group"] == "distilled"
+    notes = " ".join(analysis.notes)
+    assert "constant: all tokens are the same" in notes
+    assert "constant: every image gives the same mean token" in notes
+
+
+def test_one_image_has_figures_without_spread() -> None:
+    analysis = assemble(measure({"a": Pixels()}, batches(images(1), 4)), {"a": False}, {}, [], {})
+    (found,) = as_json(analysis)["encoders"]
+    assert found["norm_entropy"]["low"] is None
+    assert found["similarity"]["std"] is None
+    notes = " ".join(analysis.notes)
+    for part in ("One image only", "CKA is not defined for fewer than 4", "6 tokens have at most 5 principal"):
+        assert part in notes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_named(value: float) -> None:
+    class Broken(Pixels):
+        def forward(self, images: Tensor) -> StudentTokens:
+            tokens = super().forward(images)
+            tokens.patches[1, 2, 3] = value
+            return tokens
+
+    with pytest.raises(FeatureError, match=r"Encoder broken .* on image 1\.png"):
+        measure({"broken": Broken()}, batches(images(4), 4))

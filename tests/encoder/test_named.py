@@ -1,0 +1,140 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import theia
+from theia import registry
+from theia.encoder.encoder import Encoder
+from theia.encoder.named import open_encoder
+from theia.errors import ConfigError, UnknownTeacherError, WeightsError
+from theia.export.export import export
+
+
+def random_images(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+IMAGES = random_images(2, 3, 224, 224)
+
+
+def timms_own(name: str, pixels: torch.Tensor) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model of timm with the weights of seed 0, and its features of normalised pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    config = timm.data.resolve_data_config(model=model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        return model, model.forward_features((pixels.float() / 255 - mean) / std)
+
+
+# Prefix tokens: CLS alone, CLS and registers, CLS and a distillation token, CLS of another class of models.
+@pytest.mark.parametrize(
+    ("name", "prefix", "grid"),
+    [
+        ("vit_tiny_patch16_224", 1, (14, 14)),
+        ("vit_small_patch16_dinov3", 5, (16, 16)),
+        ("deit_tiny_distilled_patch16_224", 2, (14, 14)),
+        ("cait_xxs24_224", 1, (14, 14)),
+    ],
+)
+def test_timms_tokens_are_timms(name: str, prefix: int, grid: tuple[int, int]) -> None:
+    images = random_images(1, 3, 16 * grid[0], 16 * grid[1])
+    _, expected = timms_own(name, images)
+    tokens = open_encoder(f"timm:{name}@random")(images)
+
+    assert tokens.grid == grid
+    assert tokens.cls is not None
+    torch.testing.assert_close(tokens.patches, expected[:, prefix:])
+    torch.testing.assert_close(tokens.cls, expected[:, 0])
+
+
+@pytest.mark.parametrize(("name", "channels_last"), [("resnet10t", False), ("swin_tiny_patch4_window7_224", True)])
+def test_timms_maps_are_read_row_by_row(name: str, channels_last: bool) -> None:
+    size = timm.create_model(name, num_classes=0).default_cfg["input_size"][-1]
+    images = random_images(1, 3, size, size)
+    _, expected = timms_own(name, images)
+    tokens = open_encoder(f"timm:{name}@random")(images)
+
+    assert tokens.cls is None
+    torch.testing.assert_close(tokens.as_map(), expected.permute(0, 3, 1, 2) if channels_last else expected)
+
+
+def test_other_sizes_are_resized_for_timm() -> None:
+    tokens = open_encoder("timm:vit_tiny_patch16_224@random")(random_images(1, 3, 96, 160))
+    assert tokens.patches.shape == (1, 196, 192)
+
+
+def test_a_teacher_gives_its_own_features() -> None:
+    tokens = open_encoder("teacher:hog")(IMAGES)
+    assert tokens.grid == (14, 14)
+    assert torch.equal(tokens.patches, registry.create("hog")(IMAGES).patches)
+    assert tokens.cls is None
+
+
+def test_concatenated_teachers_lie_on_the_grid_of_the_first() -> None:
+    hog, color = registry.create("hog")(IMAGES).patches, registry.create("color")(IMAGES).patches
+    as_map = color.transpose(1, 2).reshape(2, 6, 16, 16)
+    resampled = F.interpolate(as_map, (14, 14), mode="bilinear", antialias=True)
+    expected = torch.cat([hog, resampled.flatten(2).transpose(1, 2)], 2)
+
+    tokens = open_encoder("concat:hog,color")(IMAGES)
+    assert tokens.grid == (14, 14)
+    torch.testing.assert_close(tokens.patches, expected)
+    assert open_encoder("concat:color,hog")(IMAGES).grid == (16, 16)
+
+
+def test_a_checkpoint_and_an_exported_folder_are_what_load_gives(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = checkpoint()
+    export(str(path), tmp_path / "exported", ["safetensors"])
+    images = random_images(2, 3, 224, 224)
+    expected = theia.load(path).forward_features(images)
+    for name in (str(path), str(tmp_path / "exported")):
+        encoder = open_encoder(name)
+        tokens = encoder(images)
+        assert isinstance(encoder.source, Encoder)
+        assert encoder.name == name
+        assert torch.equal(tokens.patches, expected.patches)
+        assert tokens.grid == expected.grid
+        assert not tokens.patches.requires_grad
+
+
+def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = open_encoder("random:vit_tiny")(IMAGES)
+    assert torch.equal(torch.rand(3), expected)
+    assert first.patches.shape == (2, 196, 192)
+    assert torch.equal(first.patches, open_encoder("random:vit_tiny")(IMAGES).patches)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nowhere/at/all", WeightsError, "no file or folder"),
+        ("clip:large", ConfigError, "The forms are:\n.*FOLDER"),
+        ("timm:", ConfigError, "names no encoder"),
+        ("timm:vit_tinny_patch16_224", ConfigError, "no model 'vit_tinny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224@mine", ConfigError, "can only be 'random'"),
+        ("random:vit_huge", ConfigError, "vit_tiny, vit_small, vit_base"),
+        ("teacher:nobody", UnknownTeacherError, "nobody"),
+        ("concat:hog,nobody", UnknownTeacherError, "nobody"),
+    ],
+)
+def test_what_names_no_encoder_says_so(name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_encoder(name)
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "pit_ti_224", "crossvit_tiny_240"])
+def test_models_without_spatial_features_say_so(name: str) -> None:
+    encoder = open_encoder(f"timm:{name}@random")
+    with pytest.raises(ConfigError, match="no spatial features"):
+        encoder(random_images(1, 3, 224, 224))

@@ -1,0 +1,150 @@
+"""An analysis as a page to read."""
+
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
+
+from theia.analysis.entropy import BIN_COUNTS
+from theia.analysis.results import Analysis
+from theia.analysis.sketch import OUTLIER_FACTOR
+from theia.training.metrics import NORM_BINS, NORM_RANGE
+
+_ABSENT = "–"
+_SHOWN_SKIPPED = 20
+
+_NORMS = f"""Entropy H = −Σ p log p (nats) of the histogram of patch-token L2 norms. Norms are divided by √width and
+counted in {NORM_BINS} equal bins over [0, {NORM_RANGE:g}), the same for all encoders; norms beyond count in the last
+bin. In square brackets: 95 % interval over images (Poisson bootstrap). *Relative*: the same bins for norms divided by
+the encoder's own median norm, so that the scale of features does not matter. *Outliers*: share of tokens longer than
+{OUTLIER_FACTOR:g} medians (Darcet et al., 2024). Values compare only between encoders on the same images.
+"""
+_BINS = "How the norm entropy depends on the number of bins over the same range; the range of encoders must not change."
+_MAPS = """Dark is the lowest norm of each map, bright the highest; both stand below it, divided by √width. A map is all
+dark where norms differ by rounding only. The clipped maps show what single long tokens
+outshine: all norms above the map's median look alike there.
+"""
+_PCA = """Explained-variance ratio of the principal components of all tokens, exact. *Area*: below the cumulative curve
+over the share of components; 0.5 if all components explain alike, near 1 if few explain all.
+"""
+_SIMILARITY = """Cosine of each patch token to the mean token of its image: mean over tokens, then mean ± standard
+deviation over images. Near 1: the tokens of an image are nearly the same.
+"""
+_CKA = """Linear CKA of mean-pooled patch tokens, unbiased, over minibatches of images in random order: 1 for the same
+representation up to rotation and scale, about 0 for unrelated ones (small negative values are chance).
+"""
+_SCORES = """Pearson's r of figures with the score, with its 95 % interval (Fisher). Distilled and regular encoders are
+correlated apart, as norms of one kind need not compare with those of the other. With few encoders the interval is wide.
+"""
+
+
+def page(analysis: Analysis, pictures: Sequence[str]) -> str:
+    """The report in Markdown.
+
+    Args:
+        analysis: What to report.
+        pictures: Names of the image files beside it.
+    """
+    parts: list[str | None] = ["# Analysis of encoders\n", _subject(analysis), main_table(analysis, "github")]
+    parts += [f"- {note}" for note in analysis.notes]
+    parts += ["" if analysis.notes else None, "## Norms of patch tokens\n", _NORMS, _picture("norms.png", pictures)]
+    parts += [_BINS + "\n", _bins(analysis)]
+    if "norm_maps.png" in pictures:
+        parts += ["## Norm maps\n", _MAPS, _picture("norm_maps.png", pictures)]
+        parts.append(f"Images, from left to right: {_names(analysis.measured.maps.images)}.\n")
+    parts += ["## Principal components\n", _PCA, _picture("pca.png", pictures), _components(analysis)]
+    parts += ["## Similarity to the mean token\n", _SIMILARITY, _picture("similarity.png", pictures)]
+    if "cka.png" in pictures:
+        parts += ["## Which encoders are alike\n", _CKA, _picture("cka.png", pictures)]
+    if analysis.correlations:
+        parts += ["## Correlation with the score\n", _SCORES, _picture("scores.png", pictures), _correlations(analysis)]
+    if analysis.skipped:
+        parts += ["## Unreadable images\n", _skipped(analysis)]
+    return "\n".join(part for part in parts if part is not None).rstrip() + "\n"
+
+
+def main_table(analysis: Analysis, style: str = "simple") -> str:
+    """The figures that are one number per encoder.
+
+    Args:
+        analysis: What to report.
+        style: Name of a format of tabulate: ``"simple"`` for a terminal, ``"github"`` for Markdown.
+    """
+    headers = ["encoder", "width", "grid", "norm entropy", "relative", "outliers", "PCA area", "cosine to mean"]
+    rows = []
+    for name, one in analysis.measured.encoders.items():
+        interval = "" if one.entropy.low is None else f" [{one.entropy.low:.3f}, {one.entropy.high:.3f}]"
+        spread = "" if one.similarity.std is None else f" ± {one.similarity.std:.3f}"
+        rows.append(
+            [
+                analysis.labels[name],
+                str(one.width),
+                "x".join(map(str, one.grid)),
+                f"{one.entropy.value:.3f}{interval}",
+                _number(one.relative.entropy),
+                _ABSENT if one.relative.outliers is None else f"{one.relative.outliers:.2%}",
+                _number(one.spectrum.area),
+                _number(one.similarity.mean) + spread,
+            ]
+        )
+    return _table(rows, headers, style)
+
+
+def _subject(analysis: Analysis) -> str:
+    skipped = f", {len(analysis.skipped)} more could not be read" if analysis.skipped else ""
+    images = analysis.measured.images
+    lines = [f"{images} image{'s' * (images != 1)}{skipped}.\n"]
+    longer = [[analysis.labels[name], name] for name in analysis.measured.encoders if analysis.labels[name] != name]
+    if longer:
+        lines.append(_table(longer, ["called here", "encoder"], "github"))
+    facts = [[name.replace("_", " "), str(value)] for name, value in analysis.statement.items() if value is not None]
+    if facts:
+        lines.append(_table(facts, ["", ""], "github"))
+    return "\n".join(lines)
+
+
+def _bins(analysis: Analysis) -> str:
+    rows = [
+        [analysis.labels[name], *(f"{one.entropy.by_bins[bins]:.3f}" for bins in BIN_COUNTS)]
+        for name, one in analysis.measured.encoders.items()
+    ]
+    return _table(rows, ["encoder", *(f"{bins} bins" for bins in BIN_COUNTS)], "github")
+
+
+def _components(analysis: Analysis) -> str:
+    rows = []
+    for name, one in analysis.measured.encoders.items():
+        counts = [_ABSENT if count is None else str(count) for count in (one.spectrum.for_90, one.spectrum.for_99)]
+        rows.append([analysis.labels[name], str(one.width), *counts, _number(one.spectrum.area)])
+    return _table(rows, ["encoder", "components", "for 90 %", "for 99 %", "area"], "github")
+
+
+def _correlations(analysis: Analysis) -> str:
+    rows = []
+    for one in analysis.correlations:
+        interval = _ABSENT if one.low is None else f"{one.low:.2f} to {one.high:.2f}"
+        rows.append([one.figure, one.group, str(one.n), _number(one.r), interval])
+    return _table(rows, ["figure", "encoders", "how many", "r", "95 % interval"], "github")
+
+
+def _skipped(analysis: Analysis) -> str:
+    lines = [f"- `{sample_id}`: {reason}" for sample_id, reason in analysis.skipped[:_SHOWN_SKIPPED]]
+    rest = len(analysis.skipped) - _SHOWN_SKIPPED
+    return "\n".join([*lines, f"- and {rest} more, in `analysis.json`"] if rest > 0 else lines)
+
+
+def _picture(name: str, pictures: Sequence[str]) -> str | None:
+    return f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" if name in pictures else None
+
+
+def _names(ids: Iterable[str]) -> str:
+    return ", ".join(f"`{sample_id}`" for sample_id in ids)
+
+
+def _number(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.3f}"
+
+
+def _table(rows: Iterable[Sequence[str]], headers: Sequence[str], style: str) -> str:
+    # A bar inside a cell would end it.
+    cells = [[cell.replace("|", "\\|") if style == "github" else cell for cell in row] for row in rows]
+    return str(tabulate(cells, headers, tablefmt=style, disable_numparse=True)) + "\n"

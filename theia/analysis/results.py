@@ -1,0 +1,183 @@
+"""An analysis as a whole: what was measured, of which encoders and images, and what goes with which score."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from theia.analysis.cka import MIN_IMAGES, MINIBATCH
+from theia.analysis.entropy import CONFIDENCE, REPLICATES
+from theia.analysis.labels import short_labels
+from theia.analysis.measure import EncoderFigures, Measured
+from theia.analysis.scores import DISTILLED, REGULAR, PearsonR, Score, correlations
+from theia.analysis.sketch import OUTLIER_FACTOR
+from theia.training.metrics import NORM_BINS, NORM_RANGE
+
+SCHEMA = 1
+NORM_ENTROPY = "norm entropy"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a report says.
+
+    Attributes:
+        measured: Figures.
+        labels: By encoder, a short name.
+        groups: By encoder, ``"distilled"``, ``"regular"`` or a group of the user's.
+        scores: By encoder, those that there are.
+        correlations: Of figures with scores.
+        skipped: Id of each unreadable image and why.
+        statement: What was run, as plain values.
+    """
+
+    measured: Measured
+    labels: Mapping[str, str]
+    groups: Mapping[str, str]
+    scores: Mapping[str, float]
+    correlations: Sequence[PearsonR]
+    skipped: Sequence[tuple[str, str]]
+    statement: Mapping[str, Any]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of these figures."""
+        return _notes(self)
+
+
+def assemble(
+    measured: Measured,
+    distilled: Mapping[str, bool],
+    scores: Mapping[str, Score],
+    skipped: Sequence[tuple[str, str]],
+    statement: Mapping[str, Any],
+) -> Analysis:
+    """Puts an analysis together.
+
+    Args:
+        measured: Figures.
+        distilled: By encoder, whether it is a trained Theia model.
+        scores: By encoder, those that there are.
+        skipped: Id of each unreadable image and why.
+        statement: What was run, as plain values.
+    """
+    groups = {name: DISTILLED if ours else REGULAR for name, ours in distilled.items()}
+    groups |= {name: score.group for name, score in scores.items() if score.group is not None}
+    values = {name: score.value for name, score in scores.items()}
+    found = correlations(scalars(measured.encoders), values, groups) if values else []
+    return Analysis(measured, short_labels([*distilled]), groups, values, found, skipped, statement)
+
+
+def scalars(figures: Mapping[str, EncoderFigures]) -> dict[str, dict[str, float | None]]:
+    """The figures that are one number per encoder, by name and encoder."""
+    return {
+        NORM_ENTROPY: {name: one.entropy.value for name, one in figures.items()},
+        "norm entropy, relative": {name: one.relative.entropy for name, one in figures.items()},
+        "outlier share": {name: one.relative.outliers for name, one in figures.items()},
+        "PCA area": {name: one.spectrum.area for name, one in figures.items()},
+        "cosine to the mean token": {name: one.similarity.mean for name, one in figures.items()},
+    }
+
+
+def as_json(analysis: Analysis) -> dict[str, Any]:
+    """Everything but pictures as plain values without NaN; what is not defined is ``None``."""
+    measured = analysis.measured
+    encoders = [
+        {
+            "encoder": name,
+            "label": analysis.labels[name],
+            "group": analysis.groups[name],
+            "score": analysis.scores.get(name),
+            **_figures(one),
+        }
+        for name, one in measured.encoders.items()
+    ]
+    content = {
+        "theia_analysis": SCHEMA,
+        "statement": analysis.statement,
+        "images": {"analysed": measured.images, "skipped": [list(one) for one in analysis.skipped]},
+        "settings": {
+            "norm_bins": NORM_BINS,
+            "norm_range": [0, NORM_RANGE],
+            "norm_unit": "sqrt(width)",
+            "bootstrap_replicates": REPLICATES,
+            "confidence": CONFIDENCE,
+            "outlier_factor": OUTLIER_FACTOR,
+            "cka_minibatch": MINIBATCH,
+        },
+        "encoders": encoders,
+        "cka": {"encoders": [*measured.encoders], "matrix": measured.cka},
+        "correlations": [vars(one) for one in analysis.correlations],
+        "notes": analysis.notes,
+    }
+    plain: dict[str, Any] = _plain(content)
+    return plain
+
+
+def _figures(one: EncoderFigures) -> dict[str, Any]:
+    ratio = one.spectrum.ratio
+    return {
+        "width": one.width,
+        "grid": list(one.grid),
+        "norm_entropy": {
+            "value": one.entropy.value, "low": one.entropy.low, "high": one.entropy.high,
+            "by_bins": one.entropy.by_bins, "beyond": one.entropy.beyond, "counts": one.entropy.counts.tolist(),
+        },
+        "relative_norms": {
+            "median": one.relative.median, "entropy": one.relative.entropy, "outliers": one.relative.outliers,
+            "counts": None if one.relative.counts is None else one.relative.counts.tolist(),
+        },
+        "pca": {
+            "area": one.spectrum.area, "for_90": one.spectrum.for_90, "for_99": one.spectrum.for_99,
+            "explained_variance_ratio": None if ratio is None else ratio.tolist(),
+        },
+        "similarity": {
+            "mean": one.similarity.mean, "std": one.similarity.std,
+            "without_direction": one.similarity.without_direction, "counts": one.similarity.counts.tolist(),
+        },
+    }  # fmt: skip
+
+
+def _notes(analysis: Analysis) -> list[str]:
+    measured, labels = analysis.measured, analysis.labels
+    notes = []
+    if measured.images == 1:
+        notes.append("One image only: there is no spread over images, so intervals and standard deviations are absent.")
+    if measured.images < MIN_IMAGES:
+        notes.append(f"CKA is not defined for fewer than {MIN_IMAGES} images.")
+    for place, (name, one) in enumerate(measured.encoders.items()):
+        label, tokens = labels[name], measured.images * one.grid[0] * one.grid[1]
+        if one.entropy.beyond >= 0.01:
+            notes.append(
+                f"{label}: {one.entropy.beyond:.0%} of norms lie beyond the range and share its last bin, so its norm "
+                "entropy is too low; compare the relative one."
+            )
+        if one.relative.entropy is None:
+            notes.append(f"{label}: the median norm is 0, so there are no norms relative to it.")
+        if one.spectrum.ratio is None:
+            notes.append(f"{label}: all tokens are the same; there are no principal components.")
+        elif tokens <= one.width:
+            notes.append(
+                f"{label}: {tokens} tokens have at most {tokens - 1} principal components of {one.width}; its PCA area "
+                "is too high. Take more images."
+            )
+        if one.similarity.without_direction:
+            share = one.similarity.without_direction / tokens
+            notes.append(f"{label}: {share:.1%} of tokens are 0 and have no cosine to the mean token.")
+        if measured.images >= MIN_IMAGES and measured.cka[place][place] is None:
+            notes.append(f"{label}: every image gives the same mean token, so CKA is not defined.")
+    without = [labels[name] for name in measured.encoders if name not in analysis.scores]
+    if analysis.scores and without:
+        notes.append(f"Without a score, and left out of the correlations: {', '.join(without)}.")
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    """Without what JSON has no name for: figures that are not finite, keys that are no strings, tuples."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

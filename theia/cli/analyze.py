@@ -1,0 +1,199 @@
+"""``theia analyze``: what makes a representation good, measured on any encoders side by side."""
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import auto_cli
+
+from theia.cli.parser import Parser
+from theia.errors import ConfigError
+from theia.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from theia.analysis.measure import ImageBatch, Measured
+    from theia.cli.image_stream import ImageStream
+    from theia.encoder.named import NamedEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class _Parser(Parser):
+    """Takes several words after these options: a comma may be part of an encoder's name, or of a file's."""
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        """See ``argparse``."""
+        if args[0] not in ("--encoders", "--picture_ids"):
+            return super().add_argument(*args, **options)
+        options.pop("action", None)
+        return super().add_argument(args[0], type=str, nargs="+", **options)
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``theia analyze``.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        TheiaError: See :func:`analyze`.
+    """
+    return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=_Parser))
+
+
+def analyze(
+    encoders: list[str],
+    images: str,
+    out: Path,
+    scores: Path | None = None,
+    max_images: int | None = None,
+    image_size: int = 224,
+    batch_size: int = 32,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    pictures: int = 6,
+    picture_ids: list[str] | None = None,
+    tensorboard: bool = False,
+) -> int:
+    """Compare the representations of encoders: norm entropy and maps, PCA, similarity of tokens, CKA.
+
+    Args:
+        encoders: Names with blanks between them: a folder, checkpoint or hub id of a Theia model, teacher:NAME,
+            timm:NAME, concat:NAME,NAME, random:vit_tiny; timm:NAME@random and teacher:NAME@random are untrained. All
+            are in memory together.
+        images: A folder of images, a .tar file or a folder of them, or sample:COUNT for held-out sample photographs.
+        out: Folder to write; an earlier analysis there is replaced.
+        scores: CSV file with the columns encoder,score and maybe group: correlates figures with scores.
+        max_images: Look at so many images, drawn at random, the same each time. All by default.
+        image_size: Images are resized to a square of so many pixels, as in an extraction; a multiple of 16 for Theia
+            models.
+        batch_size: Images at a time; figures do not depend on it.
+        device: Where encoders run; auto takes a GPU if there is one.
+        pictures: Show norm maps of so many images.
+        picture_ids: Show norm maps of these images instead: their paths below --images, with blanks between them.
+        tensorboard: Write pictures and figures for TensorBoard, too.
+    """
+    _check(encoders, max_images, image_size, batch_size, pictures)
+
+    # torch takes seconds to import; --help does not need it.
+    from theia.analysis.results import assemble
+    from theia.analysis.scores import read_scores
+    from theia.analysis.write import check_free, write
+    from theia.cli.image_stream import ImageStream
+    from theia.encoder.encoder import Encoder
+    from theia.extraction.images import open_source
+
+    check_free(out)
+    read = read_scores(scores, encoders) if scores is not None else {}
+    source = open_source(images, "val")
+    stream = ImageStream(source, image_size, batch_size, max_images, picture_ids or ())
+    chosen = _device(device)
+    opened = _open(encoders, image_size, chosen)
+    started = time.monotonic()
+    measured = _measure(opened, stream, picture_ids if picture_ids is not None else pictures, chosen)
+    if stream.skipped:
+        logger.warning("%d images could not be read; the report names them.", len(stream.skipped))
+    statement = {
+        "images": ", ".join(f"{key}: {_text(value)}" for key, value in source.description.items()),
+        "images listed": len(source.ids),
+        "max_images": max_images,
+        "image_size": image_size,
+        **_cost(chosen, time.monotonic() - started),
+    }
+    # An untrained student is a regular encoder, if not a good one.
+    distilled = {
+        name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
+    }
+    analysis = assemble(measured, distilled, read, stream.skipped, statement)
+    files = write(out, analysis, tensorboard)
+    _say(analysis, files[-1])
+    return 0
+
+
+def _check(encoders: list[str], max_images: int | None, image_size: int, batch_size: int, pictures: int) -> None:
+    twice = sorted({name for name in encoders if encoders.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--encoders has {twice[0]!r} twice. Give each once.")
+    limits = {"max_images": (max_images, 1), "image_size": (image_size, 16), "batch_size": (batch_size, 1),
+              "pictures": (pictures, 0)}  # fmt: skip
+    for option, (value, lowest) in limits.items():
+        if value is not None and value < lowest:
+            raise ConfigError(f"--{option} is {value}; it must be at least {lowest}.")
+
+
+def _device(wanted: str) -> "torch.device":
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here. Take --device cpu, or auto.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[str, NamedEncoder]":
+    """The encoders, each tried on one grey image: what does not work must not come to light after hours."""
+    import torch
+
+    from theia.encoder.named import open_encoder
+
+    opened = {}
+    for name in names:
+        logger.info("Opening %s", name)
+        opened[name] = open_encoder(name, device)
+        opened[name](torch.full((1, 3, image_size, image_size), 128, dtype=torch.uint8, device=device))
+    return opened
+
+
+def _measure(
+    encoders: "Mapping[str, NamedEncoder]", stream: "ImageStream", shown: list[str] | int, device: "torch.device"
+) -> "Measured":
+    import torch
+    from tqdm import tqdm
+
+    from theia.analysis.measure import ImageBatch, measure
+
+    def batches(advance: Callable[[int], object]) -> "Iterator[ImageBatch]":
+        skipped = 0
+        for ids, pixels in stream:
+            yield ImageBatch(ids, pixels)
+            advance(len(ids) + len(stream.skipped) - skipped)
+            skipped = len(stream.skipped)
+
+    with tqdm(desc="analyze", total=len(stream), unit="img", dynamic_ncols=True, disable=None) as bar:
+        try:
+            return measure(encoders, batches(bar.update), shown, device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "The GPU's memory is full. Take a smaller --batch_size, fewer encoders, or --device cpu."
+            ) from error
+
+
+def _cost(device: "torch.device", seconds: float) -> dict[str, Any]:
+    import torch
+
+    cost: dict[str, Any] = {"device": device.type, "seconds": round(seconds, 1)}
+    if device.type == "cuda":
+        cost["device"] = torch.cuda.get_device_name(device)
+        cost["peak GPU memory, MB"] = round(torch.cuda.max_memory_allocated(device) / 1e6)
+    # Linux counts in kilobytes of 1024.
+    cost["peak memory, MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+    return {**cost, "theia": __version__, "torch": torch.__version__}
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _say(analysis: Any, report: Path) -> None:
+    from theia.analysis.page import main_table
+
+    print(main_table(analysis))
+    for note in analysis.notes:
+        logger.info("%s", note)
+    print(report)
