@@ -1,5 +1,6 @@
 """Color: mean and spread of the colour of every cell, a teacher without weights."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import Pictures, TeacherFeatures, TeacherSpec
 
 IMAGE_SIZE = 224  # pixels
 CELLS = 16
@@ -46,6 +47,17 @@ class Color(Teacher):
         # One image at a time, so that its features do not depend on the batch it comes in.
         patches = [_statistics(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
         return TeacherFeatures(torch.from_numpy(np.stack(patches)).to(images.device))
+
+    def decode(self, patches: Tensor, images: Tensor) -> Pictures:
+        """The mean colour of every cell, 16x16. See :meth:`theia.teacher.Teacher.decode`."""
+        from skimage.color import lab2rgb
+
+        lab = patches[..., :3].double().cpu().numpy().reshape(len(patches), CELLS, CELLS, 3)
+        with warnings.catch_warnings():
+            # What a student predicts need not be a colour that a screen can show.
+            warnings.filterwarnings("ignore", message="Conversion from CIE-LAB")
+            rgb = lab2rgb(lab).clip(0, 1)
+        return Pictures(torch.from_numpy(np.round(255 * rgb).astype(np.uint8)))
 
 
 def _statistics(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

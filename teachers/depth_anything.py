@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from theia.errors import ConfigError
 from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import Depth, TeacherFeatures, TeacherSpec
 
 from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load
 
@@ -85,6 +86,31 @@ class DepthAnything(Teacher):
         upsampled = functional.interpolate(head.conv1(fused), resolution, mode="bilinear", align_corners=True)
         sampled = functional.interpolate(head.conv2(upsampled), (_GRID, _GRID), mode="nearest")
         return TeacherFeatures(patches=sampled.flatten(2).transpose(1, 2))
+
+    def decode(self, patches: Tensor, images: Tensor) -> Depth:
+        """Relative inverse depth, larger is nearer, 518x518. See :meth:`theia.teacher.Teacher.decode`.
+
+        The features hold 64x64 of the 518x518 points; those between are interpolated, so that depth is as coarse.
+        """
+        points = patches.transpose(1, 2).reshape(*patches.shape[::2], _GRID, _GRID)
+        side = self.preprocess.size
+        # Point i was taken at pixel i * side / 64. With one more point than there are, corner to corner is that scale.
+        padded = functional.pad(points, (0, 1, 0, 1), mode="replicate")
+        pixels = functional.interpolate(padded, (side + 1, side + 1), mode="bilinear", align_corners=True)
+        return Depth(self.depth(pixels[..., :side, :side]))
+
+    def depth(self, features: Tensor) -> Tensor:
+        """The rest of the head, at any resolution: at the model's own, exactly its prediction.
+
+        Args:
+            features: Output of the second convolution, shape ``(B, C, H, W)``.
+
+        Returns:
+            Shape ``(B, H, W)``.
+        """
+        head = self.model.head
+        depth = head.activation2(head.conv3(head.activation1(features))) * head.max_depth
+        return torch.as_tensor(depth.squeeze(1))
 
 
 def _config(

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import Pictures, TeacherFeatures, TeacherSpec
 
 IMAGE_SIZE = 224  # pixels
 CELL_SIZE = 8  # pixels
 CELLS_PER_PATCH = 2  # along each side: patches of 16x16 pixels
 ORIENTATIONS = 9  # bins of 20 degrees over half a turn
+STROKE_SIZE = 16  # pixels of a cell in pictures
 CELLS = IMAGE_SIZE // CELL_SIZE
 PATCHES = CELLS // CELLS_PER_PATCH
 
@@ -53,6 +54,29 @@ class HOG(Teacher):
         # One image at a time, so that its features do not depend on the batch it comes in.
         patches = [_patches(image) for image in pixels.numpy()]
         return TeacherFeatures(torch.from_numpy(np.stack(patches)).to(images.device))
+
+    def decode(self, patches: Tensor, images: Tensor) -> Pictures:
+        """Each orientation of a cell as a stroke along its edges, in the colours that have it, 448x448.
+
+        See :meth:`theia.teacher.Teacher.decode`.
+        """
+        per_cell = patches.cpu().reshape(-1, PATCHES, PATCHES, 3, ORIENTATIONS, CELLS_PER_PATCH, CELLS_PER_PATCH)
+        # To rows (patch, cell, pixel), columns (patch, cell, pixel), colour.
+        strokes = torch.einsum("brckoyx,ohw->bryhcxwk", per_cell.clamp(min=0), _strokes())
+        pixels = strokes.reshape(len(patches), CELLS * STROKE_SIZE, CELLS * STROKE_SIZE, 3)
+        return Pictures((255 * pixels.clamp(0, 1)).round().to(torch.uint8))
+
+
+def _strokes() -> Tensor:
+    """A line through the middle of a cell for each orientation, across its gradient: ``(9, 16, 16)``, 0 to 1."""
+    angles = torch.pi * (torch.arange(ORIENTATIONS) + 0.5) / ORIENTATIONS
+    places = torch.arange(STROKE_SIZE) + 0.5 - STROKE_SIZE / 2
+    rows, columns = places[None, :, None], places[None, None, :]
+    cosine, sine = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    from_line = (columns * cosine + rows * sine).abs()
+    from_middle = (rows * cosine - columns * sine).abs()
+    half = STROKE_SIZE / 2
+    return (1.3 - from_line).clamp(0, 1) * (half - from_middle).clamp(0, 1)
 
 
 def _patches(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from theia.errors import ConfigError, WeightsError
 from theia.teacher import RANDOM_SEED, Teacher, random_weights
-from theia.types import Json, TeacherFeatures, TeacherSpec
+from theia.types import Json, Masks, TeacherFeatures, TeacherSpec
 
 if TYPE_CHECKING:
+    from segment_anything import SamPredictor
     from segment_anything.modeling import Sam
 
 # Meta has no hub repository in this format. This one holds copies of Meta's files; the digests below are
@@ -64,28 +65,31 @@ class SAM(Teacher):
         revision=f"sha256:{SHA256[FILES['vit_h']]}",
         preprocessing=_preprocessing(IMAGE_SIZE),
     )
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
         weights: str = HUB_ID,
         model: Literal["vit_b", "vit_l", "vit_h"] = "vit_h",
         architecture: dict[str, int] | None = None,
+        mask_generator: dict[str, float] | None = None,
     ) -> None:
-        """Builds the encoder and loads its weights.
+        """Builds the model and loads its weights.
 
         Args:
             weights: A ``.pth`` checkpoint of the segment-anything package, a hub repository that holds Meta's
                 file of ``model`` under ``checkpoints/``, or ``random``.
             model: Size of the encoder.
             architecture: Changes to it: any of ``depth``, ``width``, ``heads`` and ``image_size`` (pixels).
+            mask_generator: For ``theia decode``: settings of ``SamAutomaticMaskGenerator``, such as
+                ``points_per_side`` and ``pred_iou_thresh``; by default the package's own.
 
         Raises:
-            ConfigError: If ``architecture`` has an unknown key or sizes that do not fit.
+            ConfigError: If ``architecture`` has an unknown key or sizes that do not fit, or ``mask_generator`` has
+                an unknown key.
             WeightsError: If the checkpoint cannot be fetched or read, or is of another architecture.
         """
         super().__init__()
+        self.mask_generator = _checked_settings(mask_generator or {})
         if weights == "random":
             with random_weights("sam"):
                 sam = _build(model, architecture or {})
@@ -97,10 +101,9 @@ class SAM(Teacher):
             with torch.device("meta"):
                 sam = _build(model, architecture or {})
             revision = _load(sam, path, model)
-        self.image_encoder: nn.Module = sam.image_encoder
+        # All of it: prompt encoder and mask decoder, which only decoding needs, are 16 MB.
+        self.sam = sam
         self.image_size: int = sam.image_encoder.img_size
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         grid = self.image_size // PATCH_SIZE
         self.spec = replace(
             self.spec,
@@ -109,6 +112,12 @@ class SAM(Teacher):
             grid_hw=(grid, grid),
             preprocessing=_preprocessing(self.image_size),
         )
+
+    @property
+    def image_encoder(self) -> nn.Module:
+        """The part that gives the features."""
+        encoder: nn.Module = self.sam.image_encoder
+        return encoder
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resizes the long edge to ``image_size``, normalises, pads to a square.
@@ -125,7 +134,7 @@ class SAM(Teacher):
         pixels = images.float()
         for size in ((images.shape[-2], width), (height, width)):
             pixels = (F.interpolate(pixels, size, mode="bilinear", antialias=True) + 0.5).floor()
-        pixels = (pixels - self.mean) / self.std
+        pixels = (pixels - self.sam.pixel_mean) / self.sam.pixel_std
         return F.pad(pixels, (0, self.image_size - width, 0, self.image_size - height))
 
     def forward(self, images: Tensor) -> TeacherFeatures:
@@ -133,11 +142,49 @@ class SAM(Teacher):
         embeddings = self.image_encoder(self.preprocess(images))  # (B, C, H, W)
         return TeacherFeatures(embeddings.flatten(2).transpose(1, 2))
 
+    def decode(self, patches: Tensor, images: Tensor) -> Masks:
+        """Masks at points all over the image, as the package's automatic mask generator chooses them.
+
+        See :meth:`theia.teacher.Teacher.decode`.
+        """
+        from segment_anything import SamAutomaticMaskGenerator
+
+        generator = SamAutomaticMaskGenerator(self.sam, **self.mask_generator)
+        embeddings = patches.transpose(1, 2).reshape(len(patches), CHANNELS, *self.spec.grid_hw)
+        found = Masks([], [])
+        for embedding, image in zip(embeddings, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            # The generator asks its predictor to encode the image: here the features are there already.
+            generator.predictor.set_image = partial(_feed, generator.predictor, embedding[None])
+            records = generator.generate(image)
+            masks = [torch.from_numpy(record["segmentation"]) for record in records]
+            found.masks.append(torch.stack(masks) if masks else torch.zeros(0, *image.shape[:2], dtype=torch.bool))
+            found.scores.append(torch.tensor([record["predicted_iou"] for record in records]))
+        return found
+
+
+def _feed(predictor: "SamPredictor", embedding: Tensor, image: Any) -> None:
+    """Does what ``SamPredictor.set_image`` does, with features ``(1, 256, H, W)`` instead of an encoder."""
+    predictor.reset_image()
+    predictor.original_size = image.shape[:2]
+    predictor.input_size = predictor.transform.get_preprocess_shape(*image.shape[:2], predictor.transform.target_length)
+    predictor.features = embedding
+    predictor.is_image_set = True
+
+
+def _checked_settings(settings: dict[str, float]) -> dict[str, Any]:
+    # Counts come as floats from a command line; upstream takes them for indices.
+    whole = ["points_per_side", "points_per_batch"]
+    known = [*whole, "pred_iou_thresh", "stability_score_thresh", "stability_score_offset", "box_nms_thresh"]
+    # No crops: their features would have to be computed from the image.
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ConfigError(f"Teacher 'sam': 'mask_generator' has no {', '.join(unknown)}. It takes {', '.join(known)}.")
+    return {name: int(value) if name in whole else value for name, value in settings.items()}
+
 
 def _build(model: str, architecture: dict[str, int]) -> "Sam":
     """The whole SAM of the registry, its encoder changed in size."""
     from segment_anything import sam_model_registry
-    from segment_anything.modeling import ImageEncoderViT
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     if not architecture:
         return sam_model_registry[model]()
@@ -160,7 +207,7 @@ def _build(model: str, architecture: dict[str, int]) -> "Sam":
         )
     # In all three models the last block of each quarter attends to the whole image, the others to windows.
     quarter = max(1, size["depth"] // 4)
-    sam.image_encoder = ImageEncoderViT(
+    image_encoder = ImageEncoderViT(
         img_size=size["image_size"],
         patch_size=PATCH_SIZE,
         embed_dim=size["width"],
@@ -174,7 +221,26 @@ def _build(model: str, architecture: dict[str, int]) -> "Sam":
         window_size=14,
         global_attn_indexes=tuple(range(quarter - 1, size["depth"], quarter)),
     )
-    return sam
+    grid = size["image_size"] // PATCH_SIZE
+    # The other two are the same in all three models.
+    return Sam(
+        image_encoder,
+        PromptEncoder(
+            embed_dim=CHANNELS,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size["image_size"],) * 2,
+            mask_in_chans=16,
+        ),
+        MaskDecoder(
+            transformer_dim=CHANNELS,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=CHANNELS, mlp_dim=2048, num_heads=8),
+            num_multimask_outputs=3,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+        MEAN,
+        STD,
+    )
 
 
 def _checkpoint(weights: str, model: str) -> Path:
@@ -225,5 +291,7 @@ def _load(sam: "Sam", path: Path, model: str) -> str:
             "Choose the one it belongs to with --sam.model (vit_b, vit_l or vit_h)."
         ) from error
     # Assigned tensors keep the type of the file; the statistics of SAM's channels need float32.
-    sam.image_encoder.float()
+    sam.float()
+    # No part of a checkpoint.
+    sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return f"sha256:{digest}"

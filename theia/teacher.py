@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from theia.errors import FeatureError
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import Decoded, Depth, Masks, Pictures, TeacherFeatures, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,22 @@ class Teacher(nn.Module, ABC):
             ``(B, spec.grid_hw[0] * spec.grid_hw[1], spec.channels)``, row by row, and ``cls`` of shape
             ``(B, spec.channels)`` if ``spec.has_cls``.
         """
+
+    def decode(self, patches: Tensor, images: Tensor) -> Decoded | None:
+        """What features look like to a person; a plugin may say, and need not.
+
+        The features are the teacher's own or a student's translation of them: nothing here may be computed anew from
+        the images, which only say how large the result is and what lies beneath it.
+
+        Args:
+            patches: Features as :meth:`forward` gives them, float32, shape ``(B, N, C)``, on the teacher's device.
+            images: The images that they are features of, RGB, uint8, shape ``(B, 3, H, W)``.
+
+        Returns:
+            Depth, masks or pictures, of any resolution. ``None`` where a teacher has none, as by default: its features
+            are shown as the colours of their principal components.
+        """
+        return None
 
 
 @contextmanager
@@ -86,4 +102,38 @@ def check_features(spec: TeacherSpec, features: TeacherFeatures, batch_size: int
         raise FeatureError(
             f"Teacher {spec.name!r} gave a CLS token of shape {cls}; its spec (has_cls={spec.has_cls}) says "
             f"{wanted_cls}. Correct its spec or its forward()."
+        )
+
+
+def check_decoded(spec: TeacherSpec, decoded: Decoded | None, batch_size: int) -> None:
+    """Checks that what :meth:`Teacher.decode` gave is what it may give.
+
+    Args:
+        spec: Spec of the teacher.
+        decoded: What it gave.
+        batch_size: Images that it was given.
+
+    Raises:
+        FeatureError: If it is of another type, shape or length.
+    """
+    match decoded:
+        case None:
+            return
+        case Depth(maps):
+            fits = maps.ndim == 3 and len(maps) == batch_size and maps.is_floating_point()
+        case Pictures(pixels):
+            fits = (
+                pixels.ndim == 4 and (len(pixels), pixels.shape[3]) == (batch_size, 3) and pixels.dtype == torch.uint8
+            )
+        case Masks(masks, scores):
+            fits = len(masks) == len(scores) == batch_size and all(
+                each.ndim == 3 and each.dtype == torch.bool and of.shape == each.shape[:1]
+                for each, of in zip(masks, scores, strict=True)
+            )
+        case _:
+            fits = False  # type: ignore[unreachable]  # whatever a third party gives
+    if not fits:
+        raise FeatureError(
+            f"Teacher {spec.name!r} decoded {batch_size} image(s) to something that is neither Depth, Masks nor "
+            "Pictures of them, as theia.types says what those are. Correct its decode()."
         )

@@ -48,6 +48,45 @@ class TeacherFeatures:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """What a teacher sees as near and far.
+
+    Attributes:
+        maps: Floating point, shape ``(B, H, W)``, in the teacher's own unit; only known up to scale and shift.
+    """
+
+    maps: Tensor
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a teacher sees as things; each list has one entry per image.
+
+    Attributes:
+        masks: bool, shape ``(M, H, W)``, overlapping or not, as many as there are.
+        scores: How sure the teacher is of each, shape ``(M,)``.
+    """
+
+    masks: list[Tensor]
+    scores: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a teacher shows in colours of its own.
+
+    Attributes:
+        pixels: RGB, uint8, shape ``(B, H, W, 3)``.
+    """
+
+    pixels: Tensor
+
+
+# What features look like to a person, of any resolution.
+Decoded = Depth | Masks | Pictures
+
+
+@dataclass(frozen=True)
 class FeatureBatch:
     """One batch of images with the stored features of several teachers.
 

@@ -1,0 +1,188 @@
+"""``theia decode``: what a student has learned of each teacher, as that teacher would show it."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import auto_cli
+from PIL import Image
+from tabulate import tabulate
+
+from theia.cli.parser import Parser
+from theia.errors import ConfigError, UnknownTeacherError
+from theia.lists import comma_list
+from theia.version import __version__
+
+if TYPE_CHECKING:
+    from theia.decoding.frames import Frames
+    from theia.extraction.images import ImageSource
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``theia decode``.
+
+    Args:
+        argv: Arguments after the command.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        TheiaError: See :func:`decode`.
+    """
+    return int(auto_cli(decode, args=argv, prog="theia decode", as_positional=False, parser_class=Parser))
+
+
+def decode(
+    model: str,
+    images: str,
+    out: Path,
+    teachers: list[str] | str | None = None,
+    teachers_side_by_side: bool = False,
+    teacher_options: dict[str, Any] | str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Show what a student has learned of each teacher, as that teacher would show it: one row of panels per image.
+
+    SAM shows masks, Depth-Anything depth, HOG strokes, color colours; any other teacher, and one whose weights cannot
+    be had, the principal components of its features as colours. Colours mean the same in all pictures of a call.
+
+    Args:
+        model: An exported folder, a checkpoint of 'theia fit', or the id of a published model on the hub.
+        images: A folder of images, one image, a .tar file of images, a video, or sample:COUNT for photographs.
+        out: Folder to make, for a PNG per image, or a video for a video, and decoded.json with the scores.
+        teachers: Which to show, in this order, with commas between them; all of the model by default.
+        teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs its
+            weights.
+        teacher_options: What makes the teachers, where it is not the default, as {sam: {weights: PATH, model: vit_b}};
+            or a YAML file that has such sections, as a config of 'theia extract' does.
+        limit: Show so many images or frames at most, the first ones.
+        batch_size: Images that are encoded together.
+        device: Where to compute; a GPU by default, if there is one.
+        overwrite: Replace what an earlier call wrote into the folder.
+
+    Raises:
+        ConfigError: If options do not fit together, or the folder is used otherwise.
+        ImageError: If there are no images, or none can be read.
+        UnknownTeacherError: If the model has no such teacher.
+    """
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+
+    # torch takes seconds to import; --help does not need it.
+    import torch
+
+    from theia.decoding.decode import decode as write
+    from theia.decoding.output import picture_names
+    from theia.decoding.subject import open_subject
+    from theia.decoding.video import GIF, Video
+    from theia.decoding.views import Viewer
+    from theia.encoder.load import load
+    from theia.extraction.decode import IMAGE_ENDINGS, to_square
+
+    frames = _open(images)
+    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load(model, device=place).freeze()
+    chosen = encoder.teachers if teachers is None else comma_list(teachers)
+    if not chosen:
+        raise ConfigError("--teachers is empty. Leave it out to show all of the model.")
+    for name in chosen:
+        if name not in encoder.teachers:
+            raise UnknownTeacherError(
+                f"This model has no translator for {name!r}. It has: {', '.join(encoder.teachers)}."
+            )
+    options = _options(teacher_options, encoder.teachers)
+    subjects = [
+        open_subject(name, encoder, options.get(name), teachers_side_by_side, place) for name in dict.fromkeys(chosen)
+    ]
+    for subject in subjects:
+        for note in subject.notes:
+            logger.warning("%s: %s", subject.name, note)
+
+    count = min(len(frames.ids), limit or len(frames.ids))
+    names: Mapping[str, str] | Path
+    if isinstance(frames, Video):
+        source = Path(images)
+        names = out / f"{source.stem}{GIF if source.suffix.lower() == GIF else '.mp4'}"
+    else:
+        names = picture_names(frames.ids[:count], IMAGE_ENDINGS)
+    viewer = Viewer(encoder, subjects, lambda image, side: to_square(image, side, "squash"), batch_size)
+    about = {"theia_version": __version__, "model": Path(model).name if Path(model).exists() else model}
+    record = write(viewer, frames, count, names, out, overwrite, about)
+    for sample_id, reason in record["skipped"].items():
+        logger.warning("Skipped %s: %s", sample_id, reason)
+    print(_summary(record))
+    print(names if isinstance(names, Path) else out)
+    return 0
+
+
+class _Images:
+    """Pictures of an image source; see :class:`theia.decoding.frames.Frames`."""
+
+    def __init__(self, source: "ImageSource") -> None:
+        self.ids: Sequence[str] = source.ids
+        self.skipped: dict[str, str] = {}
+        self._source = source
+
+    def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        """See :meth:`theia.decoding.frames.Frames.pick`."""
+        from theia.extraction.decode import UnreadableImageError
+
+        for index in indices:
+            try:
+                image = self._source.read(index)
+            except UnreadableImageError as error:
+                self.skipped[self.ids[index]] = str(error)
+                continue
+            yield index, image
+
+
+def _open(location: str) -> "Frames":
+    from theia.decoding.video import VIDEO_ENDINGS, Video
+    from theia.extraction.decode import IMAGE_ENDINGS
+    from theia.extraction.folder import FolderSource
+    from theia.extraction.images import open_source
+
+    path = Path(location)
+    if path.suffix.lower() in VIDEO_ENDINGS and not path.is_dir():
+        return Video(path)
+    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
+        return _Images(FolderSource(path.parent, [path.name], labels=False))
+    return _Images(open_source(location, "val"))
+
+
+def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By teacher, arguments of its constructor."""
+    if isinstance(given, str):
+        try:
+            content = yaml.safe_load(Path(given).read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"--teacher_options: {given} cannot be read ({error}). Give a YAML file.") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"--teacher_options: {given} has no sections. Give a YAML file with one per teacher.")
+        # Such as a config of 'theia extract': what else it says is of no concern here.
+        given = {name: value for name, value in content.items() if name in known}
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise ConfigError(f"--teacher_options has {name!r}; the model's teachers are {', '.join(known)}.")
+        if not isinstance(value, dict):
+            raise ConfigError(f"--teacher_options: {name} is {value!r}. Give arguments: {{{name}: {{weights: PATH}}}}.")
+    return given or {}
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    keys = sorted({key for teacher in record["teachers"].values() for key in teacher["mean_scores"]})
+    rows = [
+        (name, teacher["shown_as"], *(teacher["mean_scores"].get(key) for key in keys))
+        for name, teacher in record["teachers"].items()
+    ]
+    table = tabulate(rows, ("teacher", "shown as", *keys), floatfmt=".3f", missingval="")
+    return f"{table}\n{len(record['images'])} images, {len(record['skipped'])} skipped"

@@ -1,0 +1,141 @@
+"""One teacher of a model, and what can be shown of it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theia import registry
+from theia.decoding.looks import Shown, Tokens
+from theia.encoder.encoder import Encoder
+from theia.errors import ConfigError, PluginError, TheiaError, UnknownTeacherError, WeightsError
+from theia.teacher import Teacher, check_decoded, check_features
+from theia.types import TeacherSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A teacher as a model translates for it.
+
+    Attributes:
+        name: Of the teacher.
+        grid_hw: Rows and columns of its tokens.
+        comparable: Whether translations can be brought to the teacher's own scale.
+        teacher: With weights, if it could be had and is of use.
+        decodes: Whether translations go through its ``decode``; otherwise they are shown as colours.
+        shows_own: Whether what the teacher itself gives is shown, too.
+        notes: What a viewer must know, as sentences.
+    """
+
+    name: str
+    grid_hw: tuple[int, int]
+    comparable: bool
+    teacher: Teacher | None = None
+    decodes: bool = False
+    shows_own: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def own_features(self, images: Tensor) -> Tensor | None:
+        """What the teacher gives for images ``(B, 3, H, W)``, uint8; ``None`` if it is not shown."""
+        if self.teacher is None or not self.shows_own:
+            return None
+        features = self.teacher(images)
+        check_features(self.teacher.spec, features, len(images))
+        return features.patches.float()  # type: ignore[no-any-return]
+
+    def show(self, patches: Tensor, image: Tensor, own: bool) -> Shown:
+        """Decodes the features of one image.
+
+        Args:
+            patches: Shape ``(1, N, C)``.
+            image: uint8, shape ``(1, 3, H, W)``.
+            own: Whether they are the teacher's own.
+
+        Raises:
+            FeatureError: If the teacher decodes to something else than it may.
+            PluginError: If its ``decode`` fails.
+        """
+        if self.teacher is None or not (self.decodes or own):
+            return Tokens(patches, self.grid_hw)
+        try:
+            decoded = self.teacher.decode(patches, image)
+        except TheiaError:
+            raise
+        except Exception as error:
+            raise PluginError(f"Teacher {self.name!r} cannot decode: {type(error).__name__}: {error}.") from error
+        check_decoded(self.teacher.spec, decoded, len(patches))
+        return Tokens(patches, self.grid_hw) if decoded is None else decoded
+
+
+def open_subject(
+    name: str, encoder: Encoder, options: Mapping[str, Any] | None, side_by_side: bool, device: torch.device
+) -> Subject:
+    """Finds out what can be shown of a teacher, and gets its weights only where they are of use.
+
+    Args:
+        name: A teacher of the model.
+        encoder: The model.
+        options: Arguments of the teacher's constructor, if the user gave any.
+        side_by_side: Whether the teacher's own output is wanted.
+        device: Where to put it.
+
+    Returns:
+        What cannot be had is missing in it, and said in its notes.
+
+    Raises:
+        ConfigError: If the teacher that the options make is of another shape than the model's.
+        UnknownTeacherError: If options are given for one that is not installed.
+    """
+    record = encoder.architecture.teachers[name]
+    rows, columns = record["grid_hw"]
+    comparable = _has_statistics(encoder, name)
+    subject = Subject(name, (rows, columns), comparable)
+    if not comparable:
+        subject.notes.append("the model has no statistics of its features: translations are normalised, in own colours")
+    shape = (record["channels"], (rows, columns))
+    try:
+        found = registry.find(name)
+        decodes = found.decode is not Teacher.decode and comparable
+        if not (decodes or side_by_side):
+            return subject
+        if not options and _shape(found.spec) != shape:
+            raise WeightsError(
+                f"the model was distilled from a {name!r} of {_said(shape)}, the default one has "
+                f"{_said(_shape(found.spec))}; say which it was with --teacher_options"
+            )
+        teacher = registry.create(name, options).to(device)
+    except (UnknownTeacherError, PluginError, WeightsError) as error:
+        if options and isinstance(error, UnknownTeacherError | PluginError):
+            raise
+        own = "; its own output is not shown" if side_by_side else ""
+        subject.notes.append(f"the teacher cannot be had, translations are shown as PCA colours{own}: {error}")
+        return subject
+    if _shape(teacher.spec) != shape:
+        raise ConfigError(
+            f"The model was distilled from a {name!r} of {_said(shape)}; these --teacher_options make one of "
+            f"{_said(_shape(teacher.spec))}. Give those of the extraction."
+        )
+    return Subject(name, (rows, columns), comparable, teacher, decodes, side_by_side, subject.notes)
+
+
+def _has_statistics(encoder: Encoder, name: str) -> bool:
+    try:
+        device = encoder.distiller.student.pixel_mean.device
+        encoder.distiller.denormalize(name, torch.zeros(1, 1, 1, device=device))
+    except ConfigError:
+        return False
+    return True
+
+
+def _shape(spec: TeacherSpec) -> tuple[int, tuple[int, int]]:
+    return spec.channels, spec.grid_hw
+
+
+def _said(shape: tuple[int, tuple[int, int]]) -> str:
+    channels, (rows, columns) = shape
+    return f"{channels} channels on {rows}x{columns}"
