@@ -30,7 +30,8 @@ if command == "fit":
         sys.exit("the loss is not finite")
 else:
     names = sys.argv[-1].split(",")
-    (run / "test_last.json").write_text(json.dumps({"after": {"test/loss": 1.0}, "scores": {}, "scorers": names}))
+    store = {"manifest_sha256": "abc"}
+    (run / "test_last.json").write_text(json.dumps({"store": store, "after": {"test/loss": 1.0}, "scores": {}, "scorers": names}))
 """
 
 
@@ -38,7 +39,7 @@ def make_run(folder: Path, row: str = "a", seed: int = 0, steps: int = 4) -> Run
     config = {"data": {"teachers": ["x"], "batch_size": 8}, "trainer": {"accumulate_grad_batches": 1}}
     run = Run(
         row=row, seed=seed, folder=folder / row / f"seed_{seed}", options={}, config=config, steps=steps,
-        scorers=("readout",),
+        scorers=("readout",), store_sha256="abc",
     )  # fmt: skip
     run.folder.mkdir(parents=True, exist_ok=True)
     run.config_file.write_text(str(steps))

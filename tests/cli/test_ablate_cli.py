@@ -67,6 +67,8 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({"reference": "gamma"}, [], "reference 'gamma' is no row"),
         ({"scorers": "robot"}, [], "No scorer named 'robot'"),
         ({}, ["--jobs=0"], "jobs is 0"),
+        ({"options": {"ckpt_path": "x.ckpt"}}, [], "sets ckpt_path, which the sweep itself sets"),
+        ({}, ["--data.seed", "7"], "sets data.seed"),
         ({}, ["--seeds=1,1"], "each once"),
         ({}, ["--seeds=x"], "whole numbers"),
         ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
@@ -156,8 +158,14 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     monkeypatch.chdir(tmp_path)
     assert ablate("--out=sweep", **content) == 0
     assert {name: (run / name).stat().st_mtime_ns for name in before} == before
-    assert ablate("--model.learning_rate=0.1", **content) == 1
+    for dry in ([], ["--dry_run"]):
+        assert ablate("--model.learning_rate=0.1", *dry, **content) == 1
     assert "other options: model.learning_rate was 0.0005, is 0.1" in capsys.readouterr().err
+
+    # What is asked for anew adds to what is there.
+    assert ablate("--out=sweep", rows={"good": rows["good"]}, teachers=None, seeds=[0]) == 0
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert {row["name"] for row in report["rows"]} == {"good", "linear"}
 
     (tmp_path / "robot.csv").write_text("row,seed,success\ngood,0,0.5\nlinear,0,0.75\n")
     arguments = ["--scores", str(tmp_path / "robot.csv"), "--sort_by", "external/success"]

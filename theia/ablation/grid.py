@@ -11,7 +11,9 @@ from theia.errors import ConfigError
 TEACHERS = "data.teachers"
 
 # Of the sweep itself, one per run.
-_RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir")
+RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir")
+# What a sweep's folder holds beside those of its rows.
+_TAKEN = ("hparams", "slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
 _NAME = re.compile(r"[\w+=,-][\w.+=, -]*")
 
 Options = Mapping[str, Any]
@@ -64,7 +66,9 @@ def expand(
         raise ConfigError("The sweep has no rows. Name some under 'rows', 'teachers' or 'product'.")
     for row in found:
         _check(row)
-    repeated = sorted({row.name for row in found if sum(other.name == row.name for other in found) > 1})
+    # A disk may not tell capitals from small letters.
+    names = [row.name.casefold() for row in found]
+    repeated = [row.name for row, name in zip(found, names, strict=True) if names.count(name) > 1]
     if repeated:
         raise ConfigError(f"Several rows of the sweep are called {repeated[0]!r}. Give each a name of its own.")
     return found
@@ -145,6 +149,23 @@ def _check(row: Row) -> None:
         )
     if not isinstance(row.options, Mapping):
         raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must be options of 'theia fit' with their values.")
-    reserved = [name for name in row.options if name in _RESERVED]
+    if row.name.casefold() in _TAKEN:
+        raise ConfigError(
+            f"A row cannot be called {row.name!r}: the sweep has a file or folder of that name. Rename it."
+        )
+    refuse_reserved(row.options, f"Row {row.name!r}")
+
+
+def refuse_reserved(names: Iterable[str], who: str) -> None:
+    """Options that are the sweep's own cannot be set for a row, nor for all of them.
+
+    Args:
+        names: Dotted options.
+        who: Sets them, for the message.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    reserved = [name for name in names if name in RESERVED]
     if reserved:
-        raise ConfigError(f"Row {row.name!r} sets {reserved[0]}, which the sweep itself sets. Leave it out.")
+        raise ConfigError(f"{who} sets {reserved[0]}, which the sweep itself sets. Leave it out.")

@@ -1,6 +1,7 @@
 """Launchers: the same jobs as processes of this machine, or as an array of SLURM jobs."""
 
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,9 @@ Ended = Callable[[Job, int], None]  # a job and its exit status
 Watch = Callable[[], None]
 
 _POLL_S = 1.0
+_TIMEOUTS = 1000
+
+logger = logging.getLogger(__name__)
 
 
 def check(launcher: Launcher, jobs: int) -> None:
@@ -67,7 +71,9 @@ def run_locally(jobs: Sequence[Job], parallel: int, watch: Watch, ended: Ended) 
         try:
             _follow(futures, watch, ended)
         except BaseException:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience would only interrupt the cleaning up
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # impatience would only interrupt the cleaning up
+            logger.info("Stopping: trainings write their checkpoints, which may take a minute.")
             for future in futures:
                 future.cancel()
             for job in jobs:
@@ -102,7 +108,8 @@ def run_on_slurm(
     """
     import submitit
 
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    # As often as need be: every time the training goes on from its checkpoint.
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_TIMEOUTS)
     try:
         executor.update_parameters(name="theia-ablate", slurm_array_parallelism=parallel, **options)
     except (NameError, ValueError, TypeError, AssertionError) as error:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from theia.errors import ConfigError
+
 
 @contextmanager
 def lock(path: Path) -> Iterator[int | None]:
@@ -24,6 +26,10 @@ def lock(path: Path) -> Iterator[int | None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked ({error.strerror}): the file system has no locks. Choose another folder."
+            ) from error
         else:
             yield descriptor
     finally:

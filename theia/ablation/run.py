@@ -17,6 +17,13 @@ State = Literal["waiting", "running", "finished", "failed"]
 CHECKPOINT = "last"  # no choice by held-out figures, which are what is compared
 _TAIL_BYTES = 1 << 16
 
+# Options that do not change what is trained: where, how often it is written down, and how the data are read.
+_HARMLESS = frozenset({
+    "run_folder", "ckpt_path", "checkpoint_every", "compare_untrained", "scorers", "scorer_images", "data.workers",
+    "data.val_batch_size", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,6 +37,7 @@ class Run:
         config: All options of ``theia fit``, resolved.
         steps: Optimisation steps of the whole training.
         scorers: What is to be scored beside the translators.
+        store_sha256: Of the store's manifest: scores of another state of the store are not to be compared.
     """
 
     row: str
@@ -39,6 +47,7 @@ class Run:
     config: Mapping[str, Any]
     steps: int
     scorers: tuple[str, ...]
+    store_sha256: str
 
     @property
     def name(self) -> str:
@@ -90,13 +99,15 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """What ``theia test`` wrote, if it has all scores that are wanted."""
+        """What ``theia test`` wrote, if it has all scores that are wanted, of the store as it is."""
         try:
             report = json.loads((self.folder / f"test_{CHECKPOINT}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
-        whole = isinstance(report, dict) and set(self.scorers) <= set(report.get("scorers", ()))
-        return report if whole else None
+        whole = isinstance(report, dict) and {"after", "scores", "scorers", "store"} <= report.keys()
+        if not whole or not set(self.scorers) <= set(report["scorers"]):
+            return None
+        return report if report["store"]["manifest_sha256"] == self.store_sha256 else None
 
     def prepare(self) -> None:
         """Writes the config."""
@@ -115,6 +126,14 @@ class Run:
             loss = _number(row, "train/loss") or loss
         return min(step, self.steps), loss
 
+    def environment(self) -> dict[str, Any]:
+        """What the training ran with; empty if that is lost."""
+        try:
+            found = json.loads((self.folder / "environment.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def last_lines(self, count: int = 15) -> str:
         """The end of the log."""
         if not self.log.exists():
@@ -127,9 +146,9 @@ class Run:
         if not rates:
             return {}
         rate = sorted(rates)[len(rates) // 2]
-        environment = json.loads((self.folder / "environment.json").read_text())
+        processes = self.environment().get("processes", 1)
         images = self.steps * self.config["data"]["batch_size"] * self.config["trainer"]["accumulate_grad_batches"]
-        return {"images_per_s": rate, "device_hours": environment["processes"] * images / rate / 3600}
+        return {"images_per_s": rate, "device_hours": processes * images / rate / 3600}
 
     def check(self) -> None:
         """Sees that the folder is of this very run, if it is there.
@@ -137,19 +156,25 @@ class Run:
         Raises:
             ConfigError: If it holds a run with other options.
         """
-        if not self.config_file.exists():
-            return
-        there = _flat(yaml.safe_load(self.config_file.read_text()) or {})
-        here = _flat(self.config)
-        # The folder may have been moved, or be named in another way.
-        names = [name for name in {**there, **here} if name != "run_folder"]
-        different = [name for name in names if there.get(name) != here.get(name)]
+        if not (self.folder / "checkpoints").exists() and not self.trained.exists():
+            return  # nothing was trained
+        # A training by hand has only what 'theia fit' wrote.
+        path = self.config_file if self.config_file.exists() else self.folder / "config.yaml"
+        there, here = (_comparable(config) for config in (yaml.safe_load(path.read_text()) or {}, self.config))
+        # What an earlier version did not know had its default.
+        different = [name for name in here if name in there and there[name] != here[name]]
         if different:
             lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
             raise ConfigError(
                 f"{self.folder} holds a run of {self.name} with other options: {lines}. Choose another --out, or "
                 "remove that folder."
             )
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that make a training what it is, flat."""
+    found = {name: value for name, value in _flat(config).items() if name not in _HARMLESS}
+    return {**found, "data.store": str(Path(found["data.store"]).resolve())} if "data.store" in found else found
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,7 +188,7 @@ def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, str]]:
     """Rows of a CSV file, or those of its end: a long run's file is not read as a whole every second."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:
         header = file.readline()
     lines = _tail(path, tail_bytes)
     # The first line is the header, or a row that the tail cuts through.

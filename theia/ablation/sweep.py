@@ -49,8 +49,11 @@ def prepare(folder: Path, runs: Sequence[Run], statement: Mapping[str, Any]) -> 
     Raises:
         ConfigError: If a folder of a run holds one with other options.
     """
-    for run in runs:
-        run.check()
+    check(runs)
+    # More seeds and rows add to what is there.
+    asked = {(run.row, run.seed) for run in runs}
+    kept = read(folder)[0] if (folder / SWEEP).exists() else []
+    everything = [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
     for run in runs:
         run.prepare()
     content = {
@@ -58,14 +61,30 @@ def prepare(folder: Path, runs: Sequence[Run], statement: Mapping[str, Any]) -> 
         "runs": [
             {
                 "row": run.row, "seed": run.seed, "folder": str(run.folder.relative_to(folder)),
-                "options": run.options, "steps": run.steps, "scorers": run.scorers,
+                "options": run.options, "steps": run.steps, "scorers": run.scorers, "store_sha256": run.store_sha256,
             }
-            for run in runs
+            for run in everything
         ],
     }  # fmt: skip
     temporary = folder / f"{SWEEP}.tmp"
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(folder / SWEEP)
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Sees that the folders of runs are theirs.
+
+    Raises:
+        ConfigError: Lists all that hold a run with other options.
+    """
+    problems = []
+    for run in runs:
+        try:
+            run.check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def read(folder: Path) -> tuple[list[Run], dict[str, Any]]:
@@ -81,7 +100,7 @@ def read(folder: Path) -> tuple[list[Run], dict[str, Any]]:
             Run(
                 row=run["row"], seed=run["seed"], folder=folder / run["folder"], options=run["options"],
                 config=yaml.safe_load((folder / run["folder"] / "fit.yaml").read_text()), steps=run["steps"],
-                scorers=tuple(run["scorers"]),
+                scorers=tuple(run["scorers"]), store_sha256=run["store_sha256"],
             )
             for run in content["runs"]
         ]  # fmt: skip
@@ -149,15 +168,18 @@ def report(folder: Path, sort_by: str | None = None, scores: Path | None = None)
     if scores is not None:
         scored = merge(scored, scores)
     reference = statement["reference"] if statement["reference"] in {run.row for run in scored} else None
-    if sort_by is None and any(statement["sort_by"] in run.scores for run in scored):
-        sort_by = statement["sort_by"]
+    if sort_by is None and statement["sort_by"] is not None:
+        if any(statement["sort_by"] in run.scores for run in scored):
+            sort_by = statement["sort_by"]
+        else:
+            logger.warning("No finished run has the score %r; rows are ranked by another.", statement["sort_by"])
     summary = summarise(scored, reference=reference, sort_by=sort_by)
     lacking: dict[str, list[str]] = {"failed": [], "unfinished": []}
     for run in runs:
         if not run.finished:
             lacking["failed" if run.failed.exists() else "unfinished"].append(run.name)
     first = next(run for run in runs if run.finished)
-    environment = json.loads((first.folder / "environment.json").read_text())
+    environment = first.environment()
     # Of the whole store, which the statement knows; an environment knows the teachers of one row.
     write_report(folder, summary, {**environment, **statement, **lacking})
     write_hparams(folder, scored)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import expand
+from theia.ablation.grid import expand, refuse_reserved
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
@@ -107,6 +107,7 @@ def ablate(
         registry.find(name)
     numbers = _seeds(seeds)
     arguments = [*(["--config", base] if base else []), *plan.arguments_of(options or {}), *fit_options]
+    refuse_reserved([*(options or {}), *(argument[2:].partition("=")[0] for argument in fit_options)], "The sweep")
     stores = plan.Stores()
     pool = list(stores.open(plan.resolve(arguments, "the base of the sweep")["data"]).teacher_specs)
     found = expand(rows, teachers, product, pool)
@@ -114,6 +115,7 @@ def ablate(
         raise ConfigError(f"The reference {reference!r} is no row. There are: {', '.join(row.name for row in found)}.")
     runs = plan.plan(found, numbers, arguments, out, tuple(wanted), stores)
     if dry_run:
+        sweep.check(runs)
         print(plan.text(runs, arguments))
         return 0
     with sweep.held(out):

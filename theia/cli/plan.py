@@ -125,6 +125,7 @@ def plan(
             row=row.name, seed=seed, folder=folder, options=row.options,
             config=_of_seed(configs[row.name], seed, folder),
             steps=_steps(configs[row.name], stores), scorers=scorers,
+            store_sha256=stores.open(configs[row.name]["data"]).store.manifest_sha256,
         )
         for row in rows
         for seed in seeds
@@ -188,7 +189,10 @@ def _state(run: Run) -> str:
 def _cost(runs: Sequence[Run]) -> str:
     finished = [run for run in runs if run.finished]
     left = [(run, run.steps - run.progress()[0]) for run in runs if not run.finished]
-    images = sum(steps * run.config["data"]["batch_size"] for run, steps in left)
+    images = sum(
+        steps * run.config["data"]["batch_size"] * run.config["trainer"]["accumulate_grad_batches"]
+        for run, steps in left
+    )
     line = (
         f"{len(finished)} of {len(runs)} runs are finished. To do: {len(left)} runs, "
         f"{sum(steps for _, steps in left):,} steps, {images:,} images"
