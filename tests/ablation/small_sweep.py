@@ -31,7 +31,8 @@ if command == "fit":
 else:
     names = sys.argv[-1].split(",")
     store = {"manifest_sha256": "abc"}
-    (run / "test_last.json").write_text(json.dumps({"store": store, "after": {"test/loss": 1.0}, "scores": {}, "scorers": names}))
+    report = {"store": store, "after": {"test/loss": 1.0}, "scores": {}, "scorers": names}
+    (run / "test_last.json").write_text(json.dumps(report))
 """
 
 

@@ -150,9 +150,7 @@ def _check(row: Row) -> None:
     if not isinstance(row.options, Mapping):
         raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must be options of 'theia fit' with their values.")
     if row.name.casefold() in _TAKEN:
-        raise ConfigError(
-            f"A row cannot be called {row.name!r}: the sweep has a file or folder of that name. Rename it."
-        )
+        raise ConfigError(f"A row cannot be called {row.name!r}: the sweep has a file of that name. Rename it.")
     refuse_reserved(row.options, f"Row {row.name!r}")
 
 

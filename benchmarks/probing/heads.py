@@ -1,0 +1,169 @@
+"""Linear heads on frozen patch tokens, fitted as in probe3D."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from benchmarks.probing.features import Features
+
+_UPSAMPLING = 4  # of the tokens' grid, before what a head gives becomes depth
+_LEAST_RATE = 0.01  # of the learning rate
+_CHUNK = 64  # images, to bound memory
+_LEAST_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How heads are fitted.
+
+    Attributes:
+        epochs: Turns over the training images.
+        warmup: Epochs of them in which the learning rate rises.
+        batch_size: Images per step.
+        learning_rate: Of AdamW, at its greatest.
+    """
+
+    epochs: int
+    warmup: float
+    batch_size: int
+    learning_rate: float
+
+
+class LinearHead(nn.Module):
+    """Standardised tokens, one linear layer, and a bilinear enlargement of what it gives.
+
+    A 1x1 convolution after a bilinear enlargement, as in probe3D, gives the same: both are linear and the weights of an
+    interpolation add up to one.
+
+    Args:
+        mean: Of each channel, shape ``(C,)``.
+        std: The same; at least a millionth.
+        out: Channels that it gives.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, out: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.linear = nn.Linear(len(mean), out)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+        """Gives maps four times as large as the grid, but not larger than pictures.
+
+        Args:
+            tokens: Shape ``(B, N, C)``.
+            grid: Their rows and columns.
+            size: Height and width of pictures, in pixels.
+
+        Returns:
+            Shape ``(B, out, h, w)``.
+        """
+        given = self.linear((tokens - self.mean) / self.std)
+        maps = given.transpose(1, 2).reshape(len(tokens), -1, *grid)
+        larger = [max(edge, min(_UPSAMPLING * edge, size)) for edge in grid]
+        return F.interpolate(maps, larger, mode="bilinear")
+
+
+def fit_head(
+    features: Features,
+    targets: NDArray[Any],
+    out: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    fit: Fit,
+    seed: int,
+    device: str,
+    what: str,
+) -> LinearHead:
+    """Fits a head.
+
+    AdamW; the learning rate rises linearly from a hundredth, then falls along a quarter of a cosine, step by step.
+
+    Args:
+        features: Of the training images.
+        targets: Of all of them, shape ``(n, ..., S, S)``.
+        out: Channels of the head.
+        loss: Of its maps and a batch of targets.
+        fit: How.
+        seed: Of the weights and the order of images.
+        device: Where.
+        what: For the progress bar.
+
+    Source: probe3D, ``train_depth.py`` and ``cosine_decay_linear_warmup``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        head = LinearHead(*_moments(features.tokens), out).to(device)
+    random = np.random.default_rng(seed)
+    count = len(features.tokens)
+    per_epoch = math.ceil(count / fit.batch_size)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=fit.learning_rate)
+    schedule = LambdaLR(optimizer, lambda step: rate(step, fit.epochs * per_epoch, fit.warmup * per_epoch))
+    with tqdm(total=fit.epochs * per_epoch, desc=what, unit="step") as progress:
+        for _ in range(fit.epochs):
+            order = random.permutation(count)
+            for start in range(0, count, fit.batch_size):
+                places = np.sort(order[start : start + fit.batch_size])
+                target = torch.from_numpy(targets[places]).to(device)
+                maps = head(torch.from_numpy(features.tokens[places]).to(device), features.grid, target.shape[-1])
+                optimizer.zero_grad()
+                loss(maps, target).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                progress.update()
+    return head.eval()
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate at a step.
+
+    Args:
+        step: From 0.
+        steps: All.
+        warmup: Steps of them in which it rises.
+    """
+    if step <= warmup:
+        share = step / warmup if warmup else 1.0
+    else:
+        share = math.cos(math.pi / 2 * (step - warmup) / (steps - warmup))
+    return _LEAST_RATE + (1 - _LEAST_RATE) * share
+
+
+@torch.no_grad()
+def apply_head(head: LinearHead, features: Features, size: int, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """A head's maps of all images, in order.
+
+    Args:
+        head: Fitted.
+        features: Of the images.
+        size: Height and width of pictures, in pixels.
+        batch_size: Images at a time.
+
+    Yields:
+        Which images, and their maps, shape ``(B, out, h, w)``.
+    """
+    for start in range(0, len(features.tokens), batch_size):
+        part = slice(start, start + batch_size)
+        tokens = torch.from_numpy(features.tokens[part]).to(head.mean.device)
+        yield part, head(tokens, features.grid, size)
+
+
+def _moments(tokens: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel over all tokens of all images, bounded in memory."""
+    count = tokens.shape[0] * tokens.shape[1]
+    parts = [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
+    mean = sum(part.sum((0, 1), dtype=np.float64) for part in parts) / count
+    variance = sum(((part - mean) ** 2).sum((0, 1)) for part in parts) / count
+    std = np.sqrt(variance).clip(_LEAST_STD)
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()

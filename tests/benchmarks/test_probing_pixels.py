@@ -1,0 +1,159 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.probing import matching
+from benchmarks.probing.camera import Camera
+from benchmarks.probing.features import Features
+from benchmarks.probing.heads import Fit, LinearHead, apply_head, fit_head, rate
+from benchmarks.probing.scenes.render import render
+from benchmarks.probing.scenes.rooms import cameras_around, random_room
+from benchmarks.probing.tasks import DepthTask, NormalTask, SegmentationTask
+
+GRID, SIZE = (4, 4), 16
+FIT = Fit(epochs=60, warmup=2, batch_size=4, learning_rate=0.05)
+
+
+def test_a_head_gives_what_a_convolution_after_enlargement_gives() -> None:
+    head = LinearHead(torch.zeros(6), torch.ones(6), 5)
+    convolution = nn.Conv2d(6, 5, 1)
+    convolution.weight.data, convolution.bias.data = head.linear.weight.data[..., None, None], head.linear.bias.data
+    tokens = torch.randn(2, 16, 6)
+    larger = F.interpolate(tokens.transpose(1, 2).reshape(2, 6, 4, 4), scale_factor=4, mode="bilinear")
+    assert torch.allclose(head(tokens, GRID, 64), convolution(larger), atol=1e-5)
+
+
+def test_the_rate_of_heads_is_that_of_probe3d() -> None:
+    assert [rate(step, 100, 10) for step in (0, 5, 10, 100)] == pytest.approx([0.01, 0.505, 1, 0.01])
+    assert rate(40, 100, 10) == pytest.approx(0.99 * math.cos(math.pi / 6) + 0.01)
+    assert rate(0, 10, 0) == 1
+
+
+def features(targets: torch.Tensor) -> Features:
+    """Tokens that hold their patch's mean target, among noise of other scales."""
+    generator = torch.Generator().manual_seed(0)
+    patches = F.avg_pool2d(targets.reshape(len(targets), -1, SIZE, SIZE), SIZE // GRID[0]).flatten(2).transpose(1, 2)
+    noise = torch.randn(*patches.shape[:2], 3, generator=generator)
+    return Features(torch.cat([1e3 + 10 * patches, 1e-3 * noise], 2).numpy(), GRID)
+
+
+def blocks(channels: int) -> torch.Tensor:
+    """Random values, the same within every patch: ``(8, channels, S, S)``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(8, channels, *GRID, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def score(task, targets: torch.Tensor, tokens: Features) -> dict[str, float]:
+    head = fit_head(tokens, targets.numpy(), task.channels, task.loss, FIT, 0, "cpu", "test")
+    parts = apply_head(head, tokens, SIZE, 3)
+    return task.summarise([task.measure(maps, targets[part]) for part, maps in parts])
+
+
+def test_depth_is_learned_where_it_can_be() -> None:
+    targets = 1 + 6 * blocks(1)[:, 0]
+    targets[0, :2] = 0
+    found = score(DepthTask(), targets, features(targets))
+    blind = score(DepthTask(), targets, features(torch.rand_like(targets)))
+    assert found["rmse"] < 0.6 * blind["rmse"]
+    assert found["delta1"] > blind["delta1"] + 0.1
+
+
+def test_normals_are_learned_where_they_can_be() -> None:
+    targets = F.normalize(blocks(3) - 0.5, dim=1)
+    found = score(NormalTask(), targets, features(targets))
+    blind = score(NormalTask(), targets, features(torch.rand(8, 1, SIZE, SIZE)))
+    assert found["angular_rmse"] < 0.7 * blind["angular_rmse"]
+
+
+def test_classes_are_learned_where_they_can_be() -> None:
+    targets = (3 * blocks(1)[:, 0]).to(torch.uint8)
+    targets[0, :2] = 255
+    found = score(
+        SegmentationTask(3), targets, features(F.one_hot((3 * blocks(1)[:, 0]).long()).permute(0, 3, 1, 2).float())
+    )
+    assert found["mean_iou"] > 0.6
+
+
+def test_depth_of_a_head_is_a_weighted_mean_of_bins() -> None:
+    task = DepthTask()
+    flat = task.predict(torch.full((1, 256, 2, 2), -3.0), 8)
+    assert torch.allclose(flat, torch.full((1, 8, 8), (10 + 1e-3) / 2), atol=1e-4)
+    peak = torch.zeros(1, 256, 2, 2)
+    peak[:, 255] = 1e6
+    assert torch.allclose(task.predict(peak, 8), torch.full((1, 8, 8), 10.0), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("task", "target"),
+    [
+        (DepthTask(), torch.zeros(1, SIZE, SIZE)),
+        (NormalTask(), torch.zeros(1, 3, SIZE, SIZE)),
+        (SegmentationTask(3), torch.full((1, SIZE, SIZE), 255, dtype=torch.uint8)),
+    ],
+)
+def test_images_where_nothing_is_known_teach_nothing(task, target: torch.Tensor) -> None:
+    maps = torch.randn(1, task.channels, 4, 4, requires_grad=True)
+    task.loss(maps, target).backward()
+    assert (maps.grad == 0).all()
+
+
+@pytest.fixture
+def views(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Camera], np.ndarray, Features]:
+    """A room whose features tell the world point behind every token."""
+    size = 128
+    monkeypatch.setattr(matching, "IMAGE_SIZE", size)
+    random = np.random.default_rng(1)
+    room, cameras = random_room(random), cameras_around(random, size)
+    depth = np.stack([render(room, camera).depth for camera in cameras]).astype(np.float32)
+    waves = random.normal(scale=3, size=(3, 256))
+    side = size // 4
+    middles = [
+        np.cos(camera.points(one)[2::4, 2::4].reshape(-1, 3) @ waves + np.arange(256))
+        for camera, one in zip(cameras, depth, strict=True)
+    ]
+    return cameras, depth, Features(np.stack(middles).astype(np.float32), (side, side))
+
+
+def test_features_that_know_the_place_are_matched_and_others_are_not(views) -> None:
+    cameras, depth, tokens = views
+    pairs = [(0, 1), (0, 2), (0, 3), (0, 4)]
+    found = matching.correspondence(tokens, depth, cameras, pairs, "cpu")
+    near = matching.correspondence(tokens, depth, cameras, pairs[:1], "cpu")
+    shuffled = Features(np.random.default_rng(0).permuted(tokens.tokens, axis=1), tokens.grid)
+    worse = matching.correspondence(shuffled, depth, cameras, pairs, "cpu")
+    # A cell is 20 pixels wide, so the nearest one is off by up to 14; some are hidden or outside of the second view.
+    assert near["recall_20px"] > 0.5 > near["recall_5px"]
+    assert found["recall_10px_0-15deg"] == near["recall_10px"] > found["recall_10px_60-180deg"]
+    assert worse["recall_20px"] < 0.1
+
+
+def test_a_view_matched_with_itself_is_right_everywhere(views) -> None:
+    cameras, depth, tokens = views
+    found = matching.correspondence(tokens, depth, cameras, [(0, 0)], "cpu")
+    assert found["recall_5px"] == found["recall_5cm"] == found["recall_10px_0-15deg"] == 1
+    assert "recall_10px_15-30deg" not in found
+
+
+def test_the_most_distinct_matches_come_first() -> None:
+    second = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    first = torch.tensor([[0.7, 0.69, 0], [0, 0.1, 1.0]])
+    ours, theirs = matching.match(first, second, 5)
+    assert (ours.tolist(), theirs.tolist()) == ([1, 0], [2, 0])
+    assert matching.match(first, second, 1)[0].tolist() == [1]
+
+
+def test_errors_are_pixels_of_a_picture_640_wide() -> None:
+    camera = Camera(np.array([[100.0, 0, 160], [0, 100, 120], [0, 0, 1]]), np.eye(4), 320, 240)
+    points = np.array([[0.0, 0, 2], [0, 0, 2], [0, 0, -2]])
+    matched = np.array([[0.06, 0.08, 2], [0, 0, 5], [0, 0, 2]])
+    # 3 and 4 pixels of 320; along the ray; behind the camera.
+    assert matching.reprojection_error(points, matched, camera).tolist() == pytest.approx([10, 0, math.inf])
+
+
+def test_bins_hold_their_lower_end() -> None:
+    found = matching.binned([0, 14.9, 15, 60, 180], [1.0, 0.0, 0.3, 0.2, 0.4])
+    assert found == {"0-15": 0.5, "15-30": 0.3, "60-180": pytest.approx(0.3)}
