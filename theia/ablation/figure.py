@@ -98,10 +98,14 @@ def _transfer(axes: Any, summary: Summary) -> None:
     from matplotlib.patches import Rectangle
 
     cells = np.array([summary.transfer(row) for row in summary.rows], float)  # None becomes NaN, a blank cell
-    image = axes.imshow(cells, cmap="Blues", aspect="auto", interpolation="nearest")
+    # Shades are those of a column: teachers differ more in how well they can be read out at all than students do.
+    least, greatest = np.nanmin(cells, 0), np.nanmax(cells, 0)
+    span = np.where(greatest - least > 1e-6, greatest - least, np.inf)
+    shades = (cells - least) / span
+    axes.imshow(shades, cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     for (place, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            dark = image.norm(value) > 0.6
+            dark = shades[place, column] > 0.6
             axes.text(column, place, f"{value:.2f}", fontsize=_SMALL, ha="center", va="center",
                       color="white" if dark else "black")  # fmt: skip
         if summary.readable[column] in summary.rows[place].teachers:
@@ -111,7 +115,7 @@ def _transfer(axes: Any, summary: Summary) -> None:
                     rotation_mode="anchor")  # fmt: skip
     axes.set_yticks([])
     axes.set_title("Read out of the student", fontsize=_TITLE)
-    axes.set_xlabel("explained variance; framed: distilled from", fontsize=_SMALL)
+    axes.set_xlabel("explained variance, shaded by column; framed: distilled from", fontsize=_SMALL)
 
 
 def _scatter(axes: Any, summary: Summary, points: list[RowSummary]) -> None:

@@ -85,7 +85,7 @@ class Job:
         fit, test = self.commands()
         self.run.failed.unlink(missing_ok=True)
         code = 0
-        if not self.run.trained.exists():
+        if not (self.run.trained.exists() and (self.run.folder / f"checkpoints/{CHECKPOINT}.ckpt").exists()):
             code = self._carry_out(fit, held)
             if code == 0:
                 self.run.trained.touch()

@@ -52,7 +52,11 @@ def prepare(folder: Path, runs: Sequence[Run], statement: Mapping[str, Any]) -> 
     check(runs)
     # More seeds and rows add to what is there.
     asked = {(run.row, run.seed) for run in runs}
-    kept = read(folder)[0] if (folder / SWEEP).exists() else []
+    try:
+        kept = read(folder)[0] if (folder / SWEEP).exists() else []
+    except ConfigError as error:
+        logger.warning("%s It is written anew, without rows that are not asked for now.", error)
+        kept = []
     everything = [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
     for run in runs:
         run.prepare()
@@ -110,7 +114,7 @@ def read(folder: Path) -> tuple[list[Run], dict[str, Any]]:
             f"{folder} is not the folder of a sweep: there is no {error.filename}. Give the --out of 'theia ablate'."
         ) from error
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}). Start the sweep again: its runs are kept.") from error
+        raise ConfigError(f"{path} cannot be read ({error!r}). Start the sweep again: its runs are kept.") from error
 
 
 def carry_out(
