@@ -9,19 +9,19 @@ import torch
 from theia.analysis.cka import CKA
 
 
-def hsic_1(k: Any, l: Any) -> float:  # noqa: E741
+def hsic_1(k: Any, m: Any) -> float:
     n = len(k)
-    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
     ones = np.ones(n)
-    first = np.trace(k @ l)
-    second = (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
-    third = 2 / (n - 2) * (ones @ k @ l @ ones)
+    first = np.trace(k @ m)
+    second = (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+    third = 2 / (n - 2) * (ones @ k @ m @ ones)
     return float((first + second - third) / (n * (n - 3)))
 
 
 def printed(x: torch.Tensor, y: torch.Tensor) -> float:
-    k, l = (side.double().numpy() @ side.double().numpy().T for side in (x, y))  # noqa: E741
-    return hsic_1(k, l) / np.sqrt(hsic_1(k, k) * hsic_1(l, l))
+    k, m = (side.double().numpy() @ side.double().numpy().T for side in (x, y))
+    return hsic_1(k, m) / np.sqrt(hsic_1(k, k) * hsic_1(m, m))
 
 
 def of(minibatch: int = 256, arriving: int = 5, **features: torch.Tensor) -> list[list[float | None]]:
@@ -49,9 +49,9 @@ def test_minibatches_are_summed_up(pair: tuple[torch.Tensor, torch.Tensor]) -> N
     x, y = pair
     sums = np.zeros(3)
     for start, stop in ((0, 16), (16, 32), (32, 40)):
-        k, l = (side[start:stop].double().numpy() for side in pair)  # noqa: E741
-        k, l = k @ k.T, l @ l.T  # noqa: E741
-        sums += (stop - start) * np.array([hsic_1(k, l), hsic_1(k, k), hsic_1(l, l)])
+        k, m = (side[start:stop].double().numpy() for side in pair)
+        k, m = k @ k.T, m @ m.T
+        sums += (stop - start) * np.array([hsic_1(k, m), hsic_1(k, k), hsic_1(m, m)])
 
     assert of(16, x=x, y=y)[0][1] == pytest.approx(sums[0] / np.sqrt(sums[1] * sums[2]), abs=1e-9)
 

@@ -108,7 +108,7 @@ def test_what_a_scorer_is_given(store: Path, run: Path, register: Register) -> N
             seen[name] = [row for _ in range(2) for batch in part() for row in batch.rows.tolist()]
         batch = next(iter(trained.train()))
         seen.update(trained=trained, teachers=set(batch.patches), random=torch.rand(1).item())
-        return {"one": 1, "two/beta": torch.tensor(2.0)}  # type: ignore[dict-item]  # numbers of other kinds
+        return {"one": 1, "two/beta": torch.tensor(2.0)}  # numbers of other kinds
 
     register(fox)
     arguments = command_line(store, run, "--scorers=fox", "--scorer_images=30", "--seed_everything=7")

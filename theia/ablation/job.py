@@ -68,12 +68,9 @@ class Job:
             self._wait(self._child)
         return DelayedSubmission(Job(self.run, self.environment, self.program))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For other machines: an event and a process are of this one."""
-        return {"run": self.run, "environment": self.environment, "program": self.program}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # the plain way to make all fields
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other machines: made anew there, as an event and a process are of this one."""
+        return type(self), (self.run, self.environment, self.program)
 
     def commands(self) -> list[list[str]]:
         """Arguments of ``theia``, one list per command."""

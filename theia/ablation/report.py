@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from theia.ablation.figure import draw
 from theia.ablation.page import PICTURE, page
 from theia.ablation.summary import Summary, higher_is_better
+from theia.analysis.files import write_whole
 
 
 def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[Path]:
@@ -36,14 +36,7 @@ def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[
         PICTURE: picture.getvalue(),
         "report.json": _json(summary, statement).encode(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+    write_whole(folder, contents)
     return [folder / name for name in contents]
 
 

@@ -2,11 +2,11 @@
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from theia.analysis import figures, maps
+from theia.analysis.files import write_whole
 from theia.analysis.page import page
 from theia.analysis.results import NORM_ENTROPY, Analysis, as_json, scalars
 from theia.errors import ConfigError
@@ -54,14 +54,7 @@ def write(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[P
         REPORT: page(analysis, [*pictures]).encode(),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        write_whole(folder, contents)
         for name in {*_PICTURES} - {*pictures}:
             (folder / name).unlink(missing_ok=True)
         _write_events(folder / TENSORBOARD, analysis, pictures, tensorboard)
