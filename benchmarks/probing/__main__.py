@@ -1,7 +1,7 @@
 """``python -m benchmarks.probing``: probes frozen encoders, prints one table, writes one JSON."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,17 @@ from jsonargparse import ArgumentParser
 from benchmarks import command
 from benchmarks.probing.data import TASKS, DenseData, Task
 from benchmarks.probing.features import Device, check_encoders, choose_device, open_all
+from benchmarks.probing.fingerprint import fingerprint, of_data, of_files
 from benchmarks.probing.folder import open_folder, tasks_of
 from benchmarks.probing.labelled import open_labelled
+from benchmarks.probing.picture import draw
 from benchmarks.probing.presets import PRESETS, Effort, Preset
-from benchmarks.probing.probes import Figures, probe_classes, probe_pixels
+from benchmarks.probing.probes import Probed, probe_classes, probe_nothing, probe_pixels, probe_places
 from benchmarks.probing.report import results as records
 from benchmarks.probing.report import table
 from benchmarks.probing.scenes.dataset import scenes
 from benchmarks.probing.storage import Storage, temporary
+from benchmarks.probing.unfinished import Unfinished
 from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.report import write
 from theia.analysis.labels import short_labels
@@ -26,6 +29,7 @@ from theia.errors import ConfigError, ImageError
 from theia.lists import comma_list
 
 SCENES = "scenes"
+NOTHING = "no encoder"  # the column of what can be told without one
 
 
 def classification(
@@ -40,6 +44,9 @@ def classification(
     results: Path = Path("benchmarks/results"),
 ) -> Path:
     """Tells classes of images by mean-pooled patch tokens: nearest neighbours, and MAE's linear probe.
+
+    The column "no encoder" always tells the most frequent class. The same command again after an interruption skips
+    encoders that are finished.
 
     Args:
         encoders: Names with blanks between them. All are in memory together.
@@ -64,7 +71,7 @@ def classification(
         raise ConfigError(f"--neighbours is {neighbours}; it must be 1 or more.")
     training, testing = open_labelled(images, val, neighbours)
     opened = open_all(encoders, where)
-    check_encoders(opened, training.some(4), spatial=False)
+    looks = check_encoders(opened, training.some(4), spatial=False)
     settings = {
         "preset": preset, "neighbours": neighbours, "seeds": numbers, "training images": len(training),
         "held-out images": len(testing), "classes": len(training.classes), "device": where,
@@ -76,10 +83,15 @@ def classification(
             "training images the linear probe ends before it has learned much. Take the small one."
         )
 
-    def probe(encoder: NamedEncoder, storage: Storage) -> Figures:
+    def probe(encoder: NamedEncoder, storage: Storage) -> Probed:
         return probe_classes(encoder, training, testing, neighbours, effort.probe, numbers, where, storage)
 
-    return _probe_all("classification", opened, probe, effort.on_disk, folder, results, settings, notes)
+    files = of_files(images, val)
+    identities = {name: fingerprint(settings, versions(), files, look) for name, look in looks.items()}
+    nothing = probe_nothing(training, testing)
+    return _probe_all(
+        "classification", opened, identities, nothing, probe, effort.on_disk, folder, results, settings, notes
+    )[0]
 
 
 def dense(
@@ -94,6 +106,9 @@ def dense(
 ) -> Path:
     """Tells depth, surface normals and classes of pixels by a linear head on patch tokens, and matches views.
 
+    The column "no encoder" tells what is usual at each place of a picture, without looking at it. A picture shows heads
+    of the first seed beside the truth. The same command again after an interruption skips encoders that are finished.
+
     Args:
         encoders: Names with blanks between them. All are in memory together.
         data: Folder with train and val, each with rgb and what the tasks need (see benchmarks/probing/folder.py), or
@@ -105,7 +120,7 @@ def dense(
         device: Where to work; auto takes a GPU if there is one.
         folder: Where the full preset puts its files, which are deleted afterwards; the system's temporary folder by
             default.
-        results: Folder for the JSON.
+        results: Folder for the JSON and the picture.
 
     Returns:
         The JSON.
@@ -118,17 +133,26 @@ def dense(
     opened = open_all(encoders, where)
     with temporary(effort.on_disk, folder) as storage:
         found = _data(data, chosen, effort.rooms, storage)
-        check_encoders(opened, found.val.images, spatial=True)
+        looks = check_encoders(opened, found.val.images, spatial=True)
         settings = {
             "preset": preset, "data": found.description, "tasks": chosen, "seeds": numbers, "device": where,
         }  # fmt: skip
         left_out = [task for task in TASKS if task not in chosen] if tasks is None else []
         notes = [f"No data for: {', '.join(left_out)}."] if left_out else []
 
-        def probe(encoder: NamedEncoder, storage: Storage) -> Figures:
+        def probe(encoder: NamedEncoder, storage: Storage) -> Probed:
             return probe_pixels(encoder, found, chosen, effort.head, numbers, where, storage)
 
-        return _probe_all("dense", opened, probe, effort.on_disk, folder, results, settings, notes)
+        pixels = of_data(found)
+        identities = {name: fingerprint(settings, versions(), pixels, look) for name, look in looks.items()}
+        nothing = probe_places(found, chosen)
+        path, probed = _probe_all(
+            "dense", opened, identities, nothing, probe, effort.on_disk, folder, results, settings, notes
+        )
+        if nothing.maps:
+            draw(path.with_suffix(".png"), found, probed)
+            print(path.with_suffix(".png"))
+        return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,11 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(required=True)
     functions: dict[str, Callable[..., Path]] = {"classification": classification, "dense": dense}
     for name, function in functions.items():
-        one = ArgumentParser(description=(function.__doc__ or "").partition("\n")[0])
+        what = (function.__doc__ or "").partition("\n")[0]
+        one = ArgumentParser(description=what)
         # jsonargparse takes one word for a list; a comma may be part of an encoder's name.
         one.add_argument("--encoders", nargs="+", required=True, metavar="NAME", help=FORMS.replace("\n", "; "))
         one.add_function_arguments(function, skip={"encoders"})
-        commands.add_subcommand(name, one)
+        commands.add_subcommand(name, one, help=what)
     options = parser.parse_args(argv)
     chosen = options.subcommand
     return command.run("benchmarks.probing", lambda: functions[chosen](**options[chosen].as_dict()))
@@ -157,28 +182,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _probe_all(
     kind: str,
     encoders: Sequence[NamedEncoder],
-    probe: Callable[[NamedEncoder, Storage], Figures],
+    identities: Mapping[str, str],
+    nothing: Probed,
+    probe: Callable[[NamedEncoder, Storage], Probed],
     on_disk: bool,
     folder: Path | None,
     results: Path,
     settings: dict[str, Any],
     notes: list[str],
-) -> Path:
-    record = {"versions": versions(), "machine": machine(), "settings": settings, "notes": notes}
+) -> tuple[Path, dict[str, Probed]]:
+    """Probes what an interrupted run has not, then writes the JSON.
+
+    Returns:
+        The JSON, and what was found by the encoders' labels, with what needs no encoder first.
+    """
     # Where a model lies is nobody else's business.
     labels = short_labels([encoder.name for encoder in encoders])
-    found: dict[str, Figures] = {}
-    try:
-        for encoder in encoders:
+    found = {NOTHING: nothing}
+    unfinished = Unfinished(results / "unfinished")
+    for number, encoder in enumerate(encoders, 1):
+        known = unfinished.load(identities[encoder.name])
+        turn = f"encoder {number} of {len(encoders)}: {encoder.name}"
+        if known is None:
+            print(turn, file=sys.stderr)
             with temporary(on_disk, folder) as storage:
-                found[labels[encoder.name]] = probe(encoder, storage)
-    finally:
-        # What was found is not lost with a later encoder.
-        if found:
-            print("\n".join([table(found), *notes]))
-            path = write(results, f"probing-{kind}", records(found), record)
-            print(path)
-    return path
+                known = probe(encoder, storage)
+            unfinished.keep(identities[encoder.name], known)
+        else:
+            print(f"{turn} was finished by an interrupted run", file=sys.stderr)
+        found[labels[encoder.name]] = known
+    figures = {name: probed.figures for name, probed in found.items()}
+    print("\n".join([table(figures), *notes]))
+    record = {"versions": versions(), "machine": machine(), "settings": settings, "notes": notes}
+    path = write(results, f"probing-{kind}", records(figures), record)
+    unfinished.forget(identities.values())
+    print(path)
+    return path, found
 
 
 def _common(device: Device, seeds: str, folder: Path | None, preset: Preset) -> tuple[str, list[int], Effort]:

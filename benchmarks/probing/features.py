@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.probing.fingerprint import fingerprint
 from benchmarks.probing.storage import Storage
 from theia.encoder.named import NamedEncoder, open_encoder
 from theia.errors import ConfigError, FeatureError
@@ -64,7 +65,7 @@ def choose_device(device: Device) -> str:
     return device
 
 
-def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], spatial: bool) -> None:
+def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], spatial: bool) -> dict[str, str]:
     """Looks at the features of a few images, before any work.
 
     Args:
@@ -72,12 +73,16 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
         images: Shape ``(n, 3, H, W)``; a few spread over all are looked at.
         spatial: Whether more than one token is needed.
 
+    Returns:
+        By name, a fingerprint of the features: of other weights, it is another.
+
     Raises:
         ConfigError: If features have no grid, or are the same for all images.
         FeatureError: If they are not finite.
         TheiaError: If an encoder does not take such images.
     """
     places = np.unique(np.linspace(0, len(images) - 1, _LOOKS).round().astype(int))
+    found = {}
     for encoder in encoders:
         tokens = encoder(torch.from_numpy(images[places]).to(_device_of(encoder)))
         if spatial and tokens.patches.shape[1] < 2:
@@ -88,6 +93,8 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
                 f"{encoder.name} gives the same features for {len(places)} images spread over the data: there is "
                 "nothing to probe. Has its training collapsed, or are the images all the same?"
             )
+        found[encoder.name] = fingerprint(encoder.name, tokens.grid, tokens.patches.cpu().numpy())
+    return found
 
 
 def token_features(encoder: NamedEncoder, images: NDArray[np.uint8], storage: Storage, what: str) -> Features:

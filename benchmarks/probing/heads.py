@@ -1,4 +1,10 @@
-"""Linear heads on frozen patch tokens, fitted as in probe3D."""
+"""Linear heads on the frozen patch tokens of an encoder's last layer.
+
+Losses, optimiser, schedule, and the bins of depth are probe3D's. Its published figures come from larger heads (DPT:
+convolutions over four layers of the encoder), which learn much by themselves. Here the head is its linear one on the
+one layer that teachers, concatenations and students all have: figures of encoders compare with each other, not with
+probe3D's. Unlike there, tokens are standardised first, so that neither scale nor offset of a channel plays a part.
+"""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,23 +1,39 @@
 """All probes of one encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from benchmarks.probing.data import IMAGE_SIZE, DenseData, Task
-from benchmarks.probing.features import Features, pooled_features, token_features
+from benchmarks.probing.data import IMAGE_SIZE, DenseData, DenseSplit, Task
+from benchmarks.probing.features import pooled_features, token_features
 from benchmarks.probing.heads import Fit, apply_head, fit_head
 from benchmarks.probing.labelled import Labelled
 from benchmarks.probing.linear import Schedule, train_probe
 from benchmarks.probing.matching import correspondence
 from benchmarks.probing.nearest import nearest_classes
 from benchmarks.probing.storage import Storage
-from benchmarks.probing.tasks import DepthTask, HeadTask, NormalTask, SegmentationTask
+from benchmarks.probing.tasks import HeadTask, head_task
 from theia.encoder.named import NamedEncoder
 
-Figures = dict[str, list[float]]
-
 _CHUNK = 4096  # vectors
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was found of one encoder.
+
+    Attributes:
+        figures: By ``task/figure``, one value per seed; one value where seeds play no part.
+        maps: By task, what is predicted for a few val pictures, shape ``(k, ..., S, S)``.
+    """
+
+    figures: dict[str, list[float]]
+    maps: dict[str, NDArray[Any]]
 
 
 def probe_classes(
@@ -29,7 +45,7 @@ def probe_classes(
     seeds: Sequence[int],
     device: str,
     storage: Storage,
-) -> Figures:
+) -> Probed:
     """Nearest neighbours and a linear probe on mean-pooled patch tokens.
 
     Args:
@@ -43,7 +59,7 @@ def probe_classes(
         storage: For the vectors.
 
     Returns:
-        ``classification/knn`` and ``classification/linear``, shares of held-out images that are told right.
+        Figures ``classification/knn`` and ``classification/linear``: shares of held-out images that are told right.
     """
     train = pooled_features(encoder, training.batches(), len(training), storage, "training images")
     test = pooled_features(encoder, testing.batches(), len(testing), storage, "held-out images")
@@ -60,7 +76,15 @@ def probe_classes(
             parts = torch.from_numpy(test).split(_CHUNK)  # type: ignore[no-untyped-call]
             told = torch.cat([probe(part.to(device)).argmax(1).cpu() for part in parts])
         linear.append(float((told == truth).float().mean()))
-    return {"classification/knn": [float((nearest == truth).float().mean())], "classification/linear": linear}
+    knn = [float((nearest == truth).float().mean())]
+    return Probed({"classification/knn": knn, "classification/linear": linear}, {})
+
+
+def probe_nothing(training: Labelled, testing: Labelled) -> Probed:
+    """Share of held-out images that are of the most frequent class of the training images."""
+    usual = np.bincount(training.labels).argmax()
+    share = [float((testing.labels == usual).mean())]
+    return Probed({"classification/knn": share, "classification/linear": share}, {})
 
 
 def probe_pixels(
@@ -71,7 +95,7 @@ def probe_pixels(
     seeds: Sequence[int],
     device: str,
     storage: Storage,
-) -> Figures:
+) -> Probed:
     """Linear heads on patch tokens, and matches between views.
 
     Args:
@@ -84,41 +108,62 @@ def probe_pixels(
         storage: For the tokens.
 
     Returns:
-        By ``task/figure``.
+        Figures by ``task/figure``; of the first seed's heads, what they say of the pictures in :func:`shown`.
     """
     val = token_features(encoder, data.val.images, storage, "val images")
-    found: Figures = {}
+    found = Probed({}, {})
     heads = [task for task in tasks if task != "correspondence"]
     if heads:
         train = token_features(encoder, data.train.images, storage, "train images")
-        for task in heads:
+        for name in heads:
+            task = head_task(name, data)
             for seed in seeds:
-                what = f"{encoder.name}: {task}, seed {seed}"
-                for name, value in _probe(task, train, val, data, fit, seed, device, what).items():
-                    found.setdefault(f"{task}/{name}", []).append(value)
+                what = f"{encoder.name}: {name}, seed {seed}"
+                head = fit_head(train, task.targets(data.train), task.channels, task.loss, fit, seed, device, what)
+                predictions = (
+                    (part, task.predict(maps, IMAGE_SIZE))
+                    for part, maps in apply_head(head, val, IMAGE_SIZE, fit.batch_size)
+                )
+                _judge(name, task, data.val, predictions, found)
     if "correspondence" in tasks and data.val.depth is not None and data.val.cameras is not None:
         matches = correspondence(val, data.val.depth, data.val.cameras, data.val.pairs, device)
-        found |= {f"correspondence/{name}": [value] for name, value in matches.items()}
+        found.figures.update({f"correspondence/{name}": [value] for name, value in matches.items()})
     return found
 
 
-def _task(name: Task, data: DenseData) -> tuple[HeadTask, str]:
-    """The task, and the attribute of a split that holds its truth."""
-    if name == "depth":
-        return DepthTask(), "depth"
-    if name == "normals":
-        return NormalTask(), "normals"
-    return SegmentationTask(len(data.classes)), "labels"
+def probe_places(data: DenseData, tasks: Sequence[Task]) -> Probed:
+    """What can be told of a place without looking at the picture: what is usual there in the training pictures.
+
+    A head whose figures are no better than these has learned nothing but where a token lies.
+
+    Args:
+        data: With what the tasks need.
+        tasks: Which; correspondence is left out.
+    """
+    found = Probed({}, {})
+    for name in tasks:
+        if name != "correspondence":
+            task = head_task(name, data)
+            usual = task.usual(task.targets(data.train))[None]
+            parts = (slice(place, place + 1) for place in range(len(data.val.images)))
+            _judge(name, task, data.val, ((part, usual) for part in parts), found)
+    return found
 
 
-def _probe(
-    name: Task, train: Features, val: Features, data: DenseData, fit: Fit, seed: int, device: str, what: str
-) -> dict[str, float]:
-    task, truth = _task(name, data)
-    head = fit_head(train, getattr(data.train, truth), task.channels, task.loss, fit, seed, device, what)
-    targets = getattr(data.val, truth)
-    batches = [
-        task.measure(maps, torch.from_numpy(targets[part]).to(device))
-        for part, maps in apply_head(head, val, IMAGE_SIZE, fit.batch_size)
-    ]
-    return task.summarise(batches)
+def shown(count: int) -> list[int]:
+    """Pictures of ``count`` that are drawn: two that lie far apart."""
+    return [0, count // 2] if count > 1 else [0]
+
+
+def _judge(
+    name: Task, task: HeadTask, split: DenseSplit, predictions: Iterable[tuple[slice, Tensor]], found: Probed
+) -> None:
+    """Adds figures, and the pictures that are shown if there are none yet."""
+    targets, places = task.targets(split), shown(len(split.images))
+    batches, drawn = [], []
+    for part, prediction in predictions:
+        batches.append(task.measure(prediction, torch.from_numpy(targets[part]).to(prediction.device)))
+        drawn += [prediction[place - part.start].cpu().numpy() for place in places if part.start <= place < part.stop]
+    for figure, value in task.summarise(batches).items():
+        found.figures.setdefault(f"{name}/{figure}", []).append(value)
+    found.maps.setdefault(name, np.stack(drawn))

@@ -1,7 +1,7 @@
 """What was found as a table for people and as measures for the JSON."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from tabulate import tabulate
 
@@ -16,7 +16,7 @@ _UNITS = {
 
 
 def table(found: Found) -> str:
-    """A row per figure, a column per encoder; means over seeds.
+    """A row per figure, a column per encoder; means over seeds, with their standard deviation if there are several.
 
     Args:
         found: By encoder, then figure.
@@ -24,7 +24,7 @@ def table(found: Found) -> str:
     figures = list(dict.fromkeys(figure for values in found.values() for figure in values))
     rows = []
     for figure in figures:
-        cells = [f"{fmean(values[figure]):.3f}" if figure in values else "" for values in found.values()]
+        cells = [_cell(values.get(figure, ())) for values in found.values()]
         rows.append([figure, _unit(figure), "less" if _unit(figure) else "more", *cells])
     lines: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
     return lines
@@ -43,6 +43,12 @@ def results(found: Found) -> dict[str, Result]:
         )
         for name, figures in found.items()
     }
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _unit(figure: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.probing import __main__ as command
-from benchmarks.probing import features, presets
+from benchmarks.probing import features, fingerprint, presets
 from benchmarks.probing.camera import Camera
 from benchmarks.probing.data import IMAGE_SIZE, DenseSplit
 from benchmarks.probing.folder import open_folder
@@ -96,7 +96,7 @@ def folder(root: Path, count: int = 3) -> Path:
 
 
 def record(tmp_path: Path) -> dict:
-    (path,) = (tmp_path / "results").iterdir()
+    (path,) = (tmp_path / "results").glob("*.json")
     return json.loads(path.read_text())
 
 
@@ -105,12 +105,12 @@ def test_classes_are_told_and_every_seed_is_recorded(tmp_path: Path, run) -> Non
     status, out, err = run("classification", "--encoders", "a", "b", f"--images={images}", "--seeds=0,1")
     assert (status, "Error" in err) == (0, False)
     written = record(tmp_path)
-    assert list(written["suites"]) == ["a", "b"]
+    assert list(written["suites"]) == ["no encoder", "a", "b"]
     measures = {measure["name"]: measure["values"] for measure in written["suites"]["a"]["measures"]}
     assert measures == {"classification/knn": [1.0], "classification/linear": [1.0, 1.0]}
     assert written["settings"]["training images"] == 24
     assert str(tmp_path) not in json.dumps(written)
-    assert [line.split()[2:] for line in out.splitlines() if "knn" in line] == [["1.000", "1.000"]]
+    assert [line.split()[2:] for line in out.splitlines() if "knn" in line] == [["0.500", "1.000", "1.000"]]
 
 
 def test_held_out_images_may_lie_elsewhere(tmp_path: Path, run) -> None:
@@ -272,14 +272,51 @@ def test_an_encoder_named_twice_is_refused(run) -> None:
     assert "twice" in run("dense", "--encoders", "a", "a", "--data=scenes")[2]
 
 
-def test_what_was_found_outlives_an_encoder_that_fails(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = command.probe_pixels
+def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--data=scenes", "--tasks=segmentation,depth")
+    probe, probed = command.probe_pixels, []
 
     def fails(encoder: NamedEncoder, *rest):
-        if encoder.name == "bad":
+        probed.append(encoder.name)
+        if encoder.name == "bad" and probed.count("bad") == 1:
             raise KeyboardInterrupt
         return probe(encoder, *rest)
 
     monkeypatch.setattr(command, "probe_pixels", fails)
-    assert run("dense", "--encoders", "a", "bad", "--data=scenes", "--tasks=segmentation")[0] == 130
-    assert list(record(tmp_path)["suites"]) == ["a"]
+    assert run("dense", "--encoders", "a", "bad", *options)[0] == 130
+    results = tmp_path / "results"
+    assert [path.name for path in results.iterdir()] == ["unfinished"]
+    # Something else, of which nothing is known yet.
+    assert run("dense", "--encoders", "a", "--data=scenes", "--tasks=segmentation")[0] == 0
+    for path in results.glob("*.*"):
+        path.unlink()
+    status, _, err = run("dense", "--encoders", "a", "bad", *options)
+    assert (status, probed) == (0, ["a", "bad", "a", "bad"])
+    assert "encoder 1 of 2: a was finished" in err
+    assert sorted(path.suffix for path in results.iterdir()) == [".json", ".png"]
+    resumed = record(tmp_path)["suites"]
+    for path in results.iterdir():
+        path.unlink()
+    assert run("dense", "--encoders", "a", "bad", *options)[0] == 0
+    assert record(tmp_path)["suites"] == resumed
+
+
+def test_the_picture_shows_every_map_beside_the_truth(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("dense", "--encoders", "a", "b", "--data=scenes")[0] == 0
+    (path,) = (tmp_path / "results").glob("*.png")
+    # Two pictures of three tasks; picture, truth, no encoder, two encoders.
+    with Image.open(path) as image:
+        assert image.size == (750, 940)
+    assert path.stem == next((tmp_path / "results").glob("*.json")).stem
+
+
+def test_fingerprints_tell_data_apart(tmp_path: Path) -> None:
+    one, again = (fingerprint.fingerprint({"a": 1}, np.arange(3)) for _ in range(2))
+    assert one == again
+    others = [({"a": 2}, np.arange(3)), ({"a": 1}, np.arange(3) + 1), ({"a": 1}, np.arange(3.0))]
+    assert len({one, *(fingerprint.fingerprint(*parts) for parts in others)}) == 4
+    images = classes(tmp_path / "images", 2)
+    before = fingerprint.of_files(str(images), None)
+    assert before == fingerprint.of_files(str(images), None)
+    (images / "red" / "0.png").write_bytes(b"other")
+    assert before != fingerprint.of_files(str(images), None)

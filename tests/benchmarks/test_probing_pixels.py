@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from benchmarks.probing import matching
@@ -33,49 +34,79 @@ def test_the_rate_of_heads_is_that_of_probe3d() -> None:
     assert rate(0, 10, 0) == 1
 
 
-def features(targets: torch.Tensor) -> Features:
-    """Tokens that hold their patch's mean target, among noise of other scales."""
-    generator = torch.Generator().manual_seed(0)
-    patches = F.avg_pool2d(targets.reshape(len(targets), -1, SIZE, SIZE), SIZE // GRID[0]).flatten(2).transpose(1, 2)
-    noise = torch.randn(*patches.shape[:2], 3, generator=generator)
-    return Features(torch.cat([1e3 + 10 * patches, 1e-3 * noise], 2).numpy(), GRID)
-
-
-def blocks(channels: int) -> torch.Tensor:
-    """Random values, the same within every patch: ``(8, channels, S, S)``."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(8, channels, *GRID, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-
 def score(task, targets: torch.Tensor, tokens: Features) -> dict[str, float]:
     head = fit_head(tokens, targets.numpy(), task.channels, task.loss, FIT, 0, "cpu", "test")
     parts = apply_head(head, tokens, SIZE, 3)
-    return task.summarise([task.measure(maps, targets[part]) for part, maps in parts])
+    return task.summarise([task.measure(task.predict(maps, SIZE), targets[part]) for part, maps in parts])
+
+
+def planted(channels: int, out: int) -> tuple[Features, torch.Tensor]:
+    """Tokens and a linear function of them, the same within every patch: ``(8, out, S, S)``."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(8, GRID[0] * GRID[1], channels, generator=generator)
+    values = tokens @ torch.randn(channels, out, generator=generator) / channels**0.5
+    return Features(tokens.numpy(), GRID), values.transpose(1, 2).reshape(8, out, *GRID).repeat_interleave(
+        4, 2
+    ).repeat_interleave(4, 3)
+
+
+def inner(targets: torch.Tensor) -> torch.Tensor:
+    """Only the middle of every patch counts: elsewhere the head mixes neighbours."""
+    middle = torch.zeros(SIZE, dtype=torch.bool)
+    middle[1::4] = middle[2::4] = True
+    return torch.where(middle[:, None] & middle, targets, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_neither_scale_nor_offset_of_channels_plays_a_part(scale: float) -> None:
+    tokens, values = planted(6, 1)
+    targets = 4 + values[:, 0].clamp(-3, 3)
+    offset = np.arange(6, dtype=np.float32)
+    changed = Features(scale * (tokens.tokens * (1 + offset) + offset), GRID)
+    assert score(DepthTask(), targets, changed) == pytest.approx(score(DepthTask(), targets, tokens), abs=2e-3)
 
 
 def test_depth_is_learned_where_it_can_be() -> None:
-    targets = 1 + 6 * blocks(1)[:, 0]
-    targets[0, :2] = 0
-    found = score(DepthTask(), targets, features(targets))
-    blind = score(DepthTask(), targets, features(torch.rand_like(targets)))
-    assert found["rmse"] < 0.6 * blind["rmse"]
-    assert found["delta1"] > blind["delta1"] + 0.1
+    tokens, values = planted(6, 1)
+    targets = inner(4 + values[:, 0].clamp(-3, 3))
+    found = score(DepthTask(), targets, tokens)
+    blind = score(DepthTask(), targets, Features(np.random.default_rng(0).permuted(tokens.tokens, axis=1), GRID))
+    assert found["rmse"] < 0.25 * blind["rmse"]
+    assert found["delta1"] > 0.95
 
 
 def test_normals_are_learned_where_they_can_be() -> None:
-    targets = F.normalize(blocks(3) - 0.5, dim=1)
-    found = score(NormalTask(), targets, features(targets))
-    blind = score(NormalTask(), targets, features(torch.rand(8, 1, SIZE, SIZE)))
-    assert found["angular_rmse"] < 0.7 * blind["angular_rmse"]
+    tokens, values = planted(6, 3)
+    targets = inner(F.normalize(values, dim=1))
+    found = score(NormalTask(), targets, tokens)
+    blind = score(NormalTask(), targets, Features(np.random.default_rng(0).permuted(tokens.tokens, axis=1), GRID))
+    assert found["angular_rmse"] < 0.25 * blind["angular_rmse"]
 
 
-def test_classes_are_learned_where_they_can_be() -> None:
-    targets = (3 * blocks(1)[:, 0]).to(torch.uint8)
-    targets[0, :2] = 255
-    found = score(
-        SegmentationTask(3), targets, features(F.one_hot((3 * blocks(1)[:, 0]).long()).permute(0, 3, 1, 2).float())
-    )
-    assert found["mean_iou"] > 0.6
+def test_classes_are_told_as_by_logistic_regression() -> None:
+    tokens, values = planted(6, 3)
+    noise = torch.Generator().manual_seed(2)
+    chosen = (values[..., ::4, ::4] + 0.3 * torch.randn(8, 3, *GRID, generator=noise)).argmax(1)
+    flat = tokens.tokens.reshape(-1, 6)
+    expected = LogisticRegression().fit(flat, chosen.flatten()).score(flat, chosen.flatten())
+    middle = torch.full((8, SIZE, SIZE), 255, dtype=torch.uint8)
+    for row in (1, 2):
+        for column in (1, 2):
+            middle[:, row::4, column::4] = chosen
+    found = score(SegmentationTask(3), middle, tokens)
+    assert 0.7 < expected < 0.95
+    assert found["pixel_accuracy"] == pytest.approx(expected, abs=0.05)
+
+
+def test_what_is_usual_is_known_without_an_encoder() -> None:
+    depth = np.zeros((3, 2, 2), np.float32)
+    depth[:, 0] = [[1, 4], [3, 0], [0, 50]]  # 50 m is too far to count
+    assert DepthTask().usual(depth).tolist() == [[2, 4], [pytest.approx(8 / 3)] * 2]
+    labels = np.array([[[0, 2]], [[1, 2]], [[1, 255]]], np.uint8)
+    assert SegmentationTask(3).usual(labels).tolist() == [[1, 2]]
+    normals = np.zeros((2, 3, 1, 1), np.float32)
+    normals[0, 0], normals[1, 2] = 1, 1
+    assert NormalTask().usual(normals).flatten().tolist() == [0.5, 0, 0.5]
 
 
 def test_depth_of_a_head_is_a_weighted_mean_of_bins() -> None:

@@ -15,6 +15,9 @@ AZIMUTHS = (0.0, 9.0, 26.0, 60.0, 140.0)
 _FIELD_OF_VIEW = 60.0  # degrees
 _REACH = 1.3  # metres from the middle to the centre of a thing
 _TRIES = 100
+_HEIGHTS = (0.6, 2.2)  # metres
+_DISTANCES = (1.8, 2.8)  # metres from the middle
+_AIM = 0.8  # metres that the cameras' aim is off the middle, at most
 
 
 def random_room(random: np.random.Generator) -> Scene:
@@ -40,19 +43,23 @@ def random_room(random: np.random.Generator) -> Scene:
 
 
 def cameras_around(random: np.random.Generator, size: int) -> list[Camera]:
-    """One camera per azimuth, each at its own height and distance, looking at the middle of the room.
+    """One camera per azimuth, all looking at one place in the room, each from its own distance.
+
+    Height and aim differ from room to room, so that a place in the picture alone does not tell how far away things are.
 
     Args:
-        random: Decides where the first stands, and heights, distances and small turns of all.
+        random: Decides where the first stands, what they look at, and small differences between them.
         size: Width and height of the pictures, in pixels.
     """
     start = random.uniform(0, 360)
+    height = random.uniform(*_HEIGHTS)
+    aim = np.array([*random.uniform(-_AIM, _AIM, 2), random.uniform(0, 2 * _AIM)])
     found = []
     for azimuth in AZIMUTHS:
         angle = math.radians(start + azimuth + random.uniform(-2, 2))
-        distance = random.uniform(2.2, 2.8)
-        eye = np.array([distance * math.cos(angle), distance * math.sin(angle), random.uniform(0.9, 1.7)])
-        found.append(camera_at(eye, np.array([0, 0, 0.4]) + random.uniform(-0.2, 0.2, 3), size))
+        distance = random.uniform(*_DISTANCES)
+        eye = np.array([distance * math.cos(angle), distance * math.sin(angle), height + random.uniform(-0.3, 0.3)])
+        found.append(camera_at(eye, aim + random.uniform(-0.2, 0.2, 3), size))
     return found
 
 
