@@ -15,7 +15,7 @@ LAUNCHER ?= local
 # Set where a quickstart was interrupted or is repeated: it goes on from its last checkpoint.
 RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
 
-.PHONY: help install quickstart extract fit ablate-teachers bench bench-gpu lint format test
+.PHONY: help install quickstart extract fit ablate-teachers bench bench-gpu docs lint format test
 
 help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "                  with nothing set: on sample photographs, to see it work (offline, about 10 minutes)"
 	@echo "make bench        how fast it is on this machine, beside other ways to do the same (CPU, about 5 minutes)"
 	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
+	@echo "make docs         the documentation as a site: site/index.html"
 	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
 
 install: $(INSTALLED)
@@ -65,6 +66,9 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	python -m benchmarks.throughput gpu
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 lint: $(INSTALLED)
 	ruff format --check
