@@ -73,7 +73,8 @@ def classification(
     opened = open_all(encoders, where)
     looks = check_encoders(opened, training.some(4), spatial=False)
     settings = {
-        "preset": preset, "neighbours": neighbours, "seeds": numbers, "training images": len(training),
+        "preset": preset, "data": " and ".join(Path(root).resolve().name for root in (images, val) if root),
+        "neighbours": neighbours, "seeds": numbers, "training images": len(training),
         "held-out images": len(testing), "classes": len(training.classes), "device": where,
     }  # fmt: skip
     notes = []
