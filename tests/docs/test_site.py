@@ -82,6 +82,18 @@ def test_every_page_is_there(site: Site) -> None:
     assert {path.with_suffix(".html") for path in sources} | {Path("look_inside.html")} <= site.pages.keys()
 
 
+def test_sections_of_the_readme_are_on_their_pages(site: Site) -> None:
+    for page, sentence in {
+        "index": "Photographs that the student never saw",
+        "training": "The disk that ImageNet-1k takes",
+        "teachers": "A teacher is one class in a distribution of its own.",
+        "models": "Images may have any size that is a multiple of 16",
+    }.items():
+        assert sentence in site.pages[Path(f"{page}.html")].text
+        assert sentence in (ROOT / "README.md").read_text()
+        assert sentence not in (ROOT / "docs" / f"{page}.md").read_text()
+
+
 def test_the_reference_has_the_public_names_with_their_docstrings(site: Site) -> None:
     pages = [page for path, page in site.pages.items() if path.parts[:1] == ("api",)]
     assert not set(NAMES) - set().union(*(page.anchors for page in pages))
