@@ -67,12 +67,15 @@ def test_a_report_is_four_whole_files(tmp_path: Path) -> None:
 def test_the_page_ranks_and_compares() -> None:
     text = page(summarise(runs(), reference="clip"), STATEMENT)
     # Scores 0.70, 0.70, 0.70 by 0.01 * (0, 3, 6) mod 3, and 0.60, 0.62, 0.61.
-    assert lines(text, "sam")[:7] == ["1", "sam", "sam", "0, 1, 2", "0.700 ± 0.000", "+0.190 ± 0.025", "< 0.001"]
+    # Holm: twice 0.00092 is 0.002, once 0.0033 is 0.003.
+    sam = ["1", "sam", "sam", "0, 1, 2", "0.700 ± 0.000", "+0.190 ± 0.025", "< 0.001", "0.002"]
+    assert lines(text, "sam")[:8] == sam
     # 4.303 * 0.01 / sqrt(3) = 0.0248; differences 0.10, 0.11, 0.09.
-    assert lines(text, "both")[:7] == ["2", "both", "clip, sam", "0, 1, 2", "0.610 ± 0.025", "+0.100 ± 0.025", "0.003"]
-    assert lines(text, "clip")[:7] == ["3", "clip", "clip", "0, 1, 2", "0.510 ± 0.025", "reference", "–"]
+    both = ["2", "both", "clip, sam", "0, 1, 2", "0.610 ± 0.025", "+0.100 ± 0.025", "0.003", "0.003"]
+    assert lines(text, "both")[:8] == both
+    assert lines(text, "clip")[:8] == ["3", "clip", "clip", "0, 1, 2", "0.510 ± 0.025", "reference", "–", "–"]
     assert "`readout/explained_variance` ranks the rows (higher is better; the default" in text
-    assert "2 comparisons, not corrected" in text
+    assert "Holm's correction is for the number of these tests" in text
     assert "![" in text
     assert "(report.png)" in text
 
@@ -119,6 +122,12 @@ def test_missing_and_odd_scores_are_told() -> None:
     assert lines(text, "odd")[:5] == ["–", "odd", "sam", "0, 1", "–"]
     assert "Rows without a rank" in text
     assert "Not finite, and left out: odd, seed 0: test/loss." in text
+
+
+def test_a_reference_that_is_not_finished_is_told() -> None:
+    text = page(summarise(runs()), {"reference": "all", "caveats": ["Trained with different torch."]})
+    assert "No run of the reference `all` is finished" in text
+    assert "Trained with different torch." in text
 
 
 def test_losses_of_different_teachers_are_no_fair_comparison() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from theia.ablation.statistics import estimate, paired_difference
+from theia.ablation.statistics import estimate, holm, paired_difference
 from theia.analysis.statistics import correlation
 
 # Of the t distribution, from a printed table: 97.5 % with 1 and 2 degrees of freedom.
@@ -58,6 +58,15 @@ def test_equal_differences_have_no_p(shift: float) -> None:
     assert found is not None
     assert found.p is None
     assert found.low == found.high == pytest.approx(shift)
+
+
+def test_holms_correction() -> None:
+    # By hand: the k-th smallest of n times n - k + 1, never less than the one before, at most 1.
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"d": 4 * 0.005, "a": 3 * 0.01, "c": 2 * 0.03, "b": 2 * 0.03}
+    )
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
 
 
 def test_the_interval_of_a_correlation_is_fishers() -> None:

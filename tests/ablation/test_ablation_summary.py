@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from theia.ablation.external import merge
+from theia.ablation.external import merge, read
 from theia.ablation.summary import Scored, higher_is_better, summarise
 from theia.errors import ConfigError
 
@@ -16,7 +16,13 @@ def run(row: str, seed: int, **scores: float) -> Scored:
 
 def external(tmp_path: Path, text: str, scored: list[Scored]) -> list[Scored]:
     (tmp_path / "robot.csv").write_text(text)
-    return merge(scored, tmp_path / "robot.csv")
+    planned: dict[str, list[int]] = {}
+    for one in scored:
+        assert one.seed is not None
+        planned.setdefault(one.row, []).append(one.seed)
+    merged, waiting = merge(scored, read(tmp_path / "robot.csv", planned))
+    assert waiting == []
+    return merged
 
 
 @pytest.mark.parametrize(
@@ -152,8 +158,8 @@ def test_scores_of_whole_rows_are_compared_without_an_interval(tmp_path: Path) -
         ("row;seed;x\na;0;1\n", "separated by commas"),
         ("row,seed,x\n", "no line below"),
         ("row,seed,x\n\na,0\n", "line 3: 2 cells under 3 columns"),
-        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: no finished run of a row 'c'. Rows: a, b"),
-        ("row,seed,x\na,7,1\n", "line 2: row 'a' has no finished run of seed 7. Seeds: 0, 1"),
+        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: the sweep has no row 'c'. Rows: a, b"),
+        ("row,seed,x\na,7,1\n", "line 2: row 'a' has no seed 7. Seeds: 0, 1"),
         ("row,seed,x\na,first,1\n", "line 2: the seed is 'first'"),
         ("row,seed,x\na,0,good\n", "line 2: x is 'good', which is not a number"),
         ("row,seed,x\na,0,nan\n", "line 2: x is 'nan', which is not a number"),
@@ -170,4 +176,22 @@ def test_errors_in_external_scores_name_the_line(tmp_path: Path, text: str, mess
 
 def test_external_scores_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        merge([], tmp_path / "absent.csv")
+        read(tmp_path / "absent.csv", {})
+
+
+def test_external_scores_of_what_is_not_finished_wait(tmp_path: Path) -> None:
+    (tmp_path / "robot.csv").write_text("row,seed,x\na,0,1\na,1,2\nb,,3\n")
+    added = read(tmp_path / "robot.csv", {"a": [0, 1], "b": [0]})
+    merged, waiting = merge([run("a", 0, y=1)], added)
+    assert [one.scores for one in merged] == [{"y": 1, "external/x": 1}]
+    assert waiting == ["a, seed 1", "b"]
+
+
+def test_less_may_be_better() -> None:
+    scored = [run("a", 0, external__seconds=3), run("b", 0, external__seconds=2), run("c", 0, external__seconds=2)]
+    summary = summarise(scored, "external/seconds", lower_is_better=["external/seconds"])
+    assert [row.name for row in summary.rows] == ["b", "c", "a"]
+    assert [summary.rank(row) for row in summary.rows] == [1, 1, 3]  # equals share a rank
+    assert [row.name for row in summarise(scored, "external/seconds").rows] == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match="a score 'seconds'"):
+        summarise(scored, lower_is_better=["seconds"])

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({"rows": {"a": {"model.registers": 3}}}, [], "row 'a': Parser key \"model.registers\""),
         ({"rows": {"a": {"model.colour": 3}}}, [], "row 'a': unrecognized arguments: --model.colour=3"),
         ({"rows": {"a": {"data.teachers": ["x", "alpha"]}, "b": {"data.teachers": ["y", "x"]}}}, [],
-         "lacks teachers of this sweep: x (of a, b); y (of b)"),
+         "or has not all of their features: x (of a, b); y (of b)"),
         ({"product": {"model.size": []}}, [], "at least one value"),
         ({"teachers": None}, [], "no rows"),
         ({"teachers": "triples"}, [], "no sets of teachers called 'triples'"),
@@ -71,6 +72,12 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({}, ["--data.seed", "7"], "sets data.seed"),
         ({}, ["--seeds=1,1"], "each once"),
         ({}, ["--seeds=x"], "whole numbers"),
+        ({}, ["--seeds=4294967296"], "below 2**32"),
+        ({}, ["--seeds", "0", "1"], "'1' is a second value of --seeds"),
+        ({}, ["--checkpoint_every", "5"], "write --options.checkpoint_every"),
+        ({}, ["--only=gamma"], "'gamma' is no row"),
+        ({"teachers": ["alpha"]}, [], "no sets of teachers called 'alpha'. Choose from: singles, all, leave_one_out, "
+         "all_pairs, powerset. A set of teachers is a list in this list: [[alpha]]"),
         ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
         ({}, ["--base=/nowhere.yaml"], "/nowhere.yaml"),
         ({}, ["--model.depth=x"], "the base of the sweep: Parser key \"model.depth\""),
@@ -108,6 +115,67 @@ def test_a_row_that_stands_twice(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["ablate", "--config", str(tmp_path / "twice.yaml")]) == 1
     assert "twice.yaml" in (said := capsys.readouterr().err)
     assert "names 'a' twice, from line 3 on" in said
+
+
+def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "on.yaml").write_text(f"out: {tmp_path}/sweep\nrows:\n  On: {{model.size: tiny}}\n")
+    assert main(["ablate", "--config", str(tmp_path / "on.yaml")]) == 1
+    assert "on.yaml, line 3: the name On is no text" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(
+    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep").touch()
+    assert ablate() == 1
+    assert "Nothing can be written into" in capsys.readouterr().err
+
+
+def test_scores_from_elsewhere_are_checked_first(
+    ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "robot.csv").write_text("row,success\ngamma,1\n")
+    assert ablate("--scores", str(tmp_path / "robot.csv")) == 1
+    assert "robot.csv, line 2: the sweep has no row 'gamma'. Rows: alpha, beta" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("log.txt"))
+
+
+def test_a_teacher_that_is_unfinished_is_left_out(
+    ablate: Callable[..., int], store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(store, tmp_path / "store")
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["splits"]["train"]["sets"]["beta"]["complete"] = False
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    option = f"--data.store={damaged}"
+    assert ablate("--dry_run", option) == 0
+    said = capsys.readouterr()
+    assert said.out.count("theia fit ") == 1
+    assert "has not all of their features: beta" in said.err
+    assert ablate("--dry_run", option, teachers=["singles", ["alpha", "beta"]]) == 1
+    assert "has not all of their features: beta (of alpha+beta)" in capsys.readouterr().err
+
+
+def test_equal_rows_are_told(ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"a": {"model.registers": 4}, "b": {"model.registers": "4"}, "c": {"model.registers": 1}}
+    assert ablate("--dry_run", "--only", "a,b", teachers=None, rows=rows) == 0
+    said = capsys.readouterr()
+    assert said.out.count("theia fit ") == 2
+    assert "Rows a, b are the same training" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.limit_train_batches=0.4"], 4), (["--trainer.limit_train_batches=3"], 6),
+        (["--trainer.overfit_batches=2"], 4), (["--trainer.max_steps=7"], 7),
+    ],
+)  # fmt: skip
+def test_steps_of_a_run(
+    options: list[str], steps: int, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("--dry_run", *options, teachers=["all"]) == 0
+    assert f"To do: 1 runs, {steps} steps" in capsys.readouterr().out
 
 
 def test_a_second_sweep_in_one_folder_is_refused(
@@ -172,6 +240,23 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert main(["ablate", "report", str(tmp_path / "sweep"), *arguments]) == 0
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["linear", "good"]
+
+    # A sweep remembers its scores from elsewhere; a scorer that fails costs no figures that are there.
+    monkeypatch.setattr("theia.scoring.registry.find", lambda name: name)
+    capsys.readouterr()
+    assert ablate("--out=sweep", "--scores=robot.csv", "--scorers=readout,robot", "--only=good", **content) == 1
+    assert "No scorer named 'robot'" in capsys.readouterr().err  # of the process, where it is not installed
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert [run["scores"]["external/success"] for run in report["runs"]] == [0.75, 0.5]
+    assert "good, seed 0 has no scores of robot yet" in (tmp_path / "sweep/report.md").read_text()
+
+    # What is lost is told.
+    (tmp_path / "sweep/good/seed_0/fit.yaml").unlink()
+    assert main(["ablate", "report", str(tmp_path / "sweep"), "--reference=linear"]) == 0
+    assert "The run good, seed 0 is lost" in capsys.readouterr().err
+    report = json.loads((tmp_path / "sweep/report.json").read_text())
+    assert (report["reference"], [row["name"] for row in report["rows"]]) == ("linear", ["linear"])
+    assert report["statement"]["lost"] == ["good, seed 0"]
 
 
 def start(store: Path, folder: Path) -> "subprocess.Popen[bytes]":

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,20 +11,19 @@ from theia.ablation.summary import Scored
 from theia.errors import ConfigError
 
 _Key = tuple[str, int | None]
+External = Mapping[_Key, Mapping[str, float]]
+"""By row and seed, scores by ``external/<name>``; the seed is ``None`` for scores of a row as a whole."""
 
 
-def merge(scored: Sequence[Scored], path: Path) -> list[Scored]:
-    """Adds scores of a CSV file to runs, named ``external/<name>``.
+def read(path: Path, planned: Mapping[str, Collection[int]]) -> External:
+    """Scores of a CSV file.
 
     The header is ``row,seed,<name>,...``; an empty cell is a score that there is not. Without a seed, a line holds for
-    the row as a whole: it is one observation, added as a run of its own without a seed, and has no interval.
+    the row as a whole.
 
     Args:
-        scored: Finished runs.
         path: CSV file with a header.
-
-    Returns:
-        The runs with their scores, then one more for each row that was scored as a whole.
+        planned: Seeds of each row of the sweep, finished or not.
 
     Raises:
         ConfigError: If the file cannot be read or lacks a column, or a line names an unknown row or seed, repeats
@@ -32,7 +31,7 @@ def merge(scored: Sequence[Scored], path: Path) -> list[Scored]:
     """
     added: dict[_Key, dict[str, float]] = {}
     lines: dict[tuple[_Key, str], int] = {}
-    for number, key, scores in _lines(path, scored):
+    for number, key, scores in _lines(path, planned):
         row, seed = key
         for name, value in scores.items():
             # Means over seeds would mix with what is a mean already.
@@ -45,12 +44,33 @@ def merge(scored: Sequence[Scored], path: Path) -> list[Scored]:
                     )
             lines[key, name] = number
             added.setdefault(key, {})[f"external/{name}"] = value
-    merged = [replace(run, scores={**run.scores, **added.pop((run.row, run.seed), {})}) for run in scored]
+    return added
+
+
+def merge(scored: Sequence[Scored], external: External) -> tuple[list[Scored], list[str]]:
+    """Adds scores from elsewhere to runs.
+
+    Args:
+        scored: Finished runs.
+        external: As :func:`read` gives them.
+
+    Returns:
+        The runs with their scores, then one more for each row that was scored as a whole: that is one observation,
+        without a seed, and has no interval. Second, names of the scored runs and rows of which none is finished.
+    """
+    merged = [replace(run, scores={**run.scores, **external.get((run.row, run.seed), {})}) for run in scored]
     first = {run.row: run for run in reversed(scored)}
-    return merged + [replace(first[row], seed=None, scores=scores) for (row, _), scores in added.items()]
+    there = {(run.row, run.seed) for run in scored}
+    waiting = []
+    for (row, seed), scores in external.items():
+        if seed is None and row in first:
+            merged.append(replace(first[row], seed=None, scores=scores))
+        elif (row, seed) not in there:
+            waiting.append(row if seed is None else f"{row}, seed {seed}")
+    return merged, waiting
 
 
-def _lines(path: Path, scored: Sequence[Scored]) -> Iterator[tuple[int, _Key, dict[str, float]]]:
+def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple[int, _Key, dict[str, float]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +93,7 @@ def _lines(path: Path, scored: Sequence[Scored]) -> Iterator[tuple[int, _Key, di
             raise ConfigError(f"{where}: {len(cells)} cells under {len(header)} columns. Mend that line.")
         line = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
         key = line["row"], _seed(line, where)
-        _check(key, scored, where)
+        _check(key, planned, where)
         yield reader.line_num, key, {name: _number(line[name], name, where) for name in names if line[name]}
     if empty:
         raise ConfigError(f"{path} has no line below its header. Add one for each row, or for each run.")
@@ -86,15 +106,13 @@ def _seed(line: dict[str, str], where: str) -> int | None:
     return int(text) if text else None
 
 
-def _check(key: _Key, scored: Sequence[Scored], where: str) -> None:
+def _check(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> None:
     row, seed = key
-    seeds = [run.seed for run in scored if run.row == row]
-    if not seeds:
-        known = dict.fromkeys(run.row for run in scored)
-        raise ConfigError(f"{where}: no finished run of a row {row!r}. Rows: {', '.join(known)}.")
-    if seed is not None and seed not in seeds:
+    if row not in planned:
+        raise ConfigError(f"{where}: the sweep has no row {row!r}. Rows: {', '.join(planned)}.")
+    if seed is not None and seed not in planned[row]:
         raise ConfigError(
-            f"{where}: row {row!r} has no finished run of seed {seed}. Seeds: {', '.join(map(str, seeds))}."
+            f"{where}: row {row!r} has no seed {seed}. Seeds: {', '.join(map(str, sorted(planned[row])))}."
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from theia.ablation.summary import ENTROPY, RowSummary, Summary, higher_is_better
+from theia.ablation.summary import ENTROPY, RowSummary, Summary
 
 _BAR, _REFERENCE, _FRAME = "#7ba3cc", "#e8963c", "#ff8c1a"
 _SMALL, _TITLE = 7.5, 9.5  # points
@@ -72,7 +72,8 @@ def _bars(axes: Any, summary: Summary) -> None:
     low, high = _ends(summary)
     axes.set_xlim(low, high)
     note = "" if low <= 0 <= high else "; the axis does not begin at 0"
-    axes.set_xlabel(f"{column}\n({_direction(column)}{note})", fontsize=_SMALL)
+    direction = "higher is better" if summary.higher_is_better(column) else "lower is better"
+    axes.set_xlabel(f"{column}\n({direction}{note})", fontsize=_SMALL)
     axes.set_title("Score", fontsize=_TITLE)
     axes.tick_params(labelsize=_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
@@ -171,7 +172,3 @@ def _hidden(box: Any, taken: list[Any], frame: Any) -> float:
     shared = (type(box).intersection(box, other) for other in [*taken, frame])
     *on_others, inside = (part.width * part.height if part else 0.0 for part in shared)
     return float(sum(on_others) + 10 * (box.width * box.height - inside))
-
-
-def _direction(column: str) -> str:
-    return "higher is better" if higher_is_better(column) else "lower is better"

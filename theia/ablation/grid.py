@@ -92,7 +92,10 @@ def teacher_sets(sets: TeacherSets | None, pool: Sequence[str]) -> dict[str, lis
     for item in [sets] if isinstance(sets, str) else sets or []:
         if isinstance(item, str):
             if item not in SETS:
-                raise ConfigError(f"There are no sets of teachers called {item!r}. Choose from: {', '.join(SETS)}.")
+                hint = f" A set of teachers is a list in this list: [[{item}]]." if item in pool else ""
+                raise ConfigError(
+                    f"There are no sets of teachers called {item!r}. Choose from: {', '.join(SETS)}.{hint}"
+                )
             named = [(_name(members, pool), members) for members in SETS[item](list(pool))]
         else:
             named = [("+".join(item), item)]

@@ -1,6 +1,7 @@
 """Runs of a sweep for TensorBoard's HPARAMS tab: options and scores side by side."""
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ def write_hparams(folder: Path, scored: Sequence[Scored]) -> None:
         folder: Of the sweep; ``hparams`` in it is this function's alone.
         scored: Finished runs.
     """
-    if (folder / _FOLDER).exists():
-        shutil.rmtree(folder / _FOLDER)
+    for left in folder.glob(f".{_FOLDER}-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    # Written beside it first: a report that is made at the same time, or a kill, leaves one of the two whole.
+    written = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=folder))
     whole = {run.row: run.scores for run in scored if run.seed is None}
     for run in scored:
         if run.seed is not None:
             options = {"row": run.row, "seed": run.seed, **_flat(run.options)}
-            _write(folder / _FOLDER / run.row / str(run.seed), options, {**whole.get(run.row, {}), **run.scores})
+            _write(written / run.row / str(run.seed), options, {**whole.get(run.row, {}), **run.scores})
+    written.chmod(0o755)
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+    written.rename(folder / _FOLDER)
 
 
 def _write(folder: Path, options: Mapping[str, Any], scores: Mapping[str, float]) -> None:

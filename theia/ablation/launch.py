@@ -23,6 +23,7 @@ Watch = Callable[[], None]
 
 _POLL_S = 1.0
 _TIMEOUTS = 1000
+_UNKNOWN_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,9 @@ def run_on_slurm(
                 ended(job, _status(handle, job))
             time.sleep(_POLL_S)
     except BaseException:
-        for handle in waiting:
+        for handle, job in waiting.items():
             handle.cancel()
+            _submitted(job).unlink(missing_ok=True)
         raise
 
 
@@ -147,7 +149,11 @@ def _still_queued(job: Job, folder: Path) -> Any:
     if not _submitted(job).exists():
         return None
     handle: Any = submitit.SlurmJob(folder, _submitted(job).read_text())
-    return handle if handle.state in ("PENDING", "RUNNING", "REQUEUED", "COMPLETING") else None
+    queued = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "SUSPENDED", "RESIZING"}
+    # The accounting hears of a job some time after its submission.
+    if time.time() - _submitted(job).stat().st_mtime < _UNKNOWN_S:
+        queued.add("UNKNOWN")
+    return handle if handle.state in queued else None
 
 
 def _status(handle: Any, job: Job) -> int:

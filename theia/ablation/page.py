@@ -7,11 +7,12 @@ from typing import Any
 from tabulate import tabulate
 
 from theia.ablation.statistics import Estimate
-from theia.ablation.summary import ENTROPY, RowSummary, Summary, higher_is_better
+from theia.ablation.summary import ENTROPY, RowSummary, Summary
 from theia.analysis.statistics import Correlation
 
 PICTURE = "report.png"
 _ABSENT = "–"
+_LACKING = ("failed", "unfinished", "lost")
 
 # Beside the score, as far as there are any; a wider table is hard to read. All others follow in a second one.
 _HEADLINES = (
@@ -41,14 +42,16 @@ def main_table(summary: Summary, style: str = "simple") -> str:
         "seeds",
         f"**{summary.sort_by}**" if style == "github" else summary.sort_by,
     ]
-    headers += ["difference", "p"] if summary.reference is not None else []
+    headers += (
+        ["difference", "p", *(["p, Holm"] if _corrected(summary) else [])] if summary.reference is not None else []
+    )
     headers += ["norm entropy"] if ENTROPY in summary.columns and summary.sort_by != ENTROPY else []
     rows = []
-    for rank, row in enumerate(summary.rows, 1):
-        line = [str(rank) if row.values else _ABSENT, row.name, ", ".join(row.teachers), _list(row.seeds)]
+    for row in summary.rows:
+        line = [str(summary.rank(row) or _ABSENT), row.name, ", ".join(row.teachers), _list(row.seeds)]
         line.append(_estimate(row.columns.get(summary.sort_by)))
         if summary.reference is not None:
-            line += _difference(row, summary.reference)
+            line += _difference(row, summary)
         if "norm entropy" in headers:
             line.append(_estimate(row.columns.get(ENTROPY)))
         rows.append([*line, *(_estimate(row.columns.get(name)) for name in others)])
@@ -57,7 +60,7 @@ def main_table(summary: Summary, style: str = "simple") -> str:
 
 def page(summary: Summary, statement: Mapping[str, Any]) -> str:
     """The report in Markdown; arguments as in :func:`theia.ablation.report.write`."""
-    direction = "higher is better" if higher_is_better(summary.sort_by) else "lower is better"
+    direction = "higher is better" if summary.higher_is_better(summary.sort_by) else "lower is better"
     aid = _AID.format(score=summary.sort_by, direction=direction, chosen=summary.chosen)
     parts = ["# Sweep\n", _random(statement), aid, main_table(summary, "github"), *_notes(summary, statement)]
     parts.append(f"![Scores, transfer and norm entropy]({PICTURE})\n")
@@ -84,13 +87,14 @@ def _random(statement: Mapping[str, Any]) -> str:
 
 def _notes(summary: Summary, statement: Mapping[str, Any]) -> list[str]:
     notes = []
-    compared = sum(row.difference is not None for row in summary.rows)
     if summary.reference is not None:
+        holm = "; Holm's correction is for the number of these tests" if _corrected(summary) else ""
         notes.append(
-            f"Differences are to `{summary.reference}`, over the seeds that both have; p is that of a paired t test "
-            f"({compared} comparison{'s' * (compared != 1)}, not corrected for their number), and missing where "
-            "there is one such seed or all differences are equal."
+            f"Differences are to `{summary.reference}`, over the seeds that both have; p is that of a paired t test, "
+            f"and missing where there is one such seed or all differences are equal{holm}."
         )
+    elif statement.get("reference"):
+        notes.append(f"No run of the reference `{statement['reference']}` is finished, so nothing is compared with it.")
     if not any(len(row.values) > 1 for row in summary.rows):
         notes.append(
             "**With one value per row no intervals can be given, and a difference may be chance.** Train further seeds "
@@ -111,7 +115,8 @@ def _notes(summary: Summary, statement: Mapping[str, Any]) -> list[str]:
            if not math.isfinite(value)]  # fmt: skip
     if odd:
         notes.append(f"Not finite, and left out: {'; '.join(odd)}.")
-    for key in ("failed", "unfinished"):
+    notes += statement.get("caveats", [])
+    for key in _LACKING:
         if statement.get(key):
             notes.append(f"Not in here, since {key}: {'; '.join(map(str, statement[key]))}.")
     return [f"{note}\n" for note in notes]
@@ -142,11 +147,11 @@ def _correlation(found: Correlation | None, score: str, direction: str) -> str:
 
 
 def _what_was_run(statement: Mapping[str, Any]) -> list[str]:
-    shown = [(name, value) for name, value in statement.items() if name not in ("store", "failed", "unfinished")]
+    shown = [(name, value) for name, value in statement.items() if name not in ("store", "caveats", *_LACKING)]
     facts = [(name.replace("_", " "), _list(value)) for name, value in shown if value not in (None, "", [], {})]
     digest = (statement.get("store") or {}).get("manifest_sha256")
     facts += [("store, manifest's sha256", str(digest))] if digest else []
-    facts += [(key, str(len(statement[key]))) for key in ("failed", "unfinished") if key in statement]
+    facts += [(key, str(len(statement[key]))) for key in _LACKING if key in statement]
     teachers = [
         [name, *(_list(teacher.get(key) or _ABSENT) for key in ("weights", "revision", "licence"))]
         for name, teacher in _teachers(statement).items()
@@ -173,11 +178,20 @@ def _others(summary: Summary) -> list[str]:
     return [name for name in summary.columns if name.count("/") < 2 and name not in shown]
 
 
-def _difference(row: RowSummary, reference: str) -> list[str]:
+def _corrected(summary: Summary) -> bool:
+    return len(summary.holm) > 1
+
+
+def _difference(row: RowSummary, summary: Summary) -> list[str]:
     found = row.difference
+    corrected = [_p(summary.holm.get(row.name))] if _corrected(summary) else []
     if found is None:
-        return ["reference" if row.name == reference else _ABSENT, _ABSENT]
-    return [_estimate(found, "+"), _ABSENT if found.p is None else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"]
+        return ["reference" if row.name == summary.reference else _ABSENT, _ABSENT, *corrected]
+    return [_estimate(found, "+"), _p(found.p), *corrected]
+
+
+def _p(value: float | None) -> str:
+    return _ABSENT if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _estimate(found: Estimate | None, sign: str = "") -> str:

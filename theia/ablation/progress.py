@@ -55,10 +55,11 @@ class Progress:
         if not self._terminal and time.monotonic() - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
-        steps, running, finished = 0, [], 0
+        steps, total, running, finished = 0, 0, [], 0
         for run in self._runs:
             step, loss = run.progress()
             steps += step
+            total += step if run.name in self._failed else run.steps  # what failed is no longer waited for
             if run.finished:
                 finished += 1
             elif run.running:
@@ -73,10 +74,10 @@ class Progress:
         text = "; ".join(parts)
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
+            self._bar.total = total
             self._bar.update(steps - self._bar.n)
             self._bar.refresh()
         else:
-            total = sum(run.steps for run in self._runs)
             elapsed = time.monotonic() - self._started
             # Steps that were there before are no measure of the time left.
             logger.info("%s", tqdm.format_meter(

@@ -11,7 +11,7 @@ from typing import Any
 
 from theia.ablation.figure import draw
 from theia.ablation.page import PICTURE, page
-from theia.ablation.summary import Summary, higher_is_better
+from theia.ablation.summary import Summary
 from theia.analysis.files import write_whole
 
 
@@ -22,8 +22,8 @@ def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[
         folder: Of the sweep; made if need be.
         summary: What the runs gave.
         statement: What was run, as plain values. ``store`` (``manifest_sha256`` and, by name, ``teachers`` with
-            ``weights``, ``revision`` and ``licence``), ``versions``, and the lists ``failed`` and ``unfinished`` are
-            shown each in a way of its own; whatever else there is, by its name.
+            ``weights``, ``revision`` and ``licence``), ``versions``, and the lists ``caveats``, ``failed``,
+            ``unfinished`` and ``lost`` are shown each in a way of its own; whatever else there is, by its name.
 
     Returns:
         The files, the page first.
@@ -60,7 +60,7 @@ def _json(summary: Summary, statement: Mapping[str, Any]) -> str:
         row["values"] = [{"seed": seed, "value": value} for seed, value in found.values.items()]
         row["transfer"] = dict(zip(summary.readable, summary.transfer(found), strict=True))
     plain = _plain(
-        {**content, "higher_is_better": higher_is_better(summary.sort_by), "runs": runs, "statement": statement}
+        {**content, "higher_is_better": summary.higher_is_better(summary.sort_by), "runs": runs, "statement": statement}
     )
     return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 

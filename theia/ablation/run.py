@@ -60,6 +60,11 @@ class Run:
         return tuple(self.config["data"]["teachers"])
 
     @property
+    def batch(self) -> int:
+        """Images per optimisation step."""
+        return int(self.config["data"]["batch_size"] * self.config["trainer"]["accumulate_grad_batches"])
+
+    @property
     def config_file(self) -> Path:
         """What ``theia fit`` and ``theia test`` are given."""
         return self.folder / "fit.yaml"
@@ -95,19 +100,18 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all scores are there."""
-        return self.report is not None
+        report = self.report
+        return report is not None and set(self.scorers) <= set(report["scorers"])
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """What ``theia test`` wrote, if it has all scores that are wanted, of the store as it is."""
+        """What ``theia test`` wrote, if it is of the store as it is; it may lack the scores of a scorer."""
         try:
             report = json.loads((self.folder / f"test_{CHECKPOINT}.json").read_text())
         except (FileNotFoundError, ValueError):
             return None
         whole = isinstance(report, dict) and {"after", "scores", "scorers", "store"} <= report.keys()
-        if not whole or not set(self.scorers) <= set(report["scorers"]):
-            return None
-        return report if report["store"]["manifest_sha256"] == self.store_sha256 else None
+        return report if whole and report["store"]["manifest_sha256"] == self.store_sha256 else None
 
     def prepare(self) -> None:
         """Writes the config."""
@@ -147,8 +151,7 @@ class Run:
             return {}
         rate = sorted(rates)[len(rates) // 2]
         processes = self.environment().get("processes", 1)
-        images = self.steps * self.config["data"]["batch_size"] * self.config["trainer"]["accumulate_grad_batches"]
-        return {"images_per_s": rate, "device_hours": processes * images / rate / 3600}
+        return {"images_per_s": rate, "device_hours": processes * self.steps * self.batch / rate / 3600}
 
     def check(self) -> None:
         """Sees that the folder is of this very run, if it is there.

@@ -91,3 +91,22 @@ def paired_difference(values: Mapping[int | None, float], reference: Mapping[int
 
         p = float(stats.ttest_rel(ours, theirs).pvalue)
     return Difference(found.mean, found.low, found.high, found.n, p)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Corrects p values for their number, so that the chance of even one false difference is that of one test.
+
+    Args:
+        p: Of tests, by name.
+
+    Returns:
+        The same names, values in ``[0, 1]``.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    corrected: dict[str, float] = {}
+    least = 0.0
+    for place, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - place) * p[name]))
+        corrected[name] = least
+    return corrected

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from theia.ablation.statistics import Difference, Estimate, estimate, paired_difference
+from theia.ablation.statistics import Difference, Estimate, estimate, holm, paired_difference
 from theia.analysis.statistics import Correlation, correlation
 from theia.errors import ConfigError
 
@@ -80,6 +80,8 @@ class Summary:
         columns: Names of all scores.
         readable: Teachers that were read out of the frozen students, whoever these were distilled from.
         entropy: Of norm entropy with the score, over means of rows.
+        holm: p values of the differences to the reference by row, corrected for their number.
+        lower_is_better: Names of scores of which less is better, beside the losses and costs that are known to be so.
     """
 
     scored: tuple[Scored, ...]
@@ -90,6 +92,19 @@ class Summary:
     columns: tuple[str, ...]
     readable: tuple[str, ...]
     entropy: Correlation | None
+    holm: Mapping[str, float]
+    lower_is_better: tuple[str, ...] = ()
+
+    def higher_is_better(self, column: str) -> bool:
+        """Whether more of a score is better."""
+        return column not in self.lower_is_better and higher_is_better(column)
+
+    def rank(self, row: RowSummary) -> int | None:
+        """One more than there are better rows, so that equals share a rank; ``None`` without the score."""
+        if not row.values:
+            return None
+        ranks = [_rank(other, self.sort_by, self.lower_is_better) for other in self.rows]
+        return 1 + sum(rank < _rank(row, self.sort_by, self.lower_is_better) for rank in ranks)
 
     def transfer(self, row: RowSummary) -> list[float | None]:
         """Mean explained variance of each readable teacher in a row."""
@@ -103,7 +118,12 @@ def higher_is_better(column: str) -> bool:
     return parts[min(1, len(parts) - 1)] not in _LOWER_IS_BETTER
 
 
-def summarise(scored: Sequence[Scored], sort_by: str | None = None, reference: str | None = None) -> Summary:
+def summarise(
+    scored: Sequence[Scored],
+    sort_by: str | None = None,
+    reference: str | None = None,
+    lower_is_better: Sequence[str] = (),
+) -> Summary:
     """Puts runs together by row. Scores that are not finite count as missing.
 
     Args:
@@ -111,6 +131,7 @@ def summarise(scored: Sequence[Scored], sort_by: str | None = None, reference: s
         sort_by: Name of the score to compare rows by; by default a score of the readout, if all rows have one, or the
             next best that all rows have.
         reference: Row to compare the others with.
+        lower_is_better: Scores of which less is better, beside losses and costs.
 
     Raises:
         ConfigError: If there is no score at all, or no score or row of that name.
@@ -121,8 +142,9 @@ def summarise(scored: Sequence[Scored], sort_by: str | None = None, reference: s
         raise ConfigError("No run of the sweep is finished, so there is nothing to report. Let at least one finish.")
     if reference is not None and reference not in names:
         raise ConfigError(f"No finished run of a row {reference!r} to compare with. Rows: {', '.join(names)}.")
-    if sort_by is not None and sort_by not in columns:
-        raise ConfigError(f"No finished run has a score {sort_by!r} to sort by. Scores: {', '.join(columns)}.")
+    for name in [*([] if sort_by is None else [sort_by]), *lower_is_better]:
+        if name not in columns:
+            raise ConfigError(f"No finished run has a score {name!r}. Scores: {', '.join(columns)}.")
     by_row = {name: [run for run in scored if run.row == name] for name in names}
     chosen = "as was asked for"
     if sort_by is None:
@@ -143,7 +165,8 @@ def summarise(scored: Sequence[Scored], sort_by: str | None = None, reference: s
                 difference=None if name == reference else paired_difference(values, base),
             )
         )
-    rows.sort(key=lambda row: _rank(row, sort_by))
+    rows.sort(key=lambda row: _rank(row, sort_by, lower_is_better))
+    p = {row.name: row.difference.p for row in rows if row.difference is not None and row.difference.p is not None}
     both = [
         (row.columns[ENTROPY].mean, row.columns[sort_by].mean) for row in rows if {ENTROPY, sort_by} <= {*row.columns}
     ]
@@ -156,6 +179,8 @@ def summarise(scored: Sequence[Scored], sort_by: str | None = None, reference: s
         columns=columns,
         readable=tuple(name.removeprefix(TRANSFER) for name in columns if name.startswith(TRANSFER)),
         entropy=correlation([x for x, _ in both], [y for _, y in both]) if sort_by != ENTROPY else None,
+        holm=holm(p),
+        lower_is_better=tuple(lower_is_better),
     )
 
 
@@ -171,8 +196,8 @@ def _default(columns: Sequence[str], rows: Collection[Sequence[Scored]]) -> tupl
     return (shared or columns)[0], "for want of a usual score that all rows have"
 
 
-def _rank(row: RowSummary, column: str) -> float:
+def _rank(row: RowSummary, column: str, lower_is_better: Collection[str]) -> float:
     if column not in row.columns:
         return math.inf
     mean = row.columns[column].mean
-    return -mean if higher_is_better(column) else mean
+    return -mean if column not in lower_is_better and higher_is_better(column) else mean

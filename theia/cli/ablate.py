@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import expand, refuse_reserved
+from theia.ablation.grid import Row, expand, refuse_reserved
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
+from theia.scoring import registry
 
 if TYPE_CHECKING:
     from theia.ablation.run import Run
@@ -25,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """Train a student for every row and seed of a grid, score all, and write a table and a picture.
 
-Options with a dot, such as --data.store or --trainer.max_epochs, are those of 'theia fit' and hold for all rows. The
-same command again goes on where it was interrupted. 'theia ablate report FOLDER' writes the report anew."""
+The paper's grids are in configs/ablations: theia ablate --config configs/ablations/teachers.yaml --data.store STORE.
+Options with a dot, such as --data.store or --trainer.max_epochs, are those of 'theia fit' and hold for all rows; for
+those without a dot write --options.checkpoint_every 100. The same command again goes on where it was interrupted.
+'theia ablate report FOLDER' writes the report anew. Scorers that are installed: {scorers}."""
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
     """
     if argv[:1] == ["report"]:
         return int(auto_cli(report, args=argv[1:], prog="theia ablate report"))
-    parser = Parser(prog="theia ablate", description=_DESCRIPTION)
+    parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(registry.names())))
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
     own, fit_options = _split(argv, {action.dest for action in parser._actions})
@@ -66,6 +69,8 @@ def ablate(
     scorers: str | list[str] = "readout,classification",
     sort_by: str | None = None,
     scores: Path | None = None,
+    lower_is_better: str | list[str] = "",
+    only: str | list[str] = "",
     jobs: int = 1,
     launcher: Literal["local", "slurm"] = "local",
     slurm: dict[str, Any] | None = None,
@@ -89,6 +94,9 @@ def ablate(
         scorers: What is scored beside each student's own translators, with commas between them.
         sort_by: Score that ranks the rows.
         scores: CSV of further scores (row,seed,NAME...), such as those of a robot, for the report.
+        lower_is_better: Scores of which less is better, such as external/seconds, with commas between them. Losses are
+            known to be.
+        only: Rows to run now, of those of the sweep: a name, or a list of names.
         jobs: Runs at a time. On this machine they share GPUs and cores.
         launcher: local: processes of this machine. slurm: an array of jobs, through submitit.
         slurm: Options of submitit: {timeout_min: 600, slurm_partition: NAME, gpus_per_node: 1}.
@@ -98,8 +106,9 @@ def ablate(
     """
     # torch takes seconds to import; --help does not need it.
     from theia.ablation import launch, sweep
+    from theia.ablation.external import read as read_scores
+    from theia.ablation.forecast import forecast
     from theia.cli import plan
-    from theia.scoring import registry
 
     launch.check(launcher, jobs)
     wanted = comma_list(scorers)
@@ -113,43 +122,57 @@ def ablate(
     found = expand(rows, teachers, product, pool)
     if reference is not None and reference not in [row.name for row in found]:
         raise ConfigError(f"The reference {reference!r} is no row. There are: {', '.join(row.name for row in found)}.")
+    found = _only(found, only)
     runs = plan.plan(found, numbers, arguments, out, tuple(wanted), stores)
     if dry_run:
         sweep.check(runs)
-        print(plan.text(runs, arguments))
+        print(forecast(runs, arguments, plan.arguments_of))
         return 0
     with sweep.held(out):
+        if scores is not None:
+            read_scores(scores, sweep.seeds_by_row(sweep.with_kept(out, runs)))
         statement = {
             "command": command, "base": base, "seeds": numbers, "reference": reference, "sort_by": sort_by,
-            "store": stores.provenance(),
+            "scores": None if scores is None else str(scores.resolve()), "store": stores.provenance(),
+            "lower_is_better": comma_list(lower_is_better),
         }  # fmt: skip
         sweep.prepare(out, runs, statement)
         for line in stores.caveats():
             logger.warning("%s", line)
         interrupted = 0
         signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, _terminate)
         try:
             failed = sweep.carry_out(out, runs, launcher, jobs, slurm or {})
         except KeyboardInterrupt as stop:
-            failed, interrupted = [], 143 if stop.args == (signal.SIGTERM,) else 130
-        summary = sweep.report(out, scores=scores)
+            failed, interrupted = [], 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        summary = sweep.report(out)
     _print(out, summary, failed)
     if interrupted:
         print("Stopped. Every run keeps its checkpoint: the same command goes on.", file=sys.stderr)
     return interrupted or (1 if failed else 0)
 
 
-def report(folder: Path, sort_by: str | None = None, scores: Path | None = None) -> int:
-    """Write the report of a sweep anew, from the runs that are finished.
+def report(
+    folder: Path,
+    sort_by: str | None = None,
+    scores: Path | None = None,
+    reference: str | None = None,
+    lower_is_better: str | list[str] = "",
+) -> int:
+    """Write the report of a sweep anew, from the runs that are finished. What is not given is as in the sweep.
 
     Args:
         folder: Of the sweep.
         sort_by: Score that ranks the rows.
         scores: CSV of further scores (row,seed,NAME...), such as those of a robot.
+        reference: Row that the others are compared with.
+        lower_is_better: Scores of which less is better, such as external/seconds, with commas between them.
     """
     from theia.ablation import sweep
 
-    summary = sweep.report(folder, sort_by, scores)
+    summary = sweep.report(folder, sort_by, scores, reference, comma_list(lower_is_better))
     if summary is None:
         raise ConfigError(f"No run of {folder} is finished, so there is nothing to report. Start the sweep again.")
     _print(folder, summary, [])
@@ -160,20 +183,42 @@ def _split(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
     """Arguments of this command, and those of ``theia fit``: the options with a dot, each with its value."""
     mine: list[str] = []
     theirs: list[str] = []
-    to = mine
+    to, option, values = mine, "", 0
     for token in argv:
         if token.startswith("--"):
-            name = token[2:].partition("=")[0]
+            option, values = token.partition("=")[0], int("=" in token)
+            name = option[2:].rstrip("+")
             to = theirs if "." in name and name.partition(".")[0] not in own else mine
+            if to is mine and name.partition(".")[0] not in own:
+                raise ConfigError(
+                    f"'theia ablate' has no option {option}. If it is one of 'theia fit', write --options.{name}; "
+                    "'theia ablate --help' lists the others."
+                )
+        else:
+            values += 1
+            if to is mine and values > 1:
+                raise ConfigError(f"{token!r} is a second value of {option}. Put commas between them, without blanks.")
         to.append(token)
     return mine, theirs
+
+
+def _only(rows: list[Row], only: str | list[str]) -> list[Row]:
+    """The rows of those names. A name may have commas of its own."""
+    known = [row.name for row in rows]
+    names = [only] if only in known else comma_list(only)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"only: {unknown[0]!r} is no row. There are: {'; '.join(known)}.")
+    return [row for row in rows if row.name in names] if names else rows
 
 
 def _seeds(seeds: int | str | list[int]) -> list[int]:
     given = [str(seed) for seed in seeds] if isinstance(seeds, list) else comma_list(str(seeds))
     numbers = [int(seed) for seed in given if seed.isdecimal()]
-    if not given or len(set(numbers)) < len(given):
-        raise ConfigError(f"seeds is {seeds!r}; it must be one or some whole numbers, each once: --seeds 0,1,2.")
+    if not given or len(set(numbers)) < len(given) or max(numbers) >= 2**32:
+        raise ConfigError(
+            f"seeds is {seeds!r}; it must be one or some whole numbers below 2**32, each once: --seeds 0,1,2."
+        )
     return numbers
 
 
@@ -181,6 +226,13 @@ class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no typ
     """YAML in which a key that stands twice is an error, not the last of the two."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if not isinstance(self.construct_object(key), str):
+                mark = key.start_mark
+                raise ConfigError(
+                    f"{mark.name}, line {mark.line + 1}: the name {key.value} is no text for YAML, to which a "
+                    "word such as On is a truth value. Put it in quotes."
+                )
         names = [key.value for key, _ in node.value]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:

@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
+import logging
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tabulate import tabulate
 
 from theia.ablation.grid import Row
 from theia.ablation.run import Run
@@ -18,6 +17,9 @@ from theia.cli import lightning
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
 from theia.lists import comma_list
+from theia.store.reader import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 # Options of the data that decide which images there are; the teachers and batches of a row do not.
 _OF_IMAGES = ("store", "val_split", "holdout", "fraction")
@@ -30,22 +32,35 @@ class Stores:
         self._opened: dict[tuple[Any, ...], FeatureDataModule] = {}
 
     def open(self, data: Mapping[str, Any]) -> FeatureDataModule:
-        """The images and teachers that a row's data have.
+        """The images and teachers that a row's data have; a teacher that is unfinished is left out, and it is said.
 
         Args:
             data: The options of ``theia fit`` under ``data``.
 
         Raises:
-            StoreError: If there is none, or it is unfinished or damaged.
+            StoreError: If there is none, or it is damaged, or no teacher is finished.
         """
         key = tuple(data[name] for name in _OF_IMAGES)
         if key not in self._opened:
-            self._opened[key] = FeatureDataModule(**dict(zip(_OF_IMAGES, key, strict=True)))
+            store = FeatureStore(data["store"])
+            held_out = data["val_split"] if data["val_split"] in store.splits else "train"
+            finished = store.finished_teachers(("train", held_out))
+            unfinished = [name for name in store.teachers("train") if name not in finished]
+            if unfinished and finished:
+                logger.warning(
+                    "Left out, since the store %s has not all of their features: %s.", store.root, ", ".join(unfinished)
+                )
+            options = dict(zip(_OF_IMAGES, key, strict=True))
+            self._opened[key] = FeatureDataModule(teachers=finished or None, **options)
         return self._opened[key]
 
     def provenance(self) -> dict[str, Any]:
-        """What the features are; of the first store, where rows have stores of their own."""
-        return next(iter(self._opened.values())).provenance()
+        """What the features are; of all stores, where rows have stores of their own."""
+        found = [data.provenance() for data in self._opened.values()]
+        return {
+            "manifest_sha256": ", ".join(dict.fromkeys(one["manifest_sha256"] for one in found)),
+            "teachers": {name: teacher for one in reversed(found) for name, teacher in one["teachers"].items()},
+        }
 
     def caveats(self) -> list[str]:
         """What a reader of the figures must know."""
@@ -117,9 +132,15 @@ def plan(
         first = next(iter(configs.values()))["data"]["store"]
         lines = "; ".join(f"{teacher} (of {', '.join(names)})" for teacher, names in missing.items())
         raise ConfigError(
-            f"The store {first} lacks teachers of this sweep: {lines}. Add them: theia extract --store {first} "
-            f"--teachers {','.join(missing)} --images ..., or leave out these rows."
+            f"The store {first} lacks teachers of this sweep, or has not all of their features: {lines}. Extract them: "
+            f"theia extract --store {first} --teachers {','.join(missing)} --images ..., or leave out these rows."
         )
+    alike: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        alike.setdefault(json.dumps(config, sort_keys=True, default=str), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            logger.warning("Rows %s are the same training, done %d times.", ", ".join(names), len(names))
     return [
         Run(
             row=row.name, seed=seed, folder=folder, options=row.options,
@@ -150,59 +171,14 @@ def _steps(config: Mapping[str, Any], stores: Stores) -> int:
     """Optimisation steps of a training."""
     trainer, data = config["trainer"], config["data"]
     batches = stores.open(data).trained_on // data["batch_size"]
-    if isinstance(trainer["limit_train_batches"], int):
-        batches = min(batches, trainer["limit_train_batches"])
+    for limit in (trainer["limit_train_batches"], trainer["overfit_batches"]):
+        # A whole number is of batches, anything else a share of them; 0.0 of overfit_batches means that it is not used.
+        if isinstance(limit, int):
+            batches = min(batches, limit)
+        elif limit:
+            batches = int(batches * limit)
     of_epoch = math.ceil(batches / trainer["accumulate_grad_batches"])
     epochs, most = trainer["max_epochs"], trainer["max_steps"]
     if epochs is None:
         return int(1000 * of_epoch if most == -1 else most)  # Lightning's default
     return int(epochs * of_epoch if most == -1 else min(epochs * of_epoch, most))
-
-
-def text(runs: Sequence[Run], arguments: Sequence[str]) -> str:
-    """The runs, their commands, what is finished, and the cost.
-
-    Args:
-        runs: Of the sweep.
-        arguments: Of ``theia fit``, for all rows.
-    """
-    lines = [
-        tabulate(
-            [(run.row, run.seed, _state(run), run.steps, "+".join(run.teachers)) for run in runs],
-            ("row", "seed", "state", "steps", "teachers"),
-        )
-    ]
-    lines += ["", "Each is trained, then tested; trained by:"]
-    for run in runs:
-        own = [*arguments_of(run.options), f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
-        lines.append(shlex.join(["theia", "fit", *arguments, *own, f"--run_folder={run.folder}"]))
-    return "\n".join([*lines, "", _cost(runs)])
-
-
-def _state(run: Run) -> str:
-    if run.finished:
-        return "finished"
-    step, _ = run.progress()
-    return f"at step {step}" if step else "to do"
-
-
-def _cost(runs: Sequence[Run]) -> str:
-    finished = [run for run in runs if run.finished]
-    left = [(run, run.steps - run.progress()[0]) for run in runs if not run.finished]
-    images = sum(
-        steps * run.config["data"]["batch_size"] * run.config["trainer"]["accumulate_grad_batches"]
-        for run, steps in left
-    )
-    line = (
-        f"{len(finished)} of {len(runs)} runs are finished. To do: {len(left)} runs, "
-        f"{sum(steps for _, steps in left):,} steps, {images:,} images"
-    )
-    rates = [rate for run in finished if (rate := run.speed().get("images_per_s"))]
-    if not left:
-        return line + "."
-    if not rates:
-        return line + ". How long that takes is known after the first run."
-    rate = sum(rates) / len(rates)
-    return (
-        f"{line}: {images / rate / 3600:.1f} hours one after the other at {rate:,.0f} images/s as in those, and tests."
-    )

@@ -183,11 +183,9 @@ class FeatureDataModule(L.LightningDataModule):
         Raises:
             StoreError: If the training split, or features or statistics of one of its teachers, are missing or damaged.
         """
-        trained = self.store.teachers("train")
-        splits = [self.store.manifest.splits[name] for name in ("train", self.val_split or "train")]
         data = FeatureDataModule(
             str(self.store.root),
-            [name for name in trained if all(name in split.sets and split.sets[name].complete for split in splits)],
+            self.store.finished_teachers(("train", self.val_split or "train")),
             val_batch_size=self.val_batch_size,
             workers=self.workers,
             val_split=self.val_split or _DEFAULT_VAL_SPLIT,

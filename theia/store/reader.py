@@ -1,7 +1,7 @@
 """Opens a store: validates every file once, then hands out byte offsets."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,15 @@ class FeatureStore:
             StoreError: If there is no such split.
         """
         return self._record(split).teachers
+
+    def finished_teachers(self, splits: Iterable[str]) -> list[str]:
+        """Names of the teachers that are whole in each of some splits.
+
+        Raises:
+            StoreError: If there is no such split.
+        """
+        sets = [self._record(split).sets for split in splits]
+        return [name for name in sets[0] if name != IMAGE and all(name in one and one[name].complete for one in sets)]
 
     def statistics(self, teacher: str) -> ChannelStatistics:
         """Mean and standard deviation of a teacher's features over the training split.
