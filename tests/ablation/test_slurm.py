@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import submitit
 from ablation.small_sweep import count, make_job, make_run
 
 from theia.ablation import launch
@@ -100,11 +101,13 @@ def test_jobs_of_a_sweep_that_is_no_more_are_followed_not_submitted_again(slurm:
         (run.folder / "slurm_job").write_text(f"12_{task}")
     states = (slurm / "states").read_text()
     (slurm / "states").write_text("")  # the accounting has not heard of them yet
+    submitit.SlurmJob.watcher.clear()
     submitted = {run.row: launch._still_queued(make_job(run), tmp_path / "slurm") is not None for run in runs}
     assert submitted == {"a": True, "b": True}
     os.utime(runs[0].folder / "slurm_job", (0, 0))  # or never will: it forgets old jobs
     assert launch._still_queued(make_job(runs[0]), tmp_path / "slurm") is None
     (slurm / "states").write_text(states)
+    submitit.SlurmJob.watcher.clear()
     (slurm / "submitted.sh").rename(slurm / "first.sh")
     (slurm / "submitted.sh").write_text((slurm / "first.sh").read_text())
 
