@@ -1,5 +1,6 @@
 """``python -m benchmarks.probing``: probes frozen encoders, prints one table, writes one JSON."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def classification(
     """Tells classes of images by mean-pooled patch tokens: nearest neighbours, and MAE's linear probe.
 
     The column "no encoder" always tells the most frequent class. The same command again after an interruption skips
-    encoders that are finished.
+    encoders that are finished; they are kept in the folder "unfinished" of --results.
 
     Args:
         encoders: Names with blanks between them. All are in memory together.
@@ -54,10 +55,10 @@ def classification(
         val: The same, held-out images; every fifth image of each class of --images by default.
         preset: small: a minute on a CPU; full: MAE's batch of 16384 and its learning rate, for ImageNet.
         neighbours: Images that vote.
-        seeds: Of the linear probe, separated by commas; the table shows means.
+        seeds: Of the linear probe, separated by commas; the table shows means, and of several their standard deviation.
         device: Where to work; auto takes a GPU if there is one.
-        folder: Where the full preset puts its files, which are deleted afterwards; the system's temporary folder by
-            default.
+        folder: Where the full preset puts its files, which are deleted in the end (not after kill -9: theia-probing-*);
+            the system's temporary folder by default.
         results: Folder for the JSON.
 
     Returns:
@@ -107,8 +108,10 @@ def dense(
 ) -> Path:
     """Tells depth, surface normals and classes of pixels by a linear head on patch tokens, and matches views.
 
-    The column "no encoder" tells what is usual at each place of a picture, without looking at it. A picture shows heads
-    of the first seed beside the truth. The same command again after an interruption skips encoders that are finished.
+    The column "no encoder" tells what is usual at each place of a picture, without looking at it. A picture shows what
+    heads of the first seed say, beside the truth. Heads are linear and see the last layer alone: figures compare
+    encoders with each other, not with those that probe3D publishes of its larger heads. The same command again after an
+    interruption skips encoders that are finished; they are kept in the folder "unfinished" of --results.
 
     Args:
         encoders: Names with blanks between them. All are in memory together.
@@ -117,10 +120,10 @@ def dense(
         tasks: Of depth, normals, segmentation and correspondence, separated by commas; all that there is data for by
             default.
         preset: small: a few minutes on a CPU with scenes; full: probe3D's epochs and learning rate.
-        seeds: Of the heads, separated by commas; the table shows means.
+        seeds: Of the heads, separated by commas; the table shows means, and of several their standard deviation.
         device: Where to work; auto takes a GPU if there is one.
-        folder: Where the full preset puts its files, which are deleted afterwards; the system's temporary folder by
-            default.
+        folder: Where the full preset puts its files, which are deleted in the end (not after kill -9: theia-probing-*);
+            the system's temporary folder by default.
         results: Folder for the JSON and the picture.
 
     Returns:
@@ -169,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subcommands(required=True)
     functions: dict[str, Callable[..., Path]] = {"classification": classification, "dense": dense}
     for name, function in functions.items():
-        what = (function.__doc__ or "").partition("\n")[0]
-        one = ArgumentParser(description=what)
+        about = inspect.getdoc(function) or ""
+        one = ArgumentParser(description=about.partition("\n\nArgs:")[0])
         # jsonargparse takes one word for a list; a comma may be part of an encoder's name.
         one.add_argument("--encoders", nargs="+", required=True, metavar="NAME", help=FORMS.replace("\n", "; "))
         one.add_function_arguments(function, skip={"encoders"})
-        commands.add_subcommand(name, one, help=what)
+        commands.add_subcommand(name, one, help=about.partition("\n")[0])
     options = parser.parse_args(argv)
     chosen = options.subcommand
     return command.run("benchmarks.probing", lambda: functions[chosen](**options[chosen].as_dict()))
