@@ -1,13 +1,69 @@
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import torch
+import pytest
+from huggingface_hub import constants, hf_hub_download
 
-from theia.encoder.encoder import Encoder
+from theia import hub
+from theia.errors import WeightsError
+
+NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
 
 
-def test_torch_hub_gives_the_encoder(checkpoint: Callable[..., Path], encoder: Encoder) -> None:
-    repository = Path(__file__).parents[1]
-    loaded = torch.hub.load(str(repository), "encoder", str(checkpoint()), source="local")
-    images = torch.randint(256, (1, 224, 224, 3), dtype=torch.uint8)
-    assert torch.equal(loaded(images), encoder(images))
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    remembered = hub._silence
+    remembered.cache_clear()
+    yield
+    remembered.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(tmp_path: Path) -> None:
+    said = f"'a/b' are not on this machine.*{NOWHERE} cannot be reached"
+    with pytest.raises(WeightsError, match=said), hub.known_to_answer("a/b"):
+        hf_hub_download("a/b", "config.json", cache_dir=tmp_path)
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    file = repository / "snapshots" / ("0" * 40) / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with hub.known_to_answer("a/b"):
+        assert Path(hf_hub_download("a/b", "config.json", cache_dir=tmp_path)).read_text() == "{}"
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(KeyError), hub.known_to_answer("a/b"):
+        raise KeyError("a")
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with hub.known_to_answer("a/b"):
+            assert constants.HF_HUB_OFFLINE is False
+        server.shutdown()
+
+
+@pytest.mark.parametrize("weights", ["random", "none", "."])
+def test_without_need_the_hub_is_not_asked(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_silence", lambda address: pytest.fail("asked"))
+    with hub.known_to_answer(weights):
+        assert constants.HF_HUB_OFFLINE is False

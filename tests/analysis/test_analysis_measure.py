@@ -94,6 +94,32 @@ def test_constant_features_have_no_entropy_and_what_is_undefined_is_null_with_a_
     assert "constant: every image gives the same mean token" in notes
 
 
+def test_what_a_norm_entropy_does_not_tell_is_noted() -> None:
+    class Length(Pixels):
+        """Tokens of given lengths, in units of the root of their width."""
+
+        def __init__(self, lengths: list[float]) -> None:
+            super().__init__()
+            self.lengths = torch.tensor(lengths)
+
+        def forward(self, images: Tensor) -> StudentTokens:
+            tokens = super().forward(images)
+            patches = self.lengths[None, :, None].expand(tokens.patches.shape)
+            return StudentTokens(None, tokens.registers, patches, tokens.grid)
+
+    encoders = {
+        "one": Length([1.0] * 6),
+        # Two of 250 bins, one of 50; and two of 50, that are two of all the other numbers, too.
+        "near": Length([0.984] * 3 + [1.0] * 3),
+        "far": Length([0.5] * 5 + [1.0]),
+    }
+    notes = assemble(measure(encoders, batches(images(4), 4)), dict.fromkeys(encoders, False), {}, [], {}).notes
+    assert sum("one: 100.0% of norms lie in one bin" in note for note in notes) == 1
+    assert sum("near: norms spread over 2.0 bins only" in note for note in notes) == 1
+    # log 2 = 0.69 against 0.45 with 250 bins, 0 against 0.45 with 50.
+    assert [note.split(" change")[0] for note in notes if "change places" in note] == ["near and far"]
+
+
 def test_one_image_has_figures_without_spread() -> None:
     analysis = assemble(measure({"a": Pixels()}, batches(images(1), 4)), {"a": False}, {}, [], {})
     (found,) = as_json(analysis)["encoders"]

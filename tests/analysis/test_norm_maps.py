@@ -19,9 +19,12 @@ def test_one_long_token_outshines_the_others_and_is_clipped() -> None:
     assert not (below[0, 2] == below[0, 1]).all()
 
 
-def test_rounding_is_no_contrast() -> None:
+def test_rounding_and_the_epsilon_of_a_layer_norm_are_no_contrast() -> None:
     norms = 0.3333333 + 1e-8 * np.arange(6.0).reshape(2, 3)
     assert (plain(norms) == DARK).all()
+    torch.manual_seed(0)
+    tokens = torch.nn.LayerNorm(192, 1e-6)(torch.rand(6, 1) * torch.randn(6, 192)).detach()
+    assert (plain(tokens.norm(dim=1).double().reshape(2, 3).numpy()) == DARK).all()
     assert (clipped(norms) == DARK).all()
     assert (plain(np.zeros((2, 3))) == DARK).all()
 

@@ -102,7 +102,7 @@ def test_one_image_and_chosen_pictures(folder: Path, tmp_path: Path) -> None:
     [
         (["--encoders", "teacher:nobody", "--images={images}"], "No teacher named 'nobody'"),
         (["--encoders", "timm:mixer_s32_224@random", "--images={images}"], "no spatial features"),
-        (["--encoders", "hog", "--images={images}"], "no file or folder 'hog'"),
+        (["--encoders", "hog", "--images={images}"], "'hog' names no encoder; teacher:hog does"),
         (["--encoders", "teacher:hog", "teacher:hog", "--images={images}"], "twice"),
         (["--encoders", "teacher:hog", "--images={tmp}/empty"], "No image in"),
         (["--encoders", "teacher:hog", "--images={tmp}/torn"], "None of the 1 images can be read"),
@@ -133,6 +133,24 @@ def test_a_folder_of_something_else_is_refused_before_any_work(
     assert analyze("--encoders", "teacher:nobody", "--images", folder, f"--out={tmp_path}") == 1
     assert "no analysis" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert analyze("--encoders", "teacher:nobody", "--images", folder, "--out", tmp_path / "file/out") == 1
+    assert "out cannot be written" in capsys.readouterr().err
+
+
+def test_an_analysis_that_fails_leaves_the_earlier_one_as_it_was(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert analyze("--encoders", "teacher:hog", "--images", folder, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/a.png").write_bytes(b"no image")
+    assert analyze("--encoders", "teacher:color", "--images", tmp_path / "torn", "--out", out) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_encoders_may_be_a_list_in_a_config(folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from theia.cli.main import main
 from theia.decoding.scores import depth_error, feature_cosine
 from theia.decoding.video import Video, video_writer
 from theia.encoder.encoder import Encoder
+from theia.export.export import export
 
 PLUGIN = '''
+from dataclasses import replace
+
 from torch.nn import functional as F
 
 from theia.errors import WeightsError
@@ -30,8 +33,9 @@ class Odd(Teacher):
 
     spec = TeacherSpec(name="odd", channels=5, grid_hw=(3, 7), licence="MIT", weights="none")
 
-    def __init__(self, weights: str = "none", fault: str = ""):
+    def __init__(self, weights: str = "none", fault: str = "", revision: str | None = None):
         super().__init__()
+        self.spec = replace(self.spec, revision=revision)
         self.fault = fault
         if weights != "none":
             raise WeightsError(f"cannot fetch {weights}")
@@ -104,7 +108,7 @@ def test_a_third_partys_decode_is_used_and_scored_against_its_own(
     plugin: None, encoder: Encoder, checkpoint: Callable[..., Path], images: Path, tmp_path: Path
 ) -> None:
     record = decode(
-        checkpoint(), images / "d.png", tmp_path / "out", "--teachers=odd", "--teachers_side_by_side",
+        checkpoint(), images / "d.png", tmp_path / "out", "--teachers=odd", "--teachers-side-by-side",
         "--teacher_options={odd: {weights: none}}",
     )  # fmt: skip
 
@@ -179,6 +183,33 @@ def test_the_first_ones_alone(checkpoint: Callable[..., Path], tmp_path: Path) -
     assert len(record["images"]) == len(list((tmp_path / "out").rglob("*.png"))) == 2
 
 
+def test_pictures_are_not_replaced_by_nothing(
+    checkpoint: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode(checkpoint(), images, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/x.png").write_bytes(b"no image")
+    again = [f"--model={checkpoint()}", f"--out={tmp_path}/out", "--overwrite"]
+    assert main(["decode", *again, f"--images={tmp_path}/broken"]) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+    assert main(["decode", *again, f"--images={images}/d.png"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["d.png", "decoded.json"]
+
+
+def test_a_teacher_of_other_weights_than_the_models_is_said(
+    plugin: None, checkpoint: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "exported"
+    record = {"teachers": {"odd": {"weights": "far/odd", "revision": "old", "licence": "MIT"}}}
+    export(str(checkpoint()), model, ["safetensors"], record)
+    for revision, said in (("old", False), ("new", True)):
+        options = f"--teacher_options={{odd: {{revision: {revision}}}}}"
+        decode(model, images, tmp_path / revision, "--teachers=odd", options)
+        assert ("learned from other weights (far/odd, old)" in capsys.readouterr().err) == said
+
+
 def test_teacher_options_come_from_a_config_of_an_extraction(
     plugin: None, checkpoint: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +227,8 @@ def test_teacher_options_come_from_a_config_of_an_extraction(
         (["--teachers=sam"], "no translator for 'sam'. It has: clip, odd"),
         (["--teachers="], "--teachers is empty"),
         (["--limit=0"], "--limit is 0"),
+        (["--model=teacher:clip"], "only a Theia model has translators"),
+        (["--out={tmp}/images/a.png/out"], "out cannot be written"),
         (["--out={tmp}/images"], "is not empty and holds no decoded pictures"),
         (["--teacher_options={{sam: {{}}}}"], "--teacher_options has 'sam'"),
         (["--teacher_options={{odd: far}}"], "odd is 'far'"),
@@ -220,13 +253,13 @@ def test_bad_input_is_one_clear_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.png").write_bytes(b"no image")
-    given = {"--images": str(images), "--out": str(tmp_path / "out")}
+    given = {"--model": str(checkpoint()), "--images": str(images), "--out": str(tmp_path / "out")}
     for option in options:
         name, _, value = option.format(tmp=tmp_path).partition("=")
         given[name] = value or ("" if "=" in option else "true")
     arguments = [f"{name}={value}" for name, value in given.items()]
 
-    assert main(["decode", f"--model={checkpoint()}", "--device=cpu", *arguments]) == 1
+    assert main(["decode", "--device=cpu", *arguments]) == 1
 
     said = capsys.readouterr().err
     assert message in said

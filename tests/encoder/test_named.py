@@ -126,6 +126,15 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("random:vit_huge", ConfigError, "vit_tiny, vit_small, vit_base"),
         ("teacher:nobody", UnknownTeacherError, "nobody"),
         ("concat:hog,nobody", UnknownTeacherError, "nobody"),
+        ("hog", ConfigError, "names no encoder; teacher:hog does"),
+        ("vit_tiny_patch16_224", ConfigError, "names no encoder; timm:vit_tiny_patch16_224 does"),
+        ("teachers:hog", ConfigError, "names no encoder; teacher:hog does"),
+        ("hog,color", ConfigError, "several have blanks between them"),
+        ("teacher:hog,teacher:color", ConfigError, "Put blanks between encoders"),
+        ("teacher:hog@random", ConfigError, "'hog' has no weights to choose"),
+        ("concat:hog,,color", ConfigError, "empty name"),
+        ("timm:vit_tinny_patch16_224", ConfigError, "Similar names: vit_tiny_patch16_224"),
+        ("timm:vit_tiny_patch16_224.mine@random", WeightsError, r"cannot build .*tag \(mine\) .*\)\.$"),
     ],
 )
 def test_what_names_no_encoder_says_so(name: str, error: type[Exception], message: str) -> None:

@@ -1,6 +1,7 @@
 """Files of a report, each whole or not at all."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,3 +24,20 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
             temporary.replace(folder / name)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Tries whether files can be written into a folder, and leaves everything as it was.
+
+    Raises:
+        OSError: If they cannot, or the folder cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()

@@ -11,8 +11,9 @@ from torch import Tensor
 from theia.analysis.labels import wrapped
 from theia.pictures import Picture, norm_map
 
-# Norms that differ by less than this part of the highest differ by float32's rounding only.
-_ROUNDING = 1e-6
+# Norms that differ by less than this part of the highest are the same: behind a layer norm, its epsilon and rounding
+# leave such differences, which must not fill all colours.
+_SAME = 1e-4
 
 Norms = npt.NDArray[np.float64]  # (H, W)
 
@@ -50,7 +51,7 @@ class NormMaps:
 
 
 def plain(norms: Norms) -> Picture:
-    """A norm map from the image's lowest (dark) to its highest (bright); dark where they differ by rounding only."""
+    """A norm map from the image's lowest (dark) to its highest (bright); dark where all are the same."""
     return _picture(norms, norms)
 
 
@@ -95,7 +96,7 @@ def board(maps: NormMaps, labels: Mapping[str, str]) -> Any:
 
 
 def _picture(norms: Norms, shown: Norms) -> Picture:
-    flat = np.ptp(norms) <= _ROUNDING * norms.max()
+    flat = np.ptp(norms) <= _SAME * norms.max()
     return norm_map((shown * (not flat)).reshape(-1, 1), (norms.shape[0], norms.shape[1]))
 
 

@@ -18,10 +18,12 @@ bin. In square brackets: 95 % interval over images (Poisson bootstrap). *Relativ
 the encoder's own median norm, so that the scale of features does not matter. *Outliers*: share of tokens longer than
 {OUTLIER_FACTOR:g} medians (Darcet et al., 2024). Values compare only between encoders on the same images.
 """
-_BINS = "How the norm entropy depends on the number of bins over the same range; the range of encoders must not change."
+_BINS = """The same entropy with other numbers of bins over the same range. Finer bins give higher values, so only values
+of one column compare. Pairs of encoders that change places from column to column are named in the notes above.
+"""
 _MAPS = """Dark is the lowest norm of each map, bright the highest; both stand below it, divided by √width. A map is all
-dark where norms differ by rounding only. The clipped maps show what single long tokens
-outshine: all norms above the map's median look alike there.
+dark where norms differ by less than 0.01 %. The clipped maps show what single long tokens outshine: all norms above the
+map's median look alike there.
 """
 _PCA = """Explained-variance ratio of the principal components of all tokens, exact. *Area*: below the cumulative curve
 over the share of components; 0.5 if all components explain alike, near 1 if few explain all.
@@ -47,7 +49,7 @@ def page(analysis: Analysis, pictures: Sequence[str]) -> str:
     parts: list[str | None] = ["# Analysis of encoders\n", _subject(analysis), main_table(analysis, "github")]
     parts += [f"- {note}" for note in analysis.notes]
     parts += ["" if analysis.notes else None, "## Norms of patch tokens\n", _NORMS, _picture("norms.png", pictures)]
-    parts += [_BINS + "\n", _bins(analysis)]
+    parts += [_BINS, _bins(analysis)]
     if "norm_maps.png" in pictures:
         parts += ["## Norm maps\n", _MAPS, _picture("norm_maps.png", pictures)]
         parts.append(f"Images, from left to right: {_names(analysis.measured.maps.images)}.\n")

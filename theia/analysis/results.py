@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from theia.analysis.cka import MIN_IMAGES, MINIBATCH
@@ -15,6 +16,9 @@ from theia.training.metrics import NORM_BINS, NORM_RANGE
 
 SCHEMA = 1
 NORM_ENTROPY = "norm entropy"
+_FEW = 0.01  # of tokens
+_FEW_BINS = 3
+_SHOWN = 5e-4  # what is less does not show in the report
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,23 @@ def _notes(analysis: Analysis) -> list[str]:
         notes.append(f"CKA is not defined for fewer than {MIN_IMAGES} images.")
     for place, (name, one) in enumerate(measured.encoders.items()):
         label, tokens = labels[name], measured.images * one.grid[0] * one.grid[1]
-        if one.entropy.beyond >= 0.01:
+        if one.entropy.beyond >= _FEW:
             notes.append(
                 f"{label}: {one.entropy.beyond:.0%} of norms lie beyond the range and share its last bin, so its norm "
                 "entropy is too low; compare the relative one."
             )
+        if one.entropy.beyond < _FEW:
+            same, bins = one.entropy.counts.max() / one.entropy.counts.sum(), math.exp(one.entropy.value)
+            if same > 1 - _FEW:
+                notes.append(
+                    f"{label}: {same:.1%} of norms lie in one bin, as features do that are normalised in the end; norm "
+                    "entropy and norm maps say little about it."
+                )
+            elif bins < _FEW_BINS:
+                notes.append(
+                    f"{label}: norms spread over {bins:.1f} bins only, so that its norm entropy depends on where bins "
+                    "begin; compare it with more bins."
+                )
         if one.relative.entropy is None:
             notes.append(f"{label}: the median norm is 0, so there are no norms relative to it.")
         if one.spectrum.ratio is None:
@@ -166,10 +182,21 @@ def _notes(analysis: Analysis) -> list[str]:
             notes.append(f"{label}: {share:.1%} of tokens are 0 and have no cosine to the mean token.")
         if measured.images >= MIN_IMAGES and measured.cka[place][place] is None:
             notes.append(f"{label}: every image gives the same mean token, so CKA is not defined.")
+    notes += [
+        f"{labels[a]} and {labels[b]} change places with the number of bins: their norm entropies do not differ."
+        for a, b in combinations(measured.encoders, 2)
+        if _change_places(measured.encoders[a], measured.encoders[b])
+    ]
     without = [labels[name] for name in measured.encoders if name not in analysis.scores]
     if analysis.scores and without:
         notes.append(f"Without a score, and left out of the correlations: {', '.join(without)}.")
     return notes
+
+
+def _change_places(a: EncoderFigures, b: EncoderFigures) -> bool:
+    """Whether the encoder with the higher norm entropy is not the same with every number of bins."""
+    differences = [a.entropy.by_bins[bins] - b.entropy.by_bins[bins] for bins in a.entropy.by_bins]
+    return min(differences) < -_SHOWN and max(differences) > _SHOWN
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from theia.analysis import figures, maps
-from theia.analysis.files import write_whole
+from theia.analysis.files import check_writable, write_whole
 from theia.analysis.page import page
 from theia.analysis.results import NORM_ENTROPY, Analysis, as_json, scalars
 from theia.errors import ConfigError
@@ -16,17 +16,19 @@ _PICTURES = ("norms.png", "norm_maps.png", "pca.png", "similarity.png", "cka.png
 
 
 def check_free(folder: Path) -> None:
-    """Makes sure that an analysis may be written there.
+    """Makes sure that an analysis can be written there, before hours are spent on it; leaves no trace.
 
     Raises:
-        ConfigError: If something lies there that is no analysis.
+        ConfigError: If something lies there that is no analysis, or nothing can be written.
     """
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir():
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder. Choose another with --out.")
-    if any(folder.iterdir()) and not _is_analysis(folder / JSON):
+    if folder.is_dir() and any(folder.iterdir()) and not _is_analysis(folder / JSON):
         raise ConfigError(f"{folder} holds something that is no analysis. Choose another folder with --out.")
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}). Choose another folder with --out.") from error
 
 
 def write(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[Path]:

@@ -5,10 +5,11 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import auto_cli
 
+from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.version import __version__
@@ -57,7 +58,7 @@ def analyze(
     max_images: int | None = None,
     image_size: int = 224,
     batch_size: int = 32,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     pictures: int = 6,
     picture_ids: list[str] | None = None,
     tensorboard: bool = False,
@@ -69,7 +70,7 @@ def analyze(
             timm:NAME, concat:NAME,NAME, random:vit_tiny; timm:NAME@random and teacher:NAME@random are untrained. All
             are in memory together.
         images: A folder of images, a .tar file or a folder of them, or sample:COUNT for held-out sample photographs.
-        out: Folder to write; an earlier analysis there is replaced.
+        out: Folder to write; an earlier analysis there is replaced, when the new one is complete.
         scores: CSV file with the columns encoder,score and maybe group: correlates figures with scores.
         max_images: Look at so many images, drawn at random, the same each time. All by default.
         image_size: Images are resized to a square of so many pixels, as in an extraction; a multiple of 16 for Theia
@@ -94,12 +95,12 @@ def analyze(
     read = read_scores(scores, encoders) if scores is not None else {}
     source = open_source(images, "val")
     stream = ImageStream(source, image_size, batch_size, max_images, picture_ids or ())
-    chosen = _device(device)
+    chosen = choose_device(device)
     opened = _open(encoders, image_size, chosen)
     started = time.monotonic()
     measured = _measure(opened, stream, picture_ids if picture_ids is not None else pictures, chosen)
     if stream.skipped:
-        logger.warning("%d images could not be read; the report names them.", len(stream.skipped))
+        logger.warning("Images that could not be read, named in the report: %d", len(stream.skipped))
     statement = {
         "images": ", ".join(f"{key}: {_text(value)}" for key, value in source.description.items()),
         "images listed": len(source.ids),
@@ -128,14 +129,6 @@ def _check(encoders: list[str], max_images: int | None, image_size: int, batch_s
             raise ConfigError(f"--{option} is {value}; it must be at least {lowest}.")
 
 
-def _device(wanted: str) -> "torch.device":
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here. Take --device cpu, or auto.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[str, NamedEncoder]":
     """The encoders, each tried on one grey image: what does not work must not come to light after hours."""
     import torch
@@ -154,9 +147,9 @@ def _measure(
     encoders: "Mapping[str, NamedEncoder]", stream: "ImageStream", shown: list[str] | int, device: "torch.device"
 ) -> "Measured":
     import torch
-    from tqdm import tqdm
 
     from theia.analysis.measure import ImageBatch, measure
+    from theia.extraction.progress import Progress
 
     def batches(advance: Callable[[int], object]) -> "Iterator[ImageBatch]":
         skipped = 0
@@ -165,9 +158,9 @@ def _measure(
             advance(len(ids) + len(stream.skipped) - skipped)
             skipped = len(stream.skipped)
 
-    with tqdm(desc="analyze", total=len(stream), unit="img", dynamic_ncols=True, disable=None) as bar:
+    with Progress("analyze", len(stream)) as progress:
         try:
-            return measure(encoders, batches(bar.update), shown, device)
+            return measure(encoders, batches(progress.advance), shown, device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 "The GPU's memory is full. Take a smaller --batch_size, fewer encoders, or --device cpu."

@@ -1,5 +1,6 @@
 """``theia decode``: what a student has learned of each teacher, as that teacher would show it."""
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from jsonargparse import auto_cli
 from PIL import Image
 from tabulate import tabulate
 
+from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser
 from theia.errors import ConfigError, UnknownTeacherError
 from theia.lists import comma_list
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from theia.extraction.images import ImageSource
 
 logger = logging.getLogger(__name__)
+
+
+class _Parser(Parser):
+    """Takes the one option with many words with dashes between them, too."""
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        """See ``argparse``."""
+        names = (*args, "--teachers-side-by-side") if args[0] == "--teachers_side_by_side" else args
+        return super().add_argument(*names, **options)
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +45,7 @@ def main(argv: list[str]) -> int:
     Raises:
         TheiaError: See :func:`decode`.
     """
-    return int(auto_cli(decode, args=argv, prog="theia decode", as_positional=False, parser_class=Parser))
+    return int(auto_cli(decode, args=argv, prog="theia decode", as_positional=False, parser_class=_Parser))
 
 
 def decode(
@@ -46,7 +57,7 @@ def decode(
     teacher_options: dict[str, Any] | str | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    device: str = "auto",
+    device: Device = "auto",
     overwrite: bool = False,
 ) -> int:
     """Show what a student has learned of each teacher, as that teacher would show it: one row of panels per image.
@@ -62,10 +73,11 @@ def decode(
         teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs its
             weights.
         teacher_options: What makes the teachers, where it is not the default, as {sam: {weights: PATH, model: vit_b}};
-            or a YAML file that has such sections, as a config of 'theia extract' does.
+            or a YAML file that has such sections, as a config of 'theia extract' does. On a CPU, SAM takes a minute per
+            image; {sam: {mask_generator: {points_per_side: 8}}} asks it for fewer masks, 16 times as fast.
         limit: Show so many images or frames at most, the first ones.
         batch_size: Images that are encoded together.
-        device: Where to compute; a GPU by default, if there is one.
+        device: Where to compute; auto takes a GPU if there is one.
         overwrite: Replace what an earlier call wrote into the folder.
 
     Raises:
@@ -78,19 +90,25 @@ def decode(
             raise ConfigError(f"--{name} is {value}; it must be at least 1.")
 
     # torch takes seconds to import; --help does not need it.
-    import torch
-
+    from theia import hub
     from theia.decoding.decode import decode as write
-    from theia.decoding.output import picture_names
+    from theia.decoding.output import check_free, picture_names
     from theia.decoding.subject import open_subject
     from theia.decoding.video import GIF, Video
     from theia.decoding.views import Viewer
     from theia.encoder.load import load
     from theia.extraction.decode import IMAGE_ENDINGS, to_square
 
+    if ":" in model and not Path(model).exists():
+        raise ConfigError(
+            f"--model is {model!r}; only a Theia model has translators to decode. Give an exported folder, a "
+            "checkpoint of 'theia fit', or an id on the hub. 'theia analyze' takes any encoder."
+        )
+    check_free(out, overwrite)
     frames = _open(images)
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load(model, device=place).freeze()
+    place = choose_device(device)
+    with hub.known_to_answer(model):
+        encoder = load(model, device=place).freeze()
     chosen = encoder.teachers if teachers is None else comma_list(teachers)
     if not chosen:
         raise ConfigError("--teachers is empty. Leave it out to show all of the model.")
@@ -100,8 +118,10 @@ def decode(
                 f"This model has no translator for {name!r}. It has: {', '.join(encoder.teachers)}."
             )
     options = _options(teacher_options, encoder.teachers)
+    trained_on = _teachers_of(Path(model))
     subjects = [
-        open_subject(name, encoder, options.get(name), teachers_side_by_side, place) for name in dict.fromkeys(chosen)
+        open_subject(name, encoder, options.get(name), teachers_side_by_side, place, trained_on.get(name))
+        for name in dict.fromkeys(chosen)
     ]
     for subject in subjects:
         for note in subject.notes:
@@ -157,6 +177,20 @@ def _open(location: str) -> "Frames":
     if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
         return _Images(FolderSource(path.parent, [path.name], labels=False))
     return _Images(open_source(location, "val"))
+
+
+def _teachers_of(model: Path) -> dict[str, Any]:
+    """Weights and revisions of the teachers that a local model learned from, by teacher, if it is known."""
+    from theia.encoder.load import CONFIG
+
+    # Of an exported folder, and of the run that a checkpoint lies in.
+    exported = model.is_dir()
+    path = model / CONFIG if exported else model.absolute().parent.parent / "environment.json"
+    try:
+        content = json.loads(path.read_text())[("record" if exported else "store")]["teachers"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from theia.decoding.frames import Frames
 from theia.decoding.looks import Colours, Shown, Tokens, fit_colours, paint
-from theia.decoding.output import prepare, write_record
+from theia.decoding.output import check_free, prepare, write_record
 from theia.decoding.panels import Group, row
 from theia.decoding.subject import Subject
 from theia.decoding.video import Video, video_writer
 from theia.decoding.views import Pair, View, Viewer
 from theia.errors import ImageError
+from theia.extraction.progress import Progress
 from theia.pictures import Picture
 from theia.types import Depth, Masks
 
@@ -50,24 +50,25 @@ def decode(
         ImageError: If nothing can be read.
     """
     files = [names.name] if isinstance(names, Path) else [names[sample_id] for sample_id in frames.ids[:count]]
-    prepare(out, files, overwrite)
+    check_free(out, overwrite)
     # Evenly over all, so that a video's end counts as much as its beginning. They are not computed again.
     chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _FITTED_ON))})
-    bar = tqdm(total=count, desc="decode", unit="image", dynamic_ncols=True, disable=None)
-    known = {view.index: view for view in _counted(viewer.views(frames, chosen), bar)}
-    if not known:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
-        raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
-    colours = {subject.name: _fit(subject, list(known.values())) for subject in viewer.subjects}
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    with _writer(frames, names, out) as write:
-        for view in _all_views(viewer, frames, count, known, bar):
-            sample_id = frames.ids[view.index]
-            groups = [Group("image", [(sample_id, np.asarray(view.image))])]
-            groups += [_group(subject, view, *colours[subject.name]) for subject in viewer.subjects]
-            write(sample_id, row(groups, view.image.width / view.image.height))
-            scores[sample_id] = {name: pair.scores for name, pair in view.pairs.items()}
-    bar.close()
+    with Progress("decode", count) as progress:
+        known = {view.index: view for view in _counted(viewer.views(frames, chosen), progress)}
+        if not known:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
+            raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
+        colours = {subject.name: _fit(subject, list(known.values())) for subject in viewer.subjects}
+        prepare(out, files, overwrite)  # not before there is something to put in the place of earlier pictures
+        with _writer(frames, names, out) as write:
+            for view in _all_views(viewer, frames, count, known, progress):
+                sample_id = frames.ids[view.index]
+                groups = [Group("image", [(sample_id, np.asarray(view.image))])]
+                groups += [_group(subject, view, *colours[subject.name]) for subject in viewer.subjects]
+                write(sample_id, row(groups, view.image.width / view.image.height))
+                scores[sample_id] = {name: pair.scores for name, pair in view.pairs.items()}
+        progress.advance(count - len(scores))  # unreadable
     first = next(iter(known.values()))
     record = {
         **about,
@@ -81,12 +82,14 @@ def decode(
     return record
 
 
-def _all_views(viewer: Viewer, frames: Frames, count: int, known: Mapping[int, View], bar: Any) -> Iterator[View]:
+def _all_views(
+    viewer: Viewer, frames: Frames, count: int, known: Mapping[int, View], progress: Progress
+) -> Iterator[View]:
     """In order; those known already between the others, which are read in one go, as a video must be."""
     waiting = iter(sorted(known))
     following = next(waiting, None)
     others = (index for index in range(count) if index not in known and frames.ids[index] not in frames.skipped)
-    for view in _counted(viewer.views(frames, others), bar):
+    for view in _counted(viewer.views(frames, others), progress):
         while following is not None and following < view.index:
             yield known[following]
             following = next(waiting, None)
@@ -96,9 +99,9 @@ def _all_views(viewer: Viewer, frames: Frames, count: int, known: Mapping[int, V
         following = next(waiting, None)
 
 
-def _counted(views: Iterator[View], bar: Any) -> Iterator[View]:
+def _counted(views: Iterator[View], progress: Progress) -> Iterator[View]:
     for view in views:
-        bar.update()
+        progress.advance(1)
         yield view
 
 

@@ -2,14 +2,42 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from theia.analysis.files import check_writable
 from theia.errors import ConfigError
 
 RECORD = "decoded.json"
 _MARK = "theia_decode"
 _VERSION = 1
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Makes sure that pictures can be written there, before any work; leaves everything as it is.
+
+    Args:
+        out: The folder.
+        overwrite: Whether what an earlier call wrote may be removed.
+
+    Raises:
+        ConfigError: If the folder holds something else, or pictures that are not to be replaced, or cannot be written.
+    """
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise ConfigError(f"{out} is no folder. Choose another with --out.")
+    if out.is_dir() and any(out.iterdir()):
+        if _files_of(out) is None:
+            raise ConfigError(f"{out} is not empty and holds no decoded pictures. Choose another folder with --out.")
+        if not overwrite:
+            raise ConfigError(
+                f"{out} holds decoded pictures already. Replace them with --overwrite, or choose another folder with "
+                "--out."
+            )
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error}). Choose another folder with --out.") from error
 
 
 def prepare(out: Path, files: Sequence[str], overwrite: bool) -> None:
@@ -21,24 +49,16 @@ def prepare(out: Path, files: Sequence[str], overwrite: bool) -> None:
         overwrite: Remove what an earlier call wrote.
 
     Raises:
-        ConfigError: If the folder holds something else, or pictures that are not to be replaced.
+        ConfigError: See :func:`check_free`.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file. Choose a folder with --out.")
-    if out.is_dir() and any(out.iterdir()):
-        earlier = _files_of(out)
-        if earlier is None:
-            raise ConfigError(f"{out} is not empty and holds no decoded pictures. Choose another folder with --out.")
-        if not overwrite:
-            raise ConfigError(
-                f"{out} holds decoded pictures already. Replace them with --overwrite, or choose another folder with "
-                "--out."
-            )
-        for name in earlier:
-            path = out / name
-            # A record may have been edited; nothing outside the folder is ours.
-            if path.is_file() and path.resolve().is_relative_to(out.resolve()):
-                path.unlink()
+    check_free(out, overwrite)
+    for name in _files_of(out) or ():
+        path = out / name
+        # A record may have been edited; nothing outside the folder is ours.
+        if path.is_file() and path.resolve().is_relative_to(out.resolve()):
+            path.unlink()
+            with suppress(OSError):  # not empty
+                path.parent.rmdir()
     out.mkdir(parents=True, exist_ok=True)
     write_record(out, {"finished": False, "files": list(files)})
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theia import registry
+from theia import hub, registry
 from theia.decoding.looks import Shown, Tokens
 from theia.encoder.encoder import Encoder
 from theia.errors import ConfigError, PluginError, TheiaError, UnknownTeacherError, WeightsError
@@ -73,7 +73,12 @@ class Subject:
 
 
 def open_subject(
-    name: str, encoder: Encoder, options: Mapping[str, Any] | None, side_by_side: bool, device: torch.device
+    name: str,
+    encoder: Encoder,
+    options: Mapping[str, Any] | None,
+    side_by_side: bool,
+    device: torch.device,
+    trained_on: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Finds out what can be shown of a teacher, and gets its weights only where they are of use.
 
@@ -83,6 +88,7 @@ def open_subject(
         options: Arguments of the teacher's constructor, if the user gave any.
         side_by_side: Whether the teacher's own output is wanted.
         device: Where to put it.
+        trained_on: ``weights`` and ``revision`` of the teacher that the model learned from, if they are known.
 
     Returns:
         What cannot be had is missing in it, and said in its notes.
@@ -108,7 +114,8 @@ def open_subject(
                 f"the model was distilled from a {name!r} of {_said(shape)}, the default one has "
                 f"{_said(_shape(found.spec))}; say which it was with --teacher_options"
             )
-        teacher = registry.create(name, options).to(device)
+        with hub.known_to_answer(str((options or {}).get("weights", found.spec.weights))):
+            teacher = registry.create(name, options).to(device)
     except (UnknownTeacherError, PluginError, WeightsError) as error:
         if options and isinstance(error, UnknownTeacherError | PluginError):
             raise
@@ -119,6 +126,13 @@ def open_subject(
         raise ConfigError(
             f"The model was distilled from a {name!r} of {_said(shape)}; these --teacher_options make one of "
             f"{_said(_shape(teacher.spec))}. Give those of the extraction."
+        )
+    then, now = (trained_on or {}).get("revision"), teacher.spec.revision
+    if then and now and then != now:
+        subject.notes.append(
+            f"the model learned from other weights ({trained_on['weights']}, {then}) than these "  # type: ignore[index]
+            f"({teacher.spec.weights}, {now}); what is decoded through them may be wrong. Give its own with "
+            "--teacher_options"
         )
     return Subject(name, (rows, columns), comparable, teacher, decodes, side_by_side, subject.notes)
 

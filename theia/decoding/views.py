@@ -82,32 +82,39 @@ class Viewer:
             yield from self._of_batch(batch)
 
     @torch.no_grad()
-    def _of_batch(self, batch: list[tuple[int, Image.Image]]) -> list[View]:
+    def _of_batch(self, batch: list[tuple[int, Image.Image]]) -> Iterator[View]:
         distiller = self._encoder.distiller
         squares = np.stack([self._square(image, self._encoder.image_size) for _, image in batch])
         images = torch.from_numpy(squares).to(distiller.student.pixel_mean.device)
-        normalised = self._encoder.translate(images, [subject.name for subject in self.subjects])
-        views = [
-            View(index, image, square.transpose(1, 2, 0), {})
-            for (index, image), square in zip(batch, squares, strict=True)
-        ]
-        for subject in self.subjects:
-            name = subject.name
-            translated = normalised[name].float()
-            features = distiller.denormalize(name, translated) if subject.comparable else translated
-            own = subject.own_features(images)
-            target = distiller.normalize(name, own) if own is not None and subject.comparable else None
-            for at, view in enumerate(views):
-                # One by one: how much a decoder needs for an image is its own affair.
-                here = slice(at, at + 1)
-                shown = subject.show(features[here], images[here], own=False)
-                theirs = None if own is None else subject.show(own[here], images[here], own=True)
-                scores = {} if target is None else {"cosine": feature_cosine(*_numpy(translated[at], target[at]))}
-                if theirs is not None:
-                    scores |= _scores(shown, theirs)
-                defined = {key: value for key, value in scores.items() if math.isfinite(value)}
-                view.pairs[name] = Pair(shown, theirs, defined)
-        return views
+        translated = self._encoder.translate(images, [subject.name for subject in self.subjects])
+        own = {subject.name: subject.own_features(images) for subject in self.subjects}
+        for at, ((index, image), square) in enumerate(zip(batch, squares, strict=True)):
+            # One by one: how much a decoder needs for an image is its own affair, and it may take long.
+            here = slice(at, at + 1)
+            pairs = {}
+            for subject in self.subjects:
+                theirs = own[subject.name]
+                pairs[subject.name] = self._pair(
+                    subject,
+                    translated[subject.name][here].float(),
+                    None if theirs is None else theirs[here],
+                    images[here],
+                )
+            yield View(index, image, square.transpose(1, 2, 0), pairs)
+
+    def _pair(self, subject: Subject, translated: torch.Tensor, own: torch.Tensor | None, image: torch.Tensor) -> Pair:
+        """Shows one image: normalised translation, and the teacher's features as they are, ``(1, N, C)``."""
+        distiller, name = self._encoder.distiller, subject.name
+        features = distiller.denormalize(name, translated) if subject.comparable else translated
+        shown = subject.show(features, image, own=False)
+        if own is None:
+            return Pair(shown, None, {})
+        theirs = subject.show(own, image, own=True)
+        scores = _scores(shown, theirs)
+        if subject.comparable:
+            target = distiller.normalize(name, own)
+            scores = {"cosine": feature_cosine(*_numpy(translated[0], target[0])), **scores}
+        return Pair(shown, theirs, {key: value for key, value in scores.items() if math.isfinite(value)})
 
 
 def _scores(shown: Shown, own: Shown) -> dict[str, float]:

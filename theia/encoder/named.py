@@ -1,7 +1,10 @@
 """Any encoder by one name: trained students, teachers, timm's models, teachers side by side, untrained students."""
 
+import difflib
+import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from theia import registry
+from theia import hub, registry
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
 from theia.errors import ConfigError, ShapeError, WeightsError
@@ -82,16 +85,22 @@ def open_encoder(name: str, device: str | torch.device = "cpu") -> NamedEncoder:
         WeightsError: If weights cannot be had.
     """
     kind, colon, rest = name.partition(":")
-    if not colon or kind not in _KINDS:
-        try:
-            return NamedEncoder(name, _OfTheia(load(name))).to(device)
-        except WeightsError as error:
-            if colon:
-                raise ConfigError(f"{name!r} names no encoder. The forms are:\n{FORMS}") from error
-            raise
-    if not rest:
-        raise ConfigError(f"{name!r} names no encoder. The forms are:\n{FORMS}")
-    return NamedEncoder(name, _KINDS[kind](rest)).to(device)
+    if colon and kind in _KINDS and rest:
+        return NamedEncoder(name, _KINDS[kind](rest)).to(device)
+    # A word alone, or one before an unknown colon, is no path and no id: somebody forgot a prefix.
+    if not Path(name).exists() and (colon or "/" not in name) and not name.endswith(".ckpt"):
+        raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{FORMS}")
+    with hub.known_to_answer(name):
+        return NamedEncoder(name, _OfTheia(load(name))).to(device)
+
+
+def _hint(name: str) -> str:
+    meant = name.partition(":")[2] or name
+    if "," in meant:
+        return " (several have blanks between them)"
+    if meant in registry.names():
+        return f"; teacher:{meant} does"
+    return f"; timm:{meant} does" if timm.is_model(meant) else ""
 
 
 class _OfTheia(nn.Module):
@@ -187,7 +196,13 @@ def _tokens(patches: Tensor, grid: tuple[int, int], cls: Tensor | None) -> Stude
 
 def _teacher(text: str) -> nn.Module:
     name, _, weights = text.partition("@")
-    return _OfTeacher(registry.create(name, {"weights": weights} if weights else None))
+    if "," in name:
+        raise ConfigError(f"teacher:{text} has a comma. Put blanks between encoders; side by side is concat:NAME,NAME.")
+    found = registry.find(name)
+    if weights and "weights" not in inspect.signature(found).parameters:
+        raise ConfigError(f"Teacher {name!r} has no weights to choose. Leave out '@{weights}'.")
+    with hub.known_to_answer(weights or found.spec.weights):
+        return _OfTeacher(registry.create(name, {"weights": weights} if weights else None))
 
 
 def _timm(text: str) -> nn.Module:
@@ -195,23 +210,29 @@ def _timm(text: str) -> nn.Module:
     if weights not in ("", "random"):
         raise ConfigError(f"timm:{text}: after @ there can only be 'random'. Without it, timm's weights are fetched.")
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('.')[0][:12]}*")[:5]
+        near = difflib.get_close_matches(name, timm.list_models(), 5)
         raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with hub.known_to_answer(weights or name), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_SEED)
             model = timm.create_model(name, pretrained=not weights, num_classes=0)
+    except WeightsError as error:
+        raise WeightsError(f"{error} Untrained it is timm:{name.split('.')[0]}@random.") from error
     except Exception as error:
         # Between here and the weights lie several libraries, each with its own exceptions.
-        raise WeightsError(
-            f"timm's weights of {name} cannot be had ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            f"Untrained it is timm:{name}@random."
-        ) from error
+        what, instead = f"timm's weights of {name} cannot be had", f" Untrained it is timm:{name.split('.')[0]}@random."
+        if weights:
+            what, instead = f"timm cannot build {name}", ""
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}".rstrip(".")
+        raise WeightsError(f"{what} ({reason}).{instead}") from error
     return _OfTimm(model, name)
 
 
 def _concat(text: str) -> nn.Module:
-    return _Concatenation([_teacher(part) for part in text.split(",")])
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"concat:{text} has an empty name. Give teachers with single commas: concat:NAME,NAME.")
+    return _Concatenation([_teacher(part) for part in parts])
 
 
 def _random(text: str) -> nn.Module:

@@ -30,7 +30,7 @@ class Progress:
         shown: False in all processes but one.
     """
 
-    def __init__(self, label: str, total: int, shown: bool) -> None:
+    def __init__(self, label: str, total: int, shown: bool = True) -> None:
         self._label, self._total = label, total
         self._images = self._bytes = 0
         self._started = self._last_line = time.monotonic()
@@ -50,16 +50,16 @@ class Progress:
         if error is None:
             self._line()
 
-    def advance(self, images: int, stored: int) -> None:
+    def advance(self, images: int, stored: int = 0) -> None:
         """Counts finished work.
 
         Args:
             images: Images done.
-            stored: Bytes written for them.
+            stored: Bytes written for them; not mentioned where nothing is.
         """
         self._images += images
         self._bytes += stored
-        self._bar.set_postfix_str(readable_bytes(self._bytes), refresh=False)
+        self._bar.set_postfix_str(self._stored(), refresh=False)
         self._bar.update(images)
         if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._line()
@@ -76,6 +76,9 @@ class Progress:
             ncols=0,
             prefix=self._label,
             unit="img",
-            postfix=readable_bytes(self._bytes),
+            postfix=self._stored(),
         )
         logger.info("%s", meter)
+
+    def _stored(self) -> str:
+        return readable_bytes(self._bytes) if self._bytes else ""

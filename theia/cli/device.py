@@ -1,0 +1,23 @@
+"""Where a command computes."""
+
+from typing import TYPE_CHECKING, Literal
+
+from theia.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(wanted: Device) -> "torch.device":
+    """The device of an option ``--device``; auto is a GPU if there is one.
+
+    Raises:
+        ConfigError: If there is no GPU, but one is wanted.
+    """
+    import torch  # takes seconds; --help does not need it
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here. Take --device cpu, or auto.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

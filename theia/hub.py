@@ -1,0 +1,65 @@
+"""The model hub: where it cannot be reached, its client is kept from trying for a minute."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from theia.errors import WeightsError
+
+_SECONDS = 5.0  # that a hub may take to answer
+
+
+@contextmanager
+def known_to_answer(weights: str) -> Iterator[None]:
+    """Inside, weights come from the hub if it answers, and at once from its cache on disk if it does not.
+
+    The hub's client tries each file six times, half a minute in all, before it says that there is no network.
+
+    Args:
+        weights: What is to be loaded. For a path, ``"random"`` and ``"none"`` the hub is not asked.
+
+    Raises:
+        WeightsError: If the hub does not answer and its cache lacks something.
+    """
+    if weights in ("random", "none") or Path(weights).expanduser().exists():
+        yield
+        return
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    silence = None if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    if silence is None:
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True  # what the environment variable of this name does, which is read at import only
+    try:
+        yield
+    except Exception as error:
+        if not any(isinstance(each, LocalEntryNotFoundError | OfflineModeIsEnabled) for each in _chain(error)):
+            raise
+        raise WeightsError(
+            f"The weights of {weights!r} are not on this machine, and the model hub {constants.ENDPOINT} cannot be "
+            f"reached ({silence}). Check the network, or fetch them elsewhere and give their path."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+@cache
+def _silence(address: str) -> str | None:
+    """Why a hub does not answer; ``None`` if it does."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # re-exported in every version
+
+    try:
+        get_session().head(address, timeout=_SECONDS)  # through the user's proxy, if there is one
+    except Exception as error:
+        # Each version of the client has an HTTP library of its own.
+        return f"{type(error).__name__}: {error}".rstrip(": .")
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
