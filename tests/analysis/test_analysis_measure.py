@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from theia.analysis.measure import ImageBatch, measure
+from theia.analysis.page import page
 from theia.analysis.results import as_json, assemble
 from theia.errors import FeatureError
 from theia.models.student import StudentTokens
@@ -94,6 +95,22 @@ def test_constant_features_have_no_entropy_and_what_is_undefined_is_null_with_a_
     assert "constant: every image gives the same mean token" in notes
 
 
+def test_the_page_says_what_a_student_is_most_like() -> None:
+    class Hash(nn.Module):
+        def forward(self, patches: Tensor) -> Tensor:
+            return torch.sin(1e4 * patches)
+
+    encoders = {"far": Pixels(Hash()), "near": Pixels(nn.Softmax(2)), "student": Pixels()}
+    measured = measure(encoders, batches(images(40), 40))
+    far, near, _ = measured.cka[2]
+    assert far is not None
+    assert near is not None
+    assert far < 0.5 < near
+    groups = {"far": False, "near": False, "student": True}
+    text = page(assemble(measured, groups, {}, [], {}), ["cka.png"])
+    assert f"- student is most like, in this order: near ({near:.3f}), far ({far:.3f})." in text
+
+
 def test_what_a_norm_entropy_does_not_tell_is_noted() -> None:
     class Length(Pixels):
         """Tokens of given lengths, in units of the root of their width."""
@@ -117,7 +134,7 @@ def test_what_a_norm_entropy_does_not_tell_is_noted() -> None:
     assert sum("one: 100.0% of norms lie in one bin" in note for note in notes) == 1
     assert sum("near: norms spread over 2.0 bins only" in note for note in notes) == 1
     # log 2 = 0.69 against 0.45 with 250 bins, 0 against 0.45 with 50.
-    assert [note.split(" change")[0] for note in notes if "change places" in note] == ["near and far"]
+    assert [note for note in notes if note.endswith("as the number of bins is: near and far.")]
 
 
 def test_one_image_has_figures_without_spread() -> None:

@@ -6,6 +6,7 @@ from tabulate import tabulate
 
 from theia.analysis.entropy import BIN_COUNTS
 from theia.analysis.results import Analysis
+from theia.analysis.scores import DISTILLED
 from theia.analysis.sketch import OUTLIER_FACTOR
 from theia.training.metrics import NORM_BINS, NORM_RANGE
 
@@ -18,8 +19,8 @@ bin. In square brackets: 95 % interval over images (Poisson bootstrap). *Relativ
 the encoder's own median norm, so that the scale of features does not matter. *Outliers*: share of tokens longer than
 {OUTLIER_FACTOR:g} medians (Darcet et al., 2024). Values compare only between encoders on the same images.
 """
-_BINS = """The same entropy with other numbers of bins over the same range. Finer bins give higher values, so only values
-of one column compare. Pairs of encoders that change places from column to column are named in the notes above.
+_BINS = """The same entropy with other numbers of bins over the same range. Finer bins give higher values, so only those
+of one column compare. Pairs of encoders that change places from column to column are named in a note above.
 """
 _MAPS = """Dark is the lowest norm of each map, bright the highest; both stand below it, divided by √width. A map is all
 dark where norms differ by less than 0.01 %. The clipped maps show what single long tokens outshine: all norms above the
@@ -57,6 +58,7 @@ def page(analysis: Analysis, pictures: Sequence[str]) -> str:
     parts += ["## Similarity to the mean token\n", _SIMILARITY, _picture("similarity.png", pictures)]
     if "cka.png" in pictures:
         parts += ["## Which encoders are alike\n", _CKA, _picture("cka.png", pictures)]
+        parts += _nearest(analysis)
     if analysis.correlations:
         parts += ["## Correlation with the score\n", _SCORES, _picture("scores.png", pictures), _correlations(analysis)]
     if analysis.skipped:
@@ -110,6 +112,23 @@ def _bins(analysis: Analysis) -> str:
         for name, one in analysis.measured.encoders.items()
     ]
     return _table(rows, ["encoder", *(f"{bins} bins" for bins in BIN_COUNTS)], "github")
+
+
+def _nearest(analysis: Analysis) -> list[str]:
+    """For each distilled encoder, which of the others it is most like."""
+    names = [*analysis.measured.encoders]
+    lines = []
+    for name, row in zip(names, analysis.measured.cka, strict=True):
+        regular = {
+            other: cka
+            for other, cka in zip(names, row, strict=True)
+            if cka is not None and analysis.groups[other] != DISTILLED
+        }
+        if analysis.groups[name] == DISTILLED and regular:
+            order = sorted(regular, key=regular.__getitem__, reverse=True)
+            likes = ", ".join(f"{analysis.labels[other]} ({regular[other]:.3f})" for other in order)
+            lines.append(f"- {analysis.labels[name]} is most like, in this order: {likes}.")
+    return [*lines, ""] if lines else []
 
 
 def _components(analysis: Analysis) -> str:

@@ -182,11 +182,12 @@ def _notes(analysis: Analysis) -> list[str]:
             notes.append(f"{label}: {share:.1%} of tokens are 0 and have no cosine to the mean token.")
         if measured.images >= MIN_IMAGES and measured.cka[place][place] is None:
             notes.append(f"{label}: every image gives the same mean token, so CKA is not defined.")
-    notes += [
-        f"{labels[a]} and {labels[b]} change places with the number of bins: their norm entropies do not differ."
-        for a, b in combinations(measured.encoders, 2)
-        if _change_places(measured.encoders[a], measured.encoders[b])
+    resolved = {name: one for name, one in measured.encoders.items() if one.entropy.beyond < _FEW}
+    swaps = [
+        f"{labels[a]} and {labels[b]}" for a, b in combinations(resolved, 2) if _change_places(resolved[a], resolved[b])
     ]
+    if swaps:
+        notes.append(f"Norm entropy ranks these one way or the other, as the number of bins is: {'; '.join(swaps)}.")
     without = [labels[name] for name in measured.encoders if name not in analysis.scores]
     if analysis.scores and without:
         notes.append(f"Without a score, and left out of the correlations: {', '.join(without)}.")
