@@ -59,5 +59,5 @@ def _notebook(cells: list[dict[str, Any]]) -> tuple[str, dict[str, bytes]]:
             if encoded := output.get("data", {}).get("image/jpeg"):
                 name = f"{_NOTEBOOK}-{len(pictures) + 1}.jpg"
                 pictures[name] = base64.b64decode(encoded)
-                lines.append(f"![]({name})")
+                lines.append(f"![Output]({name})")
     return "\n\n".join(lines) + "\n", pictures
