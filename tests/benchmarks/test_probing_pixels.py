@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.probing import matching
 from benchmarks.probing.camera import Camera
 from benchmarks.probing.features import Features
-from benchmarks.probing.heads import Fit, LinearHead, apply_head, fit_head, rate
+from benchmarks.probing.heads import Fit, LinearHead, apply_head, fit_head, rate, whitening
 from benchmarks.probing.scenes.render import render
 from benchmarks.probing.scenes.rooms import cameras_around, random_room
 from benchmarks.probing.tasks import DepthTask, NormalTask, SegmentationTask
@@ -20,7 +20,7 @@ FIT = Fit(epochs=60, warmup=2, batch_size=4, learning_rate=0.05)
 
 
 def test_a_head_gives_what_a_convolution_after_enlargement_gives() -> None:
-    head = LinearHead(torch.zeros(6), torch.ones(6), 5)
+    head = LinearHead(torch.zeros(6), torch.eye(6), 5)
     convolution = nn.Conv2d(6, 5, 1)
     convolution.weight.data, convolution.bias.data = head.linear.weight.data[..., None, None], head.linear.bias.data
     tokens = torch.randn(2, 16, 6)
@@ -57,13 +57,33 @@ def inner(targets: torch.Tensor) -> torch.Tensor:
     return torch.where(middle[:, None] & middle, targets, 0)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_whitened_tokens_have_no_mean_and_no_correlations() -> None:
+    random = np.random.default_rng(0)
+    tokens = (100 + random.normal(size=(40, 16, 6)) @ random.normal(size=(6, 6))).astype(np.float32)
+    mean, matrix = (part.numpy() for part in whitening(tokens))
+    white = (tokens - mean).reshape(-1, 6) @ matrix
+    np.testing.assert_allclose(white.mean(0), 0, atol=1e-3)
+    variance = np.linalg.eigvalsh(np.corrcoef(tokens.reshape(-1, 6).T))
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.diag(variance / (variance + 1e-3)), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_neither_scale_nor_offset_of_channels_plays_a_part(scale: float) -> None:
     tokens, values = planted(6, 1)
     targets = 4 + values[:, 0].clamp(-3, 3)
     offset = np.arange(6, dtype=np.float32)
     changed = Features(scale * (tokens.tokens * (1 + offset) + offset), GRID)
     assert score(DepthTask(), targets, changed) == pytest.approx(score(DepthTask(), targets, tokens), abs=2e-3)
+
+
+def test_channels_that_go_together_are_learned_as_well_as_others() -> None:
+    tokens, values = planted(6, 3)
+    targets = F.normalize(values, dim=1)
+    # All channels are nearly the same: what differs between them has a hundredth of their variance.
+    mixed = tokens.tokens @ (np.ones((6, 6)) + 0.25 * np.eye(6)).astype(np.float32)
+    assert np.corrcoef(mixed.reshape(-1, 6).T).min() > 0.95
+    expected = score(NormalTask(), targets, tokens)["angular_rmse"]
+    assert score(NormalTask(), targets, Features(mixed, GRID))["angular_rmse"] == pytest.approx(expected, rel=0.05)
 
 
 def test_depth_is_learned_where_it_can_be() -> None:
