@@ -21,8 +21,8 @@ from theia.models.architecture import Architecture
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "look_inside.ipynb"
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
     """A small student of the teachers without weights, random in every parameter, in a checkpoint."""
     specs = {name: registry.find(name).spec for name in ("hog", "color")}
     teachers = {
@@ -37,7 +37,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, spec in specs.items():
         encoder.distiller.set_statistics(name, torch.zeros(spec.channels), torch.ones(spec.channels))
     state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
-    path = tmp_path_factory.mktemp("student") / "last.ckpt"
+    path = tmp_path / "last.ckpt"
     torch.save({"hyper_parameters": encoder.architecture.as_dict(), "state_dict": state}, path)
     return path
 
@@ -50,8 +50,7 @@ class Ran:
     pictures: list[Image.Image]
 
 
-@pytest.fixture(scope="module")
-def ran(student: Path) -> dict[str, Ran]:
+def _run(student: Path) -> dict[str, Ran]:
     """The notebook with that student and with none, one after the other in one process, which starts slowly."""
     parameters: dict[str, dict[str, object]] = {
         "student": {"model": str(student), "images": "sample:2", "count": 2},
@@ -82,7 +81,9 @@ def _outputs(cells: list[Any]) -> Ran:
     )
 
 
-def test_it_shows_norms_components_and_decoded_features(ran: dict[str, Ran]) -> None:
+@pytest.mark.slow
+def test_it_shows_what_a_student_learned_and_says_where_there_is_none(student: Path) -> None:
+    ran = _run(student)
     said, pictures = ran["student"].said, ran["student"].pictures
     assert "4 blocks of width 32, taught by hog, color" in said
     assert "UNTRAINED" not in said
@@ -93,8 +94,6 @@ def test_it_shows_norms_components_and_decoded_features(ran: dict[str, Ran]) -> 
     for board in (components, decoded):
         assert board.width / board.height == pytest.approx(5 / 2, rel=0.2)
 
-
-def test_without_a_student_it_says_that_nothing_was_learned(ran: dict[str, Ran]) -> None:
     said, pictures = ran["none"].said, ran["none"].pictures
     assert "nowhere/at/all" in said
     assert "UNTRAINED" in said
