@@ -6,6 +6,11 @@ def test_paths_are_called_by_what_tells_them_apart() -> None:
     assert [*short_labels(names).values()] == ["runs/a", "CDiV/seed_0", "timm:vit@random", "concat:hog,color", "m"]
 
 
+def test_weights_and_options_behind_a_name_are_shortened() -> None:
+    names = ["teacher:clip@/data/models/clip", "teacher:sam@{weights: /a/b, model: vit_b}", "timm:vit", "c:/x/y/z"]
+    assert [*short_labels(names).values()] == ["teacher:clip@models/clip", "teacher:sam@...", "timm:vit", "c:/x/y/z"]
+
+
 def test_two_that_would_be_called_alike_keep_their_names() -> None:
     names = ["x/runs/a/exported", "y/runs/a/exported", "b"]
     assert [*short_labels(names).values()] == names

@@ -10,7 +10,7 @@ import theia
 from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.encoder.named import open_encoder
-from theia.errors import ConfigError, UnknownTeacherError, WeightsError
+from theia.errors import ConfigError, PluginError, UnknownTeacherError, WeightsError
 from theia.export.export import export
 
 
@@ -76,6 +76,15 @@ def test_a_teacher_gives_its_own_features() -> None:
     assert tokens.cls is None
 
 
+def test_a_teacher_takes_options_and_weights() -> None:
+    small = "{weights: random, architecture: {num_hidden_layers: 1, hidden_size: 8, num_attention_heads: 2}}"
+    tokens = open_encoder(f"teacher:dinov2@{small}")(IMAGES)
+    assert tokens.patches.shape == (2, 256, 8)
+    both = open_encoder(f"concat:dinov2@{small},hog")(IMAGES)
+    assert torch.equal(both.patches[..., :8], tokens.patches)
+    assert both.patches.shape == (2, 256, 8 + 108)
+
+
 def test_concatenated_teachers_lie_on_the_grid_of_the_first() -> None:
     hog, color = registry.create("hog")(IMAGES).patches, registry.create("color")(IMAGES).patches
     as_map = color.transpose(1, 2).reshape(2, 6, 16, 16)
@@ -133,6 +142,9 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("teacher:hog,teacher:color", ConfigError, "Put blanks between encoders"),
         ("teacher:hog@random", ConfigError, "'hog' has no weights to choose"),
         ("concat:hog,,color", ConfigError, "empty name"),
+        ("teacher:clip@{weights: [}", ConfigError, "cannot be read"),
+        ("teacher:clip@{}{", ConfigError, "cannot be read"),
+        ("teacher:hog@{sides: 3}", PluginError, "unexpected keyword argument 'sides'"),
         ("timm:vit_tinny_patch16_224", ConfigError, "Similar names: vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.mine@random", WeightsError, r"cannot build .*tag \(mine\) .*\)\.$"),
     ],

@@ -8,14 +8,15 @@ _LINE = 20  # letters
 
 
 def short_labels(names: Sequence[str]) -> dict[str, str]:
-    """Of a path the last two parts that tell something, of other names all.
+    """Of a path the last two parts that tell something, of other names all; options in braces are left out.
 
     Where two would be called alike, both keep their full name.
     """
     short = {}
     for name in names:
-        parts = [part for part in name.split("/") if part not in _TELLS_NOTHING]
-        short[name] = "/".join(parts[-2:]) or name
+        kind, at, path = name.partition("@") if re.match(r"\w+:", name) else ("", "", name)
+        parts = [part for part in path.split("/") if part not in _TELLS_NOTHING]
+        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) or name
     labels = [*short.values()]
     return {name: label if labels.count(label) == 1 else name for name, label in short.items()}
 

@@ -95,6 +95,6 @@ def _order(ids: Sequence[str], max_images: int | None, first: Sequence[str]) -> 
         if missing:
             near = ", ".join(ids[:3])
             raise ConfigError(f"There is no image {missing[0]!r}. Ids are paths below --images, such as {near}.")
-        chosen = [places[name] for name in dict.fromkeys(first)]
-        order = chosen + [place for place in order if place not in set(chosen)]
+        chosen = dict.fromkeys(places[name] for name in first)
+        order = [*chosen, *(place for place in order if place not in chosen)]
     return order[:max_images]

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -23,12 +25,15 @@ from theia.teacher import Teacher
 
 FORMS = """FOLDER, FILE.ckpt or OWNER/NAME   a Theia model: exported folder, checkpoint, or id on the hub
 teacher:NAME[@WEIGHTS]            an installed teacher, with its own weights, a path or id of others, or 'random'
+teacher:NAME@{OPTION: VALUE, ...} the same with any of its options, as in 'theia extract --help'
 timm:NAME[@random]                a model of timm, pretrained or untrained
 concat:NAME,NAME,...              teachers side by side on the grid of the first; each may have @WEIGHTS
 random:vit_tiny                   an untrained student: vit_tiny, vit_small or vit_base"""
 
 _STUDENTS = {"vit_tiny": "tiny", "vit_small": "small", "vit_base": "base"}
 _SEED = 0
+# None that a closing brace follows, with whole pairs of braces at most before it: it is one between options.
+_OUTER_COMMA = re.compile(r",(?![^{}]*(?:{[^{}]*}[^{}]*)*})")
 
 
 class NamedEncoder(nn.Module):
@@ -199,10 +204,21 @@ def _teacher(text: str) -> nn.Module:
     if "," in name:
         raise ConfigError(f"teacher:{text} has a comma. Put blanks between encoders; side by side is concat:NAME,NAME.")
     found = registry.find(name)
-    if weights and "weights" not in inspect.signature(found).parameters:
+    options = _options(weights) if weights.startswith("{") else {"weights": weights} if weights else {}
+    if "weights" in options and "weights" not in inspect.signature(found).parameters:
         raise ConfigError(f"Teacher {name!r} has no weights to choose. Leave out '@{weights}'.")
-    with hub.known_to_answer(weights or found.spec.weights):
-        return _OfTeacher(registry.create(name, {"weights": weights} if weights else None))
+    with hub.known_to_answer(str(options.get("weights", found.spec.weights))):
+        return _OfTeacher(registry.create(name, options))
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The options {text} cannot be read ({error}). Write them as {{weights: PATH}}.") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"The options {text} have no values. Write them as {{weights: PATH}}.")
+    return options
 
 
 def _timm(text: str) -> nn.Module:
@@ -229,7 +245,7 @@ def _timm(text: str) -> nn.Module:
 
 
 def _concat(text: str) -> nn.Module:
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in _OUTER_COMMA.split(text)]
     if not all(parts):
         raise ConfigError(f"concat:{text} has an empty name. Give teachers with single commas: concat:NAME,NAME.")
     return _Concatenation([_teacher(part) for part in parts])
