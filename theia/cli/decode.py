@@ -73,8 +73,8 @@ def decode(
         teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs its
             weights.
         teacher_options: What makes the teachers, where it is not the default, as {sam: {weights: PATH, model: vit_b}};
-            or a YAML file that has such sections, as a config of 'theia extract' does. On a CPU, SAM takes a minute per
-            image; {sam: {mask_generator: {points_per_side: 8}}} asks it for fewer masks, 16 times as fast.
+            or a YAML file that has such sections, as a config of 'theia extract' does. On a CPU, SAM's masks take long;
+            {sam: {mask_generator: {points_per_side: 8}}} asks for them at 64 points instead of 1024.
         limit: Show so many images or frames at most, the first ones.
         batch_size: Images that are encoded together.
         device: Where to compute; auto takes a GPU if there is one.
