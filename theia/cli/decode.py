@@ -90,7 +90,6 @@ def decode(
             raise ConfigError(f"--{name} is {value}; it must be at least 1.")
 
     # torch takes seconds to import; --help does not need it.
-    from theia import hub
     from theia.decoding.decode import decode as write
     from theia.decoding.output import check_free, picture_names
     from theia.decoding.subject import open_subject
@@ -107,8 +106,7 @@ def decode(
     check_free(out, overwrite)
     frames = _open(images)
     place = choose_device(device)
-    with hub.known_to_answer(model):
-        encoder = load(model, device=place).freeze()
+    encoder = load(model, device=place).freeze()
     chosen = encoder.teachers if teachers is None else comma_list(teachers)
     if not chosen:
         raise ConfigError("--teachers is empty. Leave it out to show all of the model.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from theia.encoder import authors
 from theia.encoder.encoder import Encoder, check_pool
 from theia.errors import TheiaError, WeightsError
+from theia.hub import known_to_answer
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
 from theia.models.strict import load_strictly
@@ -169,7 +170,10 @@ def _fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        paths = [hf_hub_download(repository, name, revision=revision) for name in (CONFIG, WEIGHTS)]
+        with known_to_answer(repository):
+            paths = [hf_hub_download(repository, name, revision=revision) for name in (CONFIG, WEIGHTS)]
+    except WeightsError:
+        raise
     except Exception as error:
         # Between here and the hub are several libraries, each with its own exceptions.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
