@@ -114,6 +114,18 @@ def test_a_checkpoint_and_an_exported_folder_are_what_load_gives(
         assert not tokens.patches.requires_grad
 
 
+def test_a_model_as_it_was_before_training(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    images = random_images(1, 3, 224, 224)
+    trained, untrained = theia.load(path), open_encoder(f"{path}@random")
+    assert isinstance(untrained.source, Encoder)
+    assert untrained.source.architecture == trained.architecture
+    torch.manual_seed(0)
+    expected = Encoder(trained.architecture).forward_features(images)
+    assert torch.equal(untrained(images).patches, expected.patches)
+    assert not torch.equal(expected.patches, trained.forward_features(images).patches)
+
+
 def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)

@@ -67,8 +67,8 @@ def analyze(
 
     Args:
         encoders: Names with blanks between them: a folder, checkpoint or hub id of a Theia model, teacher:NAME,
-            timm:NAME, concat:NAME,NAME, random:vit_tiny; timm:NAME@random and teacher:NAME@random are untrained,
-            teacher:NAME@PATH has weights from there. All are in memory together.
+            timm:NAME, concat:NAME,NAME, random:vit_tiny; FOLDER@random, timm:NAME@random and teacher:NAME@random are
+            untrained, teacher:NAME@PATH has weights from there. All are in memory together.
         images: A folder of images, a .tar file or a folder of them, or sample:COUNT for held-out sample photographs.
         out: Folder to write; an earlier analysis there is replaced, when the new one is complete.
         scores: CSV file with the columns encoder,score and maybe group: correlates figures with scores.

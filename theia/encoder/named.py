@@ -24,6 +24,7 @@ from theia.models.student import StudentTokens
 from theia.teacher import Teacher
 
 FORMS = """FOLDER, FILE.ckpt or OWNER/NAME   a Theia model: exported folder, checkpoint, or id on the hub
+the same with @random             what it was before training: its architecture, untrained
 teacher:NAME[@WEIGHTS]            an installed teacher, with its own weights, a path or id of others, or 'random'
 teacher:NAME@{OPTION: VALUE, ...} the same with any of its options, as in 'theia extract --help'
 timm:NAME[@random]                a model of timm, pretrained or untrained
@@ -92,10 +93,12 @@ def open_encoder(name: str, device: str | torch.device = "cpu") -> NamedEncoder:
     kind, colon, rest = name.partition(":")
     if colon and kind in _KINDS and rest:
         return NamedEncoder(name, _KINDS[kind](rest)).to(device)
+    model = name.removesuffix("@random")
     # A word alone, or one before an unknown colon, is no path and no id: somebody forgot a prefix.
-    if not Path(name).exists() and (colon or "/" not in name) and not name.endswith(".ckpt"):
+    if not Path(model).exists() and (colon or "/" not in model) and not model.endswith(".ckpt"):
         raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{FORMS}")
-    return NamedEncoder(name, _OfTheia(load(name))).to(device)
+    encoder = load(model)
+    return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)
 
 
 def _hint(name: str) -> str:
@@ -253,11 +256,15 @@ def _concat(text: str) -> nn.Module:
 def _random(text: str) -> nn.Module:
     if text not in _STUDENTS:
         raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(_STUDENTS)}.")
+    teachers = {"none": {"channels": 1, "grid_hw": [1, 1], "has_cls": False}}  # a model needs one
+    size: Any = _STUDENTS[text]
+    return _OfTheia(_untrained(Architecture(teachers=teachers, size=size, translator="linear")))
+
+
+def _untrained(architecture: Architecture) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_SEED)
-        teachers = {"none": {"channels": 1, "grid_hw": [1, 1], "has_cls": False}}  # a model needs one
-        size: Any = _STUDENTS[text]
-        return _OfTheia(Encoder(Architecture(teachers=teachers, size=size, translator="linear")))
+        return Encoder(architecture)
 
 
 _KINDS = {"teacher": _teacher, "timm": _timm, "concat": _concat, "random": _random}
