@@ -108,6 +108,10 @@ def test_what_a_scorer_is_given(store: Path, run: Path, register: Register) -> N
             seen[name] = [row for _ in range(2) for batch in part() for row in batch.rows.tolist()]
         batch = next(iter(trained.train()))
         seen.update(trained=trained, teachers=set(batch.patches), random=torch.rand(1).item())
+        for name, part in parts.items():
+            batches = list(part(features=False))
+            assert [row for batch in batches for row in batch.rows.tolist()] == seen[name][: len(seen[name]) // 2]
+            assert all(not batch.patches and batch.labels is not None for batch in batches)
         return {"one": 1, "two/beta": torch.tensor(2.0)}  # numbers of other kinds
 
     register(fox)

@@ -11,7 +11,7 @@ import torch
 
 from theia.encoder.encoder import Encoder
 from theia.models.architecture import Architecture
-from theia.scoring.contract import Trained
+from theia.scoring.contract import Part, Trained
 from theia.types import FeatureBatch
 
 IMAGE_SIZE = 64  # a grid of 4x4
@@ -65,13 +65,16 @@ def make_trained(student: Encoder, images: torch.Tensor) -> Callable[..., Traine
         labels: torch.Tensor | None = None,
         encoder: Encoder = student,
     ) -> Trained:
-        def part(start: int, stop: int) -> Callable[[], Iterator[FeatureBatch]]:
-            def batch(rows: torch.Tensor) -> FeatureBatch:
-                patches = {name: values[rows] for name, values in features.items()}
+        def part(start: int, stop: int) -> Part:
+            def batch(rows: torch.Tensor, with_features: bool) -> FeatureBatch:
+                patches = {name: values[rows] for name, values in features.items() if with_features}
                 chosen = None if labels is None else labels[rows]
                 return FeatureBatch(images[rows], patches, {}, {}, chosen, rows)
 
-            return lambda: reused(batch(rows) for rows in torch.arange(start, stop).split(BATCH))
+            def batches(features: bool = True) -> Iterator[FeatureBatch]:
+                return reused(batch(rows, features) for rows in torch.arange(start, stop).split(BATCH))
+
+            return batches
 
         def statistics(values: torch.Tensor) -> Any:
             tokens = values[:40].double().flatten(0, 1).numpy()

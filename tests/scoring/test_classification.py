@@ -47,7 +47,7 @@ def test_the_scores_are_those_of_the_stated_protocol(make_trained: Make, images:
 
 def test_few_images_are_all_neighbours(make_trained: Make, images: torch.Tensor) -> None:
     trained = make_trained({}, {}, labels=torch.arange(50) % 2)
-    few = Trained(**{**vars(trained), "train": lambda: iter([next(iter(trained.train()))])})
+    few = Trained(**{**vars(trained), "train": lambda features: iter([next(iter(trained.train(features)))])})
 
     # Six images, three of each class: a draw, and scikit-learn then takes the first class.
     assert classification(few)["knn_accuracy"] == 0.5

@@ -153,7 +153,8 @@ def test_a_store_is_read_as_it_was_stored(tmp_path: Path, make_split: Any, dtype
     cpu = torch.device("cpu")
     trained = Trained(
         checkpoint=tmp_path, encoder=encoder, shapes=data.teacher_shapes, statistics=data.statistics(),
-        train=lambda: data.ordered_dataloader("train", cpu), held_out=lambda: data.ordered_dataloader("held_out", cpu),
+        train=lambda features=True: data.ordered_dataloader("train", cpu),
+        held_out=lambda features=True: data.ordered_dataloader("held_out", cpu),
         device=cpu, seed=0,
     )  # fmt: skip
 

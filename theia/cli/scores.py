@@ -4,8 +4,9 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,12 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from theia.data.datamodule import FeatureDataModule
+from theia.data.loader import FeatureLoader
 from theia.encoder.load import load
 from theia.errors import PluginError, TheiaError
 from theia.lists import comma_list
 from theia.scoring import registry
-from theia.scoring.contract import Scorer, Trained
+from theia.scoring.contract import Part, Scorer, Trained
 from theia.types import FeatureBatch
 
 logger = logging.getLogger(__name__)
@@ -62,15 +64,16 @@ def run_scorers(
         TheiaError: Those that a scorer raises.
     """
     labelled = _same_classes(data)
-    loaders = {
-        "train": data.ordered_dataloader("train", device, images),
-        "held_out": data.ordered_dataloader("held_out", device),
-    }
 
-    def batches(part: Literal["train", "held_out"], scorer: str) -> Callable[[], Iterator[FeatureBatch]]:
-        def iterate() -> Iterator[FeatureBatch]:
+    @cache
+    def loader(part: Literal["train", "held_out"], features: bool) -> FeatureLoader:
+        return data.ordered_dataloader(part, device, images if part == "train" else None, features)
+
+    def batches(part: Literal["train", "held_out"], scorer: str) -> Part:
+        def iterate(features: bool = True) -> Iterator[FeatureBatch]:
             label = f"{scorer}, {part.replace('_', '-')} images"
-            for batch in tqdm(loaders[part], label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
+            found = loader(part, features)
+            for batch in tqdm(found, label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
                 moved = data.transfer_batch_to_device(batch, device, 0)
                 yield moved if labelled else replace(moved, labels=None)
 

@@ -196,7 +196,11 @@ class FeatureDataModule(L.LightningDataModule):
         return data
 
     def ordered_dataloader(
-        self, part: Literal["train", "held_out"], device: torch.device, most: int | None = None
+        self,
+        part: Literal["train", "held_out"],
+        device: torch.device,
+        most: int | None = None,
+        features: bool = True,
     ) -> FeatureLoader:
         """Samples of one part, each once, in order, and all of them in this process.
 
@@ -204,6 +208,7 @@ class FeatureDataModule(L.LightningDataModule):
             part: Those of training, or of validation and test.
             device: Where the batches will be used; only a CUDA device gets them from the loader itself.
             most: So many samples at most: a fixed part of them, contained in that of a larger number.
+            features: Whether to read the teachers' features, which are many times as large as the images.
 
         Raises:
             StoreError: If the split is missing or damaged.
@@ -212,7 +217,8 @@ class FeatureDataModule(L.LightningDataModule):
         rows = self._training_rows(split) if part == "train" else self._held_out_rows()
         if most is not None and most < len(rows):
             rows = fixed_fraction(rows, most / len(rows))
-        return self._loader(split, EvaluationSampler(rows, self.val_batch_size), device)
+        sampler = EvaluationSampler(rows, self.val_batch_size)
+        return self._loader(split if features else split.images_only(), sampler, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training loader is; part of every checkpoint.

@@ -36,8 +36,8 @@ def classification(trained: Trained) -> dict[str, float]:
         ``knn_accuracy`` and ``linear_probe_accuracy``, shares of held-out images from 0 to 1. Empty if the store has no
         labels, or the training images are all of one class; the log says so.
     """
-    training = _pooled(trained.encoder, trained.train())
-    held_out = None if training is None else _pooled(trained.encoder, trained.held_out())
+    training = _pooled(trained.encoder, trained.train(features=False))
+    held_out = None if training is None else _pooled(trained.encoder, trained.held_out(features=False))
     if training is None or held_out is None:
         logger.info("No classification scores: the store has no class labels. 'theia extract --labels' keeps them.")
         return {}

@@ -21,12 +21,23 @@ docstring is what the log says of it.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from theia.encoder.encoder import Encoder
 from theia.types import FeatureBatch, FeatureStatistics
+
+
+class Part(Protocol):
+    """Images of one part of a store."""
+
+    def __call__(self, features: bool = True) -> Iterable[FeatureBatch]:
+        """Batches, from the beginning.
+
+        Args:
+            features: Whether to read the teachers' features too; without, reading is many times as fast.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,8 @@ class Trained:
     encoder: Encoder
     shapes: Mapping[str, Mapping[str, Any]]
     statistics: Mapping[str, FeatureStatistics]
-    train: Callable[[], Iterable[FeatureBatch]]
-    held_out: Callable[[], Iterable[FeatureBatch]]
+    train: Part
+    held_out: Part
     device: torch.device
     seed: int
 

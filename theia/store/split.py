@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
 from theia.store.files import unreadable
-from theia.store.schema import Field
+from theia.store.schema import IMAGE, Field
 from theia.store.shard import Dataset, as_bytes, damaged
 from theia.types import TeacherSpec
 
@@ -79,6 +79,10 @@ class Split:
         self._first_rows = np.cumsum([0, *(dataset.rows for _, dataset in keys)], dtype=np.int64)
         self._process = 0
         self._file: Callable[[str], _File] = _File
+
+    def images_only(self) -> "Split":
+        """The same rows without features."""
+        return Split({}, self.image_hw, {IMAGE: self._columns[IMAGE]}, self._keys, self.labels)
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
