@@ -115,7 +115,7 @@ def test_unknown_names_are_answered_with_the_known() -> None:
     scored = [run("a", 0, x=1), run("b", 0, y=1)]
     with pytest.raises(ConfigError, match=r"'z'.*Scores: x, y"):
         summarise(scored, sort_by="z")
-    with pytest.raises(ConfigError, match=r"'c'.*Rows: a, b"):
+    with pytest.raises(ConfigError, match=r"'c'.*Rows: a; b"):
         summarise(scored, reference="c")
     with pytest.raises(ConfigError, match="No run"):
         summarise([])
@@ -158,7 +158,7 @@ def test_scores_of_whole_rows_are_compared_without_an_interval(tmp_path: Path) -
         ("row;seed;x\na;0;1\n", "separated by commas"),
         ("row,seed,x\n", "no line below"),
         ("row,seed,x\n\na,0\n", "line 3: 2 cells under 3 columns"),
-        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: the sweep has no row 'c'. Rows: a, b"),
+        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: the sweep has no row 'c'. Rows: a; b"),
         ("row,seed,x\na,7,1\n", "line 2: row 'a' has no seed 7. Seeds: 0, 1"),
         ("row,seed,x\na,first,1\n", "line 2: the seed is 'first'"),
         ("row,seed,x\na,0,good\n", "line 2: x is 'good', which is not a number"),

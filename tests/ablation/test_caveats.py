@@ -7,33 +7,44 @@ from ablation.small_sweep import make_run
 from theia.ablation.caveats import caveats
 from theia.ablation.run import Run
 
+Tested = tuple[Run, dict[str, Any]]
 
-def finished(folder: Path, row: str, environment: dict[str, Any], scorers: list[str], **data: Any) -> Run:
+
+def with_report(
+    folder: Path, row: str, environment: dict[str, Any], scorers: list[str], store: str = "abc", **data: Any
+) -> Tested:
     run = make_run(folder, row)
     run.config["data"].update(data)
     (run.folder / "environment.json").write_text(json.dumps(environment))
-    report = {"store": {"manifest_sha256": "abc"}, "after": {}, "scores": {}, "scorers": scorers}
-    (run.folder / "test_last.json").write_text(json.dumps(report))
-    return run
+    return run, {"store": {"manifest_sha256": store}, "scorers": scorers, "scorer_images": 10 * len(scorers)}
 
 
 def test_what_is_alike_needs_no_words(tmp_path: Path) -> None:
     environment = {"versions": {"torch": "2.9"}, "device": "cuda:0", "store": {"teachers": {"x": 1}}}
     other = {**environment, "store": {"teachers": {"y": 1}}}  # of its own teachers
     assert (
-        caveats([finished(tmp_path, "a", environment, ["readout"]), finished(tmp_path, "b", other, ["readout"])]) == []
+        caveats([with_report(tmp_path, "a", environment, ["readout"]), with_report(tmp_path, "b", other, ["readout"])])
+        == []
     )
 
 
 def test_what_differs_is_told_with_the_runs(tmp_path: Path) -> None:
     runs = [
-        finished(tmp_path, "a", {"versions": {"torch": "2.9"}, "device": "cpu"}, ["readout"], holdout=0.01),
-        finished(tmp_path, "b", {"versions": {"torch": "2.9"}, "device": "cpu"}, ["readout"], holdout=0.01),
-        finished(tmp_path, "c", {"versions": {"torch": "2.8"}}, [], holdout=0.1),
+        with_report(tmp_path, "a", {"versions": {"torch": "2.9"}, "device": "cpu"}, ["readout"], holdout=0.01),
+        with_report(tmp_path, "b", {"versions": {"torch": "2.9"}, "device": "cpu"}, ["readout"], holdout=0.01),
+        with_report(tmp_path, "c", {"versions": {"torch": "2.8"}}, [], holdout=0.1),
     ]
     assert caveats(runs) == [
         "**Scored on different images, so not to be compared: `data.holdout` is 0.01 in 2 runs, 0.1 in c, seed 0.**",
+        "Tested with different scorer_images: 10 in 2 runs, 0 in c, seed 0.",
         "Trained with different torch: 2.9 in 2 runs, 2.8 in c, seed 0.",
         "Trained with different device: cpu in 2 runs, unknown in c, seed 0.",
         "c, seed 0 has no scores of readout yet; the others of it are shown.",
     ]
+
+
+def test_the_same_store_by_another_path_is_the_same_and_another_state_is_not(tmp_path: Path) -> None:
+    here = with_report(tmp_path, "a", {}, ["readout"], store="abc", holdout=0.01)
+    assert caveats([here, with_report(tmp_path, "b", {}, ["readout"], holdout=0.01)]) == []
+    (note,) = caveats([here, with_report(tmp_path, "c", {}, ["readout"], store="other", holdout=0.01)])
+    assert "different states of one, so not to be compared: abc in 1 run, other in c, seed 0" in note

@@ -74,7 +74,7 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({}, ["--seeds=x"], "whole numbers"),
         ({}, ["--seeds=4294967296"], "below 2**32"),
         ({}, ["--seeds", "0", "1"], "'1' is a second value of --seeds"),
-        ({}, ["--checkpoint_every", "5"], "write --options.checkpoint_every"),
+        ({}, ["--checkpoint_every", "5"], "--options.checkpoint_every"),
         ({}, ["--only=gamma"], "'gamma' is no row"),
         ({"teachers": ["alpha"]}, [], "no sets of teachers called 'alpha'. Choose from: singles, all, leave_one_out, "
          "all_pairs, powerset. A set of teachers is a list in this list: [[alpha]]"),
@@ -123,6 +123,16 @@ def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "on.yaml, line 3: the name On is no text" in capsys.readouterr().err
 
 
+def test_rows_may_share_options_and_have_stores_of_their_own(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shared.yaml").write_text(
+        f"out: {tmp_path}/sweep\nrows:\n  a: &a {{data.store: {store}}}\n  b: {{<<: *a, model.registers: 4}}\n"
+    )
+    assert main(["ablate", "--config", str(tmp_path / "shared.yaml"), *FIT, "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("theia fit ") == 2
+
+
 def test_a_folder_that_cannot_be_written(
     ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,8 +146,11 @@ def test_scores_from_elsewhere_are_checked_first(
 ) -> None:
     (tmp_path / "robot.csv").write_text("row,success\ngamma,1\n")
     assert ablate("--scores", str(tmp_path / "robot.csv")) == 1
-    assert "robot.csv, line 2: the sweep has no row 'gamma'. Rows: alpha, beta" in capsys.readouterr().err
+    assert "robot.csv, line 2: the sweep has no row 'gamma'. Rows: alpha; beta" in capsys.readouterr().err
     assert not list(tmp_path.rglob("log.txt"))
+    # Rows that are not run now are no strangers.
+    (tmp_path / "robot.csv").write_text("row,success\nbeta,1\n")
+    assert ablate("--scores", str(tmp_path / "robot.csv"), "--only=alpha", "--dry_run") == 0
 
 
 def test_a_teacher_that_is_unfinished_is_left_out(
@@ -161,14 +174,15 @@ def test_equal_rows_are_told(ablate: Callable[..., int], capsys: pytest.CaptureF
     assert ablate("--dry_run", "--only", "a,b", teachers=None, rows=rows) == 0
     said = capsys.readouterr()
     assert said.out.count("theia fit ") == 2
-    assert "Rows a, b are the same training" in said.err
+    assert "the same training, done 2 times: a; b" in said.err
 
 
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
         (["--trainer.limit_train_batches=0.4"], 4), (["--trainer.limit_train_batches=3"], 6),
-        (["--trainer.overfit_batches=2"], 4), (["--trainer.max_steps=7"], 7),
+        (["--trainer.overfit_batches=2"], 4), (["--trainer.overfit_batches=0"], 10), (["--trainer.max_steps=7"], 7),
+        (["--trainer.max_epochs=-1", "--trainer.max_steps=700"], 700),
     ],
 )  # fmt: skip
 def test_steps_of_a_run(
@@ -248,6 +262,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert "No scorer named 'robot'" in capsys.readouterr().err  # of the process, where it is not installed
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert [run["scores"]["external/success"] for run in report["runs"]] == [0.75, 0.5]
+    assert report["reference"] == "good"
     assert "good, seed 0 has no scores of robot yet" in (tmp_path / "sweep/report.md").read_text()
 
     # What is lost is told.

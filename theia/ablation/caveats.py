@@ -5,41 +5,55 @@ from typing import Any
 
 from theia.ablation.run import Run
 
-# Options that decide which images a student is scored on.
-_HELD_OUT = ("store", "val_split", "holdout")
+# Options that decide which images a student is scored on, where the store is one and the same.
+_HELD_OUT = ("val_split", "holdout")
 _SHOWN = 4
 
 
-def caveats(runs: Sequence[Run]) -> list[str]:
+def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
     """Sentences for a reader of the figures.
 
     Args:
-        runs: Those of the report, which have scores.
+        tested: Runs with what ``theia test`` wrote of each.
 
     Returns:
         One for each thing that differs between runs and should not, or that some lack.
     """
     found = []
+    stores = {run.name: report["store"]["manifest_sha256"][:12] for run, report in tested}
+    if _differ(stores):
+        found.append(
+            f"**Scored on different stores, or on different states of one, so not to be compared: {_groups(stores)}. "
+            "Start the sweep again with all rows: what is trained is only tested anew.**"
+        )
     for name in _HELD_OUT:
-        values = {run.name: run.config["data"].get(name) for run in runs}
-        if len(set(map(str, values.values()))) > 1:
+        values = {run.name: run.config["data"].get(name) for run, _ in tested}
+        if _differ(values):
             found.append(f"**Scored on different images, so not to be compared: `data.{name}` is {_groups(values)}.**")
-    environments = {run.name: _flat(run.environment()) for run in runs}
-    for name in dict.fromkeys(name for environment in environments.values() for name in environment):
-        values = {run: environment.get(name, "unknown") for run, environment in environments.items()}
-        if len(set(map(str, values.values()))) > 1:
+    for name in ("scorer_images", "device", "precision"):
+        values = {run.name: report.get(name) for run, report in tested}
+        if _differ(values):
+            found.append(f"Tested with different {name}: {_groups(values)}.")
+    conditions = {run.name: _conditions(run.environment()) for run, _ in tested}
+    for name in dict.fromkeys(name for one in conditions.values() for name in one):
+        values = {run: one.get(name, "unknown") for run, one in conditions.items()}
+        if _differ(values):
             found.append(f"Trained with different {name}: {_groups(values)}.")
-    for run in runs:
-        lacking = [] if run.report is None else [name for name in run.scorers if name not in run.report["scorers"]]
+    for run, report in tested:
+        lacking = [name for name in run.scorers if name not in report["scorers"]]
         if lacking:
             found.append(f"{run.name} has no scores of {', '.join(lacking)} yet; the others of it are shown.")
     return found
 
 
-def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is said of the store elsewhere, and the images, which are an option."""
+def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and the rest, without the store and the images, which are options."""
     plain = {name: value for name, value in environment.items() if name not in ("store", "images", "versions")}
     return {**environment.get("versions", {}), **plain}
+
+
+def _differ(values: Mapping[str, Any]) -> bool:
+    return len(set(map(str, values.values()))) > 1
 
 
 def _groups(values: Mapping[str, Any]) -> str:

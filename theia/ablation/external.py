@@ -90,7 +90,7 @@ def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple
         empty = False
         where = f"{path}, line {reader.line_num}"
         if len(cells) != len(header):
-            raise ConfigError(f"{where}: {len(cells)} cells under {len(header)} columns. Mend that line.")
+            raise ConfigError(f"{where}: {len(cells)} cells under {len(header)} columns. Quote names with commas.")
         line = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
         key = line["row"], _seed(line, where)
         _check(key, planned, where)
@@ -109,7 +109,7 @@ def _seed(line: dict[str, str], where: str) -> int | None:
 def _check(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> None:
     row, seed = key
     if row not in planned:
-        raise ConfigError(f"{where}: the sweep has no row {row!r}. Rows: {', '.join(planned)}.")
+        raise ConfigError(f"{where}: the sweep has no row {row!r}. Rows: {'; '.join(planned)}.")
     if seed is not None and seed not in planned[row]:
         raise ConfigError(
             f"{where}: row {row!r} has no seed {seed}. Seeds: {', '.join(map(str, sorted(planned[row])))}."

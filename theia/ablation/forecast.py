@@ -1,24 +1,21 @@
 """What a sweep is going to do: its runs, their commands, what is finished, and the cost."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from theia.ablation.grid import arguments_of
 from theia.ablation.job import Job
 from theia.ablation.run import Run
 
 
-def forecast(
-    runs: Sequence[Run], arguments: Sequence[str], as_arguments: Callable[[Mapping[str, Any]], list[str]]
-) -> str:
+def forecast(runs: Sequence[Run], arguments: Sequence[str]) -> str:
     """The runs, their commands, what is finished, and the cost, for people.
 
     Args:
         runs: Of the sweep, at least one.
         arguments: Of ``theia fit``, for all rows.
-        as_arguments: Makes arguments of a row's options.
     """
     lines = [
         tabulate(
@@ -28,7 +25,7 @@ def forecast(
     ]
     lines += ["", "Each is trained, then tested; trained by:"]
     for run in runs:
-        own = [*as_arguments(run.options), f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
+        own = [*arguments_of(run.options), f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
         lines.append(shlex.join(["theia", "fit", *arguments, *own, f"--run_folder={run.folder}"]))
     lines += ["", "The first one is tested by this, the others alike:"]
     lines.append(shlex.join(["theia", *Job(runs[0]).commands()[1]]))

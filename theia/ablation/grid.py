@@ -1,6 +1,7 @@
 """Which trainings a sweep consists of: named rows, sets of teachers, products of options."""
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from theia.errors import ConfigError
 TEACHERS = "data.teachers"
 
 # Of the sweep itself, one per run.
-RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir")
+RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir", "scorers")
 # What a sweep's folder holds beside those of its rows.
 _TAKEN = ("hparams", "slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
 _NAME = re.compile(r"[\w+=,-][\w.+=, -]*")
@@ -31,6 +32,20 @@ class Row:
 
     name: str
     options: Options
+
+
+def flat(options: Options, prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def arguments_of(options: Options) -> list[str]:
+    """Dotted options as arguments of ``theia fit``."""
+    compact = json.JSONEncoder(separators=(",", ":"))
+    return [f"--{name}={value if isinstance(value, str) else compact.encode(value)}" for name, value in options.items()]
 
 
 def expand(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from theia.ablation.grid import flat
 from theia.ablation.summary import Scored
 
 _FOLDER = "hparams"
@@ -17,17 +18,18 @@ def write_hparams(folder: Path, scored: Sequence[Scored]) -> None:
     Options that are lists are joined with ``+``. Scores of a row as a whole are shown with each of its runs.
 
     Args:
-        folder: Of the sweep; ``hparams`` in it is this function's alone.
+        folder: Of the sweep; ``hparams`` in it is this function's alone, for one process at a time.
         scored: Finished runs.
     """
     for left in folder.glob(f".{_FOLDER}-*"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
-    # Written beside it first: a report that is made at the same time, or a kill, leaves one of the two whole.
+    # Written beside it first, so that a kill leaves one of the two whole.
     written = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=folder))
     whole = {run.row: run.scores for run in scored if run.seed is None}
     for run in scored:
         if run.seed is not None:
-            options = {"row": run.row, "seed": run.seed, **_flat(run.options)}
+            options = {"row": run.row, "seed": run.seed}
+            options |= {name: _plain(value) for name, value in flat(run.options).items()}
             _write(written / run.row / str(run.seed), options, {**whole.get(run.row, {}), **run.scores})
     written.chmod(0o755)
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
@@ -46,13 +48,8 @@ def _write(folder: Path, options: Mapping[str, Any], scores: Mapping[str, float]
             writer.add_scalar(name, score)
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, str | bool | int | float]:
-    found: dict[str, str | bool | int | float] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (str, bool, int, float)):
-            found[prefix + name] = value
-        else:
-            found[prefix + name] = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return found
+def _plain(value: Any) -> str | bool | int | float:
+    """What the tab can show."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value))
+    return value if isinstance(value, (str, bool, int, float)) else str(value)

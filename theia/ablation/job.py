@@ -12,6 +12,7 @@ from typing import Any
 
 from theia.ablation.lock import lock
 from theia.ablation.run import CHECKPOINT, Run
+from theia.scoring import registry
 
 # How long a training may take to write its checkpoint when it is asked to stop.
 _GRACE_S = 60.0
@@ -76,7 +77,11 @@ class Job:
         """Arguments of ``theia``, one list per command."""
         options = ["--config", str(self.run.config_file), "--ckpt_path"]
         test = ["test", *options, CHECKPOINT, "--compare_untrained", "false"]
-        return [["fit", *options, "last"], [*test, "--scorers", ",".join(self.run.scorers)]]
+        # A test writes its report anew: what was scored before must be scored again.
+        report = self.run.report or {"scorers": []}
+        earlier = [name for name in report["scorers"] if name in registry.names()]
+        scorers = dict.fromkeys([*self.run.scorers, *earlier])
+        return [["fit", *options, "last"], [*test, "--scorers", ",".join(scorers)]]
 
     def _work(self, held: int) -> int:
         fit, test = self.commands()

@@ -72,8 +72,7 @@ def run_locally(jobs: Sequence[Job], parallel: int, watch: Watch, ended: Ended) 
         try:
             _follow(futures, watch, ended)
         except BaseException:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # impatience would only interrupt the cleaning up
+            _be_patient()
             logger.info("Stopping: trainings write their checkpoints, which may take a minute.")
             for future in futures:
                 future.cancel()
@@ -122,9 +121,9 @@ def run_on_slurm(
         with executor.batch():
             handles = [executor.submit(job) for job in new]
         waiting |= zip(handles, new, strict=True)
-    for handle, job in waiting.items():
-        _submitted(job).write_text(handle.job_id)
     try:
+        for handle, job in waiting.items():
+            _submitted(job).write_text(handle.job_id)
         while waiting:
             watch()
             for handle in [handle for handle in waiting if handle.done()]:
@@ -132,10 +131,17 @@ def run_on_slurm(
                 ended(job, _status(handle, job))
             time.sleep(_POLL_S)
     except BaseException:
+        _be_patient()
         for handle, job in waiting.items():
             handle.cancel()
             _submitted(job).unlink(missing_ok=True)
         raise
+
+
+def _be_patient() -> None:
+    """Further signals would only interrupt the cleaning up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _submitted(job: Job) -> Path:

@@ -10,11 +10,12 @@ from theia.errors import ConfigError
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[int | None]:
+def lock(path: Path, wait: bool = False) -> Iterator[int | None]:
     """Holds a file for one process, and for those of its children that are given the descriptor.
 
     Args:
         path: Of the file, which stays.
+        wait: Until whoever holds it lets go.
 
     Yields:
         The descriptor, or ``None`` if somebody else holds it.
@@ -23,7 +24,7 @@ def lock(path: Path) -> Iterator[int | None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield None
         except OSError as error:

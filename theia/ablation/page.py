@@ -95,7 +95,7 @@ def _notes(summary: Summary, statement: Mapping[str, Any]) -> list[str]:
         )
     elif statement.get("reference"):
         notes.append(f"No run of the reference `{statement['reference']}` is finished, so nothing is compared with it.")
-    if not any(len(row.values) > 1 for row in summary.rows):
+    if not any(len(row.values) > 1 or None in row.values for row in summary.rows):
         notes.append(
             "**With one value per row no intervals can be given, and a difference may be chance.** Train further seeds "
             "into the same folder: `--seeds 0,1,2`; finished runs are kept."

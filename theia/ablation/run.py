@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from theia.ablation.grid import flat
 from theia.ablation.lock import lock
 from theia.errors import ConfigError
 
@@ -163,7 +164,14 @@ class Run:
             return  # nothing was trained
         # A training by hand has only what 'theia fit' wrote.
         path = self.config_file if self.config_file.exists() else self.folder / "config.yaml"
-        there, here = (_comparable(config) for config in (yaml.safe_load(path.read_text()) or {}, self.config))
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+            there, here = _comparable(content), _comparable(self.config)
+        except (OSError, AttributeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({type(error).__name__}), so nobody knows what was trained there. Remove that "
+                f"folder, or restore the file."
+            ) from error
         # What an earlier version did not know had its default.
         different = [name for name in here if name in there and there[name] != here[name]]
         if different:
@@ -176,15 +184,8 @@ class Run:
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options that make a training what it is, flat."""
-    found = {name: value for name, value in _flat(config).items() if name not in _HARMLESS}
+    found = {name: value for name, value in flat(config).items() if name not in _HARMLESS}
     return {**found, "data.store": str(Path(found["data.store"]).resolve())} if "data.store" in found else found
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, str]]:

@@ -141,7 +141,7 @@ def summarise(
     if not columns:
         raise ConfigError("No run of the sweep is finished, so there is nothing to report. Let at least one finish.")
     if reference is not None and reference not in names:
-        raise ConfigError(f"No finished run of a row {reference!r} to compare with. Rows: {', '.join(names)}.")
+        raise ConfigError(f"No finished run of a row {reference!r} to compare with. Rows: {'; '.join(names)}.")
     for name in [*([] if sort_by is None else [sort_by]), *lower_is_better]:
         if name not in columns:
             raise ConfigError(f"No finished run has a score {name!r}. Scores: {', '.join(columns)}.")

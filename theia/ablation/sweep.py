@@ -1,15 +1,12 @@
-"""A sweep: its folder, what it consists of, and carrying it out."""
+"""A sweep carried out, and its report."""
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from theia.ablation import external
+from theia.ablation import external, record
 from theia.ablation.caveats import caveats
 from theia.ablation.hparams import write_hparams
 from theia.ablation.job import Job
@@ -22,123 +19,6 @@ from theia.ablation.summary import Scored, Summary, summarise
 from theia.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-SWEEP = "sweep.json"
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other sweeps out of a folder, which is made if need be.
-
-    Raises:
-        ConfigError: If one is at work there, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise ConfigError(f"Nothing can be written into {folder}: {error.strerror}. Choose another --out.") from error
-    with lock(folder / ".lock") as descriptor:
-        if descriptor is None:
-            raise ConfigError(f"Another sweep is at work in {folder}. Wait for it, or choose another --out.")
-        yield
-
-
-def with_kept(folder: Path, runs: Sequence[Run]) -> list[Run]:
-    """The runs of a sweep and those that are in its folder already: more seeds and rows add to what is there."""
-    asked = {(run.row, run.seed) for run in runs}
-    try:
-        kept = read(folder)[0] if (folder / SWEEP).exists() else []
-    except ConfigError as error:
-        logger.warning("%s It is written anew, without rows that are not asked for now.", error)
-        kept = []
-    return [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
-
-
-def seeds_by_row(runs: Sequence[Run]) -> dict[str, list[int]]:
-    """Seeds of each row."""
-    found: dict[str, list[int]] = {}
-    for run in runs:
-        found.setdefault(run.row, []).append(run.seed)
-    return found
-
-
-def prepare(folder: Path, runs: Sequence[Run], statement: Mapping[str, Any]) -> None:
-    """Writes down what the sweep consists of. Runs that are there already are kept.
-
-    Args:
-        folder: Of the sweep.
-        runs: All of it.
-        statement: Where it comes from, as plain values.
-
-    Raises:
-        ConfigError: If a folder of a run holds one with other options.
-    """
-    check(runs)
-    everything = with_kept(folder, runs)
-    for run in runs:
-        run.prepare()
-    content = {
-        "statement": statement,
-        "runs": [
-            {
-                "row": run.row, "seed": run.seed, "folder": str(run.folder.relative_to(folder)),
-                "options": run.options, "steps": run.steps, "scorers": run.scorers, "store_sha256": run.store_sha256,
-            }
-            for run in everything
-        ],
-    }  # fmt: skip
-    temporary = folder / f"{SWEEP}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(folder / SWEEP)
-
-
-def check(runs: Sequence[Run]) -> None:
-    """Sees that the folders of runs are theirs.
-
-    Raises:
-        ConfigError: Lists all that hold a run with other options.
-    """
-    problems = []
-    for run in runs:
-        try:
-            run.check()
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def read(folder: Path) -> tuple[list[Run], dict[str, Any]]:
-    """Runs and statement of a sweep; ``lost`` in the statement lists runs whose folder is gone or damaged.
-
-    Raises:
-        ConfigError: If the folder holds none.
-    """
-    path = folder / SWEEP
-    try:
-        content = json.loads(path.read_text())
-        runs, lost = [], []
-        for run in content["runs"]:
-            try:
-                config = yaml.safe_load((folder / run["folder"] / "fit.yaml").read_text())
-            except (OSError, yaml.YAMLError) as error:
-                lost.append(f"{run['row']}, seed {run['seed']}")
-                logger.warning("The run %s is lost: %s. The sweep trains it anew if it is asked for.", lost[-1], error)
-                continue
-            runs.append(
-                Run(
-                    row=run["row"], seed=run["seed"], folder=folder / run["folder"], options=run["options"],
-                    config=config, steps=run["steps"], scorers=tuple(run["scorers"]), store_sha256=run["store_sha256"],
-                )
-            )  # fmt: skip
-        return runs, {**content["statement"], "lost": lost}
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder} is not the folder of a sweep: there is no {error.filename}. Give the --out of 'theia ablate'."
-        ) from error
-    except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}). Start the sweep again: its runs are kept.") from error
 
 
 def carry_out(
@@ -165,7 +45,8 @@ def carry_out(
                 return
             failed.append(job.run)
             progress.fail(job.run)
-            progress.say(f"{job.run.name} failed (exit status {status}); the end of {job.run.log}:")
+            how = f"exit status {status}" if status else "scores are missing: the same command goes on"
+            progress.say(f"{job.run.name} failed ({how}); the end of {job.run.log}:")
             progress.say(job.run.last_lines())
 
         if launcher == "slurm":
@@ -199,57 +80,85 @@ def report(
     Raises:
         ConfigError: If the folder holds no sweep, or a score or row that is given is unknown.
     """
-    runs, statement = read(folder)
-    shown = [run for run in runs if run.report is not None]
+    found = record.read(folder)
+    statement = found.statement
+    # Read once: a run may end meanwhile.
+    shown = [(run, tested) for run in found.runs if (tested := run.report) is not None]
     if not shown:
         return None
-    scored, notes = [_scored(run) for run in shown], caveats(shown)
-    scored, more = _with_external(scored, runs, scores, statement.get("scores"))
+    scored, notes = [_scored(run, tested) for run, tested in shown], caveats(shown)
+    scored, more, scores = _with_external(scored, found.planned, scores, statement.get("scores"))
     notes += more
-    if reference is None and statement["reference"] in {run.row for run in scored}:
-        reference = statement["reference"]
-    names = {name for run in scored for name in run.scores}
-    if sort_by is None and statement["sort_by"] is not None:
-        if statement["sort_by"] in names:
-            sort_by = statement["sort_by"]
+    names = {name for run in scored for name, value in run.scores.items() if math.isfinite(value)}
+    asked = reference or statement.get("reference")
+    if reference is None and asked in {run.row for run in scored}:
+        reference = asked
+    if sort_by is None and (wanted := statement.get("sort_by")) is not None:
+        if wanted in names:
+            sort_by = wanted
         else:
-            notes.append(f"No run has the score `{statement['sort_by']}`, so rows are ranked by another.")
-    lower = [*lower_is_better, *(name for name in statement.get("lower_is_better", []) if name in names)]
+            notes.append(f"No run has the score `{wanted}`, so rows are ranked by another.")
+    lower = list(lower_is_better)
+    for name in statement.get("lower_is_better", []):
+        if name in names:
+            lower.append(name)
+        else:
+            notes.append(f"No run has the score `{name}`, of which less was said to be better.")
     summary = summarise(scored, sort_by, reference, list(dict.fromkeys(lower)))
-    lacking: dict[str, list[str]] = {"failed": [], "unfinished": []}
-    for run in runs:
-        if run.report is None:
+    lacking: dict[str, list[str]] = {"failed": [], "unfinished": [], "lost": list(found.lost)}
+    there = {run.folder for run, _ in shown}
+    for run in found.runs:
+        if run.folder not in there:
             lacking["failed" if run.failed.exists() else "unfinished"].append(run.name)
     for note in notes:
         logger.warning("%s", note.replace("*", ""))
-    # Of the whole store, which the statement knows; an environment knows the teachers of one row.
-    write_report(folder, summary, {**shown[0].environment(), **statement, **lacking, "caveats": notes})
-    write_hparams(folder, scored)
+    what = {
+        **_environment(shown[0][0]), **statement, "reference": asked, "sort_by": sort_by, "lower_is_better": lower,
+        "scores": scores and str(scores), "seeds": sorted({run.seed for run, _ in shown}),
+        "store": _store(statement, [tested["store"] for _, tested in shown]), **lacking, "caveats": notes,
+    }  # fmt: skip
+    with lock(folder / ".report.lock", wait=True):
+        write_report(folder, summary, what)
+        write_hparams(folder, scored)
     return summary
 
 
 def _with_external(
-    scored: list[Scored], runs: Sequence[Run], given: Path | None, remembered: str | None
-) -> tuple[list[Scored], list[str]]:
-    """Runs with their scores from elsewhere, and what is to be said of these."""
+    scored: list[Scored], planned: Mapping[str, Sequence[int]], given: Path | None, remembered: str | None
+) -> tuple[list[Scored], list[str], Path | None]:
+    """Runs with their scores from elsewhere, what is to be said of these, and where they come from."""
     path = given or (Path(remembered) if remembered else None)
     if path is None:
-        return scored, []
+        return scored, [], None
     try:
-        found = external.read(path, seeds_by_row(runs))
+        found = external.read(path, planned)
     except ConfigError as error:
         if given is not None:
             raise
-        return scored, [f"Without scores from elsewhere: {error}"]
+        return scored, [f"Without scores from elsewhere: {error}"], None
     merged, waiting = external.merge(scored, found)
-    return merged, [f"Scores in {path} of runs that are not finished: {'; '.join(waiting)}."] if waiting else []
+    notes = [f"Scores in {path} of runs that are not finished: {'; '.join(waiting)}."] if waiting else []
+    return merged, notes, path
 
 
-def _scored(run: Run) -> Scored:
-    report = run.report
-    if report is None:
-        raise ValueError(f"{run.name} is not finished")
+def _environment(run: Run) -> dict[str, Any]:
+    # An environment knows the teachers and images of one row.
+    return {name: value for name, value in run.environment().items() if name not in ("store", "images")}
+
+
+def _store(statement: Mapping[str, Any], tested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The features behind the figures: those of the statement, and of runs that were made before it."""
+    store = statement.get("store") or {}
+    teachers = dict(store.get("teachers") or {})
+    for name, teacher in [pair for one in tested for pair in one.get("teachers", {}).items()]:
+        # A warning must not get lost behind a record of the same name.
+        if name not in teachers or teacher["weights"] == "random":
+            teachers[name] = teacher
+    return {**store, "teachers": teachers}
+
+
+def _scored(run: Run, tested: Mapping[str, Any]) -> Scored:
     return Scored(
         row=run.row, seed=run.seed, teachers=run.teachers, options=run.options,
-        scores={**report["after"], **report["scores"], **run.speed()},
+        scores={**tested["after"], **tested["scores"], **run.speed()},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import Row, expand, refuse_reserved
+from theia.ablation.grid import Row, arguments_of, expand, refuse_reserved
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         argv: Arguments after the command.
 
     Returns:
-        Exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
     Raises:
         TheiaError: If the sweep cannot be started or reported on.
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
     own, fit_options = _split(argv, {action.dest for action in parser._actions})
     arguments = parser.parse_args(own)
     for path in arguments.pop("config") or []:
-        _refuse_repeated_keys(Path(str(path)))
+        if path is not None:  # options in place of a file
+            _refuse_repeated_keys(Path(str(path)))
     command = shlex.join(["theia", "ablate", *argv])
     return ablate(**arguments.as_dict(), fit_options=fit_options, command=command)
 
@@ -105,7 +106,7 @@ def ablate(
         command: What was typed.
     """
     # torch takes seconds to import; --help does not need it.
-    from theia.ablation import launch, sweep
+    from theia.ablation import launch, record, sweep
     from theia.ablation.external import read as read_scores
     from theia.ablation.forecast import forecast
     from theia.cli import plan
@@ -115,28 +116,34 @@ def ablate(
     for name in wanted:
         registry.find(name)
     numbers = _seeds(seeds)
-    arguments = [*(["--config", base] if base else []), *plan.arguments_of(options or {}), *fit_options]
+    arguments = [*(["--config", base] if base else []), *arguments_of(options or {}), *fit_options]
     refuse_reserved([*(options or {}), *(argument[2:].partition("=")[0] for argument in fit_options)], "The sweep")
     stores = plan.Stores()
-    pool = list(stores.open(plan.resolve(arguments, "the base of the sweep")["data"]).teacher_specs)
-    found = expand(rows, teachers, product, pool)
-    if reference is not None and reference not in [row.name for row in found]:
-        raise ConfigError(f"The reference {reference!r} is no row. There are: {', '.join(row.name for row in found)}.")
-    found = _only(found, only)
-    runs = plan.plan(found, numbers, arguments, out, tuple(wanted), stores)
+    common = plan.resolve(arguments, "the base of the sweep")
+    if common["ckpt_path"] is not None:
+        raise ConfigError(f"The base {base} sets ckpt_path, which the sweep itself sets. Leave it out.")
+    # Only sets of teachers need to know which there are; rows may all have stores of their own.
+    found = expand(rows, teachers, product, list(stores.open(common["data"]).teacher_specs) if teachers else [])
+    earlier = record.earlier(out)
+    planned = earlier.with_planned([row.name for row in found], numbers)
+    if reference is not None and reference not in planned:
+        raise ConfigError(f"The reference {reference!r} is no row. There are: {'; '.join(planned)}.")
+    if scores is not None:
+        read_scores(scores, planned)
+    runs = plan.plan(_only(found, only), numbers, arguments, out, tuple(wanted), stores)
     if dry_run:
-        sweep.check(runs)
-        print(forecast(runs, arguments, plan.arguments_of))
+        record.check(runs)
+        print(forecast(runs, arguments))
         return 0
-    with sweep.held(out):
-        if scores is not None:
-            read_scores(scores, sweep.seeds_by_row(sweep.with_kept(out, runs)))
-        statement = {
-            "command": command, "base": base, "seeds": numbers, "reference": reference, "sort_by": sort_by,
-            "scores": None if scores is None else str(scores.resolve()), "store": stores.provenance(),
+    with record.held(out):
+        now = {
+            "reference": reference, "sort_by": sort_by, "scores": scores and str(scores.resolve()),
             "lower_is_better": comma_list(lower_is_better),
         }  # fmt: skip
-        sweep.prepare(out, runs, statement)
+        # What is not said now is as it was said before.
+        chosen = {name: value or earlier.statement.get(name, value) for name, value in now.items()}
+        statement = {"command": command, "base": base, **chosen, "store": stores.provenance()}
+        record.write(out, runs, earlier.runs, planned, statement)
         for line in stores.caveats():
             logger.warning("%s", line)
         interrupted = 0
@@ -146,7 +153,8 @@ def ablate(
         try:
             failed = sweep.carry_out(out, runs, launcher, jobs, slurm or {})
         except KeyboardInterrupt as stop:
-            failed, interrupted = [], 128 + (stop.args[0] if stop.args else signal.SIGINT)
+            failed = [run for run in runs if run.failed.exists()]
+            interrupted = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         summary = sweep.report(out)
     _print(out, summary, failed)
     if interrupted:
@@ -174,7 +182,9 @@ def report(
 
     summary = sweep.report(folder, sort_by, scores, reference, comma_list(lower_is_better))
     if summary is None:
-        raise ConfigError(f"No run of {folder} is finished, so there is nothing to report. Start the sweep again.")
+        raise ConfigError(
+            f"No run of {folder} is finished, so there is nothing to report. Wait for one, or start the sweep again."
+        )
     _print(folder, summary, [])
     return 0
 
@@ -191,13 +201,14 @@ def _split(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
             to = theirs if "." in name and name.partition(".")[0] not in own else mine
             if to is mine and name.partition(".")[0] not in own:
                 raise ConfigError(
-                    f"'theia ablate' has no option {option}. If it is one of 'theia fit', write --options.{name}; "
-                    "'theia ablate --help' lists the others."
+                    f"'theia ablate' has no option {option}; --help lists them. Options of 'theia fit' have a dot, as "
+                    "--trainer.max_epochs has, or stand behind --options: --options.checkpoint_every."
                 )
         else:
             values += 1
             if to is mine and values > 1:
-                raise ConfigError(f"{token!r} is a second value of {option}. Put commas between them, without blanks.")
+                after = f"a second value of {option}" if option else "not the value of an option"
+                raise ConfigError(f"{token!r} is {after}. Put commas between several values, and no blanks.")
         to.append(token)
     return mine, theirs
 
@@ -227,7 +238,7 @@ class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no typ
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:
-            if not isinstance(self.construct_object(key), str):
+            if key.tag != "tag:yaml.org,2002:merge" and not isinstance(self.construct_object(key), str):
                 mark = key.start_mark
                 raise ConfigError(
                     f"{mark.name}, line {mark.line + 1}: the name {key.value} is no text for YAML, to which a "

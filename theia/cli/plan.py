@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from theia.ablation.grid import Row
+from theia.ablation.grid import Row, arguments_of
 from theia.ablation.run import Run
 from theia.cli import lightning
 from theia.data.datamodule import FeatureDataModule
@@ -57,10 +57,13 @@ class Stores:
     def provenance(self) -> dict[str, Any]:
         """What the features are; of all stores, where rows have stores of their own."""
         found = [data.provenance() for data in self._opened.values()]
-        return {
-            "manifest_sha256": ", ".join(dict.fromkeys(one["manifest_sha256"] for one in found)),
-            "teachers": {name: teacher for one in reversed(found) for name, teacher in one["teachers"].items()},
-        }
+        teachers: dict[str, Any] = {}
+        for name, teacher in [pair for one in found for pair in one["teachers"].items()]:
+            # A warning must not get lost behind a teacher of the same name in another store.
+            if name not in teachers or teacher["weights"] == "random":
+                teachers[name] = teacher
+        digests = dict.fromkeys(one["manifest_sha256"] for one in found)
+        return {"manifest_sha256": ", ".join(digests), "teachers": teachers}
 
     def caveats(self) -> list[str]:
         """What a reader of the figures must know."""
@@ -71,12 +74,6 @@ class Stores:
             f"These teachers have random weights: {', '.join(random)}. They carry no knowledge; the figures only show "
             "that the sweep works."
         ]
-
-
-def arguments_of(options: Mapping[str, Any]) -> list[str]:
-    """Dotted options as arguments of ``theia fit``."""
-    compact = json.JSONEncoder(separators=(",", ":"))
-    return [f"--{name}={value if isinstance(value, str) else compact.encode(value)}" for name, value in options.items()]
 
 
 def resolve(arguments: Sequence[str], what: str) -> dict[str, Any]:
@@ -120,27 +117,22 @@ def plan(
         StoreError: If a store cannot be used.
     """
     configs = {row.name: resolve([*arguments, *arguments_of(row.options)], f"row {row.name!r}") for row in rows}
-    missing: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for name, config in configs.items():
         data = config["data"]
         there = stores.open(data).teacher_specs
         data["teachers"] = list(there) if data["teachers"] is None else comma_list(data["teachers"])
         for teacher in data["teachers"]:
             if teacher not in there:
-                missing.setdefault(teacher, []).append(name)
+                missing.setdefault((data["store"], teacher), []).append(name)
     if missing:
-        first = next(iter(configs.values()))["data"]["store"]
-        lines = "; ".join(f"{teacher} (of {', '.join(names)})" for teacher, names in missing.items())
-        raise ConfigError(
-            f"The store {first} lacks teachers of this sweep, or has not all of their features: {lines}. Extract them: "
-            f"theia extract --store {first} --teachers {','.join(missing)} --images ..., or leave out these rows."
-        )
+        raise ConfigError("\n".join(_lack(store, missing) for store in dict.fromkeys(store for store, _ in missing)))
     alike: dict[str, list[str]] = {}
     for name, config in configs.items():
         alike.setdefault(json.dumps(config, sort_keys=True, default=str), []).append(name)
     for names in alike.values():
         if len(names) > 1:
-            logger.warning("Rows %s are the same training, done %d times.", ", ".join(names), len(names))
+            logger.warning("These rows are the same training, done %d times: %s.", len(names), "; ".join(names))
     return [
         Run(
             row=row.name, seed=seed, folder=folder, options=row.options,
@@ -152,6 +144,15 @@ def plan(
         for seed in seeds
         for folder in [out / row.name / f"seed_{seed}"]
     ]  # fmt: skip
+
+
+def _lack(store: str, missing: Mapping[tuple[str, str], Sequence[str]]) -> str:
+    of_store = {teacher: names for (other, teacher), names in missing.items() if other == store}
+    lines = "; ".join(f"{teacher} (of {', '.join(names)})" for teacher, names in of_store.items())
+    return (
+        f"The store {store} lacks teachers of this sweep, or has not all of their features: {lines}. Extract them: "
+        f"theia extract --store {store} --teachers {','.join(of_store)} --images ..., or leave out these rows."
+    )
 
 
 def _of_seed(config: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
@@ -171,14 +172,16 @@ def _steps(config: Mapping[str, Any], stores: Stores) -> int:
     """Optimisation steps of a training."""
     trainer, data = config["trainer"], config["data"]
     batches = stores.open(data).trained_on // data["batch_size"]
-    for limit in (trainer["limit_train_batches"], trainer["overfit_batches"]):
-        # A whole number is of batches, anything else a share of them; 0.0 of overfit_batches means that it is not used.
-        if isinstance(limit, int):
-            batches = min(batches, limit)
-        elif limit:
-            batches = int(batches * limit)
+    # A whole number is of batches, another one a share of them. Lightning lets the second option win if it is not 0.
+    limit = trainer["overfit_batches"] or trainer["limit_train_batches"]
+    if isinstance(limit, int):
+        batches = min(batches, limit)
+    elif limit is not None:
+        batches = int(batches * limit)
     of_epoch = math.ceil(batches / trainer["accumulate_grad_batches"])
     epochs, most = trainer["max_epochs"], trainer["max_steps"]
+    if epochs == -1:
+        return int(most)
     if epochs is None:
         return int(1000 * of_epoch if most == -1 else most)  # Lightning's default
     return int(epochs * of_epoch if most == -1 else min(epochs * of_epoch, most))
