@@ -13,6 +13,7 @@ Task = Literal["depth", "normals", "segmentation", "correspondence"]
 TASKS: tuple[Task, ...] = ("depth", "normals", "segmentation", "correspondence")
 
 IMAGE_SIZE = 224  # pixels along each side of every picture and map
+MAX_DEPTH = 10.0  # metres: heads are not fitted to what is farther, nor judged by it
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.probing.data import IMAGE_SIZE
 from benchmarks.probing.fingerprint import fingerprint
 from benchmarks.probing.storage import Storage
 from theia.encoder.named import NamedEncoder, open_encoder
@@ -19,6 +20,7 @@ from theia.models.student import StudentTokens
 Device = Literal["auto", "cpu", "cuda"]
 
 _BATCH_SIZE = 16
+_GREY = 128
 _LOOKS = 4  # images by which an encoder is judged before the work
 
 
@@ -35,21 +37,27 @@ class Features:
     grid: tuple[int, int]
 
 
-def open_all(names: Sequence[str], device: str) -> list[NamedEncoder]:
-    """Opens all encoders before the first is probed.
+def open_all(names: Sequence[str], device: str, spatial: bool) -> list[NamedEncoder]:
+    """Opens all encoders and tries each on one grey image, before any data are read.
 
     Args:
         names: As :func:`theia.encoder.named.open_encoder` takes them.
         device: Where to put them.
+        spatial: Whether more than one token is needed.
 
     Raises:
-        ConfigError: If a name is there twice or names no encoder.
-        TheiaError: If an encoder cannot be loaded.
+        ConfigError: If a name is there twice or names no encoder, or features have no grid.
+        FeatureError: If they are not finite.
+        TheiaError: If an encoder cannot be loaded, or does not take such images.
     """
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:
         raise ConfigError(f"--encoders names {twice[0]} twice. Name each once.")
-    return [open_encoder(name, device) for name in names]
+    encoders = [open_encoder(name, device) for name in names]
+    grey = np.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), _GREY, np.uint8)
+    for encoder in encoders:
+        _look(encoder, grey, spatial)
+    return encoders
 
 
 def choose_device(device: Device) -> str:
@@ -66,7 +74,7 @@ def choose_device(device: Device) -> str:
 
 
 def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], spatial: bool) -> dict[str, str]:
-    """Looks at the features of a few images, before any work.
+    """Looks at the features of a few images of the data, before they are probed.
 
     Args:
         encoders: All that are to be probed.
@@ -84,10 +92,7 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
     places = np.unique(np.linspace(0, len(images) - 1, _LOOKS).round().astype(int))
     found = {}
     for encoder in encoders:
-        tokens = encoder(torch.from_numpy(images[places]).to(_device_of(encoder)))
-        if spatial and tokens.patches.shape[1] < 2:
-            raise ConfigError(f"{encoder.name} gives no spatial features, but one vector per image. Take another.")
-        _check_finite(encoder, tokens.patches)
+        tokens = _look(encoder, images[places], spatial)
         if len(places) > 1 and bool((tokens.patches == tokens.patches[:1]).all()):
             raise ConfigError(
                 f"{encoder.name} gives the same features for {len(places)} images spread over the data: there is "
@@ -165,6 +170,14 @@ def _collect(
     if kept is None or done != count:
         raise FeatureError(f"{encoder.name} was given {done} of {count} images.")
     return kept
+
+
+def _look(encoder: NamedEncoder, images: NDArray[np.uint8], spatial: bool) -> StudentTokens:
+    tokens: StudentTokens = encoder(torch.from_numpy(images).to(_device_of(encoder)))
+    if spatial and tokens.patches.shape[1] < 2:
+        raise ConfigError(f"{encoder.name} gives no spatial features, but one vector per image. Take another.")
+    _check_finite(encoder, tokens.patches)
+    return tokens
 
 
 def _check_finite(encoder: NamedEncoder, values: Tensor) -> None:

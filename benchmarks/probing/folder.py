@@ -3,7 +3,7 @@
 ```
 DATA/train/ and DATA/val/, each with
     rgb/NAME.png          or .jpg: every picture; sizes may differ
-    depth/NAME.png        16 bits: millimetres along the optical axis; 0 where it is not known
+    depth/NAME.png        16 bits: millimetres along the optical axis; 0, or beyond 10 m: not known
     normals/NAME.png      8-bit RGB: 255 (n + 1) / 2 of the unit normal n in any axes; black or mid-grey: not known
     labels/NAME.png       8 bits: class index; 255 does not count
     pose/NAME.txt         camera to world, 4x4, metres; x to the right, y down, z ahead
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.probing.data import IMAGE_SIZE, TASKS, DenseData, DenseSplit, Task
+from benchmarks.probing.data import IMAGE_SIZE, MAX_DEPTH, TASKS, DenseData, DenseSplit, Task
 from benchmarks.probing.maps import check_maps, nearest_values, path_of, unit_vectors
 from benchmarks.probing.poses import read_cameras
 from benchmarks.probing.segmentation_metrics import IGNORED
@@ -61,7 +61,8 @@ def open_folder(root: Path, tasks: Sequence[Task], storage: Storage) -> DenseDat
 
     Raises:
         ImageError: If files are missing, cannot be read, or are not what they must be; names the first.
-        ConfigError: If the labels of training are of one class, or those of val of none.
+        ConfigError: If the labels of training are of one class, or those of val of none; or a split has no depth up to
+            10 m, or no normal.
     """
     for task in tasks:
         for name in _needed(task):
@@ -81,6 +82,8 @@ def open_folder(root: Path, tasks: Sequence[Task], storage: Storage) -> DenseDat
     cameras, pairs = read_cameras(root / "val", names["val"]) if matched else (None, [])
     val = replace(_read(root / "val", names["val"], val_maps, storage), cameras=cameras, pairs=pairs)
     train = _read(root / "train", names["train"], maps, storage) if maps else val
+    for split, found in (("train", train), ("val", val)):
+        _check_known(root / split, found, tasks)
     counts = ", ".join(f"{len(files)} {split}" for split, files in names.items())
     return DenseData(train, val, _classes(train, val), f"{root.resolve().name}: {counts}")
 
@@ -123,6 +126,22 @@ def _read(split: Path, names: Sequence[str], maps: Sequence[str], storage: Stora
         if labels is not None:
             labels[place] = nearest_values(path_of(split, "labels", name))
     return DenseSplit(images, depth, normals, labels)
+
+
+def _check_known(split: Path, found: DenseSplit, tasks: Sequence[Task]) -> None:
+    """Where nothing is known there is nothing to learn, and no figure."""
+    if "depth" in tasks and found.depth is not None:
+        deepest = max(float(depth.max()) for depth in found.depth)
+        if not any(((depth > 0) & (depth <= MAX_DEPTH)).any() for depth in found.depth):
+            raise ConfigError(
+                f"{split / 'depth'} has no pixel of more than 0 and at most {MAX_DEPTH:g} m, which is what counts; the "
+                f"greatest is {deepest:g} m. Files hold millimetres: are these of another unit?"
+            )
+    if "normals" in tasks and found.normals is not None and not any(normals.any() for normals in found.normals):
+        raise ConfigError(
+            f"{split / 'normals'} has no known normal: colours must be 255 (n + 1) / 2 of a vector n whose length is 1 "
+            "(0.5 to 1.5 counts)."
+        )
 
 
 def _classes(train: DenseSplit, val: DenseSplit) -> list[str]:

@@ -89,6 +89,7 @@ class LinearHead(nn.Module):
 
 def fit_head(
     features: Features,
+    white: tuple[Tensor, Tensor],
     targets: NDArray[Any],
     out: int,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -103,6 +104,7 @@ def fit_head(
 
     Args:
         features: Of the training images.
+        white: What :func:`whitening` says of them.
         targets: Of all of them, shape ``(n, ..., S, S)``.
         out: Channels of the head.
         loss: Of its maps and a batch of targets.
@@ -115,7 +117,7 @@ def fit_head(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        head = LinearHead(*whitening(features.tokens), out).to(device)
+        head = LinearHead(*white, out).to(device)
     random = np.random.default_rng(seed)
     count = len(features.tokens)
     per_epoch = math.ceil(count / fit.batch_size)

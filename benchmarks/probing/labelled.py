@@ -1,20 +1,23 @@
 """Images of known classes in folders."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks.probing.data import IMAGE_SIZE
+from benchmarks.probing.maps import header
 from theia.errors import ConfigError, ImageError
 from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.folder import FolderSource
 from theia.extraction.images import ImageSource, open_source
-
-IMAGE_SIZE = 224  # pixels along each side, squashed as in an extraction
 
 _BATCH_SIZE = 32
 _HELD_OUT = 5  # every fifth image of a class
@@ -47,7 +50,7 @@ class Labelled:
             ImageError: If one cannot be read; names it.
         """
         # Pillow lets go of the interpreter's lock while it decodes and resizes.
-        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        with _threads() as pool:
             for start in range(0, len(self), _BATCH_SIZE):
                 images = list(pool.map(self._decode, self.places[start : start + _BATCH_SIZE]))
                 yield torch.from_numpy(np.stack(images))
@@ -65,7 +68,7 @@ class Labelled:
 
 
 def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labelled, Labelled]:
-    """Training and held-out images.
+    """Training and held-out images. Headers of files in folders are read, so that few are missed after hours of work.
 
     Args:
         images: A folder whose sub-folders are the classes.
@@ -76,7 +79,7 @@ def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labell
         Training images, held-out images; classes are numbered alike.
 
     Raises:
-        ImageError: If there is no such folder, no image, or no class folder.
+        ImageError: If there is no such folder, no image, or no class folder, or a file in a folder is no image.
         ConfigError: If there are less than two classes, a class has no image, held-out images are of a class that
             training has not, or there are fewer training images than neighbours.
     """
@@ -97,7 +100,21 @@ def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labell
             f"{images} has {len(training)} training images, fewer than the {neighbours} neighbours that vote. "
             "Give more images, or --neighbours."
         )
+    for root, found in ((images, source), (val, testing.source)):
+        # One source need not be looked at twice; members of tar files cannot be without reading them.
+        if root is not None and isinstance(found, FolderSource):
+            _check_headers(Path(root), found.ids)
     return training, testing
+
+
+def _check_headers(root: Path, names: Sequence[str]) -> None:
+    with _threads() as pool:
+        for _ in tqdm(pool.map(lambda name: header(root / name), names), "headers", len(names), unit="image"):
+            pass
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
 
 
 def _labels(source: ImageSource) -> tuple[NDArray[np.int64], list[str]]:

@@ -12,7 +12,7 @@ def normal_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     """All figures of surface normals.
 
     Args:
-        prediction: Any length, shape ``(B, 3, H, W)``.
+        prediction: Any length, shape ``(B, 3, H, W)``; one of length zero is off by 90 degrees.
         target: Unit length, same shape; zero where it is not known.
 
     Returns:
@@ -28,10 +28,12 @@ def normal_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def angular_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Angle between vectors in degrees, ``(B, 3, H, W)`` each, to ``(B, H, W)``; 0 where one of them is zero."""
+    """Angle between vectors in degrees, ``(B, 3, H, W)`` each, to ``(B, H, W)``; 90 where one of them is zero."""
     # An arccosine in float32 is off by 0.02 degrees near zero.
     sine = torch.linalg.vector_norm(torch.linalg.cross(prediction, target, dim=1), dim=1)
-    return torch.rad2deg(torch.atan2(sine, (prediction * target).sum(1)))
+    angle = torch.rad2deg(torch.atan2(sine, (prediction * target).sum(1)))
+    # Of zeros the arctangent is 0: no direction would be a perfect one.
+    return torch.where(known(prediction) & known(target), angle, 90.0)
 
 
 def known(normals: Tensor) -> Tensor:

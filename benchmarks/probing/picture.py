@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.probing.data import DenseData
+from benchmarks.probing.data import MAX_DEPTH, DenseData
 from benchmarks.probing.probes import Probed, shown
 from benchmarks.probing.segmentation_metrics import IGNORED
-from benchmarks.probing.tasks import MAX_DEPTH, head_task
+from benchmarks.probing.tasks import head_task
 from theia.analysis.labels import wrapped
 
 _INCHES = 1.5  # of a map

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.probing.data import DenseData, DenseSplit, Task
+from benchmarks.probing.data import MAX_DEPTH, DenseData, DenseSplit, Task
 from benchmarks.probing.depth_metrics import LEAST_DEPTH, depth_metrics
 from benchmarks.probing.normal_metrics import known, normal_metrics
 from benchmarks.probing.segmentation_metrics import IGNORED, confusion, mean_iou, pixel_accuracy
-
-MAX_DEPTH = 10.0  # metres: what is farther counts as not known
 
 _BINS = 256
 _BIN_FLOOR = 0.1
@@ -136,8 +134,9 @@ class NormalTask:
         return _mean_over_images(batches)
 
     def usual(self, targets: NDArray[Any]) -> Tensor:
-        """The mean direction at each place; shape ``(3, S, S)``."""
-        return torch.from_numpy(targets.mean(0, dtype=np.float64)).float()
+        """The mean direction at each place, or of all where there is none; shape ``(3, S, S)``."""
+        mean = targets.mean(0, dtype=np.float64)
+        return torch.from_numpy(np.where(mean.any(0), mean, mean.mean((1, 2), keepdims=True))).float()
 
 
 class SegmentationTask:
@@ -175,10 +174,13 @@ class SegmentationTask:
 
     def usual(self, targets: NDArray[Any]) -> Tensor:
         """The most frequent class at each place; shape ``(S, S)``."""
-        counts = np.stack(
-            [sum((target == label).astype(np.int64) for target in targets) for label in range(self.channels)]
-        )
-        return torch.from_numpy(counts.argmax(0))
+        shape = targets.shape[1:]
+        starts = np.arange(math.prod(shape)) * self.channels
+        counts = np.zeros(len(starts) * self.channels, np.int64)
+        for target in targets:
+            valid = target.ravel() != IGNORED
+            counts[starts[valid] + target.ravel()[valid]] += 1
+        return torch.from_numpy(counts.reshape(*shape, self.channels).argmax(-1))
 
 
 def _present(values: NDArray[Any] | None) -> NDArray[Any]:
@@ -192,7 +194,6 @@ def _enlarge(maps: Tensor, size: int) -> Tensor:
 
 
 def _mean_over_images(batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over images; those without a valid pixel are left out."""
+    """Means over images; those without a valid pixel are left out. There is one with: who reads data sees to it."""
     batches = list(batches)
-    means = {name: float(torch.cat([batch[name] for batch in batches]).nanmean()) for name in batches[0]}
-    return {name: value for name, value in means.items() if math.isfinite(value)}
+    return {name: float(torch.cat([batch[name] for batch in batches]).nanmean()) for name in batches[0]}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,7 +32,8 @@ class Unfinished:
     def keep(self, identity: str, probed: Probed) -> None:
         """Writes a file, whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+        # Always of the same name: what a killed process leaves is written over by the same command.
+        with self._path(identity).with_suffix(".tmp").open("wb") as file:
             maps = {f"maps/{name}": values for name, values in probed.maps.items()}
             np.savez(file, figures=np.array(json.dumps(probed.figures)), **maps)  # type: ignore[arg-type]
             file.flush()

@@ -8,7 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.probing.linear import LinearProbe, Schedule, lars, rate_at, train_probe
+from benchmarks.probing.linear import LinearProbe, Schedule, lars, linear_classes, rate_at, train_probe
+from benchmarks.probing.logistic import logistic_classes
 from benchmarks.probing.nearest import nearest_classes
 from benchmarks.probing.presets import PRESETS
 
@@ -68,6 +69,7 @@ def test_the_rate_rises_for_ten_epochs_then_falls_along_a_cosine() -> None:
 
 def test_the_full_preset_is_that_of_mae() -> None:
     full = PRESETS["full"].probe
+    assert full is not None
     assert (full.batch_size, full.base_rate, full.epochs, full.warmup) == (16384, 0.1, 90, 10)
 
 
@@ -80,14 +82,41 @@ def test_the_probe_starts_small_and_its_norm_has_no_weights() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_small_preset_tells_what_logistic_regression_tells(scale: float) -> None:
+def test_a_long_schedule_tells_what_logistic_regression_tells(scale: float) -> None:
     (train, labels), (queries, truth) = clusters(300, 1, 1.5), clusters(500, 2, 1.5)
     expected = make_pipeline(StandardScaler(), LogisticRegression()).fit(train, labels).score(queries, truth)
-    probe = train_probe(scale * train, labels, 5, PRESETS["small"].probe, 0, "cpu", "test")
-    with torch.no_grad():
-        told = probe(torch.from_numpy(scale * queries)).argmax(1).numpy()
+    schedule = Schedule(batch_size=32, base_rate=51.2)
+    told = linear_classes(scale * train, labels, scale * queries, 5, schedule, 0, "cpu", "test")
     assert 0.6 < expected < 0.95
     assert (told == truth).mean() == pytest.approx(expected, abs=0.04)
+
+
+def newton_probabilities(train: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Two classes on standardised channels: least of the summed log loss plus half the squared weights."""
+    mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    padded, asked = (np.hstack([(part - mean) / std, np.ones((len(part), 1))]) for part in (train, queries))
+    penalty = np.diag([*np.ones(train.shape[1]), 0.0])  # not of the offset
+    weights = np.zeros(len(penalty))
+    for _ in range(30):
+        told = 1 / (1 + np.exp(-padded @ weights))
+        slope = padded.T @ (told - labels) + penalty @ weights
+        weights -= np.linalg.solve(padded.T @ (padded * (told * (1 - told))[:, None]) + penalty, slope)
+    assert np.abs(slope).max() < 1e-9
+    return 1 / (1 + np.exp(-asked @ weights))
+
+
+def test_the_small_preset_converges_where_channels_nearly_agree() -> None:
+    (train, labels), (queries, _) = clusters(300, 1, 1.0), clusters(600, 2, 1.0)
+    # What tells classes apart is a hundredth of what all channels share.
+    mixing = np.ones((12, 12)) + 0.05 * np.eye(12)
+    train, queries, labels = 50 + train @ mixing, 50 + queries @ mixing, labels > 1
+    probability = newton_probabilities(train, labels, queries)
+    found = logistic_classes(train.astype(np.float32), labels.astype(np.int64), queries.astype(np.float32))
+    clear = np.abs(probability - 0.5) > 0.01
+    assert clear.mean() > 0.9
+    assert (found == (probability > 0.5))[clear].all()
+    assert 0.2 < found.mean() < 0.8
+    assert PRESETS["small"].probe is None
 
 
 def test_a_seed_gives_the_same_probe_and_leaves_torch_alone() -> None:

@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 from benchmarks.probing import __main__ as command
-from benchmarks.probing import features, fingerprint, presets
+from benchmarks.probing import dense, features, fingerprint, presets, probes
 from benchmarks.probing.camera import Camera
 from benchmarks.probing.data import IMAGE_SIZE, DenseSplit
 from benchmarks.probing.folder import open_folder
 from benchmarks.probing.heads import Fit
 from benchmarks.probing.linear import Schedule
+from benchmarks.probing.probes import Probed
 from benchmarks.probing.scenes import dataset
 from benchmarks.probing.storage import Storage
+from benchmarks.probing.unfinished import Unfinished
 from theia.encoder.named import NamedEncoder
 from theia.models.student import StudentTokens
 
@@ -43,8 +45,8 @@ class Means(torch.nn.Module):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work, and encoders that cost nothing."""
     monkeypatch.setattr(features, "open_encoder", lambda name, _: NamedEncoder(name, Means(name)))
-    for name, on_disk in (("small", False), ("full", True)):
-        effort = presets.Effort(Schedule(8, 204.8, 60, 5), Fit(2, 0.5, 4, 5e-3), (1, 1), on_disk)
+    for name, on_disk, schedule in (("small", False, None), ("full", True, Schedule(8, 204.8, 60, 5))):
+        effort = presets.Effort(schedule, Fit(2, 0.5, 4, 5e-3), (1, 1), on_disk)
         monkeypatch.setitem(presets.PRESETS, name, effort)
 
 
@@ -102,7 +104,8 @@ def record(tmp_path: Path) -> dict:
 
 def test_classes_are_told_and_every_seed_is_recorded(tmp_path: Path, run) -> None:
     images = classes(tmp_path / "images")
-    status, out, err = run("classification", "--encoders", "a", "b", f"--images={images}", "--seeds=0,1")
+    options = ("--encoders", "a", "b", f"--images={images}", "--seeds=0,1", "--preset=full")
+    status, out, err = run("classification", *options)
     assert (status, "Error" in err) == (0, False)
     written = record(tmp_path)
     assert list(written["suites"]) == ["no encoder", "a", "b"]
@@ -111,6 +114,27 @@ def test_classes_are_told_and_every_seed_is_recorded(tmp_path: Path, run) -> Non
     assert written["settings"]["training images"] == 24
     assert str(tmp_path) not in json.dumps(written)
     assert [line.split()[2:] for line in out.splitlines() if "knn" in line] == [["0.500", "1.000", "1.000"]]
+
+
+def test_the_small_preset_says_that_seeds_play_no_part(tmp_path: Path, run) -> None:
+    images = classes(tmp_path / "images")
+    _, out, _ = run("classification", "--encoders", "a", f"--images={images}", "--seeds=0,1")
+    written = record(tmp_path)
+    measures = {measure["name"]: measure["values"] for measure in written["suites"]["a"]["measures"]}
+    assert measures == {"classification/knn": [1.0], "classification/linear": [1.0]}
+    assert written["settings"]["seeds"] == []
+    assert written["notes"][0] in out
+    assert "whatever the seeds" in written["notes"][0]
+
+
+def test_a_file_that_is_no_image_is_met_before_the_work(tmp_path: Path, run) -> None:
+    images, val = classes(tmp_path / "images"), classes(tmp_path / "val", 2)
+    broken = val / "red" / "1.png"
+    broken.write_bytes(b"x")
+    status, _, err = run("classification", "--encoders", "a", f"--images={images}", f"--val={val}")
+    assert status == 1
+    assert f"{broken} cannot be read" in err
+    assert "a: training images" not in err
 
 
 def test_held_out_images_may_lie_elsewhere(tmp_path: Path, run) -> None:
@@ -160,6 +184,8 @@ def test_encoders_that_cannot_be_probed_are_refused_before_the_work(
     assert f"{name} gives" in err
     assert message in err
     assert "good: " not in err
+    # One grey image tells all but whether features differ, before there are data.
+    assert ("rendering" in err) == (name == "constant")
 
 
 def test_one_vector_per_image_is_enough_for_classes(tmp_path: Path, run) -> None:
@@ -261,6 +287,35 @@ def test_labels_of_which_nothing_can_be_learned_are_refused(split: str, tmp_path
     assert "255 does not count" in run("dense", "--encoders", "a", f"--data={root}", "--tasks=segmentation")[2]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_depth_in_another_unit_is_refused(split: str, tmp_path: Path, run) -> None:
+    root = folder(tmp_path / "nyu")
+    for path in (root / split / "depth").iterdir():
+        Image.fromarray(np.full((224, 224), 50000, np.uint16)).save(path)
+    status, out, err = run("dense", "--encoders", "a", f"--data={root}", "--tasks=depth,segmentation")
+    assert (status, out) == (1, "")
+    assert f"{root / split / 'depth'} has no pixel of more than 0 and at most 10 m" in err
+    assert "greatest is 50 m. Files hold millimetres" in err
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_normals_of_which_none_is_known_are_refused(split: str, tmp_path: Path, run) -> None:
+    root = folder(tmp_path / "nyu")
+    for path in (root / split / "normals").iterdir():
+        Image.new("RGB", (224, 224), (128, 128, 128)).save(path)
+    status, out, err = run("dense", "--encoders", "a", f"--data={root}", "--tasks=depth,normals")
+    assert (status, out) == (1, "")
+    assert f"{root / split / 'normals'} has no known normal" in err
+
+
+def test_tokens_are_whitened_once_for_all_heads(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, whitening = [], probes.whitening
+    monkeypatch.setattr(probes, "whitening", lambda tokens: calls.append(1) or whitening(tokens))
+    options = ("--data=scenes", "--tasks=depth,segmentation", "--seeds=0,1")
+    assert run("dense", "--encoders", "a", *options)[0] == 0
+    assert len(calls) == 1
+
+
 def test_empty_and_single_folders_are_refused(tmp_path: Path, run) -> None:
     assert "no data to probe" in run("dense", "--encoders", "a", f"--data={tmp_path}")[2]
     assert "no folder" in run("dense", "--encoders", "a", "--data=missing")[2]
@@ -274,7 +329,7 @@ def test_an_encoder_named_twice_is_refused(run) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--data=scenes", "--tasks=segmentation,depth")
-    probe, probed = command.probe_pixels, []
+    probe, probed = dense.probe_pixels, []
 
     def fails(encoder: NamedEncoder, *rest):
         probed.append(encoder.name)
@@ -282,7 +337,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return probe(encoder, *rest)
 
-    monkeypatch.setattr(command, "probe_pixels", fails)
+    monkeypatch.setattr(dense, "probe_pixels", fails)
     assert run("dense", "--encoders", "a", "bad", *options)[0] == 130
     results = tmp_path / "results"
     assert [path.name for path in results.iterdir()] == ["unfinished"]
@@ -299,6 +354,22 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.Mon
         path.unlink()
     assert run("dense", "--encoders", "a", "bad", *options)[0] == 0
     assert record(tmp_path)["suites"] == resumed
+
+
+def test_a_killed_process_leaves_nothing_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    found, kept = Probed({"depth/rmse": [1.5]}, {}), Unfinished(tmp_path / "unfinished")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kept.keep("abc", found)
+    assert kept.load("abc") is None
+    kept.keep("abc", found)
+    assert kept.load("abc") == found
+    kept.forget(["abc"])
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_picture_shows_every_map_beside_the_truth(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,12 @@ def test_figures_of_normals_by_hand() -> None:
     assert [found[f"under_{angle}"].item() for angle in ("11.25", "22.5", "30")] == [0.5, 0.75, 1.0]
 
 
+def test_no_direction_is_not_a_perfect_one() -> None:
+    found = normal_metrics(torch.zeros(1, 3, 1, 2), normals(0, 40))
+    assert found["angular_rmse"].item() == 90
+    assert found["under_30"].item() == 0
+
+
 def test_unknown_normals_do_not_count() -> None:
     target = normals(0, 0, 0)
     target[..., 2] = 0

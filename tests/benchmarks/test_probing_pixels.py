@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +36,8 @@ def test_the_rate_of_heads_is_that_of_probe3d() -> None:
 
 
 def score(task, targets: torch.Tensor, tokens: Features) -> dict[str, float]:
-    head = fit_head(tokens, targets.numpy(), task.channels, task.loss, FIT, 0, "cpu", "test")
+    white = whitening(tokens.tokens)
+    head = fit_head(tokens, white, targets.numpy(), task.channels, task.loss, FIT, 0, "cpu", "test")
     parts = apply_head(head, tokens, SIZE, 3)
     return task.summarise([task.measure(task.predict(maps, SIZE), targets[part]) for part, maps in parts])
 
@@ -127,6 +129,15 @@ def test_what_is_usual_is_known_without_an_encoder() -> None:
     normals = np.zeros((2, 3, 1, 1), np.float32)
     normals[0, 0], normals[1, 2] = 1, 1
     assert NormalTask().usual(normals).flatten().tolist() == [0.5, 0, 0.5]
+    # Never known at the second place, and opposite at the third: the mean over all.
+    normals = np.array([[[[1.0, 0, 0]], [[0, 0, 1]], [[0, 0, 0]]], [[[0, 0, 0]], [[0, 0, -1]], [[1, 0, 0]]]])
+    usual = NormalTask().usual(normals.astype(np.float32))[:, 0].T
+    assert usual.tolist() == [[0.5, 0, 0.5], *[[pytest.approx(1 / 6), 0, pytest.approx(1 / 6)]] * 2]
+
+
+def test_the_usual_class_is_the_mode() -> None:
+    labels = np.random.default_rng(0).integers(0, 4, (9, 5, 6)).astype(np.uint8)
+    assert (SegmentationTask(4).usual(labels).numpy() == scipy.stats.mode(labels, axis=0).mode).all()
 
 
 def test_depth_of_a_head_is_a_weighted_mean_of_bins() -> None:
