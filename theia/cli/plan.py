@@ -172,10 +172,10 @@ def _steps(config: Mapping[str, Any], stores: Stores) -> int:
     """Optimisation steps of a training."""
     trainer, data = config["trainer"], config["data"]
     batches = stores.open(data).trained_on // data["batch_size"]
-    # A whole number is of batches, another one a share of them. Lightning lets the second option win if it is not 0.
+    # Up to 1.0 a share, above or as an int a number of batches. Lightning lets overfit_batches win if it is not 0.
     limit = trainer["overfit_batches"] or trainer["limit_train_batches"]
-    if isinstance(limit, int):
-        batches = min(batches, limit)
+    if isinstance(limit, int) or (limit is not None and limit > 1):
+        batches = min(batches, int(limit))
     elif limit is not None:
         batches = int(batches * limit)
     of_epoch = math.ceil(batches / trainer["accumulate_grad_batches"])
