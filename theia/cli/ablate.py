@@ -9,11 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import Row, arguments_of, expand, refuse_reserved
+from theia.ablation.grid import arguments_of, expand, refuse_reserved
 from theia.cli.parser import Parser
+from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, split
 from theia.errors import ConfigError
 from theia.lists import comma_list
 from theia.scoring import registry
@@ -49,11 +49,11 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(registry.names())))
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
-    own, fit_options = _split(argv, {action.dest for action in parser._actions})
+    own, fit_options = split(argv, {action.dest for action in parser._actions})
     arguments = parser.parse_args(own)
     for path in arguments.pop("config") or []:
         if path is not None:  # options in place of a file
-            _refuse_repeated_keys(Path(str(path)))
+            refuse_unclear_keys(Path(str(path)))
     command = shlex.join(["theia", "ablate", *argv])
     return ablate(**arguments.as_dict(), fit_options=fit_options, command=command)
 
@@ -115,7 +115,7 @@ def ablate(
     wanted = comma_list(scorers)
     for name in wanted:
         registry.find(name)
-    numbers = _seeds(seeds)
+    numbers = seeds_of(seeds)
     arguments = [*(["--config", base] if base else []), *arguments_of(options or {}), *fit_options]
     refuse_reserved([*(options or {}), *(argument[2:].partition("=")[0] for argument in fit_options)], "The sweep")
     stores = plan.Stores()
@@ -130,7 +130,7 @@ def ablate(
         raise ConfigError(f"The reference {reference!r} is no row. There are: {'; '.join(planned)}.")
     if scores is not None:
         read_scores(scores, planned)
-    runs = plan.plan(_only(found, only), numbers, arguments, out, tuple(wanted), stores)
+    runs = plan.plan(only_of(found, only), numbers, arguments, out, tuple(wanted), stores)
     if dry_run:
         record.check(runs)
         print(forecast(runs, arguments))
@@ -187,75 +187,6 @@ def report(
         )
     _print(folder, summary, [])
     return 0
-
-
-def _split(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """Arguments of this command, and those of ``theia fit``: the options with a dot, each with its value."""
-    mine: list[str] = []
-    theirs: list[str] = []
-    to, option, values = mine, "", 0
-    for token in argv:
-        if token.startswith("--"):
-            option, values = token.partition("=")[0], int("=" in token)
-            name = option[2:].rstrip("+")
-            to = theirs if "." in name and name.partition(".")[0] not in own else mine
-            if to is mine and name.partition(".")[0] not in own:
-                raise ConfigError(
-                    f"'theia ablate' has no option {option}; --help lists them. Options of 'theia fit' have a dot, as "
-                    "--trainer.max_epochs has, or stand behind --options: --options.checkpoint_every."
-                )
-        else:
-            values += 1
-            if to is mine and values > 1:
-                after = f"a second value of {option}" if option else "not the value of an option"
-                raise ConfigError(f"{token!r} is {after}. Put commas between several values, and no blanks.")
-        to.append(token)
-    return mine, theirs
-
-
-def _only(rows: list[Row], only: str | list[str]) -> list[Row]:
-    """The rows of those names. A name may have commas of its own."""
-    known = [row.name for row in rows]
-    names = [only] if only in known else comma_list(only)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"only: {unknown[0]!r} is no row. There are: {'; '.join(known)}.")
-    return [row for row in rows if row.name in names] if names else rows
-
-
-def _seeds(seeds: int | str | list[int]) -> list[int]:
-    given = [str(seed) for seed in seeds] if isinstance(seeds, list) else comma_list(str(seeds))
-    numbers = [int(seed) for seed in given if seed.isdecimal()]
-    if not given or len(set(numbers)) < len(given) or max(numbers) >= 2**32:
-        raise ConfigError(
-            f"seeds is {seeds!r}; it must be one or some whole numbers below 2**32, each once: --seeds 0,1,2."
-        )
-    return numbers
-
-
-class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML in which a key that stands twice is an error, not the last of the two."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and not isinstance(self.construct_object(key), str):
-                mark = key.start_mark
-                raise ConfigError(
-                    f"{mark.name}, line {mark.line + 1}: the name {key.value} is no text for YAML, to which a "
-                    "word such as On is a truth value. Put it in quotes."
-                )
-        names = [key.value for key, _ in node.value]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            mark = node.start_mark
-            raise ConfigError(f"{mark.name} names {repeated[0]!r} twice, from line {mark.line + 1} on. Rename one.")
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def _refuse_repeated_keys(path: Path) -> None:
-    with path.open() as file:
-        yaml.load(file, _StrictLoader)  # a SafeLoader
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
