@@ -1,4 +1,4 @@
-"""What is typed after ``theia ablate``, and what stands in a sweep file: taken apart, and refused where it is unclear."""
+"""What is typed after ``theia ablate``, and what stands in a sweep file: taken apart, refused where it is unclear."""
 
 from collections.abc import Sequence
 from pathlib import Path
