@@ -10,6 +10,18 @@ from theia.errors import WeightsError
 _SECONDS = 5.0  # that a hub may take to answer
 
 
+class UnreachableError(WeightsError):
+    """Weights are not on this machine, and the hub that has them does not answer.
+
+    Attributes:
+        reason: The message without the name of the weights.
+    """
+
+    def __init__(self, weights: str, hub: str) -> None:
+        self.reason = f"{hub}. Check the network, or fetch the weights elsewhere and give their path"
+        super().__init__(f"The weights of {weights!r} are not on this machine, and {self.reason}.")
+
+
 @contextmanager
 def known_to_answer(weights: str) -> Iterator[None]:
     """Inside, weights come from the hub if it answers, and at once from its cache on disk if it does not.
@@ -20,7 +32,7 @@ def known_to_answer(weights: str) -> Iterator[None]:
         weights: What is to be loaded. For a path, ``"random"`` and ``"none"`` the hub is not asked.
 
     Raises:
-        WeightsError: If the hub does not answer and its cache lacks something.
+        UnreachableError: If the hub does not answer, or ``HF_HUB_OFFLINE`` is set, and its cache lacks something.
     """
     if weights in ("random", "none") or Path(weights).expanduser().exists():
         yield
@@ -28,8 +40,9 @@ def known_to_answer(weights: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    silence = None if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
-    if silence is None:
+    offline = constants.HF_HUB_OFFLINE
+    silence = None if offline else _silence(constants.ENDPOINT)
+    if not offline and silence is None:
         yield
         return
     constants.HF_HUB_OFFLINE = True  # what the environment variable of this name does, which is read at import only
@@ -38,12 +51,10 @@ def known_to_answer(weights: str) -> Iterator[None]:
     except Exception as error:
         if not any(isinstance(each, LocalEntryNotFoundError | OfflineModeIsEnabled) for each in _chain(error)):
             raise
-        raise WeightsError(
-            f"The weights of {weights!r} are not on this machine, and the model hub {constants.ENDPOINT} cannot be "
-            f"reached ({silence}). Check the network, or fetch them elsewhere and give their path."
-        ) from error
+        said = f"cannot be reached ({silence})" if silence else "is not asked, as HF_HUB_OFFLINE is set"
+        raise UnreachableError(weights, f"the model hub {constants.ENDPOINT} {said}") from error
     finally:
-        constants.HF_HUB_OFFLINE = False
+        constants.HF_HUB_OFFLINE = offline
 
 
 @cache

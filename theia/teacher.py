@@ -56,8 +56,9 @@ class Teacher(nn.Module, ABC):
             images: The images that they are features of, RGB, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            Depth, masks or pictures, of any resolution. ``None`` where a teacher has none, as by default: its features
-            are shown as the colours of their principal components.
+            Depth, masks or pictures, of any resolution, which is the same for images of one size. Depth must be finite.
+            Masks are brought to the size of the images by nearest neighbours. ``None`` where a teacher has none, as by
+            default: its features are shown as the colours of their principal components.
         """
         return None
 
@@ -114,20 +115,28 @@ def check_decoded(spec: TeacherSpec, decoded: Decoded | None, batch_size: int) -
         batch_size: Images that it was given.
 
     Raises:
-        FeatureError: If it is of another type, shape or length.
+        FeatureError: If it is of another type, shape or length, empty, or depth that is not finite.
     """
     match decoded:
         case None:
             return
         case Depth(maps):
-            fits = maps.ndim == 3 and len(maps) == batch_size and maps.is_floating_point()
+            fits = maps.ndim == 3 and len(maps) == batch_size and maps.is_floating_point() and maps.numel() > 0
+            if fits and not maps.isfinite().all():
+                raise FeatureError(
+                    f"Teacher {spec.name!r} decoded features to depth that is not finite (NaN or infinity). Correct "
+                    "its decode(), or its weights."
+                )
         case Pictures(pixels):
             fits = (
-                pixels.ndim == 4 and (len(pixels), pixels.shape[3]) == (batch_size, 3) and pixels.dtype == torch.uint8
+                pixels.ndim == 4
+                and (len(pixels), pixels.shape[3]) == (batch_size, 3)
+                and pixels.dtype == torch.uint8
+                and pixels.numel() > 0
             )
         case Masks(masks, scores):
             fits = len(masks) == len(scores) == batch_size and all(
-                each.ndim == 3 and each.dtype == torch.bool and of.shape == each.shape[:1]
+                each.ndim == 3 and each.dtype == torch.bool and of.shape == each.shape[:1] and 0 not in each.shape[1:]
                 for each, of in zip(masks, scores, strict=True)
             )
         case _:

@@ -52,7 +52,8 @@ class Depth:
     """What a teacher sees as near and far.
 
     Attributes:
-        maps: Floating point, shape ``(B, H, W)``, in the teacher's own unit; only known up to scale and shift.
+        maps: Floating point, shape ``(B, H, W)``, finite, in the teacher's own unit; only known up to scale
+            and shift.
     """
 
     maps: Tensor
@@ -63,7 +64,8 @@ class Masks:
     """What a teacher sees as things; each list has one entry per image.
 
     Attributes:
-        masks: bool, shape ``(M, H, W)``, overlapping or not, as many as there are.
+        masks: bool, shape ``(M, H, W)``, overlapping or not, as many as there are. They may be smaller or larger than
+            the image, which they cover.
         scores: How sure the teacher is of each, shape ``(M,)``.
     """
 
@@ -82,7 +84,7 @@ class Pictures:
     pixels: Tensor
 
 
-# What features look like to a person, of any resolution.
+# What features look like to a person, of any resolution; always the same one for images of one size.
 Decoded = Depth | Masks | Pictures
 
 

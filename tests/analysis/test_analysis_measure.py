@@ -125,6 +125,8 @@ def test_what_a_norm_entropy_does_not_tell_is_noted() -> None:
             return StudentTokens(None, tokens.registers, patches, tokens.grid)
 
     encoders = {
+        "zero": Length([0.0] * 6),
+        "four": Length([0.5, 0.6, 0.7, 0.8, 0.8, 0.8]),
         "one": Length([1.0] * 6),
         # Two of 250 bins, one of 50; and two of 50, that are two of all the other numbers, too.
         "near": Length([0.984] * 3 + [1.0] * 3),
@@ -133,8 +135,21 @@ def test_what_a_norm_entropy_does_not_tell_is_noted() -> None:
     notes = assemble(measure(encoders, batches(images(4), 4)), dict.fromkeys(encoders, False), {}, [], {}).notes
     assert sum("one: 100.0% of norms lie in one bin" in note for note in notes) == 1
     assert sum("near: norms spread over 2.0 bins only" in note for note in notes) == 1
+    assert sum("four: norms spread over 3.5 bins only" in note for note in notes) == 1  # exp(log 2 / 2 + log 6 / 2)
+    assert [note for note in notes if note.startswith("zero")] == [
+        "zero: all tokens are 0, so its figures say nothing. Its weights may be broken."
+    ]
     # log 2 = 0.69 against 0.45 with 250 bins, 0 against 0.45 with 50.
     assert [note for note in notes if note.endswith("as the number of bins is: near and far.")]
+
+
+@pytest.mark.parametrize(("count", "said"), [(8, "of 0.22: "), (49, "of 0.03: "), (50, None)])
+def test_cka_of_few_images_is_noise_and_that_is_said(count: int, said: str | None) -> None:
+    measured = measure({"a": Pixels(), "b": Pixels(nn.LayerNorm(48))}, batches(images(count), 50))
+    notes = assemble(measured, {"a": False, "b": False}, {}, [], {}).notes
+    found = [note for note in notes if note.startswith(f"With {count} images, CKA of unrelated encoders")]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 def test_one_image_has_figures_without_spread() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from theia.analysis.cka import CKA
+from theia.analysis.cka import CKA, noise
 
 
 def hsic_1(k: Any, m: Any) -> float:
@@ -90,3 +90,13 @@ def test_fewer_than_four_images_have_none_and_a_rest_is_left_out() -> None:
     x = torch.randn(19, 4)
     assert of(x=x[:3], y=x[:3]) == [[None, None], [None, None]]
     assert of(16, x=x, y=x**2)[0][1] == of(16, x=x[:16], y=x[:16] ** 2)[0][1]
+
+
+@pytest.mark.parametrize("images", [4, 8, 16, 64])
+def test_unrelated_features_scatter_as_said(images: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(300):
+        x, y = torch.randn(2, images, 200, generator=generator)
+        values.append(of(x=x, y=y)[0][1])
+    assert np.std(np.array(values, float)) == pytest.approx(noise(images), rel=0.15)

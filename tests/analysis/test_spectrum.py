@@ -52,3 +52,9 @@ def test_fewer_tokens_than_components_leave_the_rest_without_variance() -> None:
 def test_constant_features_have_no_components(value: float) -> None:
     found = of(torch.full((4, 9, 6), value))
     assert (found.ratio, found.area, found.for_90, found.cumulative) == (None, None, None, None)
+
+
+def test_rounding_is_no_spectrum() -> None:
+    noise = torch.randn(4, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert of(1 + 1e-8 * noise).area is None
+    assert of(1 + 1e-5 * noise).area == pytest.approx(of(noise).area, abs=1e-4)

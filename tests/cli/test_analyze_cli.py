@@ -97,11 +97,16 @@ def test_one_image_and_chosen_pictures(folder: Path, tmp_path: Path) -> None:
     assert all(math.isfinite(one["norm_entropy"]["value"]) for one in content["encoders"])
 
 
+def test_one_image_file_is_taken(folder: Path, tmp_path: Path) -> None:
+    assert analyze("--encoders", "teacher:hog", "--images", folder / "3.png", "--out", tmp_path / "out") == 0
+    assert read(tmp_path / "out")["images"] == {"analysed": 1, "skipped": []}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--encoders", "teacher:nobody", "--images={images}"], "No teacher named 'nobody'"),
-        (["--encoders", "timm:mixer_s32_224@random", "--images={images}"], "no spatial features"),
+        (["--encoders", "timm:mixer_s32_224@random", "--images={images}"], "cannot be told apart"),
         (["--encoders", "hog", "--images={images}"], "'hog' names no encoder; teacher:hog does"),
         (["--encoders", "teacher:hog", "teacher:hog", "--images={images}"], "twice"),
         (["--encoders", "teacher:hog", "--images={tmp}/empty"], "No image in"),

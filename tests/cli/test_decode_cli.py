@@ -8,24 +8,28 @@ import numpy as np
 import pytest
 import torch
 from encoder.small import TEACHERS, small
+from huggingface_hub import constants
 from PIL import Image
 
 import theia
 from theia import registry
 from theia.cli.main import main
+from theia.decoding.output import Output
 from theia.decoding.scores import depth_error, feature_cosine
 from theia.decoding.video import Video, video_writer
+from theia.encoder.authors import HUB_IDS
 from theia.encoder.encoder import Encoder
 from theia.export.export import export
 
 PLUGIN = '''
 from dataclasses import replace
 
+import torch
 from torch.nn import functional as F
 
 from theia.errors import WeightsError
 from theia.teacher import Teacher
-from theia.types import Depth, TeacherFeatures, TeacherSpec
+from theia.types import Depth, Masks, TeacherFeatures, TeacherSpec
 
 
 class Odd(Teacher):
@@ -49,7 +53,16 @@ class Odd(Teacher):
             raise RuntimeError("no idea")
         if self.fault == "shape":
             return Depth(patches[0])
-        return Depth(patches.sum(-1).reshape(-1, 3, 7))
+        depth = patches.sum(-1).reshape(-1, 3, 7)
+        if self.fault == "nan":
+            return Depth(depth / 0 * 0)
+        if self.fault == "masks":  # a third and all of the image; 4x6 of 224x224 pixels
+            rows = torch.arange(4)[:, None].expand(4, 6)
+            return Masks([torch.stack([rows < 1, rows < 4])], [torch.ones(2)])
+        if self.fault == "sizes":
+            own = bool((patches[..., 3] == 1).all())
+            return Masks([torch.ones(1, 4 + 4 * own, 6, dtype=torch.bool)], [torch.ones(1)])
+        return Depth(depth)
 '''
 
 
@@ -128,6 +141,126 @@ def test_a_third_partys_decode_is_used_and_scored_against_its_own(
     assert (plain["images"], plain["teachers"]["odd"]["shown_as"]) == ({"d.png": {"odd": {}}}, "depth")
     widths = [Image.open(tmp_path / folder / "d.png").width for folder in ("plain", "out")]
     assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("fault", ["masks", "sizes"])
+def test_masks_may_have_any_size(
+    fault: str, plugin: None, checkpoint: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    record = decode(
+        checkpoint(), images / "d.png", tmp_path / "out", "--teachers=odd", "--teachers_side_by_side",
+        f"--teacher_options={{odd: {{fault: {fault}}}}}",
+    )  # fmt: skip
+    assert record["teachers"]["odd"]["shown_as"] == "masks"
+    assert record["images"]["d.png"]["odd"]["mask_iou"] == 1
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Lets a command be stopped when so many pictures are written."""
+    save, done = Output.save, iter(range(after))
+
+    def stop(self: Output, *arguments: Any) -> None:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        save(self, *arguments)
+
+    monkeypatch.setattr(Output, "save", stop)
+
+
+def test_an_interrupted_call_goes_on_and_gives_the_same(
+    plugin: None, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["--teachers_side_by_side", "--batch_size=1", "--teacher_options={odd: {weights: none}}"]
+    whole = decode(checkpoint(), "sample:20", tmp_path / "whole", *options)
+    out = tmp_path / "out"
+    call = [f"--model={checkpoint()}", "--images=sample:20", "--device=cpu", f"--out={out}", *options]
+    with monkeypatch.context() as patch:
+        interrupted(patch, 7)
+        assert main(["decode", *call]) == 130
+    assert "7 of 20 pictures are whole; the same call goes on" in capsys.readouterr().err
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    assert len(written) == 7
+    assert not json.loads((out / "decoded.json").read_text())["finished"]
+
+    assert main(["decode", *call, "--teachers=odd"]) == 1
+    assert "holds 7 pictures of a call that was stopped, with other teachers" in capsys.readouterr().err
+    assert decode(checkpoint(), "sample:20", out, *options) == whole
+
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}.items()
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "whole", out)
+    ]
+    assert files[0] == files[1]
+    assert main(["decode", *call]) == 1
+    assert "holds decoded pictures already" in capsys.readouterr().err
+
+
+def test_another_models_pictures_are_not_mixed_in(
+    encoder: Encoder, checkpoint: Callable[..., Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = checkpoint()
+    call = ["decode", f"--model={model}", f"--images={images}", f"--out={tmp_path}/out", "--device=cpu"]
+    with monkeypatch.context() as patch:
+        interrupted(patch, 1)
+        assert main(call) == 130
+    trained = torch.load(model)
+    next(iter(trained["state_dict"].values())).add_(1)
+    torch.save(trained, model)
+    assert main(call) == 1
+    assert "holds 1 pictures of a call that was stopped, with other weights of the model" in capsys.readouterr().err
+    assert main([*call, "--overwrite"]) == 0
+
+
+def test_an_interrupted_video_starts_over(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with video_writer(tmp_path / "film.gif", Fraction(5)) as add:
+        for level in (30, 90, 200):
+            add(np.full((32, 64, 3), level, np.uint8))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("theia.decoding.output.Output.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        arguments = [f"--model={checkpoint()}", f"--images={tmp_path}/film.gif", f"--out={out}", "--device=cpu"]
+        assert main(["decode", *arguments]) == 130
+    assert len(decode(checkpoint(), tmp_path / "film.gif", out, "--limit=2")["images"]) == 2
+
+
+def test_a_published_models_teachers_go_by_their_short_names(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = Encoder(small(teachers={HUB_IDS["clip"]: TEACHERS["clip"], HUB_IDS["sam"]: TEACHERS["odd"]}))
+    state = {f"distiller.{name}": value for name, value in published.distiller.state_dict().items()}
+    path = tmp_path / "last.ckpt"
+    torch.save({"hyper_parameters": published.architecture.as_dict(), "state_dict": state, "global_step": 1}, path)
+    shape = "{hidden_size: 12, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2}"
+    options = ["--teachers_side_by_side", f"--teacher_options={{clip: {{weights: random, architecture: {shape}}}}}"]
+
+    record = decode(path, images / "d.png", tmp_path / "out", f"--teachers=clip,{HUB_IDS['sam']}", *options)
+
+    assert [(name, one["own_shown"]) for name, one in record["teachers"].items()] == [("clip", True), ("sam", False)]
+    said = capsys.readouterr().err
+    assert "No teacher named" not in said
+    assert said.count("published models have none") == said.count("clip, sam: the model has no statistics") == 1
+
+
+def test_a_silent_hub_is_said_once_for_all_teachers(
+    checkpoint: Callable[..., Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    shape = {"channels": 1024, "grid_hw": [16, 16], "has_cls": False}
+    untold = Encoder(small(teachers={"clip": shape, "dinov2": shape}))
+    state = {f"distiller.{name}": value for name, value in untold.distiller.state_dict().items()}
+    path = tmp_path / "last.ckpt"
+    torch.save({"hyper_parameters": untold.architecture.as_dict(), "state_dict": state, "global_step": 1}, path)
+
+    decode(path, images / "d.png", tmp_path / "out", "--teachers_side_by_side")
+
+    said = capsys.readouterr().err
+    assert said.count("as HF_HUB_OFFLINE is set") == said.count("clip, dinov2: the teacher cannot be had") == 1
 
 
 def test_absent_weights_are_said_and_the_translation_is_shown(
@@ -236,6 +369,7 @@ def test_teacher_options_come_from_a_config_of_an_extraction(
         (["--teacher_options={{odd: {{colour: red}}}}"], "unexpected keyword argument 'colour'"),
         (["--teacher_options={{odd: {{fault: raises}}}}"], "Teacher 'odd' cannot decode: RuntimeError: no idea"),
         (["--teacher_options={{odd: {{fault: shape}}}}"], "neither Depth, Masks nor Pictures"),
+        (["--teacher_options={{odd: {{fault: nan}}}}"], "Teacher 'odd' decoded features to depth that is not finite"),
         (
             [
                 "--teachers_side_by_side",
@@ -264,6 +398,7 @@ def test_bad_input_is_one_clear_line(
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_teachers_without_weights_are_compared_with_nothing_given(images: Path, tmp_path: Path) -> None:

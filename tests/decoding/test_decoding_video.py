@@ -71,19 +71,43 @@ def test_what_is_announced_and_not_there_is_left_out_and_said(tmp_path: Path) ->
     assert video.skipped == {"frame-000006": "the video ends here; it announces 8 frames"}
 
 
-def test_a_damaged_gif_is_shown_up_to_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = Video(write(tmp_path / "a.gif"))
-    whole = video._read
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.75, 0.97])
+def test_a_gif_that_was_cut_is_shown_up_to_the_damage(share: float, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), np.uint8)
+    with video_writer(tmp_path / "a.gif", Fraction(10)) as add:
+        for picture in noise:
+            add(picture)
+    content = (tmp_path / "a.gif").read_bytes()
+    whole = [np.asarray(frame) for _, frame in Video(tmp_path / "a.gif").pick(range(6))]
+    # Of equal noise all frames take equally many bytes.
+    expected = int(share * 6)
+    (tmp_path / "cut.gif").write_bytes(content[: int(share * len(content))])
 
-    def broken(path: Path) -> Any:
-        for index, frame in enumerate(whole(path)):
-            if index == 3:
-                raise OSError("broken data stream")
-            yield frame
+    video = Video(tmp_path / "cut.gif")
+    assert video.frames_per_s == 10
+    frames = [np.asarray(frame) for _, frame in video.pick(range(len(video.ids)))]
+    assert len(frames) == expected
+    for frame, good in zip(frames, whole, strict=False):
+        np.testing.assert_array_equal(frame, good)
+    ((sample_id, reason),) = video.skipped.items()
+    assert sample_id == f"frame-{expected:06d}"
+    assert reason.startswith("damaged from here on: ")
 
-    monkeypatch.setattr(video, "_read", broken)
-    assert [index for index, _ in video.pick(range(6))] == [0, 1, 2]
-    assert video.skipped == {"frame-000003": "damaged from here on: OSError: broken data stream"}
+
+def test_a_gif_that_was_cut_anywhere_has_its_frames_before_or_is_refused(tmp_path: Path) -> None:
+    content = write(tmp_path / "a.gif").read_bytes()
+    counts = []
+    for end in range(1, len(content) - 1):
+        (tmp_path / "cut.gif").write_bytes(content[:end])
+        try:
+            video = Video(tmp_path / "cut.gif")
+        except ImageError:
+            assert not any(counts)
+            continue
+        counts.append(len([*video.pick(range(len(video.ids)))]))
+        assert video.skipped
+    assert counts == sorted(counts)
+    assert {*counts} >= {1, 2, 3, 4, 5}
 
 
 def test_without_pyav_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

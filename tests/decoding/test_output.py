@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from theia.decoding.output import RECORD, picture_names, prepare
+from theia.decoding.output import RECORD, SCORES, Output, check_free, find_unfinished, picture_names
 from theia.decoding.panels import Group, row
 from theia.errors import ConfigError
 
@@ -27,31 +28,62 @@ def test_no_name_leads_out_of_the_folder(sample_id: str, tmp_path: Path) -> None
     assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
 
 
+FILES = {"a": "a.png", "b/c": "b/c.png"}
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds no decoded pictures"):
-            prepare(tmp_path, ["a.png"], overwrite)
+            check_free(tmp_path, overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_ones_own_folder_is_replaced_on_request_only(tmp_path: Path) -> None:
-    prepare(tmp_path, ["a.png", "b/c.png"], False)
-    (tmp_path / "a.png").write_text("old")
+    output = Output(tmp_path, FILES)
+    output.begin({}, {})
+    for sample_id in FILES:
+        output.save(sample_id, PICTURE, {})
+    output.finish({})
     (tmp_path / "notes.txt").write_text("mine")
 
     with pytest.raises(ConfigError, match="--overwrite"):
-        prepare(tmp_path, ["d.png"], False)
-    prepare(tmp_path, ["d.png"], True)
+        check_free(tmp_path, False)
+    check_free(tmp_path, True)
+    Output(tmp_path, {"d": "d.png"}).begin({}, {})
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "notes.txt"]
 
 
 def test_an_edited_record_removes_nothing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
-    prepare(tmp_path / "out", ["../precious"], False)
-    prepare(tmp_path / "out", ["a.png"], True)
+    Output(tmp_path / "out", {"a": "../precious"}).begin({}, {})
+    Output(tmp_path / "out", {"a": "a.png"}).begin({}, {})
     assert (tmp_path / "precious").exists()
+
+
+def test_a_killed_call_is_found_with_what_is_whole(tmp_path: Path) -> None:
+    output = Output(tmp_path, FILES)
+    output.begin({"limit": 2}, {"colours": [0.1]})
+    check_free(tmp_path, False)
+    assert find_unfinished(tmp_path, {"limit": 3}, FILES) is None  # nothing is lost with it
+    output.save("b/c", PICTURE, {"sam": {"cosine": 0.25}})
+    with (tmp_path / SCORES).open("a") as lines:
+        lines.write('{"image": "gone", "file": "gone.png", "scores": {}}\n{"image": "a", "fi')
+
+    found = find_unfinished(tmp_path, {"limit": 2}, FILES)
+    assert found is not None
+    assert (found.start, found.scores) == ({"colours": [0.1]}, {"b/c": {"sam": {"cosine": 0.25}}})
+    output.go_on(found.scores)
+    output.save("a", PICTURE, {})
+    assert [json.loads(line)["image"] for line in (tmp_path / SCORES).read_text().splitlines()] == ["b/c", "a"]
+    for call, files, what in (({"limit": 3}, FILES, "limit"), ({"limit": 2}, {"a": "a.png"}, "images")):
+        with pytest.raises(ConfigError, match=f"holds 2 pictures of a call that was stopped, with other {what}"):
+            find_unfinished(tmp_path, call, files)
+    output.finish({})
+    assert find_unfinished(tmp_path, {"limit": 3}, FILES) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b", RECORD]
 
 
 def test_a_row_has_the_same_size_whatever_the_titles_say() -> None:

@@ -154,6 +154,8 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("teacher:hog,teacher:color", ConfigError, "Put blanks between encoders"),
         ("teacher:hog@random", ConfigError, "'hog' has no weights to choose"),
         ("concat:hog,,color", ConfigError, "empty name"),
+        ("concat:teacher:hog,color", ConfigError, "Leave out the prefix: hog."),
+        ("concat:hog,timm:vit_tiny_patch16_224", ConfigError, r"only teachers go side by side, by bare names\.$"),
         ("teacher:clip@{weights: [}", ConfigError, "cannot be read"),
         ("teacher:clip@{}{", ConfigError, "cannot be read"),
         ("teacher:hog@{sides: 3}", PluginError, "unexpected keyword argument 'sides'"),
@@ -166,8 +168,15 @@ def test_what_names_no_encoder_says_so(name: str, error: type[Exception], messag
         open_encoder(name)
 
 
-@pytest.mark.parametrize("name", ["mixer_s32_224", "pit_ti_224", "crossvit_tiny_240"])
-def test_models_without_spatial_features_say_so(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mixer_s32_224", r"tokens of shape \(1, 49, 512\) and does not tell how many of them are prefix"),
+        ("pit_ti_224", "cannot be told apart"),
+        ("crossvit_tiny_240", "no spatial features"),
+    ],
+)
+def test_models_without_spatial_features_say_so(name: str, message: str) -> None:
     encoder = open_encoder(f"timm:{name}@random")
-    with pytest.raises(ConfigError, match="no spatial features"):
+    with pytest.raises(ConfigError, match=message):
         encoder(random_images(1, 3, 224, 224))

@@ -37,9 +37,10 @@ def draw_norms(figures: Mapping[str, EncoderFigures], labels: Mapping[str, str])
         if found.relative.counts is None or found.relative.entropy is None:
             row[1].text(0.5, 0.5, "median norm is 0", ha="center", transform=row[1].transAxes, fontsize=_SMALL)
             row[1].set_yticks([])
+            _plain(row[1])
         else:
             _histogram(row[1], found.relative.counts, f"relative: H = {found.relative.entropy:.2f}")
-    axes[0, 0].set_xlim(0, NORM_RANGE)
+    axes[0, 0].set_xlim(-0.02 * NORM_RANGE, NORM_RANGE)  # a bar at 0 is not hidden by the axis
     figure.supylabel("share of tokens", fontsize=_SMALL)
     axes[-1, 0].set_xlabel("norm / √width (the last bin holds all beyond)", fontsize=_SMALL)
     axes[-1, 1].set_xlabel("norm / median norm of the encoder", fontsize=_SMALL)
@@ -52,7 +53,9 @@ def draw_spectra(figures: Mapping[str, EncoderFigures], labels: Mapping[str, str
     axes = figure.subplots()
     for colour, (name, found) in zip(_colours(len(figures)), figures.items(), strict=True):
         curve = found.spectrum.cumulative
-        if curve is not None:
+        if curve is None:
+            axes.plot([], [], color=colour, label=f"{labels[name]}: all tokens are the same")
+        else:
             shares = np.linspace(0, 1, len(curve))
             label = f"{labels[name]}: area {found.spectrum.area:.3f}, {found.width} components"
             axes.plot(shares, curve, color=colour, linewidth=1.4, label=label)
@@ -73,11 +76,12 @@ def draw_similarity(figures: Mapping[str, EncoderFigures], labels: Mapping[str, 
     for colour, (name, found) in zip(_colours(len(figures)), figures.items(), strict=True):
         counts, mean = found.similarity.counts, found.similarity.mean
         if mean is None:
+            axes.plot([], [], color=colour, label=f"{labels[name]}: no token has a cosine")
             continue
         lowest = min(lowest, float(edges[np.flatnonzero(counts)[0]]))
         below = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
         axes.plot(edges, below, color=colour, linewidth=1.4, label=f"{labels[name]}: mean {mean:.3f}")
-    axes.set_xlim(lowest - 0.02, 1.01)
+    axes.set_xlim(max(-1, lowest - 0.02) if lowest < 1 else -1, 1)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("cosine of a token to the mean token of its image", fontsize=_SMALL)
     axes.set_ylabel("share of tokens below", fontsize=_SMALL)
@@ -166,13 +170,16 @@ def _histogram(axes: Any, counts: Counts, title: str) -> None:
     axes.stairs(counts / counts.sum(), np.linspace(0, NORM_RANGE, NORM_BINS + 1), fill=True, color=_BAR)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=_TITLE - 1, loc="left")
-    axes.tick_params(labelsize=_SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain(axes)
 
 
 def _finish(axes: Any, **place: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=_SMALL, frameon=False, **place)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
     axes.tick_params(labelsize=_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from theia.analysis.cka import MIN_IMAGES, MINIBATCH
+from theia.analysis.cka import MIN_IMAGES, MINIBATCH, noise
 from theia.analysis.entropy import CONFIDENCE, REPLICATES
 from theia.analysis.labels import short_labels
 from theia.analysis.measure import EncoderFigures, Measured
@@ -17,7 +17,8 @@ from theia.training.metrics import NORM_BINS, NORM_RANGE
 SCHEMA = 1
 NORM_ENTROPY = "norm entropy"
 _FEW = 0.01  # of tokens
-_FEW_BINS = 3
+_FEW_BINS = 5
+_FEW_IMAGES = 50  # for CKA
 _SHOWN = 5e-4  # what is less does not show in the report
 
 
@@ -149,8 +150,16 @@ def _notes(analysis: Analysis) -> list[str]:
         notes.append("One image only: there is no spread over images, so intervals and standard deviations are absent.")
     if measured.images < MIN_IMAGES:
         notes.append(f"CKA is not defined for fewer than {MIN_IMAGES} images.")
+    elif measured.images < _FEW_IMAGES and len(measured.encoders) > 1:
+        notes.append(
+            f"With {measured.images} images, CKA of unrelated encoders scatters about 0 with a standard deviation of "
+            f"{noise(measured.images):.2f}: differences of that size say nothing. Take {_FEW_IMAGES} images or more."
+        )
     for place, (name, one) in enumerate(measured.encoders.items()):
         label, tokens = labels[name], measured.images * one.grid[0] * one.grid[1]
+        if one.relative.entropy is None and one.similarity.without_direction == tokens:
+            notes.append(f"{label}: all tokens are 0, so its figures say nothing. Its weights may be broken.")
+            continue
         if one.entropy.beyond >= _FEW:
             notes.append(
                 f"{label}: {one.entropy.beyond:.0%} of norms lie beyond the range and share its last bin, so its norm "
@@ -159,9 +168,14 @@ def _notes(analysis: Analysis) -> list[str]:
         if one.entropy.beyond < _FEW:
             same, bins = one.entropy.counts.max() / one.entropy.counts.sum(), math.exp(one.entropy.value)
             if same > 1 - _FEW:
+                why = (
+                    "of tokens that are 0"
+                    if one.relative.entropy is None
+                    else "as features do that are normalised in the end"
+                )
                 notes.append(
-                    f"{label}: {same:.1%} of norms lie in one bin, as features do that are normalised in the end; norm "
-                    "entropy and norm maps say little about it."
+                    f"{label}: {same:.1%} of norms lie in one bin, {why}; norm entropy and norm maps say "
+                    "little about it."
                 )
             elif bins < _FEW_BINS:
                 notes.append(
@@ -171,7 +185,7 @@ def _notes(analysis: Analysis) -> list[str]:
         if one.relative.entropy is None:
             notes.append(f"{label}: the median norm is 0, so there are no norms relative to it.")
         if one.spectrum.ratio is None:
-            notes.append(f"{label}: all tokens are the same; there are no principal components.")
+            notes.append(f"{label}: all tokens are the same but for rounding; there are no principal components.")
         elif tokens <= one.width:
             notes.append(
                 f"{label}: {tokens} tokens have at most {tokens - 1} principal components of {one.width}; its PCA area "

@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from theia.analysis.statistics import FEATURE_ROUNDING
+
 # What is left of a component without variance, as a part of the largest, by rounding.
 _ROUNDING = 1e-12
 
@@ -17,7 +19,7 @@ class SpectrumFigures:
 
     Attributes:
         ratio: Share of the variance that each component explains, from the largest, shape ``(C,)``, sum 1. With fewer
-            tokens than channels the last ones are 0. ``None`` if all tokens are the same.
+            tokens than channels the last ones are 0. ``None`` if all tokens are the same but for rounding.
         area: Area below the cumulative curve over the share of components, from (0, 0) to (1, 1), by the trapezoid
             rule: 0.5 if all components are alike, ``1 - 1 / (2 C)`` if there is but one. A low one says that variance
             is spread over many components.
@@ -69,7 +71,8 @@ class Spectrum:
         mean = self._sum / self._tokens
         covariance = (self._products / self._tokens - torch.outer(mean, mean)).cpu().numpy()
         variances = np.linalg.eigvalsh(covariance)[::-1]
-        if variances[0] <= 0:
+        length = 0.0 if self._shift is None else float((self._shift + mean).square().sum())  # squared, of the mean
+        if variances[0] <= 0 or variances.sum() <= FEATURE_ROUNDING**2 * length:
             return SpectrumFigures(None, None, None, None)
         variances = np.where(variances > _ROUNDING * variances[0], variances, 0.0)
         ratio = variances / variances.sum()

@@ -12,6 +12,9 @@ CONFIDENCE = 0.95
 ROUNDING = 1e-12
 """Values that differ by less than this part of their size differ by rounding only."""
 
+FEATURE_ROUNDING = 1e-6
+"""Features, float32 at best, that vary by less than this part of their length vary by rounding only."""
+
 
 @dataclass(frozen=True)
 class Correlation:

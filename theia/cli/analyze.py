@@ -68,9 +68,11 @@ def analyze(
     Args:
         encoders: Names with blanks between them: a folder, checkpoint or hub id of a Theia model, teacher:NAME,
             timm:NAME, concat:NAME,NAME, random:vit_tiny; FOLDER@random, timm:NAME@random and teacher:NAME@random are
-            untrained, teacher:NAME@PATH has weights from there. All are in memory together.
-        images: A folder of images, a .tar file or a folder of them, or sample:COUNT for held-out sample photographs.
-        out: Folder to write; an earlier analysis there is replaced, when the new one is complete.
+            untrained, teacher:NAME@PATH has weights from there. concat puts features side by side as they are, so that
+            those of the largest scale count most. All are in memory together.
+        images: A folder of images, one image, a .tar file or a folder of them, or sample:COUNT for held-out sample
+            photographs.
+        out: Folder to write; an earlier analysis there is replaced without asking, when the new one is complete.
         scores: CSV file with the columns encoder,score and maybe group: correlates figures with scores.
         max_images: Look at so many images, drawn at random, the same each time. All by default.
         image_size: Images are resized to a square of so many pixels, as in an extraction; a multiple of 16 for Theia
@@ -87,13 +89,12 @@ def analyze(
     from theia.analysis.results import assemble
     from theia.analysis.scores import read_scores
     from theia.analysis.write import check_free, write
-    from theia.cli.image_stream import ImageStream
+    from theia.cli.image_stream import ImageStream, open_images
     from theia.encoder.encoder import Encoder
-    from theia.extraction.images import open_source
 
     check_free(out)
     read = read_scores(scores, encoders) if scores is not None else {}
-    source = open_source(images, "val")
+    source = open_images(images)
     stream = ImageStream(source, image_size, batch_size, max_images, picture_ids or ())
     chosen = choose_device(device)
     opened = _open(encoders, image_size, chosen)

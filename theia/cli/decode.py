@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from theia.version import __version__
 
 if TYPE_CHECKING:
     from theia.decoding.frames import Frames
+    from theia.decoding.subject import Subject
+    from theia.encoder.encoder import Encoder
     from theia.extraction.images import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -64,12 +67,16 @@ def decode(
 
     SAM shows masks, Depth-Anything depth, HOG strokes, color colours; any other teacher, and one whose weights cannot
     be had, the principal components of its features as colours. Colours mean the same in all pictures of a call.
+    Published models have no statistics of features: all of their teachers are shown as such colours. The same call
+    again goes on after an interruption; a video starts over.
 
     Args:
         model: An exported folder, a checkpoint of 'theia fit', or the id of a published model on the hub.
         images: A folder of images, one image, a .tar file of images, a video, or sample:COUNT for photographs.
-        out: Folder to make, for a PNG per image, or a video for a video, and decoded.json with the scores.
-        teachers: Which to show, in this order, with commas between them; all of the model by default.
+        out: Folder to make, for a PNG per image, or a video for a video, and decoded.json with the scores. Finished
+            pictures there are replaced with --overwrite only; what a call that was stopped left is gone on with.
+        teachers: Which to show, in this order, with commas between them, as sam for facebook/sam-vit-huge, too; all of
+            the model by default.
         teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs its
             weights.
         teacher_options: What makes the teachers, where it is not the default, as {sam: {weights: PATH, model: vit_b}};
@@ -92,7 +99,7 @@ def decode(
     # torch takes seconds to import; --help does not need it.
     from theia.decoding.decode import decode as write
     from theia.decoding.output import check_free, picture_names
-    from theia.decoding.subject import open_subject
+    from theia.decoding.subject import names_of, open_subject
     from theia.decoding.video import GIF, Video
     from theia.decoding.views import Viewer
     from theia.encoder.load import load
@@ -107,23 +114,21 @@ def decode(
     frames = _open(images)
     place = choose_device(device)
     encoder = load(model, device=place).freeze()
-    chosen = encoder.teachers if teachers is None else comma_list(teachers)
+    known = names_of(encoder)
+    installed = {key: name for name, key in known.items()}
+    chosen = [*known] if teachers is None else [installed.get(name, name) for name in comma_list(teachers)]
     if not chosen:
         raise ConfigError("--teachers is empty. Leave it out to show all of the model.")
     for name in chosen:
-        if name not in encoder.teachers:
-            raise UnknownTeacherError(
-                f"This model has no translator for {name!r}. It has: {', '.join(encoder.teachers)}."
-            )
-    options = _options(teacher_options, encoder.teachers)
+        if name not in known:
+            raise UnknownTeacherError(f"This model has no translator for {name!r}. It has: {', '.join(known)}.")
+    options = _options(teacher_options, [*known])
     trained_on = _teachers_of(Path(model))
     subjects = [
         open_subject(name, encoder, options.get(name), teachers_side_by_side, place, trained_on.get(name))
         for name in dict.fromkeys(chosen)
     ]
-    for subject in subjects:
-        for note in subject.notes:
-            logger.warning("%s: %s", subject.name, note)
+    _warn(subjects)
 
     count = min(len(frames.ids), limit or len(frames.ids))
     names: Mapping[str, str] | Path
@@ -134,12 +139,39 @@ def decode(
         names = picture_names(frames.ids[:count], IMAGE_ENDINGS)
     viewer = Viewer(encoder, subjects, lambda image, side: to_square(image, side, "squash"), batch_size)
     about = {"theia_version": __version__, "model": Path(model).name if Path(model).exists() else model}
-    record = write(viewer, frames, count, names, out, overwrite, about)
+    call = {
+        **about,
+        "model": model,
+        "weights of the model": _checksum(encoder),
+        "images": images,
+        "teachers": [[one.name, one.shows_own, one.teacher and vars(one.teacher.spec)] for one in subjects],
+        "teacher_options": options,
+        "limit": limit,
+    }
+    record = write(viewer, frames, count, names, out, overwrite, about, call)
     for sample_id, reason in record["skipped"].items():
         logger.warning("Skipped %s: %s", sample_id, reason)
     print(_summary(record))
     print(names if isinstance(names, Path) else out)
     return 0
+
+
+def _warn(subjects: "Sequence[Subject]") -> None:
+    """Says what concerns several teachers once."""
+    notes: dict[str, list[str]] = {}
+    for subject in subjects:
+        for note in subject.notes:
+            notes.setdefault(note, []).append(subject.name)
+    for note, names in notes.items():
+        logger.warning("%s: %s", ", ".join(names), note)
+
+
+def _checksum(encoder: "Encoder") -> int:
+    """Of all parameters: a checkpoint may have other ones tomorrow."""
+    checksum = 0
+    for tensor in encoder.state_dict().values():
+        checksum = zlib.crc32(tensor.detach().float().cpu().contiguous().numpy(), checksum)
+    return checksum
 
 
 class _Images:
@@ -164,17 +196,13 @@ class _Images:
 
 
 def _open(location: str) -> "Frames":
+    from theia.cli.image_stream import open_images
     from theia.decoding.video import VIDEO_ENDINGS, Video
-    from theia.extraction.decode import IMAGE_ENDINGS
-    from theia.extraction.folder import FolderSource
-    from theia.extraction.images import open_source
 
     path = Path(location)
     if path.suffix.lower() in VIDEO_ENDINGS and not path.is_dir():
         return Video(path)
-    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
-        return _Images(FolderSource(path.parent, [path.name], labels=False))
-    return _Images(open_source(location, "val"))
+    return _Images(open_images(location))
 
 
 def _teachers_of(model: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,24 @@ import torch
 from torch import Tensor
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, to_square
-from theia.extraction.images import ImageSource
+from theia.extraction.decode import IMAGE_ENDINGS, UnreadableImageError, to_square
+from theia.extraction.folder import FolderSource
+from theia.extraction.images import ImageSource, open_source
 
 _SEED = 0
 _MAX_THREADS = 8
+
+
+def open_images(location: str) -> ImageSource:
+    """Images to look at: one image file, or what :func:`theia.extraction.images.open_source` takes.
+
+    Raises:
+        ImageError: See there.
+    """
+    path = Path(location)
+    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
+        return FolderSource(path.parent, [path.name], labels=False)
+    return open_source(location, "val")
 
 
 class ImageStream:

@@ -1,5 +1,6 @@
 """All pictures of a call: colours first, from some of them, then every row of panels, and a record of the scores."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from theia.decoding.frames import Frames
 from theia.decoding.looks import Colours, Shown, Tokens, fit_colours, paint
-from theia.decoding.output import check_free, prepare, write_record
+from theia.decoding.output import Output, Scores, check_free, find_unfinished
 from theia.decoding.panels import Group, row
 from theia.decoding.subject import Subject
 from theia.decoding.video import Video, video_writer
 from theia.decoding.views import Pair, View, Viewer
 from theia.errors import ImageError
 from theia.extraction.progress import Progress
-from theia.pictures import Picture
+from theia.pictures import ColourBasis, Picture
 from theia.types import Depth, Masks
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,16 @@ logger = logging.getLogger(__name__)
 _FITTED_ON = 16  # images that decide what colours mean
 _SCORE_NAMES = {"mask_iou": "mean IoU", "depth_error": "error", "cosine": "cosine"}  # the first at hand is shown
 
+ByTeacher = dict[str, tuple[Colours, Colours]]  # of translations, and of the teacher's own
+
 
 def decode(
     viewer: Viewer, frames: Frames, count: int, names: Mapping[str, str] | Path, out: Path, overwrite: bool,
-    about: Mapping[str, Any],
+    about: Mapping[str, Any], call: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Shows pictures through a student and its teachers, and writes them.
+
+    A call that was stopped is gone on with, but for a video, which is written as a whole.
 
     Args:
         viewer: Student and teachers.
@@ -39,8 +43,9 @@ def decode(
         count: How many of them, from the first.
         names: File of each image by id, relative to ``out``; or of the video, absolute.
         out: Folder.
-        overwrite: See :func:`theia.decoding.output.prepare`.
+        overwrite: Remove what an earlier call wrote.
         about: What else is to stand in the record.
+        call: By option, what pictures depend on, as plain values.
 
     Returns:
         The record, as it stands in ``decoded.json``.
@@ -49,65 +54,82 @@ def decode(
         ConfigError: If the folder is used otherwise.
         ImageError: If nothing can be read.
     """
-    files = [names.name] if isinstance(names, Path) else [names[sample_id] for sample_id in frames.ids[:count]]
     check_free(out, overwrite)
-    # Evenly over all, so that a video's end counts as much as its beginning. They are not computed again.
-    chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _FITTED_ON))})
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    with Progress("decode", count) as progress:
-        known = {view.index: view for view in _counted(viewer.views(frames, chosen), progress)}
-        if not known:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
-            raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
-        colours = {subject.name: _fit(subject, list(known.values())) for subject in viewer.subjects}
-        prepare(out, files, overwrite)  # not before there is something to put in the place of earlier pictures
-        with _writer(frames, names, out) as write:
-            for view in _all_views(viewer, frames, count, known, progress):
-                sample_id = frames.ids[view.index]
-                groups = [Group("image", [(sample_id, np.asarray(view.image))])]
-                groups += [_group(subject, view, *colours[subject.name]) for subject in viewer.subjects]
-                write(sample_id, row(groups, view.image.width / view.image.height))
-                scores[sample_id] = {name: pair.scores for name, pair in view.pairs.items()}
+    files = {names.name: names.name} if isinstance(names, Path) else names
+    before = None if overwrite or isinstance(names, Path) else find_unfinished(out, call, files)
+    output = Output(out, files)
+    scores: dict[str, Scores] = {}
+    if before is not None:
+        scores = dict(before.scores)
+        logger.info("Going on behind %d of %d pictures of an earlier call.", len(scores), count)
+    wanted = [index for index in range(count) if frames.ids[index] not in scores]
+    with Progress("decode", len(wanted)) as progress:
+        if before is not None:
+            output.go_on(before.scores)
+            shown, colours = before.start["shown"], _from_plain(before.start["colours"])
+            views = viewer.views(frames, wanted)
+        else:
+            first, colours = _begin(viewer, frames, count)
+            shown = {name: _about(pair) for name, pair in first.pairs.items()}
+            _row(viewer, first, frames, colours)  # what fails, fails before earlier pictures are gone
+            output.begin(call, {"shown": shown, "colours": _plain(colours)})
+            # A video whose very first frame cannot be read has no others: this is in order.
+            rest = viewer.views(frames, (index for index in wanted if index != first.index))
+            views = itertools.chain([first], rest)
+        try:
+            with _writer(frames, names, output) as write:
+                for view in views:
+                    sample_id, of_image = (
+                        frames.ids[view.index],
+                        {name: pair.scores for name, pair in view.pairs.items()},
+                    )
+                    write(sample_id, _row(viewer, view, frames, colours), of_image)
+                    scores[sample_id] = of_image
+                    progress.advance(1)
+        except KeyboardInterrupt:
+            if not isinstance(names, Path):
+                logger.warning("%d of %d pictures are whole; the same call goes on behind them.", len(scores), count)
+            raise
         progress.advance(count - len(scores))  # unreadable
-    first = next(iter(known.values()))
     record = {
         **about,
         "finished": True,
-        "teachers": {subject.name: _about(subject, first.pairs[subject.name], scores) for subject in viewer.subjects},
-        "images": scores,
+        "teachers": {
+            subject.name: {**shown[subject.name], **_teacher(subject), "mean_scores": _means(subject.name, scores)}
+            for subject in viewer.subjects
+        },
+        "images": {sample_id: scores[sample_id] for sample_id in frames.ids[:count] if sample_id in scores},
         "skipped": frames.skipped,
-        "files": files,
     }
-    write_record(out, record)
+    output.finish(record)
     return record
 
 
-def _all_views(
-    viewer: Viewer, frames: Frames, count: int, known: Mapping[int, View], progress: Progress
-) -> Iterator[View]:
-    """In order; those known already between the others, which are read in one go, as a video must be."""
-    waiting = iter(sorted(known))
-    following = next(waiting, None)
-    others = (index for index in range(count) if index not in known and frames.ids[index] not in frames.skipped)
-    for view in _counted(viewer.views(frames, others), progress):
-        while following is not None and following < view.index:
-            yield known[following]
-            following = next(waiting, None)
-        yield view
-    while following is not None:
-        yield known[following]
-        following = next(waiting, None)
+def _begin(viewer: Viewer, frames: Frames, count: int) -> tuple[View, ByTeacher]:
+    """The first picture that can be read, and what colours mean."""
+    # Evenly over all, so that a video's end counts as much as its beginning.
+    chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _FITTED_ON))})
+    first = next((view for index in chosen for view in viewer.views(frames, [index])), None)
+    if first is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
+        raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
+    # Masks take minutes and need no colours; what needs them is computed twice, which spares keeping it.
+    fitted = [subject for subject in viewer.subjects if _has_colours(first.pairs[subject.name])]
+    views = [first]
+    if fitted:
+        views += viewer.views(frames, (index for index in chosen if index > first.index), fitted)
+    return first, {
+        subject.name: _fit(subject, [view.pairs[subject.name] for view in views if subject.name in view.pairs])
+        for subject in viewer.subjects
+    }
 
 
-def _counted(views: Iterator[View], progress: Progress) -> Iterator[View]:
-    for view in views:
-        progress.advance(1)
-        yield view
+def _has_colours(pair: Pair) -> bool:
+    return any(isinstance(shown, Tokens | Depth) for shown in (pair.translated, pair.own))
 
 
-def _fit(subject: Subject, views: Sequence[View]) -> tuple[Colours, Colours]:
+def _fit(subject: Subject, pairs: Sequence[Pair]) -> tuple[Colours, Colours]:
     """What the colours of translations and of the teacher's own mean: the same, if the features can be compared."""
-    pairs = [view.pairs[subject.name] for view in views]
     translated: list[Shown] = [pair.translated for pair in pairs]
     own: list[Shown] = [pair.own for pair in pairs if pair.own is not None]
     if not own:
@@ -115,6 +137,30 @@ def _fit(subject: Subject, views: Sequence[View]) -> tuple[Colours, Colours]:
         return colours, colours
     colours = fit_colours(own)
     return (colours if subject.comparable else fit_colours(translated)), colours
+
+
+def _plain(colours: ByTeacher) -> dict[str, Any]:
+    """Colours as JSON holds them, to the last digit."""
+
+    def plain(one: Colours) -> dict[str, Any]:
+        basis = None if one.basis is None else {name: part.tolist() for name, part in vars(one.basis).items()}
+        return {"basis": basis, "depth": one.depth}
+
+    return {name: [plain(one) for one in pair] for name, pair in colours.items()}
+
+
+def _from_plain(content: Mapping[str, Any]) -> ByTeacher:
+    def colours(one: Mapping[str, Any]) -> Colours:
+        basis = one["basis"] and ColourBasis(**{name: np.array(part) for name, part in one["basis"].items()})
+        return Colours(basis, tuple(one["depth"]))
+
+    return {name: (colours(translated), colours(own)) for name, (translated, own) in content.items()}
+
+
+def _row(viewer: Viewer, view: View, frames: Frames, colours: ByTeacher) -> Picture:
+    groups = [Group("image", [(frames.ids[view.index], np.asarray(view.image))])]
+    groups += [_group(subject, view, *colours[subject.name]) for subject in viewer.subjects]
+    return row(groups, view.image.width / view.image.height)
 
 
 def _group(subject: Subject, view: View, translated: Colours, own: Colours) -> Group:
@@ -138,34 +184,35 @@ def _kind(shown: Shown) -> str:
             return ""
 
 
-def _about(subject: Subject, pair: Pair, scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    values: dict[str, list[float]] = {}
-    for of_image in scores.values():
-        for key, value in of_image[subject.name].items():
-            values.setdefault(key, []).append(value)
+def _about(pair: Pair) -> dict[str, Any]:
+    return {"shown_as": type(pair.translated).__name__.lower(), "own_shown": pair.own is not None}
+
+
+def _teacher(subject: Subject) -> dict[str, Any]:
     spec = None if subject.teacher is None else subject.teacher.spec
     return {
-        "shown_as": type(pair.translated).__name__.lower(),
-        "own_shown": pair.own is not None,
         "weights": None if spec is None else spec.weights,
         "revision": None if spec is None else spec.revision,
         "notes": subject.notes,
-        "mean_scores": {key: sum(each) / len(each) for key, each in values.items()},
     }
 
 
+def _means(teacher: str, scores: Mapping[str, Scores]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for of_image in scores.values():
+        for key, value in of_image[teacher].items():
+            values.setdefault(key, []).append(value)
+    return {key: sum(each) / len(each) for key, each in values.items()}
+
+
 @contextmanager
-def _writer(frames: Frames, names: Mapping[str, str] | Path, out: Path) -> Iterator[Callable[[str, Picture], None]]:
-    if isinstance(names, Path):
-        if not isinstance(frames, Video):
-            raise TypeError("only a video becomes a video")
-        with video_writer(names, frames.frames_per_s) as add:
-            yield lambda _, picture: add(picture)
+def _writer(
+    frames: Frames, names: Mapping[str, str] | Path, output: Output
+) -> Iterator[Callable[[str, Picture, Scores], None]]:
+    if not isinstance(names, Path):
+        yield output.save
         return
-
-    def save(sample_id: str, picture: Picture) -> None:
-        path = out / names[sample_id]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-
-    yield save
+    if not isinstance(frames, Video):
+        raise TypeError("only a video becomes a video")
+    with video_writer(names, frames.frames_per_s) as add:
+        yield lambda _, picture, __: add(picture)

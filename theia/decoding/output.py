@@ -1,21 +1,30 @@
-"""The folder that decoded pictures go to."""
+"""The folder that decoded pictures go to, and what a call that was stopped has left there."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 from theia.analysis.files import check_writable
 from theia.errors import ConfigError
+from theia.pictures import Picture
 
-RECORD = "decoded.json"
+RECORD, SCORES = "decoded.json", "decoded.jsonl"
 _MARK = "theia_decode"
 _VERSION = 1
+_TEMPORARY = ".decoded.tmp"
+
+Scores = dict[str, dict[str, float]]  # by teacher and name of a score
 
 
 def check_free(out: Path, overwrite: bool) -> None:
     """Makes sure that pictures can be written there, before any work; leaves everything as it is.
+
+    What a call that was stopped left is not in the way: see :func:`find_unfinished`.
 
     Args:
         out: The folder.
@@ -27,9 +36,10 @@ def check_free(out: Path, overwrite: bool) -> None:
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ConfigError(f"{out} is no folder. Choose another with --out.")
     if out.is_dir() and any(out.iterdir()):
-        if _files_of(out) is None:
+        record = _read(out)
+        if record is None:
             raise ConfigError(f"{out} is not empty and holds no decoded pictures. Choose another folder with --out.")
-        if not overwrite:
+        if record.get("finished") and not overwrite:
             raise ConfigError(
                 f"{out} holds decoded pictures already. Replace them with --overwrite, or choose another folder with "
                 "--out."
@@ -40,33 +50,118 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"{out} cannot be written ({error}). Choose another folder with --out.") from error
 
 
-def prepare(out: Path, files: Sequence[str], overwrite: bool) -> None:
-    """Makes a folder ready and notes what will be written, so that a later call can tell it from a foreign one.
+@dataclass(frozen=True)
+class Unfinished:
+    """What a call that was stopped has left.
+
+    Attributes:
+        start: What it noted before its first picture.
+        scores: Of each image whose picture is whole, by id.
+    """
+
+    start: dict[str, Any]
+    scores: dict[str, Scores]
+
+
+def find_unfinished(out: Path, call: Mapping[str, Any], files: Mapping[str, str]) -> Unfinished | None:
+    """Looks for a call to go on with.
 
     Args:
         out: The folder.
-        files: Relative to it.
-        overwrite: Remove what an earlier call wrote.
+        call: By option, what pictures depend on, as plain values.
+        files: By image id, its file relative to the folder.
+
+    Returns:
+        ``None`` if there is none, or it was stopped before its first picture was whole.
 
     Raises:
-        ConfigError: See :func:`check_free`.
+        ConfigError: If it was a call with other options.
     """
-    check_free(out, overwrite)
-    for name in _files_of(out) or ():
-        path = out / name
-        # A record may have been edited; nothing outside the folder is ours.
-        if path.is_file() and path.resolve().is_relative_to(out.resolve()):
-            path.unlink()
-            with suppress(OSError):  # not empty
-                path.parent.rmdir()
-    out.mkdir(parents=True, exist_ok=True)
-    write_record(out, {"finished": False, "files": list(files)})
+    record = _read(out)
+    if record is None or record.get("finished"):
+        return None
+    scores: dict[str, Scores] = {}
+    with suppress(OSError):
+        for line in (out / SCORES).read_text().splitlines():
+            with suppress(ValueError, TypeError, KeyError):  # torn when the process was killed
+                entry = json.loads(line)
+                if (out / entry["file"]).is_file():
+                    scores[entry["image"]] = entry["scores"]
+    if not scores:
+        return None
+    then: dict[str, Any] = record.get("call") or {}
+    now = json.loads(json.dumps({**call}, default=str))
+    differing = [name for name in now if then.get(name) != now[name]]
+    if not differing and record["files"] != [*files.values()]:
+        differing = ["images"]
+    if differing:
+        raise ConfigError(
+            f"{out} holds {len(scores)} pictures of a call that was stopped, with other {', '.join(differing)}. Give "
+            "what was given then to go on with it, replace them with --overwrite, or choose another folder with --out."
+        )
+    return Unfinished(record["start"], scores)
+
+
+class Output:
+    """Writes pictures, each whole or not at all, and notes each with its scores.
+
+    Args:
+        out: The folder; see :func:`check_free`.
+        files: By image id, its file relative to the folder.
+    """
+
+    def __init__(self, out: Path, files: Mapping[str, str]) -> None:
+        self._out, self._files = out, files
+
+    def begin(self, call: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Removes what an earlier call wrote, and notes what will be written: a later call can go on with it.
+
+        Args:
+            call: See :func:`find_unfinished`.
+            start: To be given back by it.
+        """
+        for name in [*((_read(self._out) or {}).get("files", ())), SCORES, _TEMPORARY]:
+            path = self._out / str(name)
+            # A record may have been edited; nothing outside the folder is ours.
+            if path.is_file() and path.resolve().is_relative_to(self._out.resolve()):
+                path.unlink()
+                with suppress(OSError):  # not empty
+                    path.parent.rmdir()
+        self._out.mkdir(parents=True, exist_ok=True)
+        write_record(
+            self._out,
+            {"finished": False, "call": {**call}, "start": {**start}, "files": [*self._files.values()]},
+        )
+
+    def go_on(self, scores: Mapping[str, Scores]) -> None:
+        """Instead of :meth:`begin`: keeps what is whole, by image id."""
+        lines = [self._line(sample_id, each) for sample_id, each in scores.items()]
+        temporary = self._out / _TEMPORARY
+        temporary.write_text("".join(lines))
+        temporary.replace(self._out / SCORES)
+
+    def save(self, sample_id: str, picture: Picture, scores: Scores) -> None:
+        """Writes the picture of an image, then notes it."""
+        path, temporary = self._out / self._files[sample_id], self._out / _TEMPORARY
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(temporary, format="PNG")
+        temporary.replace(path)
+        with (self._out / SCORES).open("a") as lines:
+            lines.write(self._line(sample_id, scores))
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Writes the record of everything; nothing is left to go on with."""
+        write_record(self._out, {**record, "finished": True, "files": [*self._files.values()]})
+        (self._out / SCORES).unlink(missing_ok=True)
+
+    def _line(self, sample_id: str, scores: Scores) -> str:
+        return json.dumps({"image": sample_id, "file": self._files[sample_id], "scores": scores}) + "\n"
 
 
 def write_record(out: Path, content: dict[str, Any]) -> None:
     """Writes ``decoded.json``, whole or not at all."""
-    temporary = out / f".{RECORD}"
-    temporary.write_text(json.dumps({_MARK: _VERSION, **content}, indent=1) + "\n")
+    temporary = out / _TEMPORARY
+    temporary.write_text(json.dumps({_MARK: _VERSION, **content}, indent=1, default=str) + "\n")
     temporary.replace(out / RECORD)
 
 
@@ -91,11 +186,10 @@ def picture_names(ids: Sequence[str], endings: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _files_of(out: Path) -> list[str] | None:
+def _read(out: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((out / RECORD).read_text())
-        if _MARK not in record:
-            return None
-        return [str(name) for name in record["files"]]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError):
         return None
+    good = isinstance(record, dict) and _MARK in record and isinstance(record.get("files"), list)
+    return record if good else None

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from theia import hub, registry
 from theia.decoding.looks import Shown, Tokens
+from theia.encoder.authors import HUB_IDS
 from theia.encoder.encoder import Encoder
-from theia.errors import ConfigError, PluginError, TheiaError, UnknownTeacherError, WeightsError
+from theia.errors import ConfigError, FeatureError, PluginError, TheiaError, UnknownTeacherError, WeightsError
 from theia.teacher import Teacher, check_decoded, check_features
-from theia.types import TeacherSpec
+from theia.types import Masks, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Subject:
 
     Attributes:
         name: Of the teacher.
+        key: What the model calls it: the same, or a hub id in published models.
         grid_hw: Rows and columns of its tokens.
         comparable: Whether translations can be brought to the teacher's own scale.
         teacher: With weights, if it could be had and is of use.
@@ -33,6 +35,7 @@ class Subject:
     """
 
     name: str
+    key: str
     grid_hw: tuple[int, int]
     comparable: bool
     teacher: Teacher | None = None
@@ -56,10 +59,18 @@ class Subject:
             image: uint8, shape ``(1, 3, H, W)``.
             own: Whether they are the teacher's own.
 
+        Returns:
+            Masks have the image's size, whatever size they were given in.
+
         Raises:
-            FeatureError: If the teacher decodes to something else than it may.
+            FeatureError: If features are not finite, or the teacher decodes to something else than it may.
             PluginError: If its ``decode`` fails.
         """
+        if not patches.isfinite().all():
+            whose = f"Teacher {self.name!r} gives" if own else f"The model's translations for {self.name!r} have"
+            raise FeatureError(
+                f"{whose} values that are not finite. Leave it out with --teachers, or mend its weights."
+            )
         if self.teacher is None or not (self.decodes or own):
             return Tokens(patches, self.grid_hw)
         try:
@@ -69,7 +80,19 @@ class Subject:
         except Exception as error:
             raise PluginError(f"Teacher {self.name!r} cannot decode: {type(error).__name__}: {error}.") from error
         check_decoded(self.teacher.spec, decoded, len(patches))
+        if isinstance(decoded, Masks):
+            height, width = image.shape[2:]
+            return Masks([_resized(each, height, width) for each in decoded.masks], decoded.scores)
         return Tokens(patches, self.grid_hw) if decoded is None else decoded
+
+
+def names_of(encoder: Encoder) -> dict[str, str]:
+    """What a model calls its teachers, by the names that they are installed under.
+
+    A published model calls them by hub id.
+    """
+    installed = {hub_id: name for name, hub_id in HUB_IDS.items()}
+    return {installed.get(key, key): key for key in encoder.teachers}
 
 
 def open_subject(
@@ -83,7 +106,7 @@ def open_subject(
     """Finds out what can be shown of a teacher, and gets its weights only where they are of use.
 
     Args:
-        name: A teacher of the model.
+        name: A teacher of the model, as :func:`names_of` gives it.
         encoder: The model.
         options: Arguments of the teacher's constructor, if the user gave any.
         side_by_side: Whether the teacher's own output is wanted.
@@ -97,12 +120,16 @@ def open_subject(
         ConfigError: If the teacher that the options make is of another shape than the model's.
         UnknownTeacherError: If options are given for one that is not installed.
     """
-    record = encoder.architecture.teachers[name]
+    key = names_of(encoder)[name]
+    record = encoder.architecture.teachers[key]
     rows, columns = record["grid_hw"]
-    comparable = _has_statistics(encoder, name)
-    subject = Subject(name, (rows, columns), comparable)
+    comparable = _has_statistics(encoder, key)
+    subject = Subject(name, key, (rows, columns), comparable)
     if not comparable:
-        subject.notes.append("the model has no statistics of its features: translations are normalised, in own colours")
+        subject.notes.append(
+            "the model has no statistics of these features, as published models have none: its translations cannot be "
+            "decoded or scored and are shown as PCA colours of their own"
+        )
     shape = (record["channels"], (rows, columns))
     try:
         found = registry.find(name)
@@ -120,7 +147,8 @@ def open_subject(
         if options and isinstance(error, UnknownTeacherError | PluginError):
             raise
         own = "; its own output is not shown" if side_by_side else ""
-        subject.notes.append(f"the teacher cannot be had, translations are shown as PCA colours{own}: {error}")
+        why = error.reason if isinstance(error, hub.UnreachableError) else error
+        subject.notes.append(f"the teacher cannot be had, translations are shown as PCA colours{own}: {why}")
         return subject
     if _shape(teacher.spec) != shape:
         raise ConfigError(
@@ -134,7 +162,16 @@ def open_subject(
             f"({teacher.spec.weights}, {now}); what is decoded through them may be wrong. Give its own with "
             "--teacher_options"
         )
-    return Subject(name, (rows, columns), comparable, teacher, decodes, side_by_side, subject.notes)
+    return Subject(name, key, (rows, columns), comparable, teacher, decodes, side_by_side, subject.notes)
+
+
+def _resized(masks: Tensor, height: int, width: int) -> Tensor:
+    """Nearest neighbours; ``(M, H, W)``, also of no masks."""
+    rows, columns = (
+        ((torch.arange(wanted, device=masks.device) + 0.5) * (given / wanted)).long().clamp(max=given - 1)
+        for given, wanted in zip(masks.shape[1:], (height, width), strict=True)
+    )
+    return masks[:, rows][:, :, columns]
 
 
 def _has_statistics(encoder: Encoder, name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from theia.errors import ConfigError, ImageError
 from theia.pictures import Picture
@@ -148,8 +148,20 @@ def _read_video(path: Path) -> Iterator[Image.Image]:
 
 
 def _about_gif(path: Path) -> tuple[int, Fraction]:
+    durations: list[float] = []
     with Image.open(path, formats=("GIF",)) as image:
-        durations = [frame.info.get("duration", 0) or _MILLISECONDS for frame in ImageSequence.Iterator(image)]
+        for index in itertools.count():
+            try:
+                image.seek(index)
+            except EOFError:
+                if durations and _is_cut(path):
+                    durations.append(durations[-1])
+                break
+            except Exception:
+                # Cut short, which Pillow says in many ways. Reading it says where; the damaged frame counts as one.
+                durations.append(durations[-1] if durations else _MILLISECONDS)
+                break
+            durations.append(image.info.get("duration", 0) or _MILLISECONDS)
     return len(durations), Fraction(1000 * len(durations), round(sum(durations)))
 
 
@@ -158,9 +170,16 @@ def _read_gif(path: Path) -> Iterator[Image.Image]:
         for index in itertools.count():
             try:
                 image.seek(index)
-            except EOFError:
+            except EOFError as error:
+                if _is_cut(path):
+                    raise ImageError("the file is cut short") from error
                 return
             yield image.convert("RGB")
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a GIF lacks its last byte: Pillow takes a cut between two frames for the end."""
+    return not path.read_bytes().rstrip(b"\0").endswith(b";")
 
 
 def _av() -> ModuleType:

@@ -15,6 +15,7 @@ from theia.decoding.looks import Shown
 from theia.decoding.scores import depth_error, feature_cosine, mask_iou
 from theia.decoding.subject import Subject
 from theia.encoder.encoder import Encoder
+from theia.errors import FeatureError
 from theia.pictures import Picture
 from theia.types import Depth, Masks
 
@@ -70,33 +71,36 @@ class Viewer:
         self._square = square
         self._batch_size = batch_size
 
-    def views(self, frames: Frames, indices: Iterable[int]) -> Iterator[View]:
+    def views(
+        self, frames: Frames, indices: Iterable[int], subjects: Sequence[Subject] | None = None
+    ) -> Iterator[View]:
         """Shows some pictures.
 
         Args:
             frames: All pictures.
             indices: Ascending. What cannot be read is left out.
+            subjects: Those to show; all by default.
         """
         pictures = frames.pick(indices)
         while batch := list(itertools.islice(pictures, self._batch_size)):
-            yield from self._of_batch(batch)
+            yield from self._of_batch(batch, self.subjects if subjects is None else subjects)
 
     @torch.no_grad()
-    def _of_batch(self, batch: list[tuple[int, Image.Image]]) -> Iterator[View]:
+    def _of_batch(self, batch: list[tuple[int, Image.Image]], subjects: Sequence[Subject]) -> Iterator[View]:
         distiller = self._encoder.distiller
         squares = np.stack([self._square(image, self._encoder.image_size) for _, image in batch])
         images = torch.from_numpy(squares).to(distiller.student.pixel_mean.device)
-        translated = self._encoder.translate(images, [subject.name for subject in self.subjects])
-        own = {subject.name: subject.own_features(images) for subject in self.subjects}
+        translated = self._encoder.translate(images, [subject.key for subject in subjects])
+        own = {subject.name: subject.own_features(images) for subject in subjects}
         for at, ((index, image), square) in enumerate(zip(batch, squares, strict=True)):
             # One by one: how much a decoder needs for an image is its own affair, and it may take long.
             here = slice(at, at + 1)
             pairs = {}
-            for subject in self.subjects:
+            for subject in subjects:
                 theirs = own[subject.name]
                 pairs[subject.name] = self._pair(
                     subject,
-                    translated[subject.name][here].float(),
+                    translated[subject.key][here].float(),
                     None if theirs is None else theirs[here],
                     images[here],
                 )
@@ -104,15 +108,21 @@ class Viewer:
 
     def _pair(self, subject: Subject, translated: torch.Tensor, own: torch.Tensor | None, image: torch.Tensor) -> Pair:
         """Shows one image: normalised translation, and the teacher's features as they are, ``(1, N, C)``."""
-        distiller, name = self._encoder.distiller, subject.name
-        features = distiller.denormalize(name, translated) if subject.comparable else translated
+        distiller, key = self._encoder.distiller, subject.key
+        features = distiller.denormalize(key, translated) if subject.comparable else translated
         shown = subject.show(features, image, own=False)
         if own is None:
             return Pair(shown, None, {})
         theirs = subject.show(own, image, own=True)
+        if isinstance(shown, Depth) and isinstance(theirs, Depth) and shown.maps.shape != theirs.maps.shape:
+            sizes = " and to ".join("x".join(map(str, each.maps.shape[1:])) for each in (shown, theirs))
+            raise FeatureError(
+                f"Teacher {subject.name!r} decoded features of one image to {sizes}. Correct its decode(): the size of "
+                "depth may depend on that of the image only."
+            )
         scores = _scores(shown, theirs)
         if subject.comparable:
-            target = distiller.normalize(name, own)
+            target = distiller.normalize(key, own)
             scores = {"cosine": feature_cosine(*_numpy(translated[0], target[0])), **scores}
         return Pair(shown, theirs, {key: value for key, value in scores.items() if math.isfinite(value)})
 

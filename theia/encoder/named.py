@@ -28,7 +28,8 @@ the same with @random             what it was before training: its architecture,
 teacher:NAME[@WEIGHTS]            an installed teacher, with its own weights, a path or id of others, or 'random'
 teacher:NAME@{OPTION: VALUE, ...} the same with any of its options, as in 'theia extract --help'
 timm:NAME[@random]                a model of timm, pretrained or untrained
-concat:NAME,NAME,...              teachers side by side on the grid of the first; each may have @WEIGHTS
+concat:NAME,NAME,...              teachers side by side on the grid of the first, each in its own scale and
+                                  maybe with @WEIGHTS
 random:vit_tiny                   an untrained student: vit_tiny, vit_small or vit_base"""
 
 _STUDENTS = {"vit_tiny": "tiny", "vit_small": "small", "vit_base": "base"}
@@ -152,6 +153,11 @@ class _OfTimm(nn.Module):
             maps = features if last else features.permute(0, 2, 3, 1)
             return _tokens(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), None)
         prefix = getattr(self.inner, "num_prefix_tokens", None)
+        if isinstance(features, Tensor) and features.ndim == 3 and prefix is None:
+            raise ConfigError(
+                f"timm's {self._name} gives tokens of shape {tuple(features.shape)} and does not tell how many of them are prefix "
+                "tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
+            )
         if not isinstance(features, Tensor) or features.ndim != 3 or prefix is None:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ConfigError(f"timm's {self._name} gives no spatial features, but {shape}. Take another.")
@@ -177,7 +183,10 @@ class _OfTimm(nn.Module):
 
 
 class _Concatenation(nn.Module):
-    """The paper's naive combination: channels of several teachers on one grid, resampled bilinearly where needed."""
+    """The paper's naive combination: channels of several teachers on one grid, resampled bilinearly where needed.
+
+    Features keep their scale: those of the largest decide over norms, components and similarity.
+    """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -250,6 +259,10 @@ def _concat(text: str) -> nn.Module:
     parts = [part.strip() for part in _OUTER_COMMA.split(text)]
     if not all(parts):
         raise ConfigError(f"concat:{text} has an empty name. Give teachers with single commas: concat:NAME,NAME.")
+    prefixed = [part for part in parts if part.partition(":")[0] in _KINDS and ":" in part.partition("@")[0]]
+    if prefixed:
+        bare = f" Leave out the prefix: {prefixed[0].removeprefix('teacher:')}." if "teacher:" in prefixed[0] else ""
+        raise ConfigError(f"concat:{text} has {prefixed[0]!r}; only teachers go side by side, by bare names.{bare}")
     return _Concatenation([_teacher(part) for part in parts])
 
 
