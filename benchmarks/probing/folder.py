@@ -3,7 +3,7 @@
 ```
 DATA/train/ and DATA/val/, each with
     rgb/NAME.png          or .jpg: every picture; sizes may differ
-    depth/NAME.png        16 bits: millimetres along the optical axis; 0, or beyond 10 m: not known
+    depth/NAME.png        16 bits: millimetres along the optical axis; 0: not known; depth is told up to 10 m
     normals/NAME.png      8-bit RGB: 255 (n + 1) / 2 of the unit normal n in any axes; black or mid-grey: not known
     labels/NAME.png       8 bits: class index; 255 does not count
     pose/NAME.txt         camera to world, 4x4, metres; x to the right, y down, z ahead

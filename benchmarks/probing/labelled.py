@@ -22,6 +22,7 @@ from theia.extraction.images import ImageSource, open_source
 _BATCH_SIZE = 32
 _HELD_OUT = 5  # every fifth image of a class
 _MAX_THREADS = 8
+_HEADERS = 1024  # at a time
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,11 @@ def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labell
 
 
 def _check_headers(root: Path, names: Sequence[str]) -> None:
-    with _threads() as pool:
-        for _ in tqdm(pool.map(lambda name: header(root / name), names), "headers", len(names), unit="image"):
-            pass
+    with _threads() as pool, tqdm(total=len(names), desc="headers", unit="image") as progress:
+        # Not all at once: a pool holds a kilobyte for each call that waits.
+        for start in range(0, len(names), _HEADERS):
+            part = names[start : start + _HEADERS]
+            progress.update(len(list(pool.map(lambda name: header(root / name), part))))
 
 
 def _threads() -> ThreadPoolExecutor:
