@@ -1,8 +1,5 @@
 """``python -m benchmarks.probing dense``."""
 
-# What a command says to its user:
-# ruff: noqa: T201
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,8 +1,5 @@
 """A run over several encoders, as both commands share it."""
 
-# What a command says to its user:
-# ruff: noqa: T201
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
