@@ -144,6 +144,7 @@ def decode(
         "model": model,
         "weights of the model": _checksum(encoder),
         "images": images,
+        "teachers_side_by_side": teachers_side_by_side,
         "teachers": [[one.name, one.shows_own, one.teacher and vars(one.teacher.spec)] for one in subjects],
         "teacher_options": options,
         "limit": limit,

@@ -155,8 +155,8 @@ class _OfTimm(nn.Module):
         prefix = getattr(self.inner, "num_prefix_tokens", None)
         if isinstance(features, Tensor) and features.ndim == 3 and prefix is None:
             raise ConfigError(
-                f"timm's {self._name} gives tokens of shape {tuple(features.shape)} and does not tell how many of them are prefix "
-                "tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
+                f"timm's {self._name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
             )
         if not isinstance(features, Tensor) or features.ndim != 3 or prefix is None:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
