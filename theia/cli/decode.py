@@ -67,14 +67,14 @@ def decode(
 
     SAM shows masks, Depth-Anything depth, HOG strokes, color colours; any other teacher, and one whose weights cannot
     be had, the principal components of its features as colours. Colours mean the same in all pictures of a call.
-    Published models have no statistics of features: all of their teachers are shown as such colours. The same call
-    again goes on after an interruption; a video starts over.
 
     Args:
-        model: An exported folder, a checkpoint of 'theia fit', or the id of a published model on the hub.
+        model: An exported folder, a checkpoint of 'theia fit', or the id of a published model on the hub. Published
+            ones have no statistics of features: all their teachers are shown as PCA colours.
         images: A folder of images, one image, a .tar file of images, a video, or sample:COUNT for photographs.
         out: Folder to make, for a PNG per image, or a video for a video, and decoded.json with the scores. Finished
-            pictures there are replaced with --overwrite only; what a call that was stopped left is gone on with.
+            pictures there are replaced with --overwrite only. The same call goes on where it was stopped; a video
+            starts over.
         teachers: Which to show, in this order, with commas between them, as sam for facebook/sam-vit-huge, too; all of
             the model by default.
         teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs its

@@ -79,10 +79,8 @@ def decode(
         try:
             with _writer(frames, names, output) as write:
                 for view in views:
-                    sample_id, of_image = (
-                        frames.ids[view.index],
-                        {name: pair.scores for name, pair in view.pairs.items()},
-                    )
+                    sample_id = frames.ids[view.index]
+                    of_image = {name: pair.scores for name, pair in view.pairs.items()}
                     write(sample_id, _row(viewer, view, frames, colours), of_image)
                     scores[sample_id] = of_image
                     progress.advance(1)
@@ -93,7 +91,6 @@ def decode(
         progress.advance(count - len(scores))  # unreadable
     record = {
         **about,
-        "finished": True,
         "teachers": {
             subject.name: {**shown[subject.name], **_teacher(subject), "mean_scores": _means(subject.name, scores)}
             for subject in viewer.subjects
