@@ -153,9 +153,17 @@ def test_nothing_to_load_says_what_there_might_be(tmp_path: Path) -> None:
             theia.load(source)
 
 
-def test_a_hub_out_of_reach_names_id_cause_and_the_other_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody'.*hub either: \w+: .*local folder"):
+def test_a_hub_that_is_not_asked_names_id_cause_and_the_other_way() -> None:
+    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody'.*HF_HUB_OFFLINE is set.*give their path"):
+        theia.load("owner/model-of-nobody")
+
+
+def test_a_hub_that_has_no_such_model_names_id_cause_and_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: str, **__: str | None) -> str:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(WeightsError, match=r"'owner/model-of-nobody'.*hub either: OSError: no such .*local folder"):
         theia.load("owner/model-of-nobody")
 
 
