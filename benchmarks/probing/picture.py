@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.probing.data import MAX_DEPTH, DenseData
+from benchmarks.probing.data import MAX_DEPTH, TASKS, DenseData
 from benchmarks.probing.probes import Probed, shown
 from benchmarks.probing.segmentation_metrics import IGNORED
 from benchmarks.probing.tasks import head_task
@@ -28,13 +28,14 @@ def draw(path: Path, data: DenseData, probed: Mapping[str, Probed]) -> None:
         data: Whose val pictures were probed.
         probed: By name of the column; the maps of each are of the same tasks.
     """
-    tasks = [*next(iter(probed.values())).maps]
+    mapped = next(iter(probed.values())).maps
+    tasks = [task for task in TASKS if task in mapped]
     places = shown(len(data.val.images))
     rows = [(number, place, task) for number, place in enumerate(places) for task in tasks]
     figure = Figure((_INCHES * (2 + len(probed)), _INCHES * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), 2 + len(probed), squeeze=False)
     for row, (number, place, task) in zip(axes, rows, strict=True):
-        truth = head_task(task, data).targets(data.val)[place]  # type: ignore[arg-type]
+        truth = head_task(task, data).targets(data.val)[place]
         picture = data.val.images[place].transpose(1, 2, 0)
         maps = [truth, *(column.maps[task][number] for column in probed.values())]
         for axis, image in zip(row, [picture, *(_colours(task, values, truth) for values in maps)], strict=True):

@@ -155,10 +155,11 @@ def open_subject(
             f"The model was distilled from a {name!r} of {_said(shape)}; these --teacher_options make one of "
             f"{_said(_shape(teacher.spec))}. Give those of the extraction."
         )
-    then, now = (trained_on or {}).get("revision"), teacher.spec.revision
+    learned_from = trained_on or {}
+    then, now = learned_from.get("revision"), teacher.spec.revision
     if then and now and then != now:
         subject.notes.append(
-            f"the model learned from other weights ({trained_on['weights']}, {then}) than these "  # type: ignore[index]
+            f"the model learned from other weights ({learned_from['weights']}, {then}) than these "
             f"({teacher.spec.weights}, {now}); what is decoded through them may be wrong. Give its own with "
             "--teacher_options"
         )
