@@ -9,6 +9,10 @@ class ConfigError(TheiaError):
     """Options that do not fit together or do not fit the data."""
 
 
+class FileError(TheiaError):
+    """A file cannot be written, for instance on a full disk."""
+
+
 class UnknownTeacherError(TheiaError):
     """No installed distribution registers a teacher of that name."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import StoreError
-from theia.store.files import publish, temporary_path, writing
+from theia.store.files import writing
 from theia.store.schema import Field, canonical_json
 from theia.store.shard import (
     CHECKED,
@@ -32,6 +32,7 @@ from theia.store.shard import (
     row_crc32,
 )
 from theia.types import Json
+from theia.utils.files import publish, temporary_path
 
 _ALIGNMENT = 4096
 

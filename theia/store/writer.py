@@ -16,7 +16,7 @@ from theia.errors import ShapeError, StoreError
 from theia.store.agreement import check_folder, check_images, check_splits, check_teacher, with_shards
 from theia.store.completion import WholeShards, complete, missing_shards
 from theia.store.features import ShardWriter
-from theia.store.files import remove_stale, replace_bytes, writing
+from theia.store.files import replace_bytes, writing
 from theia.store.layout import LABEL, SKIPPED, SetLayout, encode_skipped, read_skipped, split_layouts
 from theia.store.manifest import edit_manifest, read_manifest
 from theia.store.new_shard import NewShard
@@ -36,6 +36,7 @@ from theia.store.schema import (
 )
 from theia.store.shard import Shard
 from theia.types import Json, TeacherSpec
+from theia.utils.files import remove_stale
 
 
 class SplitWriter:

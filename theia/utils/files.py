@@ -1,0 +1,152 @@
+"""Files that are whole or absent: written beside their target, synced, renamed; and what a full disk is called."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from theia.errors import FileError, TheiaError
+
+KEPT = "What was there before is whole"
+
+_SUFFIX = ".tmp"
+_HOST = socket.gethostname().replace("~", "-")
+
+# Whether a writer on another host lives cannot be asked; it touches its file with every batch.
+_ABANDONED_SECONDS = 6 * 3600.0
+
+
+@contextmanager
+def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT) -> Iterator[Path]:
+    """Gives a path to write to, beside the target; when the block ends well, what was written there is the target.
+
+    Whatever happens at any time, a kill or a full disk included, the target is the old file or the new one, whole.
+
+    Args:
+        path: The target. Its folder is made if need be.
+        error: Type of the error where the system refuses.
+        kept: What is not lost, as the message says.
+
+    Yields:
+        A path in the same folder, and so on the same disk.
+
+    Raises:
+        FileError: Or ``error``, on any OSError in the block or here.
+    """
+    temporary = temporary_path(path)
+    with writing(path, error, kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path.parent, path.name)
+        try:
+            yield temporary
+            sync(temporary)
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes, error: type[TheiaError] = FileError, kept: str = KEPT) -> None:
+    """Writes a small file: afterwards there is the old content or the new, whole, and it survives a loss of power.
+
+    Args:
+        path: Its folder is made if need be.
+        content: Text is written as UTF-8.
+        error: See :func:`replacing`.
+        kept: Likewise.
+
+    Raises:
+        FileError: Or ``error``, if it cannot be written, for instance on a full disk.
+    """
+    with replacing(path, error, kept) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT) -> Iterator[None]:
+    """Turns system errors inside into one that names the file, and the disk where that is full.
+
+    Raises:
+        FileError: Or ``error``, on any OSError.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise error(what_failed(path, cause, kept)) from cause
+
+
+def what_failed(path: Path | str, cause: OSError, kept: str = KEPT) -> str:
+    """Says that a file could not be written, why, and on which disk if that is full.
+
+    Args:
+        path: The file, or the folder that it was to lie in.
+        cause: What the system said.
+        kept: What is not lost.
+    """
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = "the quota of file system" if cause.errno == errno.EDQUOT else "file system"
+        place = f"{full} {mount_of(Path(path))}"
+        return f"Disk full while writing {path} ({place}). {kept}: free space and run the same command again."
+    return f"Cannot write {path}: {cause.strerror or cause}. {kept}: mend that and run the same command again."
+
+
+def mount_of(path: Path) -> Path:
+    """Where the file system of a file is mounted: which disk it is."""
+    there = path.absolute()
+    while not there.is_mount() and there != there.parent:
+        there = there.parent
+    return there
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes a file before it gets its name; unique over hosts and processes."""
+    return path.with_name(f".{path.name}~{_HOST}~{os.getpid()}{_SUFFIX}")
+
+
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Removes temporary files of writers that are dead from one folder.
+
+    Args:
+        folder: Where to look, not below it.
+        name: Target of the files; all by default.
+    """
+    for path in folder.glob(f".{name}~*~*{_SUFFIX}"):
+        _, host, pid = path.name.removesuffix(_SUFFIX).rsplit("~", 2)
+        if not pid.isdecimal():
+            continue
+        # A file that its writer renames or removes meanwhile is no concern of ours.
+        try:
+            if _is_dead(int(pid)) if host == _HOST else time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a synced temporary file, or folder, its final name, durably."""
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_dead(pid: int) -> bool:
+    # A file of our own number is a predecessor's: containers number their processes alike, and nothing is open yet.
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # It lives, and is another user's.
+    return False
