@@ -110,13 +110,14 @@ class TheiaCLI(LightningCLI):
         """Parses without Lightning's warning that arguments were passed from Python.
 
         Raises:
-            ConfigError: If an option was typed that the command does not use.
+            ConfigError: If an option was typed that the command does not use, or a number is out of its range.
         """
         words: list[str] = list(args)  # type: ignore[arg-type]  # this command line passes lists only
         self.arguments = words[1:]
         if words and words[0] in self.subcommands():
             check_used(words[0], self.arguments)
         self.config = parser.parse_args(words)
+        check_trainer(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's options silently override the config and the command line;
@@ -133,7 +134,6 @@ class TheiaCLI(LightningCLI):
         self.run_folder = Path(options.run_folder)
         self.checkpoint: Path | None = None
         self.loaded: dict[str, Any] | None = None
-        check_trainer(options)
         self.scorers = find_scorers(options.scorers)
         self.asked = asked = options.ckpt_path
         if asked is None and self.subcommand != "fit":

@@ -13,6 +13,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from theia.cli.options import Change
@@ -119,6 +121,12 @@ def check_trainer(options: Namespace) -> None:
             check_number(f"trainer.{name}", value, 0, 1, above=least > 0)
         elif isinstance(value, int):
             check_number(f"trainer.{name}", value, least)
+    try:
+        Timer(duration=trainer.max_time)
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"trainer.max_time is {trainer.max_time!r}; write days, hours, minutes and seconds as DD:HH:MM:SS."
+        ) from error
     endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
     if endless and trainer.max_steps == -1:
         raise ConfigError("The warm-up is a share of all steps. Set trainer.max_epochs or trainer.max_steps.")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from theia.data.loader import FeatureLoader
@@ -264,7 +265,8 @@ class FeatureDataModule(L.LightningDataModule):
         Raises:
             ConfigError: See :meth:`check_state`.
         """
-        if not state:
+        # Lightning hands it over in a test, too, which may be one on other images.
+        if not state or (self.trainer and self.trainer.state.fn != TrainerFn.FITTING):
             return
         self.check_state(state)
         self._resume = state["loader"]

@@ -1,6 +1,7 @@
 """Checkpoints of a run: ``last.ckpt``, from which it resumes, and ``best.ckpt``; a kill at any time leaves both whole.
 
-``last.ckpt`` is written first, ``best.ckpt`` is then a copy of it, and each says its own held-out loss. So no file holds what another one knows better, and none holds a path: a run folder may be moved or copied.
+``last.ckpt`` is written first, ``best.ckpt`` is then a copy of it, and each says its own held-out loss. So no file
+holds what another one knows better, and none holds a path: a run folder may be moved or copied.
 """
 
 import logging
