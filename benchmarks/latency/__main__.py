@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from jsonargparse import ArgumentParser
 
 from benchmarks import command
 from benchmarks.latency import cuda, runtimes
@@ -18,6 +17,7 @@ from benchmarks.latency.trained import random_encoder, trained_encoder
 from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import BenchmarkError
 from benchmarks.throughput.report import write
+from theia.cli.parser import Parser
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
 from theia.export.onnx import photographs
@@ -86,10 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
     """
-    parser = ArgumentParser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
+    parser = Parser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
     parser.add_function_arguments(bench)
-    options = parser.parse_args(argv).as_dict()
-    return command.run("benchmarks.latency", lambda: bench(**options))
+    return command.run("benchmarks.latency", lambda: bench(**parser.parse_args(argv).as_dict()))
 
 
 def _models(own: str | None, sizes: list[Size], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:

@@ -4,15 +4,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from benchmarks import command
 from benchmarks.soak.report import grown, summarize, table, write
 from benchmarks.soak.store import write_store
 from benchmarks.soak.watch import Watch
 from benchmarks.throughput.machine import machine, versions
+from benchmarks.throughput.measure import BenchmarkError
+from theia.cli.parser import Parser
 
 # Enough points for a line, few enough not to disturb.
 _LOOKS = 400
@@ -22,7 +25,7 @@ _JUDGED_FROM = 10
 _PATIENCE_S = 300
 
 
-class SoakError(Exception):
+class SoakError(BenchmarkError):
     """The training did not run as it should."""
 
 
@@ -51,9 +54,9 @@ def soak(
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as data:
         store = Path(data) / "store"
         write_store(store, **({"train": 64, "val": 32, "grid": 2, "image_size": 32} if small else {}))
-        command = _command(store, Path(data) / "run", minutes, workers)
+        training = _command(store, Path(data) / "run", minutes, workers)
         with (Path(data) / "output").open("w+") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(training, stdout=output, stderr=subprocess.STDOUT)
             try:
                 _wait_for(Path(data) / "run" / "config.yaml", process)
                 watch = _watch(process, minutes)
@@ -81,6 +84,20 @@ def soak(
     if problems:
         raise SoakError(f"The training does not hold what it should: {'; '.join(problems)}.")
     return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
+    """
+    parser = Parser(prog="python -m benchmarks.soak", description="Trains for a while and watches what is held.")
+    parser.add_function_arguments(soak)
+    return command.run("benchmarks.soak", lambda: soak(**parser.parse_args(argv).as_dict()))
 
 
 def _command(store: Path, run: Path, minutes: float, workers: int) -> list[str]:
@@ -121,7 +138,4 @@ def _watch(process: "subprocess.Popen[bytes]", minutes: float) -> Watch:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(soak, as_positional=False)
-    except SoakError as error:
-        sys.exit(f"soak: {error}")
+    sys.exit(main())

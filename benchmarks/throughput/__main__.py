@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
 from benchmarks import command
 from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import BenchmarkError, Result, Settings
 from benchmarks.throughput.report import table, write
+from theia.cli.parser import Parser
 
 # Modules of this package, in the order of their turns.
 SUITES = [
@@ -88,11 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a suite that failed with a message, 130 after Ctrl-C.
     """
-    parser = ArgumentParser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
+    parser = Parser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
     parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"of: {', '.join(SUITES)}")
     parser.add_function_arguments(bench, skip={"suites"})
-    options = parser.parse_args(argv).as_dict()
-    return command.run("benchmarks.throughput", lambda: bench(**options))
+    return command.run("benchmarks.throughput", lambda: bench(**parser.parse_args(argv).as_dict()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What stands in these are options of 'theia fit', which says itself what may be empty.
+_OF_FIT = ("rows", "product", "options")
+
 _DESCRIPTION = """Train a student for every row and seed of a grid, score all, and write a table and a picture.
 
 The paper's grids are in configs/ablations: theia ablate --config configs/ablations/teachers.yaml --data.store STORE.
@@ -45,8 +48,9 @@ def main(argv: list[str]) -> int:
         TheiaError: If the sweep cannot be started or reported on.
     """
     if argv[:1] == ["report"]:
-        return int(auto_cli(report, args=argv[1:], prog="theia ablate report"))
+        return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(registry.names())))
+    parser.may_be_empty = ("scorers", *_OF_FIT)
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
     own, fit_options = split(argv, {action.dest for action in parser._actions})
@@ -70,8 +74,8 @@ def ablate(
     scorers: str | list[str] = "readout,classification",
     sort_by: str | None = None,
     scores: Path | None = None,
-    lower_is_better: str | list[str] = "",
-    only: str | list[str] = "",
+    lower_is_better: str | list[str] | None = None,
+    only: str | list[str] | None = None,
     jobs: int = 1,
     launcher: Literal["local", "slurm"] = "local",
     slurm: dict[str, Any] | None = None,
@@ -167,7 +171,7 @@ def report(
     sort_by: str | None = None,
     scores: Path | None = None,
     reference: str | None = None,
-    lower_is_better: str | list[str] = "",
+    lower_is_better: str | list[str] | None = None,
 ) -> int:
     """Write the report of a sweep anew, from the runs that are finished. What is not given is as in the sweep.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from theia.cli.device import Device, choose_device
-from theia.cli.parser import Parser
+from theia.cli.parser import Parser, settle
 from theia.errors import ConfigError, UnknownTeacherError
 from theia.lists import comma_list
 from theia.version import __version__
@@ -230,7 +230,8 @@ def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[s
         if not isinstance(content, dict):
             raise ConfigError(f"--teacher_options: {given} has no sections. Give a YAML file with one per teacher.")
         # Such as a config of 'theia extract': what else it says is of no concern here.
-        given = {name: value for name, value in content.items() if name in known}
+        of_teachers: dict[str, Any] = {name: value for name, value in content.items() if name in known}
+        given = dict(settle({"teacher_options": of_teachers})["teacher_options"])
     for name, value in (given or {}).items():
         if name not in known:
             raise ConfigError(f"--teacher_options has {name!r}; the model's teachers are {', '.join(known)}.")

@@ -92,6 +92,11 @@ def what_failed(path: Path | str, cause: OSError, kept: str = KEPT) -> str:
     return f"Cannot write {path}: {cause.strerror or cause}. {kept}: mend that and run the same command again."
 
 
+def at_home(path: str) -> str:
+    """Puts the home folder in place of a leading ``~``, as a shell does where it sees one."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises on what is no user's name, and drops slashes
+
+
 def mount_of(path: Path) -> Path:
     """Where the file system of a file is mounted: which disk it is."""
     there = path.absolute()
