@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import command
 from benchmarks.probing.classification import classification
 from benchmarks.probing.dense import dense
+from theia.cli.main import carry_out
 from theia.cli.parser import Parser
 from theia.encoder.named import FORMS
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
         functions[options.subcommand](**options[options.subcommand].as_dict())
 
-    return command.run("benchmarks.probing", work)
+    return carry_out("benchmarks.probing", work)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import command
+from benchmarks.command import check_folders
 from benchmarks.soak.report import grown, summarize, table, write
 from benchmarks.soak.store import write_store
 from benchmarks.soak.watch import Watch
 from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import BenchmarkError
+from theia.cli.main import carry_out
 from theia.cli.parser import Parser
+from theia.utils.numbers import MOST_PROCESSES, check_number
 
 # Enough points for a line, few enough not to disturb.
 _LOOKS = 400
 # Minutes; a shorter run still warms up.
 _JUDGED_FROM = 10
+_MOST_MINUTES = 100 * 24 * 60
 # A training ends with a validation.
 _PATIENCE_S = 300
 
@@ -49,8 +52,12 @@ def soak(
         The JSON.
 
     Raises:
+        ConfigError: If a number is out of its range, or nothing can be written into a folder.
         SoakError: If the training failed, was too short to be judged, held more and more, or left something behind.
     """
+    check_number("minutes", minutes, 0.01, _MOST_MINUTES)
+    check_number("workers", workers, 0, MOST_PROCESSES)
+    check_folders(results, folder)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as data:
         store = Path(data) / "store"
         write_store(store, **({"train": 64, "val": 32, "grid": 2, "image_size": 32} if small else {}))
@@ -97,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(prog="python -m benchmarks.soak", description="Trains for a while and watches what is held.")
     parser.add_function_arguments(soak)
-    return command.run("benchmarks.soak", lambda: soak(**parser.parse_args(argv).as_dict()))
+    return carry_out("benchmarks.soak", lambda: soak(**parser.parse_args(argv).as_dict()))
 
 
 def _command(store: Path, run: Path, minutes: float, workers: int) -> list[str]:

@@ -1,6 +1,8 @@
 """What holds for every option of every command, walked over so that a new one cannot be forgotten."""
 
+import contextlib
 import importlib
+import io
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,14 @@ def parser_of(program: str) -> ArgumentParser:
     return capture_parser(lambda: theia(program.split()))
 
 
+def run(program: str, arguments: list[str]) -> int:
+    """Runs a command as its users do."""
+    module, *subcommand = program.split()
+    if module.startswith("benchmarks."):
+        return int(importlib.import_module(f"{module}.__main__").main([*subcommand, *arguments]))
+    return theia([*program.split(), *arguments])
+
+
 def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     """All, those of subcommands in place of the one above them."""
     for program in PROGRAMS:
@@ -43,7 +53,11 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
 
 
 def options(parser: ArgumentParser) -> Iterator[Any]:
-    return (action for action in parser._actions if action.dest not in ("help", "config", "print_config"))
+    return (one for one in parser._actions if one.dest not in ("help", "config", "print_config", "print_shtab"))
+
+
+# Values of options that must be given, where no other option would be looked at otherwise.
+INNOCENT = {"teachers": "hog"}
 
 
 def line(parser: ArgumentParser, dest: str, value: str) -> list[str]:
@@ -51,7 +65,7 @@ def line(parser: ArgumentParser, dest: str, value: str) -> list[str]:
     typed = []
     for action in options(parser):
         if action.dest == dest or action.required or (not action.option_strings and action.nargs != "*"):
-            given = value if action.dest == dest else "x"
+            given = value if action.dest == dest else INNOCENT.get(action.dest, "x")
             typed += [f"{action.option_strings[0]}={given}" if action.option_strings else given]
     return typed
 
@@ -59,7 +73,8 @@ def line(parser: ArgumentParser, dest: str, value: str) -> list[str]:
 def takes(parser: ArgumentParser, dest: str, value: str) -> Any:
     """What an option becomes; ``None`` if its type does not take the value."""
     try:
-        return parser.parse_args(line(parser, dest, value))[dest]
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parser.parse_args(line(parser, dest, value))[dest]
     except SystemExit:
         return None
 
@@ -73,6 +88,70 @@ def texts() -> Iterator[Any]:
 
 
 TEXTS = list(texts())
+
+
+# Senseless for nearly every number there is; 10**30 is a number of images that means all of them.
+SENSELESS = ("-7", "0", "nan", "inf", "1e30", str(10**30))
+# What means something for all that, and why.
+SENSIBLE = {
+    ("extract", "batch_size"): {str(10**30): "all images of a shard at once"},
+    ("extract", "workers"): {"0": "decodes in the same process"},
+    ("extract", "shard_size"): {str(10**30): "all images in one shard"},
+    ("extract", "max_skipped"): {"0": "every image must be readable"},
+    ("extract", "dinov2.size"): dict.fromkeys(SENSELESS, "the teacher's own, who judges behind its weights"),
+    ("ablate", "seeds"): {"0": "a seed"},
+    ("analyze", "max_images"): {str(10**30): "all images"},
+    ("analyze", "batch_size"): {str(10**30): "all images at once"},
+    ("analyze", "pictures"): {"0": "no pictures", str(10**30): "one of every image"},
+    ("decode", "limit"): {str(10**30): "all images"},
+    ("decode", "batch_size"): {str(10**30): "all images at once"},
+    ("benchmarks.probing classification", "neighbours"): {str(10**30): "needs as many images, which are not yet there"},
+    ("benchmarks.probing classification", "seeds"): {"0": "a seed"},
+    ("benchmarks.probing dense", "seeds"): {"0": "a seed"},
+    ("benchmarks.soak", "workers"): {"0": "reads in the training process"},
+}
+
+
+def numbers() -> Iterator[Any]:
+    """All options that take a number, or by default a text of numbers."""
+    for program, parser in parsers():
+        for action in options(parser):
+            found = takes(parser, action.dest, "17")
+            if isinstance(found, int | float) or (found and str(action.default).replace(",", "").isdecimal()):
+                yield pytest.param(program, action.dest, id=f"{program}-{action.dest}")
+
+
+NUMBERS = list(numbers())
+
+
+def test_the_walk_sees_every_kind_of_number() -> None:
+    seen = {param.values for param in NUMBERS}
+    assert {
+        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"), ("ablate", "jobs"),
+        ("analyze", "max_images"), ("decode", "limit"), ("benchmarks.soak", "minutes"),
+        ("benchmarks.latency", "batches"), ("benchmarks.probing dense", "seeds"),
+    } <= seen  # fmt: skip
+    assert SENSIBLE.keys() <= seen
+
+
+@pytest.mark.parametrize(("program", "dest"), NUMBERS)
+def test_a_senseless_number_is_refused_by_name_before_anything_is_written(
+    program: str, dest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = dict(parsers())[program]
+    for number in SENSELESS:
+        if number in SENSIBLE.get((program, dest), ()):
+            continue
+        try:
+            status = run(program, line(parser, dest, number))
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr().err
+        assert status in (1, 2), f"{number}: {said}"
+        assert dest in said.splitlines()[-1] + said.rpartition("error:")[2], f"{number}: {said}"
+        assert "Traceback" not in said
+        assert not list(tmp_path.iterdir()), number
 
 
 def test_the_walk_sees_every_command() -> None:

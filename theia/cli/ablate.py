@@ -17,6 +17,7 @@ from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, spli
 from theia.errors import ConfigError
 from theia.lists import comma_list
 from theia.scoring import registry
+from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
     from theia.ablation.run import Run
@@ -116,6 +117,7 @@ def ablate(
     from theia.cli import plan
 
     launch.check(launcher, jobs)
+    check_folder(out, "--out")
     wanted = comma_list(scorers)
     for name in wanted:
         registry.find(name)

@@ -16,6 +16,7 @@ from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser, settle
 from theia.errors import ConfigError, UnknownTeacherError
 from theia.lists import comma_list
+from theia.utils.numbers import check_number
 from theia.version import __version__
 
 if TYPE_CHECKING:
@@ -92,9 +93,8 @@ def decode(
         ImageError: If there are no images, or none can be read.
         UnknownTeacherError: If the model has no such teacher.
     """
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+    check_number("limit", limit, 1)
+    check_number("batch_size", batch_size, 1)
 
     # torch takes seconds to import; --help does not need it.
     from theia.decoding.decode import decode as write
