@@ -19,7 +19,7 @@ _LOOKS = 400
 # Minutes; a shorter run still warms up.
 _JUDGED_FROM = 10
 # A training ends with a validation.
-_PATIENCE_S = 300
+_PATIENCE_S = 1800
 
 
 class SoakError(Exception):
