@@ -10,6 +10,8 @@ import importlib
 import json
 import os
 import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,17 +42,29 @@ class Command:
         arguments: Those of ``theia``.
         files: Descriptors for its standard input, output and error, and others that it is to inherit.
         environment: Of the process.
+        prepare: Module, function and arguments of what to call there first.
 
     Attributes:
         pid: Its number.
         returncode: Its exit status once it has been found to have ended, negative for a signal.
     """
 
-    def __init__(self, arguments: Sequence[str], files: Sequence[int], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        files: Sequence[int],
+        environment: Mapping[str, str],
+        prepare: Sequence[str | int] = (),
+    ) -> None:
         self.returncode: int | None = None
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.connect(environment[_ADDRESS])
-        request = {"arguments": list(arguments), "cwd": os.getcwd(), "environment": dict(environment)}  # noqa: PTH109
+        request = {
+            "arguments": list(arguments),
+            "prepare": list(prepare),
+            "environment": dict(environment),
+            "cwd": str(Path.cwd()),
+        }
         content = json.dumps(request).encode()
         socket.send_fds(self._server, [len(content).to_bytes(8)], list(files))
         self._server.sendall(content)
@@ -94,11 +108,11 @@ class Command:
 class Started(Command):
     """A command that a test has started. What it says goes into files."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], prepare: Sequence[str | int]) -> None:
         self._said = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 (they are read as long as this is)
         with Path(os.devnull).open() as nothing:
             files = [nothing.fileno(), *(file.fileno() for file in self._said)]
-            super().__init__(arguments, files, environment)
+            super().__init__(arguments, files, environment, prepare)
 
     @property
     def out(self) -> str:
@@ -116,16 +130,17 @@ class Started(Command):
         return os.pread(file.fileno(), size, 0).decode()
 
 
-def theia(*arguments: str, path: Path | None = None) -> Started:
+def theia(*arguments: str, path: Path | None = None, prepare: Sequence[str | int] = ()) -> Started:
     """Starts ``theia``.
 
     Args:
         arguments: Those of the command.
         path: Folder of modules that it finds beside those of this process.
+        prepare: Module, function and arguments of what to call in the process before.
     """
     paths = [*([] if path is None else [str(path)]), *sys.path]
     environment = {**os.environ, _ADDRESS: _server(), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return Started(arguments, environment)
+    return Started(arguments, environment, prepare)
 
 
 def run(*arguments: str, path: Path | None = None) -> Started:
@@ -169,6 +184,9 @@ def _serve(address: str) -> Sequence[str]:
     gc.collect()
     gc.freeze()  # else every process would copy what its garbage collector looks through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    python = Path(address).with_name("python")  # takes '-m theia' for what PROGRAM stands for
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.join(PROGRAM)} "$@"\n')
+    python.chmod(0o755)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address)
         listener.listen()
@@ -179,8 +197,7 @@ def _serve(address: str) -> Sequence[str]:
                 if os.fork() == 0:
                     listener.close()
                     return _wait_for_child(client)
-    Path(address).unlink()
-    Path(address).parent.rmdir()
+    shutil.rmtree(Path(address).parent)
     os._exit(0)
 
 
@@ -215,9 +232,13 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> Sequence[str]:
     sys.path[:] = dict.fromkeys([*os.environ["PYTHONPATH"].split(os.pathsep), *sys.path])
     # A shell has what it runs in the background ignore Ctrl-C, the tests included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # What Lightning starts anew for a second device.
+    # What Lightning starts anew for a second device, and how.
     sys.modules["__main__"] = importlib.import_module("theia.__main__")
     sys.argv = [str(sys.modules["__main__"].__file__), *request["arguments"]]
+    sys.executable = str(Path(os.environ[_ADDRESS]).with_name("python"))
+    if request["prepare"]:
+        module, function, *values = request["prepare"]
+        getattr(importlib.import_module(module), function)(*values)
     if request["arguments"][:1] == ["ablate"]:
         _fork_jobs(setattr)
     arguments: list[str] = request["arguments"]
