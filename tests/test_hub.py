@@ -1,29 +1,34 @@
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from events import PATIENCE_S
 from huggingface_hub import constants, hf_hub_download
 
 from theia import hub
 from theia.errors import WeightsError
 
-NOWHERE = "http://127.0.0.1:9"  # a port that nothing listens on
-
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The hub's address: a port of this machine that is taken, and that nothing listens on."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", PATIENCE_S)
     remembered = hub._silence
     remembered.cache_clear()
-    yield
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        yield address
     remembered.cache_clear()
 
 
-def test_a_hub_that_does_not_answer_is_said_at_once(tmp_path: Path) -> None:
-    said = f"'a/b' are not on this machine.*{NOWHERE} cannot be reached"
+def test_a_hub_that_does_not_answer_is_said_at_once(tmp_path: Path, nowhere: str) -> None:
+    said = f"'a/b' are not on this machine.*{nowhere} cannot be reached"
     with pytest.raises(WeightsError, match=said), hub.known_to_answer("a/b"):
         hf_hub_download("a/b", "config.json", cache_dir=tmp_path)
     assert constants.HF_HUB_OFFLINE is False

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from theia.errors import WeightsError
 
-_SECONDS = 5.0  # that a hub may take to answer
-
 
 class UnreachableError(WeightsError):
     """Weights are not on this machine, and the hub that has them does not answer.
@@ -60,10 +58,12 @@ def known_to_answer(weights: str) -> Iterator[None]:
 @cache
 def _silence(address: str) -> str | None:
     """Why a hub does not answer; ``None`` if it does."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # re-exported in every version
 
     try:
-        get_session().head(address, timeout=_SECONDS)  # through the user's proxy, if there is one
+        # Through the user's proxy, if there is one; given the time that the client itself gives, which users can set.
+        get_session().head(address, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         # Each version of the client has an HTTP library of its own.
         return f"{type(error).__name__}: {error}".rstrip(": .")

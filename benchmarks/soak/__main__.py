@@ -25,7 +25,7 @@ _LOOKS = 400
 _JUDGED_FROM = 10
 _MOST_MINUTES = 100 * 24 * 60
 # A training ends with a validation.
-_PATIENCE_S = 300
+_PATIENCE_S = 1800
 
 
 class SoakError(BenchmarkError):

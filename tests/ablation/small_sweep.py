@@ -1,4 +1,7 @@
-"""Runs of a sweep whose `theia` is a small program: it trains by writing lines, and tests by writing a report."""
+"""Runs of a sweep whose `theia` is a small program: it trains by writing lines, and tests by writing a report.
+
+Training stands still before a step that is held, until it is let go or asked to stop.
+"""
 
 import sys
 from pathlib import Path
@@ -20,11 +23,12 @@ if command == "fit":
         if not done:
             file.write("epoch,step,train/images_per_s,train/loss\\n")
         for step in range(done, steps):
+            while (run / f"hold_{step}").exists() and not stopped:
+                time.sleep(0.01)
             if stopped:
                 sys.exit(143)
             file.write(f"0,{step},100.0,{1 / (1 + step)}\\n")
             file.flush()
-            time.sleep(0.05)
     (run / "checkpoints").mkdir(exist_ok=True)
     (run / "checkpoints/last.ckpt").touch()
     (run / "environment.json").write_text(json.dumps({"processes": 1, "versions": {}}))
@@ -51,6 +55,19 @@ def make_run(folder: Path, row: str = "a", seed: int = 0, steps: int = 4) -> Run
 
 def make_job(run: Run) -> Job:
     return Job(run, program=(sys.executable, "-c", PROGRAM))
+
+
+def hold(run: Run, step: int) -> Path:
+    """Has a training stand still before a step, as long as the file is there that this gives."""
+    path = run.folder / f"hold_{step}"
+    path.touch()
+    return path
+
+
+def steps(run: Run) -> list[int]:
+    """The steps that were trained, in the order in which they were."""
+    lines = (run.folder / "metrics.csv").read_text().splitlines()
+    return [int(line.split(",")[1]) for line in lines[1:]]
 
 
 def count(run: Run, command: str) -> int:

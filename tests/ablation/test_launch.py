@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ablation.small_sweep import count, make_job, make_run
+from ablation.small_sweep import count, hold, make_job, make_run, steps
+from events import PATIENCE_S, wait_for
 
 from theia.ablation import launch
 from theia.ablation.job import Job
@@ -22,11 +23,26 @@ from theia.errors import ConfigError
 def nothing() -> None: ...
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("job", "launch"):
+        monkeypatch.setattr(f"theia.ablation.{module}._POLL_S", 0.02)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set as soon as a job has found its run locked by another process."""
+    event = threading.Event()
+
+    @contextmanager
+    def watched(path: Path) -> Iterator[int | None]:
+        with lock(path) as held:
+            if held is None:
+                event.set()
+            yield held
+
+    monkeypatch.setattr("theia.ablation.job.lock", watched)
+    return event
 
 
 def carry_out(runs: list[Run], parallel: int = 1) -> dict[str, int]:
@@ -61,12 +77,20 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, name, steps=15) for name in "abcd"]
-    seen = set()
-    jobs = [make_job(run) for run in runs]
-    launch.run_locally(jobs, 2, lambda: seen.add(sum(run.running for run in runs)), lambda *_: None)
+    runs = [make_run(tmp_path, name) for name in "abcd"]
+    held = {run.row: hold(run, 1) for run in runs}
+    seen = []
+
+    def let_one_go() -> None:
+        begun = [run for run in runs if run.progress()[0] == 1 and held[run.row].exists()]
+        if begun and len(begun) >= min(2, sum(file.exists() for file in held.values())):
+            seen.append([run.row for run in runs if run.running])
+            held[begun[0].row].unlink()
+
+    launch.run_locally([make_job(run) for run in runs], 2, let_one_go, lambda *_: None)
     assert all(run.finished for run in runs)
-    assert max(seen) == 2
+    assert seen[0] == ["a", "b"]
+    assert {len(rows) for rows in seen[:3]} == {2}
 
 
 def test_cores_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +105,11 @@ def test_cores_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interruption_ends_the_children_and_the_next_call_goes_on(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, name, steps=60) for name in "ab"]
+    runs = [make_run(tmp_path, name, steps=9) for name in "ab"]
+    held = [hold(run, 4) for run in runs]
 
     def interrupt() -> None:
-        if all(run.progress()[0] > 3 for run in runs):
+        if all(run.progress()[0] == 4 for run in runs):
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
@@ -96,40 +121,46 @@ def test_an_interruption_ends_the_children_and_the_next_call_goes_on(tmp_path: P
     assert not any(run.running for run in runs)
     assert not any(run.failed.exists() or run.finished for run in runs)
 
+    for file in held:
+        file.unlink()
     assert carry_out(runs, 2) == {"a": 0, "b": 0}
-    for run in runs:
-        steps = [line.split(",")[1] for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]]
-        assert steps == [str(step) for step in range(60)]  # none twice: it went on
+    assert [steps(run) for run in runs] == [list(range(9))] * 2  # none twice: it went on
 
 
-def test_a_training_that_a_killed_sweep_left_is_waited_for(tmp_path: Path) -> None:
-    run = make_run(tmp_path, steps=40)
+def test_a_training_that_a_killed_sweep_left_is_waited_for(tmp_path: Path, refused: threading.Event) -> None:
+    run = make_run(tmp_path, steps=9)
+    held = hold(run, 4)
     code = (
         "import sys; from pathlib import Path; from ablation.small_sweep import *; "
-        f"make_job(make_run(Path({str(tmp_path)!r}), steps=40))()"
+        f"make_job(make_run(Path({str(tmp_path)!r}), steps=9))()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     sweep = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    wait_for(lambda: run.progress()[0] > 3)
+    wait_for(lambda: run.progress()[0] == 4)
     sweep.kill()
     sweep.wait()
     assert run.running  # its child lives and holds the lock
 
-    assert carry_out([run]) == {"a": 0}
+    ended: dict[str, int] = {}
+    launch.run_locally(
+        [make_job(run)], 1, lambda: refused.is_set() and held.unlink(missing_ok=True),
+        lambda job, code: ended.update({job.run.row: code}),
+    )  # fmt: skip
+    assert ended == {"a": 0}
     assert run.finished
-    steps = [line.split(",")[1] for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]]
-    assert steps == [str(step) for step in range(40)]  # no two wrote at a time
+    assert steps(run) == list(range(9))  # no two wrote at a time
 
 
-def test_waiting_for_another_process_can_be_stopped(tmp_path: Path) -> None:
+def test_waiting_for_another_process_can_be_stopped(tmp_path: Path, refused: threading.Event) -> None:
     run = make_run(tmp_path)
     job = make_job(run)
     with lock(run.lock) as held:
         assert held is not None
         thread = threading.Thread(target=job)
         thread.start()
+        assert refused.wait(PATIENCE_S)
         job.stop()
-        thread.join(5)
+        thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert not run.log.exists()
 
@@ -137,7 +168,8 @@ def test_waiting_for_another_process_can_be_stopped(tmp_path: Path) -> None:
 def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("theia.ablation.job._GRACE_S", 0.2)
     stubborn = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True);"
+        f"time.sleep({PATIENCE_S})"
     )
     job = Job(run := make_run(tmp_path), program=(sys.executable, "-c", stubborn))
     codes: list[int] = []
@@ -145,24 +177,25 @@ def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest
     thread.start()
     wait_for(lambda: run.log.exists() and "deaf" in run.log.read_text())
     job.stop()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert codes == [-signal.SIGKILL]
 
 
 def test_a_preempted_job_goes_on_where_it_is_put_into_the_queue_again(tmp_path: Path) -> None:
-    run = make_run(tmp_path, steps=60)
+    run = make_run(tmp_path, steps=9)
+    held = hold(run, 4)
     job = make_job(run)
     thread = threading.Thread(target=job)
     thread.start()
-    wait_for(lambda: run.progress()[0] > 3)
+    wait_for(lambda: run.progress()[0] == 4)
     again = job.checkpoint()
-    thread.join(10)
-    assert 3 < run.progress()[0] < 60
+    thread.join(PATIENCE_S)
+    assert steps(run) == list(range(4))
     assert not run.running
 
+    held.unlink()
     assert pickle.loads(pickle.dumps(again)).result() == 0
-    steps = [line.split(",")[1] for line in (run.folder / "metrics.csv").read_text().splitlines()[1:]]
-    assert steps == [str(step) for step in range(60)]
+    assert steps(run) == list(range(9))
 
 
 def test_a_child_does_not_know_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +213,7 @@ def test_submitit_drives_the_same_jobs(cluster: str, tmp_path: Path) -> None:
     ended: dict[str, int] = {}
     launch.run_on_slurm(
         [make_job(run) for run in runs], 2, nothing, lambda job, code: ended.update({job.run.row: code}),
-        tmp_path / "submitit", {"timeout_min": 2}, cluster,
+        tmp_path / "submitit", {"timeout_min": 60}, cluster,
     )  # fmt: skip
     assert ended == {"a": 0, "b": 1}
     assert runs[0].finished

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import submitit
-from ablation.small_sweep import count, make_job, make_run
+from ablation.small_sweep import count, hold, make_job, make_run
 
 from theia.ablation import launch
 from theia.ablation.run import Run
@@ -81,14 +81,15 @@ def test_an_array_of_jobs_is_submitted_and_followed(slurm: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_that_is_no_more_are_followed_not_submitted_again(slurm: Path, tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, name, steps=40) for name in "ab"]
+    runs = [make_run(tmp_path, name) for name in "ab"]
+    held = hold(runs[0], 3)
     before = signal.getsignal(signal.SIGINT)
 
     class KilledError(BaseException):
         pass
 
     def die() -> None:
-        if runs[0].progress()[0] > 2:
+        if runs[0].progress()[0] == 3:
             raise KilledError
 
     # The fake scancel does nothing, so that the jobs go on as after kill -9 of the sweep.
@@ -111,6 +112,7 @@ def test_jobs_of_a_sweep_that_is_no_more_are_followed_not_submitted_again(slurm:
     (slurm / "submitted.sh").rename(slurm / "first.sh")
     (slurm / "submitted.sh").write_text((slurm / "first.sh").read_text())
 
+    held.unlink()
     assert submit(runs, tmp_path) == {"a": 0, "b": 0}
     assert [count(run, "fit") for run in runs] == [1, 1]
     assert len((slurm / "states").read_text().splitlines()) == 2

@@ -1,23 +1,45 @@
+import resource
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 from benchmarks.throughput.measure import Cost, Measure, cost_of, interleave, ratios
 
-# Burns processor time by its own clock, then says so.
-_BURN = "import time\nwhile time.process_time() < {seconds}: pass\nprint('done', flush=True)\n"
+# Burns processor time by its own clock, then says what it has taken in all: now, and again when it is asked to end.
+_BURN = """
+import sys, time
+while time.process_time() < 0.3: pass
+print(time.process_time(), flush=True)
+sys.stdin.read()
+print(time.process_time(), flush=True)
+"""
+_TICK_S = 0.011  # the kernel tells what a running process has taken in hundredths of a second
 
 
-def burning(seconds: float, then: str = "") -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-S", "-c", _BURN.format(seconds=seconds) + then],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+class Burning:
+    """A child that has taken ``used`` seconds of processor time by its own account."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-c", _BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.used = float(self._process.stdout.readline())
+
+    def end(self) -> float:
+        said, _ = self._process.communicate("")
+        self.used = float(said)
+        return self.used
+
+
+def around(work: Callable[[], object]) -> tuple[Cost, float]:
+    """What some work is said to cost, and the processor time that this process took for it and the measuring."""
+    before = time.process_time()
+    cost = cost_of(work)
+    return cost, time.process_time() - before
 
 
 def test_own_processor_time_counts_whichever_thread_takes_it() -> None:
@@ -31,39 +53,40 @@ def test_own_processor_time_counts_whichever_thread_takes_it() -> None:
         thread.start()
         thread.join()
 
-    assert 0.2 <= cost_of(work).cpu_s < 0.4
+    cost, own = around(work)
+    assert 0.2 <= cost.cpu_s <= own
 
 
 def test_processor_time_of_a_child_that_has_ended_counts() -> None:
-    cost = cost_of(lambda: burning(0.3).communicate())
-    assert 0.28 <= cost.cpu_s < 0.6
+    said = []
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cost, own = around(lambda: said.append(Burning().end()))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    children = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert said[0] - _TICK_S <= cost.cpu_s <= children + own + _TICK_S
 
 
 def test_processor_time_of_a_child_that_still_runs_counts() -> None:
-    children = []
-
-    def work() -> None:
-        children.append(burning(0.3, then="import sys; sys.stdin.read()"))
-        children[0].stdout.readline()
-
-    cost = cost_of(work)
-    children[0].communicate("")
-    assert 0.28 <= cost.cpu_s < 0.6
+    children: list[Burning] = []
+    cost, own = around(lambda: children.append(Burning()))
+    (child,) = children
+    used = child.used
+    assert used - 2 * _TICK_S <= cost.cpu_s <= child.end() + own + _TICK_S
 
 
 def test_what_a_child_took_before_does_not_count() -> None:
-    child = burning(0.3, then="import sys; sys.stdin.read()")
-    assert child.stdout is not None
-    child.stdout.readline()
-    cost = cost_of(lambda: None)
-    child.communicate("")
-    assert cost.cpu_s < 0.1
+    child = Burning()
+    before = child.used
+    cost, own = around(lambda: None)
+    # Of the child at most what it took between its two accounts.
+    assert cost.cpu_s <= own + child.end() - before + 2 * _TICK_S
+    assert before >= 0.3
 
 
 def test_waiting_takes_wall_time_only() -> None:
-    cost = cost_of(lambda: time.sleep(0.2))
+    cost, own = around(lambda: time.sleep(0.2))
     assert cost.wall_s >= 0.2
-    assert cost.cpu_s < 0.1
+    assert cost.cpu_s <= own
 
 
 def test_contenders_take_turns_and_every_other_round_goes_backwards() -> None:

@@ -3,10 +3,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.soak.__main__ import soak
+from benchmarks.soak import __main__ as soaking
 from benchmarks.soak.report import grown, summarize
 from benchmarks.soak.watch import Sample, Watch, slope_per_hour
 
@@ -67,13 +68,29 @@ def test_shared_pages_count_once() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_is_watched_to_its_end(tmp_path: Path) -> None:
-    path = soak(minutes=0.15, folder=tmp_path, results=tmp_path / "results", small=True)
+def test_a_short_run_is_watched_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, look, command = tmp_path / "end", Watch._look, soaking._command
+
+    def looked_at_often_enough(watch: Watch) -> Sample | None:
+        if len(watch.samples) == 5:
+            end.touch()
+        return look(watch)
+
+    def ends_then(*arguments: Any) -> list[str]:
+        stopping = ["--trainer.callbacks=trainings.Stopping", f"--trainer.callbacks.file={end}"]
+        return [*command(*arguments), *stopping]
+
+    monkeypatch.setattr(Watch, "_look", looked_at_often_enough)
+    monkeypatch.setattr(soaking, "_command", ends_then)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+    path = soaking.soak(minutes=5, folder=tmp_path, results=tmp_path / "results", small=True)
 
     record = json.loads(path.read_text())
     assert record["left_behind"] == {"processes": 0, "shared_memory": 0}
     assert record["summary"]["processes"]["greatest"] >= 3
-    assert record["samples"][-1]["seconds"] > 5
+    assert len(record["samples"]) > 5
+    end.unlink()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results"]
 

@@ -1,16 +1,15 @@
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
+from events import aged, changed, has_ended, wait_for
+from trainings import hold, standing
 
 from theia.ablation.lock import lock
 from theia.cli.main import main
@@ -20,8 +19,6 @@ FIT = [
     "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false", "--model.width=16", "--model.depth=1",
     "--model.heads=2", "--data.batch_size=16", "--data.workers=0",
 ]  # fmt: skip
-# Slow enough to be caught.
-LONG = ["--trainer.max_epochs=20", "--trainer.check_val_every_n_epoch=100"]
 
 
 def sweep_file(folder: Path, **content: object) -> str:
@@ -229,6 +226,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
         "linear": {"model.translator": "linear"},
     }
     content = {"rows": rows, "teachers": None, "reference": "good"}
+    forked.sweeps(monkeypatch)
     assert ablate("--jobs=2", **content) == 1
 
     said = capsys.readouterr()
@@ -244,13 +242,13 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     page = (tmp_path / "sweep/report.md").read_text()
     assert report["statement"]["store"]["manifest_sha256"] in page
     run = tmp_path / "sweep/good/seed_0"
-    before = {name: (run / name).stat().st_mtime_ns for name in ("test_last.json", "checkpoints/last.ckpt")}
+    before = aged(run, "test_last.json") | aged(run, "last.ckpt")
 
     # Finished rows stay as they are, under whatever path; another option is another sweep.
     rows.pop("bad")
     monkeypatch.chdir(tmp_path)
     assert ablate("--out=sweep", **content) == 0
-    assert {name: (run / name).stat().st_mtime_ns for name in before} == before
+    assert changed(before) == before
     for dry in ([], ["--dry_run"]):
         assert ablate("--model.learning_rate=0.1", *dry, **content) == 1
     assert "other options: model.learning_rate was 0.0005, is 0.1" in capsys.readouterr().err
@@ -285,65 +283,49 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert report["statement"]["lost"] == ["good, seed 0"]
 
 
-def start(store: Path, folder: Path) -> "subprocess.Popen[bytes]":
-    options = {"teachers": ["all", "singles"], "options": {"checkpoint_every": 1}, "scorers": "readout"}
-    command = [sys.executable, "-m", "theia", "ablate", "--config", sweep_file(folder, **options), "--jobs=2"]
-    return subprocess.Popen(
-        [*command, f"--data.store={store}", *FIT, *LONG], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
-def alive(folder: Path) -> list[int]:
-    """Processes of trainings of a sweep."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if str(folder / "sweep/").encode() in line and b"fit\0" in line:
-                found.append(int(entry.name))
-    return found
-
-
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_twice_and_interrupted_once_ends_as_if_it_never_was(store: Path, tmp_path: Path) -> None:
-    def lines() -> int:
-        path = tmp_path / "sweep/all/seed_0/metrics.csv"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+    steps, stand = 25, tmp_path / "stand"
+    options = {
+        "checkpoint_every": 1,
+        "trainer.callbacks": [{"class_path": "trainings.Standing", "init_args": {"folder": str(stand)}}],
+    }
+    content = sweep_file(tmp_path, teachers=["all", "singles"], options=options, scorers="readout")
 
-    for least in (10, 40):  # with its children, as when the power fails
-        sweep = start(store, tmp_path)
-        wait_for(lambda least=least: lines() > least)
+    def start() -> forked.Started:
+        long = ["--trainer.max_epochs=5", "--trainer.check_val_every_n_epoch=100"]
+        return forked.theia("ablate", "--config", content, "--jobs=2", f"--data.store={store}", *FIT, *long)
+
+    for step in (6, 12):  # with its children, as when the power fails
+        hold(stand, step)
+        sweep = start()
+        wait_for(lambda: len(standing(stand)) == 2)
         sweep.kill()
-        sweep.wait()
-        for process in alive(tmp_path):
-            os.kill(process, signal.SIGKILL)
-        wait_for(lambda: not alive(tmp_path))
-    sweep = start(store, tmp_path)
-    wait_for(lambda: bool(alive(tmp_path)))
+        assert sweep.wait() == -signal.SIGKILL
+        trainings = standing(stand)
+        for training in trainings:
+            training.kill()
+        wait_for(lambda trainings=trainings: all(map(has_ended, trainings)))
+        shutil.rmtree(stand)
+    held = hold(stand, 18)
+    sweep = start()
+    wait_for(lambda: len(standing(stand)) == 2)
+    trainings = standing(stand)
     sweep.send_signal(signal.SIGINT)
-    assert sweep.wait(60) == 130
-    assert not alive(tmp_path)
+    assert sweep.wait() == 130, sweep.err
+    assert all(map(has_ended, trainings))
 
-    assert start(store, tmp_path).wait(240) == 0
+    held.unlink()
+    sweep = start()
+    assert sweep.wait() == 0, sweep.err
 
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert [row["seeds"] for row in report["rows"]] == [[0], [0], [0]]
     for row in ("all", "alpha", "beta"):
         with (tmp_path / f"sweep/{row}/seed_0/metrics.csv").open(newline="") as file:
-            steps = [int(line["step"]) for line in csv.DictReader(file) if line["train/loss"]]
+            logged = [int(line["step"]) for line in csv.DictReader(file) if line["train/loss"]]
         # None twice and in order: each went on where it was. A checkpoint is written just before the row of its step,
         # so a kill in between may cost that row, but no step.
-        assert steps == sorted(set(steps))
-        assert set(steps) <= set(range(100))
-        assert len(steps) >= 100 - 3
+        assert logged == sorted(set(logged))
+        assert set(logged) <= set(range(steps))
+        assert len(logged) >= steps - 3

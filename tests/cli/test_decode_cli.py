@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from encoder.small import TEACHERS, small
+from events import aged, changed
 from huggingface_hub import constants
 from PIL import Image
 
@@ -179,7 +180,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same(
         interrupted(patch, 7)
         assert main(["decode", *call]) == 130
     assert "7 of 20 pictures are whole; the same call goes on" in capsys.readouterr().err
-    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    written = aged(out, "*.png")
     assert len(written) == 7
     assert not json.loads((out / "decoded.json").read_text())["finished"]
 
@@ -187,7 +188,7 @@ def test_an_interrupted_call_goes_on_and_gives_the_same(
     assert "holds 7 pictures of a call that was stopped, with other teachers" in capsys.readouterr().err
     assert decode(checkpoint(), "sample:20", out, *options) == whole
 
-    assert written.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}.items()
+    assert changed(written) == written
     files = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path / "whole", out)

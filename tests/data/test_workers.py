@@ -2,12 +2,12 @@ import gc
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from events import has_ended, wait_for
 
 from theia.data.loader import FeatureLoader
 from theia.data.sampler import TrainingSampler
@@ -52,8 +52,7 @@ def test_a_worker_that_dies_idle_stops_other_loaders_too(split: Split) -> None:
     batches = iter(training)
     next(batches)
     os.kill(victim, signal.SIGKILL)
-    while psutil.Process(victim).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.001)
+    wait_for(lambda: has_ended(psutil.Process(victim)))
 
     with pytest.raises(WorkerError, match=rf"pid {victim}\)"):
         list(batches)
@@ -139,5 +138,4 @@ def test_workers_end_with_the_process_that_they_read_for(split: Split) -> None:
     workers = [psutil.Process(pid) for pid in ours.recv()]
     process.join()
 
-    _, left = psutil.wait_procs(workers, timeout=10)
-    assert not [worker for worker in left if worker.status() != psutil.STATUS_ZOMBIE]
+    wait_for(lambda: all(map(has_ended, workers)))

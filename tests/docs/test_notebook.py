@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from events import PATIENCE_S
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -58,7 +59,8 @@ def _run(student: Path) -> dict[str, Ran]:
     }
     books = {name: _with(values) for name, values in parameters.items()}
     both = nbformat.v4.new_notebook(cells=[cell for book in books.values() for cell in book])
-    NotebookClient(both, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    patience = {"timeout": int(PATIENCE_S), "startup_timeout": int(PATIENCE_S)}
+    NotebookClient(both, **patience, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     return {name: _outputs(book) for name, book in books.items()}
 
 

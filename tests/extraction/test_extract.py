@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from events import aged
 from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
@@ -155,6 +156,7 @@ def test_all_at_once_gives_the_same_features(config, tmp_path: Path) -> None:
 
 def test_adding_a_teacher_leaves_every_other_file_untouched(config, tmp_path: Path) -> None:
     extract(config())
+    aged(tmp_path / "store")
     before = digests(tmp_path / "store")
     extract(config(teachers="mean"))
     after = digests(tmp_path / "store")
@@ -170,6 +172,7 @@ def test_batches_are_cut_at_the_same_rows_of_each_shard(config, tmp_path: Path) 
 
 def test_whole_shards_are_not_computed_again(config, tmp_path: Path) -> None:
     extract(config())
+    aged(tmp_path / "store")
     before = digests(tmp_path / "store")
     (tmp_path / "store" / "train" / "pooled" / "shard-000001.h5").unlink()
     extract(config(teacher_options={"pooled": {"log": str(tmp_path / "log")}}))

@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from events import PATIENCE_S
 
 from theia import registry
 from theia.errors import StoreError
@@ -78,16 +78,21 @@ def test_a_slow_disk_and_a_fast_teacher_have_two_batches_in_memory(
     config, watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    counts = []
+    counts: list[int] = []
+    next_one = threading.Semaphore(0)
 
     def count(features: TeacherFeatures) -> None:
         alive.add(features.patches)
         counts.append(len(alive))
+        if len(counts) > 1:
+            next_one.release()
+        if len(counts) == 10:
+            next_one.release()
 
     append = ShardWriter.append
 
     def slow(self: ShardWriter, *features: Any) -> None:
-        time.sleep(0.02)
+        assert next_one.acquire(timeout=PATIENCE_S)  # until the teacher has given the next batch, if there is one
         append(self, *features)
 
     watch(after=count)
@@ -97,19 +102,25 @@ def test_a_slow_disk_and_a_fast_teacher_have_two_batches_in_memory(
 
 
 def test_a_shard_comes_to_rest_while_the_next_is_computed(config, watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed, waited = [], []
+    computed: list[None] = []
+    came: list[bool] = []
+    next_shard = threading.Event()
     sync = os.fsync
 
+    def compute() -> None:
+        computed.append(None)
+        if len(computed) == 3:
+            next_shard.set()
+
     def wait_for_a_batch_of_the_next_shard(file: int) -> None:
-        if threading.current_thread() is not threading.main_thread() and len(computed) == 2:
-            while len(computed) < 3 and len(waited) < 1000:
-                waited.append(time.sleep(0.01))
+        if threading.current_thread() is not threading.main_thread() and not came:
+            came.append(next_shard.wait(PATIENCE_S))
         sync(file)
 
-    watch(before=lambda: computed.append(None))
+    watch(before=compute)
     monkeypatch.setattr(os, "fsync", wait_for_a_batch_of_the_next_shard)
     extract(config())  # shards of a batch of 3 and one of 1
-    assert len(waited) < 1000
+    assert came == [True]
 
 
 @pytest.mark.parametrize("batch_size", [3, 4], ids=["in the first of two batches", "in the last batch of a shard"])
@@ -145,16 +156,21 @@ def test_a_full_disk_stops_the_work_and_leaves_whole_shards(
 
 def test_ctrl_c_leaves_whole_shards(config, watch, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[None] = []
+    stored: list[None] = []
+    interrupted = threading.Event()
     append = ShardWriter.append
 
     def interrupt() -> None:
         computed.append(None)
         if len(computed) == 4:
+            interrupted.set()
             raise KeyboardInterrupt
 
     def slow(self: ShardWriter, *features: Any) -> None:
-        time.sleep(0.02)
+        if len(stored) == 4:  # the first image of the second shard
+            assert interrupted.wait(PATIENCE_S)
         append(self, *features)
+        stored.append(None)
 
     options = config()
     watch(before=interrupt)

@@ -1,11 +1,13 @@
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
+from events import PATIENCE_S
 
+from theia.extraction import handover
 from theia.extraction.handover import Handover
 
 
@@ -37,7 +39,7 @@ def test_the_caller_goes_on_while_the_work_is_done() -> None:
     caller_went_on = threading.Event()
     seen = []
     with Handover() as storing:
-        storing.give(lambda: seen.append(caller_went_on.wait(10)))
+        storing.give(lambda: seen.append(caller_went_on.wait(PATIENCE_S)))
         caller_went_on.set()
     assert seen == [True]
 
@@ -45,12 +47,16 @@ def test_the_caller_goes_on_while_the_work_is_done() -> None:
 def test_no_more_than_two_pieces_are_alive() -> None:
     alive: weakref.WeakSet[Batch] = weakref.WeakSet()
     counts = []
+    next_one = [threading.Event() for _ in range(11)]
     with Handover() as storing:
-        for _ in range(10):
+        for number in range(10):
             batch = Batch()
             alive.add(batch)
             counts.append(len(alive))
-            storing.give(lambda batch: time.sleep(0.01), batch)
+            next_one[number].set()
+            # In work until its caller has the next one.
+            storing.give(lambda batch, come: come.wait(PATIENCE_S), batch, next_one[number + 1])
+        next_one[10].set()
     assert counts == [1] + [2] * 9
 
 
@@ -84,11 +90,21 @@ def test_the_callers_own_error_comes_first() -> None:
 
 
 @pytest.mark.parametrize("stopped_by", [None, KeyboardInterrupt, ValueError])
-def test_what_the_work_uses_is_not_closed_before_it_is_done(stopped_by: type[BaseException] | None) -> None:
+def test_what_the_work_uses_is_not_closed_before_it_is_done(
+    stopped_by: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = []
+    caller_stands_still = threading.Event()
+    wait = handover.wait
+
+    def watched(futures: list[Future[object]]) -> object:
+        caller_stands_still.set()
+        return wait(futures)
+
+    monkeypatch.setattr(handover, "wait", watched)
 
     def slow() -> None:
-        time.sleep(0.05)
+        assert caller_stands_still.wait(PATIENCE_S)
         events.append("done")
 
     def use() -> None:
@@ -100,6 +116,7 @@ def test_what_the_work_uses_is_not_closed_before_it_is_done(stopped_by: type[Bas
                         raise stopped_by
             finally:
                 events.append("closed")
+                caller_stands_still.set()  # too late
 
     if stopped_by:
         with pytest.raises(stopped_by):

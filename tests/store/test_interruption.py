@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from events import aged, changed
 from small_store import CLS, ODD, begin, contents, extract, image_set, in_child, kill_at, write_features, write_images
 
 from theia.errors import StoreError
@@ -155,23 +156,22 @@ def test_finish_names_missing_shards(tmp_path: Path) -> None:
 
 def test_adding_a_teacher_touches_no_other_file(tmp_path: Path) -> None:
     extract(tmp_path, teachers=[ODD])
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    before, times = contents(tmp_path), aged(tmp_path)
     extract(tmp_path, teachers=[CLS])
-    assert {path.name for path in before} >= {"shard-000000.h5", "odd.npz", "skipped.csv"}
-    for path, (content, changed) in before.items():
+    assert {path.name for path in times} >= {"shard-000000.h5", "odd.npz", "skipped.csv"}
+    after = contents(tmp_path)
+    for path, time in times.items():
         if path.name not in ("manifest.json", ".lock"):
-            assert path.read_bytes() == content
-            assert path.stat().st_mtime_ns == changed
+            assert after[(name := str(path.relative_to(tmp_path)))] == before[name]
+            assert path.stat().st_mtime_ns == time
     assert list(FeatureStore(tmp_path).open_split("train").teachers) == ["odd", "with_cls"]
 
 
 def test_running_a_finished_extraction_again_changes_nothing(tmp_path: Path) -> None:
     extract(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    before = aged(tmp_path)
     extract(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in before if path.is_file()} == {
-        path: changed for path, changed in before.items() if path.is_file()
-    }
+    assert changed(before) == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -1,9 +1,9 @@
+import fcntl
 import json
 import os
-import time
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from small_store import CLS, ODD, begin, extract
@@ -73,17 +73,32 @@ def test_complete_set_must_have_all_its_shards(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_jobs_on_one_store_take_turns(tmp_path: Path) -> None:
+def test_jobs_on_one_store_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(tmp_path, split="train")
-    read, write = os.pipe()
+    (held, tell_held), (wanted, tell_wanted) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(tell_wanted)
         with edit_manifest(tmp_path):
-            os.write(write, b".")
-            # Long enough for the parent to lose its turn, were there none.
-            time.sleep(0.3)
+            os.write(tell_held, b".")
+            os.read(wanted, 1)  # until the parent wants its turn, or has ended without
         os._exit(0)
-    os.read(read, 1)
+    os.close(tell_held)
+    os.read(held, 1)
+    refused = []
+    lock = fcntl.lockf
+
+    def watched(file: IO[str], operation: int) -> None:
+        try:
+            lock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            refused.append(error)
+        os.write(tell_wanted, b".")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", watched)
     begin(tmp_path, split="val")
+    os.close(tell_wanted)
     os.waitpid(child, 0)
+    assert len(refused) == 1
     assert list(read_manifest(tmp_path).splits) == ["train", "val"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from events import PATIENCE_S
 from safetensors.torch import load_file, save_file
 
 from theia.errors import ConfigError, ShapeError, WeightsError
@@ -266,11 +268,13 @@ def test_no_network_is_an_error_with_model_cause_and_alternative(teacher_class, 
 
 @pytest.mark.slow
 def test_an_unreachable_hub_gives_up(tmp_path):
-    # Nothing listens on port 1.
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     code = "from theia_teachers.vit import ViT; ViT()"
 
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    with socket.socket() as taken:  # a port that is taken, and that nothing listens on
+        taken.bind(("127.0.0.1", 0))
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{taken.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, **hub, "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": str(int(PATIENCE_S))}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
@@ -288,4 +292,4 @@ def test_importing_the_plugins_does_not_import_transformers():
         "sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
     )
 
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -69,8 +69,10 @@ def run_locally(jobs: Sequence[Job], parallel: int, watch: Watch, ended: Ended) 
             slots.put(share)
 
     with ThreadPoolExecutor(parallel) as pool:
-        futures = {pool.submit(carry_out, job): job for job in jobs}
+        futures: dict[Future[int], Job] = {}
         try:
+            for job in jobs:
+                futures[pool.submit(carry_out, job)] = job
             _follow(futures, watch, ended)
         except BaseException:
             _be_patient()

@@ -306,4 +306,4 @@ def _git_commit() -> str | None:
 
 def _git(file: Path, *arguments: str) -> str:
     command = ["git", "-C", str(file.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()

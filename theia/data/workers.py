@@ -126,7 +126,7 @@ class Workers:
 
     def _death(self, worker: _Worker) -> WorkerError:
         number, pid = self._workers.index(worker), worker.process.pid
-        worker.process.join(timeout=10)  # its pipe closes a moment before its status is known
+        worker.process.join()  # its pipe closes a moment before its status is known
         status = worker.process.exitcode
         self.close()
         if status == -signal.SIGKILL:
