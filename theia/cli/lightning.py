@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.cli.report import table, write_report
 from theia.cli.run import (
     CONFIG,
@@ -27,7 +28,6 @@ from theia.cli.run import (
     check_processes,
     check_trainer,
     check_unused,
-    check_writable,
     checkpoints,
     moved_run,
     resolve_checkpoint,
@@ -42,6 +42,7 @@ from theia.training.callbacks import FeaturePictures, Throughput
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested
 from theia.training.distillation import Distillation
 from theia.training.records import Events, MetricsCSV
+from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class TheiaCLI(LightningCLI):
         self.arguments = words[1:]
         if words and words[0] in self.subcommands():
             check_used(words[0], self.arguments)
-        self.config = parser.parse_args(words)
+        self.config = settle(parser.parse_args(words), OF_FIT_MAY_BE_EMPTY)
         check_trainer(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
@@ -160,7 +161,7 @@ class TheiaCLI(LightningCLI):
         if getattr(rank_zero_only, "rank", 0):
             return  # when the other processes start, the first one may have written there already
         run = self.run_folder
-        check_writable(run)
+        check_folder(run, "--run_folder")
         own = (checkpoints(run).resolve(), run.resolve())
         if self.checkpoint is not None and self.loaded is not None and self.checkpoint.resolve().parent in own:
             check_newest(self.checkpoint, self.loaded["global_step"], run, _steps_of(checkpoints(run) / LAST))

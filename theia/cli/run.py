@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from theia.cli.options import Change
 from theia.errors import ConfigError
 from theia.training.checkpoints import LAST
 from theia.training.records import METRICS
-from theia.utils.files import what_failed, write_whole
-from theia.utils.ranges import check_number
+from theia.utils.files import write_whole
+from theia.utils.numbers import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -201,22 +200,6 @@ def check_newest(checkpoint: Path, steps: int, run: Path, newest: int | None) ->
             f"{checkpoint} is of step {steps}, but {checkpoints(run) / LAST} of step {newest}: the steps between would "
             "be lost. Go on with --ckpt_path last, or branch off into another folder with --run_folder FOLDER."
         )
-
-
-def check_writable(run: Path) -> None:
-    """Tries whether a run can be written, and leaves no trace.
-
-    Raises:
-        ConfigError: If the folder is a file, or nothing can be written there.
-    """
-    there = next(path for path in (run, *run.absolute().parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        raise ConfigError(f"The run folder {run} cannot be made: {there} is a file. Choose another with --run_folder.")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(what_failed(run, error, kept="Choose another --run_folder, or")) from error
 
 
 class SaveRun(SaveConfigCallback):

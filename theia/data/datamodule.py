@@ -20,7 +20,7 @@ from theia.store.schema import canonical_json, to_plain
 from theia.store.split import Split
 from theia.store.statistics import ChannelStatistics
 from theia.types import FeatureBatch
-from theia.utils.ranges import check_number
+from theia.utils.numbers import check_number
 
 logger = logging.getLogger(__name__)
 

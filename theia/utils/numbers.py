@@ -9,19 +9,30 @@ MOST_PIXELS = 16384
 MOST_PROCESSES = 4096
 
 
-def check_number(option: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Refuses a number outside its range, and what is no number.
+def check_number(
+    option: str, value: float | None, least: float, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Refuses a number outside its range, and what is infinite or no number.
 
     Args:
         option: Its name, without dashes.
         value: As it was given; ``None`` if it was not.
         least: Smallest that is allowed.
         most: Greatest that is allowed.
+        above: The smallest itself is too small.
+        below: The greatest itself is too great.
 
     Raises:
         ConfigError: Names the option and its bound.
     """
-    if value is None or least <= value <= most:
+    if value is None:
         return
-    bound = f"at most {most}" if value > most else f"at least {least}"
+    enough = value > least if above else value >= least
+    little = value < most if below else value <= most
+    if enough and little and math.isfinite(value):
+        return
+    if enough and most < math.inf:
+        bound = f"{'below' if below else 'at most'} {most}"
+    else:
+        bound = f"{'above' if above else 'at least'} {least}" + (" and finite" if enough else "")
     raise ConfigError(f"--{option} is {value}; it must be {bound}.")
