@@ -132,6 +132,11 @@ class Events(_Rows, TensorBoardLogger):
         if self._is_new(metrics, step):
             super().log_metrics(dict(metrics), step)
 
+    @rank_zero_only
+    def save(self) -> None:
+        """Brings out what waits; without Lightning's ``hparams.yaml``, whose content stands in ``config.yaml``."""
+        self.experiment.flush()
+
 
 def cut_rows(path: Path, steps: int) -> list[str]:
     """Cuts ``metrics.csv`` back to its whole rows of the first steps.
