@@ -1,8 +1,11 @@
 """What holds for every option of every command, walked over so that a new one cannot be forgotten."""
 
 import contextlib
+import errno
 import importlib
 import io
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -90,6 +93,50 @@ def texts() -> Iterator[Any]:
 TEXTS = list(texts())
 
 
+# Where each command writes; a place that cannot be written is found out before any work.
+PLACES = [
+    (program, action.dest)
+    for program, parser in parsers()
+    for action in options(parser)
+    if action.dest in ("out", "store", "results") or (action.dest == "folder" and action.option_strings)
+]
+
+
+def test_every_command_that_writes_has_a_place() -> None:
+    assert {program for program, _ in PLACES} == {program for program, _ in parsers()} - {
+        "store info", "store verify", "teachers",  # only read
+        "ablate report",  # writes into the sweep that it reads
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+@pytest.mark.parametrize(("program", "dest"), PLACES)
+def test_a_place_that_cannot_be_written_is_one_line_before_any_work(
+    program: str, dest: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "place").mkdir()
+
+    opened = tempfile.TemporaryFile
+
+    def refuse(*, dir: Path) -> Any:
+        if dir == tmp_path / "place":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    place = {"a file": "file", "below a file": "file/below", "read-only": "place"}[kind]
+    assert run(program, line(dict(parsers())[program], dest, str(tmp_path / place))) == 1
+    (said,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("WARNING")]
+    assert said.startswith(f"{'' if program.startswith('bench') else 'theia '}{program.split()[0]}: ")
+    assert str(tmp_path / place) in said
+    assert f"--{dest}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "place"}
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 # Senseless for nearly every number there is; 10**30 is a number of images that means all of them.
 SENSELESS = ("-7", "0", "nan", "inf", "1e30", str(10**30))
 # What means something for all that, and why.
@@ -127,7 +174,8 @@ NUMBERS = list(numbers())
 def test_the_walk_sees_every_kind_of_number() -> None:
     seen = {param.values for param in NUMBERS}
     assert {
-        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"), ("ablate", "jobs"),
+        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"),
+        ("ablate", "jobs"),
         ("analyze", "max_images"), ("decode", "limit"), ("benchmarks.soak", "minutes"),
         ("benchmarks.latency", "batches"), ("benchmarks.probing dense", "seeds"),
     } <= seen  # fmt: skip
