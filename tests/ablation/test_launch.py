@@ -61,12 +61,24 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, name, steps=15) for name in "abcd"]
-    seen = set()
-    jobs = [make_job(run) for run in runs]
-    launch.run_locally(jobs, 2, lambda: seen.add(sum(run.running for run in runs)), lambda *_: None)
+    runs = [make_run(tmp_path, name) for name in "abcd"]
+    at_work: list[str] = []
+    most: list[int] = []
+    both = threading.Barrier(2, timeout=60)
+
+    class Counted(Job):
+        def __call__(self) -> int:
+            at_work.append(self.run.row)
+            both.wait()  # there is a second one
+            most.append(len(at_work))
+            both.wait()
+            status = super().__call__()
+            at_work.remove(self.run.row)
+            return status
+
+    launch.run_locally([Counted(run, program=make_job(run).program) for run in runs], 2, lambda: None, lambda *_: None)
     assert all(run.finished for run in runs)
-    assert max(seen) == 2
+    assert most == [2, 2, 2, 2]
 
 
 def test_cores_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """How every command ends: with one line, or quietly, whatever the system does."""
 
+import ast
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,3 +122,38 @@ def test_an_output_that_is_no_file_of_the_systems_can_be_written(monkeypatch: py
     monkeypatch.setattr("sys.stdout", stream := io.StringIO())
     assert carry_out("theia", lambda: stream.write("heard\n") and None) == 0
     assert stream.getvalue() == "heard\n"
+
+
+COMMAND_LINE = re.compile(r"(theia [a-z]+|tensorboard|python -m)[^.;']* $")
+
+
+def unquoted(path: Path) -> Iterator[str]:
+    """Values that a message puts into a command line as they are."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            before = ""
+            for part in node.values:
+                if isinstance(part, ast.Constant):
+                    before += part.value
+                elif isinstance(part, ast.FormattedValue):
+                    value = ast.unparse(part.value)
+                    # Names of teachers have no blanks.
+                    if COMMAND_LINE.search(before) and not value.startswith(("shlex.", "','.join(")):
+                        yield value
+                    before += "x"
+        elif isinstance(node, ast.Constant) and "%s" in str(node.value):
+            text = str(node.value)
+            if COMMAND_LINE.search(text.partition("%s")[0]):
+                yield text
+
+
+def test_command_lines_to_copy_are_quoted(tmp_path: Path) -> None:
+    example = tmp_path / "example.py"
+    example.write_text(
+        "f'Next: theia test --config {run} '; f'tensorboard --logdir {shlex.quote(run)}'; 'theia fit --x %s'"
+    )
+    assert list(unquoted(example)) == ["run", "theia fit --x %s"]
+    rooms = ("cli", "ablation", "analysis", "decoding", "scoring")
+    for path in [path for room in rooms for path in Path("theia", room).glob("*.py")]:
+        if path.name != "lightning.py":
+            assert not list(unquoted(path)), path

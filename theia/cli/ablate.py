@@ -206,6 +206,6 @@ def _print(out: Path, summary: "Summary | None", failed: "Sequence[Run]") -> Non
         print(main_table(summary))
         print(f"report:  {out / 'report.md'} (also .csv, .json)")
         print(f"picture: {out / 'report.png'}")
-        print(f"curves:  tensorboard --logdir {out}")
+        print(f"curves:  tensorboard --logdir {shlex.quote(str(out))}")
     if failed:
         print(f"Failed: {'; '.join(run.name for run in failed)}. The same command tries them again.")
