@@ -32,7 +32,7 @@ _MOST_IMAGES = 65536  # of a batch: ten gigabytes
 
 def bench(
     encoder: str | None = None,
-    sizes: str = "tiny,small,base",
+    sizes: str | None = None,
     batches: str = "1,32",
     pairs: int = 5,
     threads: int = 1,
@@ -42,8 +42,8 @@ def bench(
 
     Args:
         encoder: A model of your own to measure instead: what theia.load takes.
-        sizes: Some of tiny, small and base, separated by commas. Tiny gets a training of about a minute first; the
-            others have random weights.
+        sizes: Some of tiny, small and base, separated by commas; all by default. Tiny gets a training of about a minute
+            first; the others have random weights.
         batches: Batch sizes, separated by commas.
         pairs: Counted turns of every runtime.
         threads: Of every runtime.
@@ -57,7 +57,10 @@ def bench(
         BenchmarkError: If there is no such size or batch, or a runtime does not do what the others do.
         TheiaError: If the encoder cannot be loaded.
     """
-    chosen, counts = comma_list(sizes), comma_list(batches)
+    if encoder is not None and sizes is not None:
+        raise BenchmarkError("--sizes are of models that are built here, --encoder is your own. Give one of the two.")
+    chosen = [] if encoder is not None else [*get_args(Size)] if sizes is None else comma_list(sizes)
+    counts = comma_list(batches)
     check_number("pairs", pairs, 1, MOST_PAIRS)
     check_number("threads", threads, 1, MOST_PROCESSES)
     _check(chosen, counts)
@@ -123,7 +126,7 @@ def _on_all_devices(case: runtimes.Case, pairs: int, model: str, weights: str) -
 
 def _check(sizes: list[str], batches: list[str]) -> None:
     unknown = [size for size in sizes if size not in get_args(Size)]
-    if unknown or not sizes:
+    if unknown:
         raise BenchmarkError(f"There is no size {', '.join(unknown)!r}. Choose from: {', '.join(get_args(Size))}.")
     if not batches or not all(count.isdecimal() and 0 < int(count) <= _MOST_IMAGES for count in batches):
         raise BenchmarkError(

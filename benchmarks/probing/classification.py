@@ -5,11 +5,12 @@ from pathlib import Path
 from benchmarks.probing.features import Device, check_encoders, open_all
 from benchmarks.probing.fingerprint import of_files
 from benchmarks.probing.labelled import open_labelled
-from benchmarks.probing.presets import Preset
+from benchmarks.probing.presets import PRESETS, Preset
 from benchmarks.probing.probes import Probed, probe_classes, probe_nothing
 from benchmarks.probing.run import open_run
 from benchmarks.probing.storage import Storage
 from theia.encoder.named import NamedEncoder
+from theia.errors import ConfigError
 from theia.utils.numbers import check_number
 
 
@@ -19,7 +20,7 @@ def classification(
     val: str | None = None,
     preset: Preset = "small",
     neighbours: int = 20,
-    seeds: str = "0",
+    seeds: str | None = None,
     device: Device = "auto",
     folder: Path | None = None,
     results: Path = Path("benchmarks/results"),
@@ -37,7 +38,7 @@ def classification(
             image is in memory, a minute on a CPU; full: MAE's probe, for ImageNet: LARS, batches of 16384.
         neighbours: Images that vote.
         seeds: Of MAE's probe, separated by commas; the table shows means, and of several their standard deviation.
-            Logistic regression leaves nothing to chance, and needs none.
+            0 by default. The small preset's leaves nothing to chance, and takes none.
         device: Where to work; auto takes a GPU if there is one.
         folder: Where the full preset puts its files, which are deleted in the end (not after kill -9: theia-probing-*);
             the system's temporary folder by default.
@@ -50,6 +51,8 @@ def classification(
         TheiaError: If options do not fit the data, an image cannot be read, or an encoder cannot be probed.
     """
     check_number("neighbours", neighbours, 1)
+    if seeds is not None and PRESETS[preset].probe is None:
+        raise ConfigError(f"--seeds: the probe of --preset {preset} leaves nothing to chance. Leave it out.")
     run = open_run("classification", device, seeds, folder, preset, results)
     opened = open_all(encoders, run.device, spatial=False)
     training, testing = open_labelled(images, val, neighbours)
@@ -61,8 +64,6 @@ def classification(
         "held-out images": len(testing), "classes": len(training.classes), "device": run.device,
     }  # fmt: skip
     notes = []
-    if schedule is None and len(run.seeds) > 1:
-        notes.append("The small preset's probe leaves nothing to chance: it gives one figure, whatever the seeds.")
     if schedule is not None and len(training) < schedule.batch_size:
         notes.append(
             f"The full preset is meant for more than its batch of {schedule.batch_size}; with {len(training)} "

@@ -94,24 +94,28 @@ class Run:
         return path, found
 
 
-def open_run(kind: str, device: Device, seeds: str, folder: Path | None, preset: Preset, results: Path) -> Run:
+def open_run(kind: str, device: Device, seeds: str | None, folder: Path | None, preset: Preset, results: Path) -> Run:
     """Checks the options that both commands have.
 
     Args:
         kind: Name of the command.
         device: As the option says.
-        seeds: Whole numbers, separated by commas.
+        seeds: Whole numbers, separated by commas; ``None`` is 0.
         folder: As the option says.
         preset: How much work there is.
         results: As the option says.
 
     Raises:
-        ConfigError: If there is no such device or folder, nothing can be written there, or seeds are no whole numbers.
+        ConfigError: If an option is of no use, there is no such device or folder, nothing can be written there, or
+            seeds are no whole numbers.
     """
-    numbers = comma_list(seeds)
+    effort = PRESETS[preset]
+    if folder is not None and not effort.on_disk:
+        raise ConfigError(f"--preset {preset} keeps all in memory and puts nothing into --folder. Leave it out.")
+    numbers = comma_list("0" if seeds is None else seeds)
     if not numbers or not all(number.isdecimal() and int(number) < 2**32 for number in numbers):
         raise ConfigError(
             f"--seeds is {seeds!r}; give whole numbers from 0 and below 2**32, separated by commas, such as 0,1,2."
         )
     check_folders(results, folder)
-    return Run(kind, choose_device(device), [int(number) for number in numbers], PRESETS[preset], folder, results)
+    return Run(kind, choose_device(device), [int(number) for number in numbers], effort, folder, results)

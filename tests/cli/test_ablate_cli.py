@@ -78,6 +78,10 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
         ({}, ["--base=/nowhere.yaml"], "/nowhere.yaml"),
         ({"rows": {"a": {"data.teachers": []}}}, [], "the options of row 'a': --data.teachers is empty"),
+        ({}, ["--data.teachers=alpha"], "Every row of the sweep sets data.teachers itself"),
+        ({"teachers": None, "rows": {"a": {"model": {"registers": 0}}, "b": {"model.registers": 4}},
+          "options": {"model.registers": 8}}, [], "Every row of the sweep sets model.registers itself"),
+        ({}, ["--slurm.timeout_min=3"], "--slurm has options of SLURM"),
         ({"only": ""}, [], "--only is empty"),
         ({"teachers": []}, [], "--teachers is empty"),
         ({}, ["--model.depth=x"], "the base of the sweep: Parser key \"model.depth\""),
@@ -98,7 +102,7 @@ def test_a_row_may_say_that_a_list_of_lightnings_is_empty(
     ablate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(store.parent))
-    rows = {"a": {"trainer.callbacks": [], "data.store": f"~/{store.name}"}}
+    rows = {"a": {"trainer.callbacks": [], "data.store": f"~/{store.name}"}, "b": {}}
     assert ablate("--dry_run", teachers=None, rows=rows, scorers=[]) == 0
 
 

@@ -378,6 +378,8 @@ def test_teacher_options_from_a_file_are_settled_like_typed_ones(
         (["--out={tmp}/images"], "is not empty and holds no decoded pictures"),
         (["--teacher_options={{sam: {{}}}}"], "--teacher_options has 'sam'"),
         (["--teacher_options={{odd: far}}"], "odd is 'far'"),
+        (["--teacher_options={{odd: {{}}}}", "--teachers=clip"], "--teacher_options has 'odd', but nothing is shown"),
+        (["--teacher_options={{clip: {{weights: x}}}}"], "--teacher_options has 'clip', but nothing is shown"),
         (["--teacher_options={tmp}/absent.yaml"], "absent.yaml cannot be read"),
         (["--teacher_options={{odd: {{colour: red}}}}"], "unexpected keyword argument 'colour'"),
         (["--teacher_options={{odd: {{fault: raises}}}}"], "Teacher 'odd' cannot decode: RuntimeError: no idea"),

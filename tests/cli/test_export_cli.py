@@ -1,4 +1,5 @@
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,17 @@ def test_figures_of_another_checkpoint_are_not_taken(
 def test_figures_of_an_earlier_file_of_that_name_are_not_taken(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "a run/checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "environment.json", "test_best.json"):
-        (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
-    (tmp_path / "run/checkpoints/best.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+        (tmp_path / "a run" / name).write_bytes((run / name).read_bytes())
+    (tmp_path / "a run/checkpoints/best.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
 
-    assert main(["export", f"--ckpt={tmp_path}/run/checkpoints/best.ckpt"]) == 0
+    assert main(["export", f"--ckpt={tmp_path}/a run/checkpoints/best.ckpt"]) == 0
 
-    assert "no test_best.json of it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no test_best.json of it" in said
+    command = shlex.split(said[said.index("theia test") :])
+    assert command[:4] == ["theia", "test", "--config", f"{tmp_path}/a run/config.yaml"]
 
 
 @pytest.mark.parametrize("weights", ["/data/clip", "../clip", "models/clip/", "C:\\models\\clip", "vit_b/clip.pth"])

@@ -1,8 +1,15 @@
 """What holds for every option of every command, walked over so that a new one cannot be forgotten."""
 
+import ast
 import contextlib
+import errno
 import importlib
+import inspect
 import io
+import os
+import re
+import tempfile
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +18,13 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser, Namespace, capture_parser
 
+from benchmarks.latency import __main__ as latency
+from benchmarks.probing.classification import classification
+from benchmarks.probing.dense import dense
+from benchmarks.soak import __main__ as soak
+from benchmarks.throughput import __main__ as throughput
+from theia import registry
+from theia.cli import ablate, analyze, decode, export, store
 from theia.cli.main import _LIGHTNING, COMMANDS
 from theia.cli.main import main as theia
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
@@ -62,7 +76,8 @@ INNOCENT = {"teachers": "hog"}
 
 def line(parser: ArgumentParser, dest: str, value: str) -> list[str]:
     """A command line with that value of one option, and an innocent one wherever there must be one."""
-    typed = []
+    # Only this preset has a use for a folder.
+    typed = ["--preset=full"] if dest == "folder" and any(one.dest == "preset" for one in options(parser)) else []
     for action in options(parser):
         if action.dest == dest or action.required or (not action.option_strings and action.nargs != "*"):
             given = value if action.dest == dest else INNOCENT.get(action.dest, "x")
@@ -90,6 +105,50 @@ def texts() -> Iterator[Any]:
 TEXTS = list(texts())
 
 
+# Where each command writes; a place that cannot be written is found out before any work.
+PLACES = [
+    (program, action.dest)
+    for program, parser in parsers()
+    for action in options(parser)
+    if action.dest in ("out", "store", "results") or (action.dest == "folder" and action.option_strings)
+]
+
+
+def test_every_command_that_writes_has_a_place() -> None:
+    assert {program for program, _ in PLACES} == {program for program, _ in parsers()} - {
+        "store info", "store verify", "teachers",  # only read
+        "ablate report",  # writes into the sweep that it reads
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+@pytest.mark.parametrize(("program", "dest"), PLACES)
+def test_a_place_that_cannot_be_written_is_one_line_before_any_work(
+    program: str, dest: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "place").mkdir()
+
+    opened = tempfile.TemporaryFile
+
+    def refuse(*, dir: Path) -> Any:
+        if dir == tmp_path / "place":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    place = {"a file": "file", "below a file": "file/below", "read-only": "place"}[kind]
+    assert run(program, line(dict(parsers())[program], dest, str(tmp_path / place))) == 1
+    (said,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("WARNING")]
+    assert said.startswith(f"{'' if program.startswith('bench') else 'theia '}{program.split()[0]}: ")
+    assert str(tmp_path / place) in said
+    assert f"--{dest}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "place"}
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 # Senseless for nearly every number there is; 10**30 is a number of images that means all of them.
 SENSELESS = ("-7", "0", "nan", "inf", "1e30", str(10**30))
 # What means something for all that, and why.
@@ -106,7 +165,6 @@ SENSIBLE = {
     ("decode", "limit"): {str(10**30): "all images"},
     ("decode", "batch_size"): {str(10**30): "all images at once"},
     ("benchmarks.probing classification", "neighbours"): {str(10**30): "needs as many images, which are not yet there"},
-    ("benchmarks.probing classification", "seeds"): {"0": "a seed"},
     ("benchmarks.probing dense", "seeds"): {"0": "a seed"},
     ("benchmarks.soak", "workers"): {"0": "reads in the training process"},
 }
@@ -117,7 +175,11 @@ def numbers() -> Iterator[Any]:
     for program, parser in parsers():
         for action in options(parser):
             found = takes(parser, action.dest, "17")
-            if isinstance(found, int | float) or (found and str(action.default).replace(",", "").isdecimal()):
+            if (
+                isinstance(found, int | float)
+                or action.dest == "seeds"
+                or str(action.default).replace(",", "").isdecimal()
+            ):
                 yield pytest.param(program, action.dest, id=f"{program}-{action.dest}")
 
 
@@ -127,7 +189,8 @@ NUMBERS = list(numbers())
 def test_the_walk_sees_every_kind_of_number() -> None:
     seen = {param.values for param in NUMBERS}
     assert {
-        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"), ("ablate", "jobs"),
+        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"),
+        ("ablate", "jobs"),
         ("analyze", "max_images"), ("decode", "limit"), ("benchmarks.soak", "minutes"),
         ("benchmarks.latency", "batches"), ("benchmarks.probing dense", "seeds"),
     } <= seen  # fmt: skip
@@ -240,3 +303,75 @@ def test_what_is_empty_by_default_was_not_typed() -> None:
 
 def test_the_current_folder_is_still_a_folder() -> None:
     assert takes(parser_of("analyze"), "out", ".") == Path()
+
+
+# Commands that are functions, whose parameters are the options.
+FUNCTIONS = {
+    "store info": store.info,
+    "store verify": store.verify,
+    "ablate": ablate.ablate,
+    "ablate report": ablate.report,
+    "analyze": analyze.analyze,
+    "decode": decode.decode,
+    "export": export.export,
+    "benchmarks.latency": latency.bench,
+    "benchmarks.probing classification": classification,
+    "benchmarks.probing dense": dense,
+    "benchmarks.soak": soak.soak,
+    "benchmarks.throughput": throughput.bench,
+}
+# What an extraction reads in place of an option.
+READ_AS = {"images": "locations", "split": "locations", "teachers": "teacher_names"}
+
+
+def test_every_option_is_read() -> None:
+    assert {program for program, _ in parsers()} == {*FUNCTIONS, "extract", "teachers"}
+    for program, parser in parsers():
+        listed = {action.dest for action in options(parser)}
+        if program in FUNCTIONS:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(FUNCTIONS[program])))
+            read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+            assert listed, program
+            assert listed <= read, program
+    assert not list(options(parser_of("teachers")))
+
+
+def test_every_option_of_an_extraction_is_read() -> None:
+    room = "".join(path.read_text() for path in Path("theia/extraction").glob("*.py") if path.name != "config.py")
+    for action in options(parser_of("extract")):
+        if action.dest.partition(".")[0] not in registry.names():  # the teacher's constructor takes these, or raises
+            assert re.search(rf"\bconfig\.{READ_AS.get(action.dest, action.dest)}\b", room), action.dest
+
+
+# Options that have no use beside others: (command line, what is said).
+IDLE = [
+    ("extract --images {train: a} --teachers hog --store s --split val", "--split"),
+    ("extract --images a --teachers hog --store s --clip.weights random", "--clip.weights is about a teacher"),
+    ("ablate --out s --slurm {timeout_min: 3}", "--slurm"),
+    ("analyze --encoders a --images b --out c --pictures 3 --picture_ids d", "--pictures"),
+    ("analyze --encoders a --images b --out c --max_images 1 --picture_ids d e", "--max_images"),
+    ("benchmarks.latency --encoder a --sizes tiny", "--sizes"),
+    ("benchmarks.probing classification --encoders a --images b --folder .", "--folder"),
+    ("benchmarks.probing classification --encoders a --images b --seeds 1", "--seeds"),
+    ("benchmarks.probing dense --encoders a --data scenes --folder .", "--folder"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), IDLE, ids=[typed for typed, _ in IDLE])
+def test_an_option_that_has_no_use_is_refused(
+    typed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = re.split(r" (?![^{]*})", typed)
+    assert run(program, arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_may_have_sections_of_teachers_that_are_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.yaml").write_text("images: nowhere\nteachers: [clip, hog]\nstore: s\nclip: {weights: random}\n")
+    assert theia(["extract", "--config", "all.yaml", "--teachers", "hog"]) == 1
+    assert "There is no nowhere" in capsys.readouterr().err

@@ -172,6 +172,23 @@ def _check(row: Row) -> None:
     refuse_reserved(row.options, f"Row {row.name!r}")
 
 
+def refuse_idle(names: Iterable[str], rows: Sequence[Row]) -> None:
+    """An option for all rows that every row sets itself would be said in vain.
+
+    Args:
+        names: Dotted options for all rows.
+        rows: Of the grid.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    for name in names:
+        if all(name in flat(row.options) for row in rows):
+            raise ConfigError(
+                f"Every row of the sweep sets {name} itself, so that for all rows it has no use. Leave it out."
+            )
+
+
 def refuse_reserved(names: Iterable[str], who: str) -> None:
     """Options that are the sweep's own cannot be set for a row, nor for all of them.
 

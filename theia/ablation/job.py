@@ -1,6 +1,7 @@
 """What a launcher carries out: ``theia fit``, then ``theia test``, each a process of its own."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ class Job:
         if self._stop.is_set():
             return 128 + signal.SIGTERM
         with self.run.log.open("ab") as log:
-            log.write(f"$ theia {' '.join(arguments)}\n".encode())
+            log.write(f"$ {shlex.join(['theia', *arguments])}\n".encode())
             log.flush()
             self._child = subprocess.Popen(
                 [*self.program, *arguments],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import arguments_of, expand, refuse_reserved
+from theia.ablation.grid import arguments_of, expand, flat, refuse_idle, refuse_reserved
 from theia.cli.parser import Parser
 from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, split
 from theia.errors import ConfigError
@@ -117,19 +117,25 @@ def ablate(
     from theia.cli import plan
 
     launch.check(launcher, jobs)
+    if slurm and launcher != "slurm":
+        raise ConfigError(
+            "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave it out."
+        )
     check_folder(out, "--out")
     wanted = comma_list(scorers)
     for name in wanted:
         registry.find(name)
     numbers = seeds_of(seeds)
     arguments = [*(["--config", base] if base else []), *arguments_of(options or {}), *fit_options]
-    refuse_reserved([*(options or {}), *(argument[2:].partition("=")[0] for argument in fit_options)], "The sweep")
+    typed = [argument[2:].partition("=")[0] for argument in fit_options if argument.startswith("--")]
+    refuse_reserved([*(options or {}), *typed], "The sweep")
     stores = plan.Stores()
     common = plan.resolve(arguments, "the base of the sweep")
     if common["ckpt_path"] is not None:
         raise ConfigError(f"The base {base} sets ckpt_path, which the sweep itself sets. Leave it out.")
     # Only sets of teachers need to know which there are; rows may all have stores of their own.
     found = expand(rows, teachers, product, list(stores.open(common["data"]).teacher_specs) if teachers else [])
+    refuse_idle([*flat(options or {}), *typed], found)
     earlier = record.earlier(out)
     planned = earlier.with_planned([row.name for row in found], numbers)
     if reference is not None and reference not in planned:
@@ -206,6 +212,6 @@ def _print(out: Path, summary: "Summary | None", failed: "Sequence[Run]") -> Non
         print(main_table(summary))
         print(f"report:  {out / 'report.md'} (also .csv, .json)")
         print(f"picture: {out / 'report.png'}")
-        print(f"curves:  tensorboard --logdir {out}")
+        print(f"curves:  tensorboard --logdir {shlex.quote(str(out))}")
     if failed:
         print(f"Failed: {'; '.join(run.name for run in failed)}. The same command tries them again.")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PICTURES = 6
+
 
 class _Parser(Parser):
     """Takes several words after these options: a comma may be part of an encoder's name, or of a file's."""
@@ -60,7 +62,7 @@ def analyze(
     image_size: int = 224,
     batch_size: int = 32,
     device: Device = "auto",
-    pictures: int = 6,
+    pictures: int | None = None,
     picture_ids: list[str] | None = None,
     tensorboard: bool = False,
 ) -> int:
@@ -80,11 +82,12 @@ def analyze(
             models.
         batch_size: Images at a time; figures do not depend on it.
         device: Where encoders run; auto takes a GPU if there is one.
-        pictures: Show norm maps of so many images.
+        pictures: Show norm maps of so many images; 6 by default.
         picture_ids: Show norm maps of these images instead: their paths below --images, with blanks between them.
         tensorboard: Write pictures and figures for TensorBoard, too.
     """
-    _check(encoders, max_images, image_size, batch_size, pictures)
+    _check(encoders, max_images, image_size, batch_size, pictures, picture_ids)
+    shown = picture_ids or (_PICTURES if pictures is None else pictures)
 
     # torch takes seconds to import; --help does not need it.
     from theia.analysis.results import assemble
@@ -100,7 +103,7 @@ def analyze(
     chosen = choose_device(device)
     opened = _open(encoders, image_size, chosen)
     started = time.monotonic()
-    measured = _measure(opened, stream, picture_ids if picture_ids is not None else pictures, chosen)
+    measured = _measure(opened, stream, shown, chosen)
     if stream.skipped:
         logger.warning("Images that could not be read, named in the report: %d", len(stream.skipped))
     statement = {
@@ -120,7 +123,10 @@ def analyze(
     return 0
 
 
-def _check(encoders: list[str], max_images: int | None, image_size: int, batch_size: int, pictures: int) -> None:
+def _check(
+    encoders: list[str], max_images: int | None, image_size: int, batch_size: int, pictures: int | None,
+    picture_ids: list[str] | None,
+) -> None:  # fmt: skip
     twice = sorted({name for name in encoders if encoders.count(name) > 1})
     if twice:
         raise ConfigError(f"--encoders has {twice[0]!r} twice. Give each once.")
@@ -128,6 +134,12 @@ def _check(encoders: list[str], max_images: int | None, image_size: int, batch_s
     check_number("image_size", image_size, 16, MOST_PIXELS)
     check_number("batch_size", batch_size, 1)
     check_number("pictures", pictures, 0)
+    if picture_ids and pictures is not None:
+        raise ConfigError("--picture_ids says which images are shown, --pictures how many. Give one of the two.")
+    if picture_ids and max_images is not None and max_images < len(set(picture_ids)):
+        raise ConfigError(
+            f"--picture_ids names {len(set(picture_ids))} images, but --max_images looks at {max_images}. Raise it."
+        )
 
 
 def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[str, NamedEncoder]":

@@ -99,7 +99,7 @@ def decode(
     # torch takes seconds to import; --help does not need it.
     from theia.decoding.decode import decode as write
     from theia.decoding.output import check_free, picture_names
-    from theia.decoding.subject import names_of, open_subject
+    from theia.decoding.subject import is_of_use, names_of, open_subject
     from theia.decoding.video import GIF, Video
     from theia.decoding.views import Viewer
     from theia.encoder.load import load
@@ -123,6 +123,13 @@ def decode(
         if name not in known:
             raise UnknownTeacherError(f"This model has no translator for {name!r}. It has: {', '.join(known)}.")
     options = _options(teacher_options, [*known])
+    # A file may serve an extraction, too; what is typed is meant for this call.
+    for name in options if isinstance(teacher_options, dict) else ():
+        if name not in chosen or not is_of_use(name, encoder, teachers_side_by_side):
+            raise ConfigError(
+                f"--teacher_options has {name!r}, but nothing is shown that takes the teacher itself: a teacher that "
+                "decodes nothing does so with --teachers_side_by_side only, and one that --teachers leaves out never."
+            )
     trained_on = _teachers_of(Path(model))
     subjects = [
         open_subject(name, encoder, options.get(name), teachers_side_by_side, place, trained_on.get(name))

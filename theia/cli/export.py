@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -117,10 +118,12 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
         record["held_out_images"] = report.get("samples")
         record["held_out"] = _figures(report["after"])
     else:
+        named = checkpoint.stem if checkpoint.stem in ("last", "best") else str(checkpoint)
+        command = ["theia", "test", "--config", str(run / "config.yaml"), "--ckpt_path", named]
         logger.warning(
-            "The model card will have no held-out figures: there is no test_%s.json of it in %s. Make it with "
-            "'theia test --config %s --ckpt_path %s', then export again.",
-            checkpoint.stem, run, run / "config.yaml", checkpoint.stem,
+            "The model card will have no held-out figures: there is no test_%s.json of it in %s. Make it, then export "
+            "again: %s",
+            checkpoint.stem, run, shlex.join(command),
         )  # fmt: skip
     return record
 

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from theia import registry
 from theia.cli.parser import Parser
-from theia.errors import PluginError
+from theia.errors import ConfigError, PluginError
 from theia.extraction.config import ExtractConfig
 from theia.teacher import Teacher
 from theia.utils.files import check_folder
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser, found, broken = _build_parser()
     config = _to_config(parser.parse_args(argv), found.keys(), broken)
 
+    _refuse_idle(argv, found.keys() - set(config.teacher_names))
     check_folder(config.store, "--store")
 
     # Lightning takes seconds to import; --help does not need it.
@@ -55,6 +56,17 @@ def main(argv: list[str]) -> int:
     if splits is not None:
         print(_summary(config, splits))
     return 0
+
+
+def _refuse_idle(argv: Sequence[str], idle: Collection[str]) -> None:
+    """Options of a teacher that is not asked for may stand in a config that serves for several; nobody types them."""
+    for option in [token for token in argv if token.startswith("--")]:
+        name = option[2:].partition("=")[0].partition(".")[0]
+        if name in idle:
+            raise ConfigError(
+                f"{option.partition('=')[0]} is about a teacher that --teachers does not name. Name {name} there, or "
+                "leave this option out."
+            )
 
 
 def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,10 @@ def plan(
 def _lack(store: str, missing: Mapping[tuple[str, str], Sequence[str]]) -> str:
     of_store = {teacher: names for (other, teacher), names in missing.items() if other == store}
     lines = "; ".join(f"{teacher} (of {', '.join(names)})" for teacher, names in of_store.items())
+    command = f"theia extract --store {shlex.quote(store)} --teachers {','.join(of_store)} --images ..."
     return (
-        f"The store {store} lacks teachers of this sweep, or has not all of their features: {lines}. Extract them: "
-        f"theia extract --store {store} --teachers {','.join(of_store)} --images ..., or leave out these rows."
+        f"The store {store} lacks teachers of this sweep, or has not all of their features: {lines}. Leave out these "
+        f"rows, or extract them: {command}"
     )
 
 

@@ -95,6 +95,22 @@ def names_of(encoder: Encoder) -> dict[str, str]:
     return {installed.get(key, key): key for key in encoder.teachers}
 
 
+def is_of_use(name: str, encoder: Encoder, side_by_side: bool) -> bool:
+    """Whether anything is shown that takes the teacher itself, and not only what the model has learned of it.
+
+    Args:
+        name: A teacher of the model, as :func:`names_of` gives it.
+        encoder: The model.
+        side_by_side: Whether the teacher's own output is wanted.
+
+    Raises:
+        UnknownTeacherError: If it is not installed.
+        PluginError: If its plug-in is broken.
+    """
+    decodes = registry.find(name).decode is not Teacher.decode
+    return side_by_side or (decodes and _has_statistics(encoder, names_of(encoder)[name]))
+
+
 def open_subject(
     name: str,
     encoder: Encoder,

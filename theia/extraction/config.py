@@ -19,7 +19,7 @@ class ExtractConfig:
             the sample photographs. Several splits at once as ``{train: PLACE, val: PLACE}``.
         teachers: Names, comma-separated or as a list; see ``theia teachers``.
         store: Folder of the feature store. An existing one is continued or gets the new teachers and splits.
-        split: Name of the split where ``images`` is a single place.
+        split: Name of the split where ``images`` is a single place; train by default.
         labels: Keep class labels: the first level of sub-folders, or the ``.cls`` members of tar shards.
         size: Height and width, in pixels, that every image is brought to.
         resize: Squash the whole image to a square, or cut out its centre.
@@ -40,7 +40,7 @@ class ExtractConfig:
     images: dict[str, str] | str
     teachers: list[str] | str
     store: Path
-    split: str = "train"
+    split: str | None = None
     labels: bool = False
     size: int = 224
     resize: Resize = "squash"
@@ -73,6 +73,8 @@ class ExtractConfig:
             raise ConfigError(f"--teachers names {', '.join(repeated)} twice. Name each teacher once.")
         if not self.locations:
             raise ConfigError("--images is empty. Give a place, or one for each split: {train: PLACE, val: PLACE}.")
+        if self.split is not None and not isinstance(self.images, str):
+            raise ConfigError("--split is for a single place; --images names its splits itself. Leave out --split.")
         for split in self.locations:
             if not is_split_name(split):
                 raise ConfigError(f"{split!r} cannot be the name of a split. Use {SPLIT_RULE}.")
@@ -85,4 +87,4 @@ class ExtractConfig:
     @property
     def locations(self) -> dict[str, str]:
         """Place of the images, by split."""
-        return {self.split: self.images} if isinstance(self.images, str) else self.images
+        return {self.split or "train": self.images} if isinstance(self.images, str) else self.images
