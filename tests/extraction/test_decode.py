@@ -3,7 +3,6 @@ import io
 import os
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction import decode as extraction_decode
 from theia.extraction.decode import UnreadableImageError, decode, read_image, to_square
 
 ORIENTATION = 0x0112
@@ -275,10 +275,32 @@ def test_failing_file_system_is_no_fault_of_the_image(tmp_path, monkeypatch, cod
     def fail(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "open", fail)
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(ImageError, match=rf"a\.jpg cannot be read: .*{os.strerror(code)}.*same command again") as error:
         read_image(tmp_path / "a.jpg")
     assert not isinstance(error.value, UnreadableImageError)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR])
+def test_what_the_system_says_of_one_file_is_its_fault(tmp_path, monkeypatch, code):
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UnreadableImageError, match=f"cannot be read: .*{os.strerror(code)}"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_file_larger_than_the_memory_is_unreadable(tmp_path, monkeypatch):
+    class Huge(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    monkeypatch.setattr(extraction_decode, "open_regular", lambda path: Huge())
+    with pytest.raises(UnreadableImageError, match="does not fit into memory"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_missing_archive_is_no_fault_of_the_image(tmp_path):

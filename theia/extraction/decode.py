@@ -8,6 +8,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction.files import is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
 # File names that count as images, in lower case.
@@ -49,21 +50,24 @@ def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
         RGB.
 
     Raises:
-        UnreadableImageError: If the file is gone or forbidden, or as :func:`decode`.
+        UnreadableImageError: If the file is gone, forbidden, too large for the memory or not a regular one, or as
+            :func:`decode`.
         ImageError: If it cannot be read for a reason that is not its own, such as a failing file system.
     """
     # Opened anew each time: beside decoding it costs nothing, and no handle has to survive a fork.
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
         # A file that is gone is one image; an archive that is gone is all of its images.
-        if isinstance(error, FileNotFoundError | PermissionError) and size < 0:
-            raise UnreadableImageError(f"cannot be read: {error}") from error
+        if is_fault_of_one_file(error) and size < 0:
+            raise UnreadableImageError(f"cannot be read: {reason(path, error)}") from error
         raise ImageError(
             f"{path} cannot be read: {error}. Whole shards are kept; run the same command again."
         ) from error
+    except MemoryError as error:
+        raise UnreadableImageError("does not fit into memory") from error
     return decode(data)
 
 
