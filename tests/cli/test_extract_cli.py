@@ -90,6 +90,16 @@ def test_ends_with_counts_and_the_next_command(config: Path, tmp_path: Path, cap
     assert f"theia fit --config CONFIG --data.store {tmp_path / 'store'} --data.teachers pooled " in printed
 
 
+def test_the_next_command_is_what_the_store_lacks_for_a_training(config: Path, capsys) -> None:
+    def next_command(*options: str) -> str:
+        assert main(["--config", str(config), *options]) == 0
+        return capsys.readouterr().out.partition("Next: ")[2]
+
+    assert next_command("--split=val").startswith("theia extract --images DIR --split train --teachers pooled ")
+    assert next_command("--teachers=pooled,mean").startswith("theia extract --images DIR --split val --teachers mean ")
+    assert next_command("--split=val", "--teachers=mean").startswith("theia fit ")
+
+
 def test_teachers_are_comma_separated_on_the_command_line(config: Path, tmp_path: Path) -> None:
     assert main(["--config", str(config), "--teachers", "mean,pooled"]) == 0
     assert sets(tmp_path / "store").keys() == {"image", "mean", "pooled"}
@@ -175,7 +185,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = yaml.safe_load(path.read_text())
-    arguments = ["--config", str(path), "--accelerator=cpu", "--devices=1", "--workers=0", "--size=28"]
+    arguments = ["--config", str(path), "--accelerator=cpu", "--devices=1", "--workers=0", "--size=32"]
     images = shipped.get("images", "train")
     splits = list(images) if isinstance(images, dict) else [images]
     arguments += [f"--images.{split}=sample:2" for split in splits]

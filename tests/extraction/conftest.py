@@ -1,5 +1,6 @@
 """An extraction in this process: images of known pixels and the tiny plugin."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,20 @@ from extraction.tiny_plugin import SIZE, install, write_images
 
 from theia import registry
 from theia.extraction.config import ExtractConfig
+
+
+@pytest.fixture
+def never_waits() -> Iterator[None]:
+    """Ends a test whose reader waits for a FIFO, which would be for ever."""
+
+    def give_up(*_: object) -> None:
+        pytest.fail("something waits")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 import errno
 import io
+import logging
 import os
 import struct
+import warnings
 import zlib
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction import decode as extraction_decode
 from theia.extraction.decode import UnreadableImageError, decode, read_image, to_square
 
 ORIENTATION = 0x0112
@@ -228,6 +231,58 @@ def test_16_bit_colour_and_alpha_are_scaled(colour_type, bands):
     np.testing.assert_allclose(decoded, np.broadcast_to(expected, decoded.shape), atol=2)
 
 
+def exif_cut_short():
+    """A JPEG whose EXIF puts a description far behind its end."""
+    entry = struct.pack("<HHII", 0x010E, 2, 1000, 0xFFFFFF)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+    return encode(Image.new("RGB", (8, 8)), "JPEG", exif=exif)
+
+
+def animation_of_nothing():
+    body = b"acTL" + bytes(8)
+    chunk = struct.pack(">I", 8) + body + struct.pack(">I", zlib.crc32(body))
+    return png(8, 8, 8, 2, [bytes(24)] * 8, chunk)
+
+
+@pytest.mark.parametrize(
+    ("data", "warning"),
+    [
+        (encode(Image.new("RGB", (11, 10))), "could be decompression bomb"),
+        (exif_cut_short(), "Tag data larger than file"),
+        (animation_of_nothing(), "Invalid APNG"),
+    ],
+    ids=["large", "cut EXIF", "animation of nothing"],
+)
+def test_what_pillow_warns_of_is_decoded_without_a_word(data, warning, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # it warns above, and refuses above twice as many
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with Image.open(io.BytesIO(data)) as image:
+            image.getexif()
+        assert warning in str(warned[0].message)
+        warned.clear()
+        assert decode(data).mode == "RGB"
+        assert not warned
+
+
+def test_decoding_in_threads_does_not_make_the_warnings_of_others_new_again():
+    data = encode(smooth_photo())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                list(pool.map(decode, [data] * 20))
+                warnings.warn("of another module, to be shown once", stacklevel=1)
+    assert len(warned) == 1
+
+
+def test_what_pillow_logs_is_not_printed(capsys, monkeypatch):
+    # Without any handler Python prints a record of this level on stderr.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded: 9")
+    assert not capsys.readouterr().err
+
+
 def test_the_content_decides_not_the_name(tmp_path):
     image = pixels(4, 4, 3)
     path = tmp_path / "named.jpg"
@@ -275,10 +330,32 @@ def test_failing_file_system_is_no_fault_of_the_image(tmp_path, monkeypatch, cod
     def fail(*arguments, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "open", fail)
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(ImageError, match=rf"a\.jpg cannot be read: .*{os.strerror(code)}.*same command again") as error:
         read_image(tmp_path / "a.jpg")
     assert not isinstance(error.value, UnreadableImageError)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENXIO, errno.EISDIR])
+def test_what_the_system_says_of_one_file_is_its_fault(tmp_path, monkeypatch, code):
+    def fail(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UnreadableImageError, match=f"cannot be read: .*{os.strerror(code)}"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_file_larger_than_the_memory_is_unreadable(tmp_path, monkeypatch):
+    class Huge(io.BytesIO):
+        def read(self, size=-1):
+            raise MemoryError
+
+    monkeypatch.setattr(extraction_decode, "open_regular", lambda path: Huge())
+    with pytest.raises(UnreadableImageError, match="does not fit into memory"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_missing_archive_is_no_fault_of_the_image(tmp_path):

@@ -17,8 +17,9 @@ from events import aged
 from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
-from theia.errors import ConfigError, FeatureError, ImageError, StoreError, UnknownTeacherError
+from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
 from theia.extraction.extract import extract
+from theia.models.student import Student
 
 
 def stored(store: Path, name: str, dataset: str, split: str = "train") -> np.ndarray:
@@ -99,15 +100,15 @@ def test_another_precision_is_refused(config) -> None:
 def test_a_failing_file_system_is_not_recorded_as_skipped_images(
     config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.open
+    real = os.open
 
-    def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self.name == "006.png":
+    def fail(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).name == "006.png":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(self, *args, **kwargs)
+        return real(path, *args, **kwargs)
 
     with monkeypatch.context() as failing:
-        failing.setattr(Path, "open", fail)
+        failing.setattr(os, "open", fail)
         with pytest.raises(ImageError, match=r"^\S*006\.png cannot be read: .*run the same command again\.$"):
             extract(config(max_skipped=0.5, workers=1))
     assert [path.name for path in (tmp_path / "store" / "train" / "image").glob("*.h5")] == ["shard-000000.h5"]
@@ -206,6 +207,16 @@ def test_unreadable_images_are_skipped_and_listed(config, pixels, tmp_path: Path
     assert keys(tmp_path / "store", "pooled") == [name for name in pixels if name != "002.png"]
 
 
+def test_odd_files_are_skipped_and_listed_and_the_work_goes_on(config, pixels, tmp_path: Path, never_waits) -> None:
+    os.mkfifo(tmp_path / "images" / "fifo.png")
+    (tmp_path / "images" / "self.png").symlink_to("self.png")
+    (split,) = extract(config(max_skipped=0.2, workers=1))
+    lines = split.skipped_list.read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["id", "fifo.png", "self.png"]
+    assert "a FIFO, not a regular file" in lines[1]
+    assert keys(tmp_path / "store", "pooled") == list(pixels)
+
+
 def test_too_many_unreadable_images_stop_the_work(config, tmp_path: Path) -> None:
     for name in ("001.png", "005.png"):
         (tmp_path / "images" / name).write_bytes(b"no image")
@@ -281,6 +292,17 @@ def test_more_processes_than_devices_would_all_do_all_the_work(config, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"2 processes were started.*--devices"):
         extract(config())
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(225, "Give 224 or 240"), (239, "Give 224 or 240"), (9, r"Give 16\.")])
+def test_a_size_that_no_student_takes_is_refused_before_anything_is_written(
+    config, tmp_path: Path, size: int, nearest: str
+) -> None:
+    with pytest.raises(ShapeError):
+        Student(image_size=size, width=8, depth=1, heads=1)
+    with pytest.raises(ConfigError, match=rf"--size is {size}.*16x16.*{nearest}"):
+        extract(config(size=size))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

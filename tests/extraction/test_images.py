@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import pickle
 import subprocess
@@ -131,11 +132,129 @@ def test_a_damaged_file_is_unreadable_and_the_others_are_not(tmp_path):
 
 
 def test_a_file_that_vanished_is_unreadable(tmp_path):
-    write(tmp_path, "a.jpg")
+    write(tmp_path, "a.jpg", "b.jpg")
     source = open_source(str(tmp_path), "train")
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UnreadableImageError, match="cannot be read"):
         source.read(0)
+
+
+def test_an_unmounted_disk_is_no_fault_of_its_images(tmp_path):
+    write(tmp_path / "set", "a.jpg", "b.jpg")
+    source = open_source(str(tmp_path / "set"), "train")
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "set" / name).unlink()  # the mount point stays
+    with pytest.raises(ImageError, match=r"set is gone or empty: b\.jpg cannot be read.*same command again") as error:
+        source.read(1)
+    assert not isinstance(error.value, UnreadableImageError)
+    (tmp_path / "set").rmdir()
+    with pytest.raises(ImageError, match="is gone or empty"):
+        source.read(1)
+
+
+def test_what_is_no_regular_file_is_listed_and_the_others_are_read(tmp_path, never_waits):
+    contents = write(tmp_path, "a.jpg", "c.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    source = open_source(str(tmp_path), "train")
+    assert source.ids == ["a.jpg", "b.jpg", "c.jpg", "self.jpg"]
+    assert same(source.read(2), contents["c.jpg"])
+    for index in (1, 3):
+        with pytest.raises(UnreadableImageError):
+            source.read(index)
+
+
+def test_a_link_to_itself_among_class_folders_is_no_class(tmp_path):
+    write(tmp_path, "cat/1.jpg")
+    (tmp_path / "self").symlink_to("self")
+    assert open_source(str(tmp_path), "train", labels=True).classes == ["cat"]
+
+
+# What is passed over
+
+
+def write_odd(root):
+    """Names of every kind that is not read, beside one image."""
+    write(root, "a.jpg", "b.gif", "x/c.GIF", "d.heic", "e.jfif", "f.tar.gz", "._g.jpg", "x/.h.jpg", ".thumbs/i.jpg")
+    for name in ("a.json", "x/b.json", "README", ".DS_Store"):
+        (root / name).touch()
+
+
+def passed_over(caplog):
+    (record,) = [record for record in caplog.records if "Passed over" in record.getMessage()]
+    return record.levelname, record.getMessage().partition(": ")[2]
+
+
+def test_what_is_passed_over_in_a_folder_is_said_once(tmp_path, caplog):
+    write_odd(tmp_path)
+    with caplog.at_level(logging.INFO, "theia"):
+        assert open_source(str(tmp_path), "train").ids == ["a.jpg"]
+    level, said = passed_over(caplog)
+    assert level == "WARNING"
+    assert said.startswith(
+        "2 .gif, 1 .heic (not JPEG, PNG, WebP, BMP or TIFF); 1 .jfif (JPEG by another ending: rename to .jpg); "
+        "1 .tar.gz (compressed: decompress first); 2 .json, 1 without ending; 2 hidden, such as "
+    )
+    assert said.endswith("; 1 hidden folder, such as .thumbs")
+
+
+def test_what_is_passed_over_in_tar_files_is_said_once_for_all(tmp_path, caplog):
+    image = image_bytes(0)
+    names = ["./a.jpg", "b.gif", "b.json", "../c.jpg", "x/../../d.jpg", ".x/e.jpg", "x/._f.jpg", "x/.DS_Store", "a.jpg"]
+    for shard in ("0.tar", "1.tar"):
+        with tarfile.open(tmp_path / shard, "w") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(image)
+                tar.addfile(info, io.BytesIO(image))
+    (tmp_path / "index.json").touch()
+    with caplog.at_level(logging.INFO, "theia"):
+        # As "tar -C FOLDER -cf x.tar ." writes them.
+        assert open_source(str(tmp_path), "train").ids == ["0.tar/a.jpg", "1.tar/a.jpg"]
+    assert passed_over(caplog) == (
+        "WARNING",
+        "2 .gif (not JPEG, PNG, WebP, BMP or TIFF); 3 .json; 4 with '..' in the path (pack with tar -C FOLDER), such "
+        "as 0.tar/../c.jpg; 4 hidden, such as 0.tar/.x/e.jpg; 2 replaced by a later member of the same name, such as "
+        "0.tar/a.jpg",
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (False, "2 .cls, 2 .json, 1 .a, 1 .b and 2 others"),
+        (True, "2 .json, 1 .a, 1 .b, 1 .c and 1 other"),
+    ],
+)
+def test_what_is_usual_beside_images_is_no_warning(tmp_path, caplog, labels, said):
+    members = {f"{index}.{ending}": b"1" for index in range(2) for ending in ("cls", "json")}
+    images = {f"{index}.jpg": image_bytes(index) for index in range(2)}
+    pack(tmp_path / "a.tar", {**images, **members, **{f"0.{ending}": b"" for ending in "abcd"}})
+    with caplog.at_level(logging.INFO, "theia"):
+        open_source(str(tmp_path), "train", labels=labels)
+    assert passed_over(caplog) == ("INFO", said)
+
+
+def test_nothing_is_said_where_nothing_is_passed_over(tmp_path, caplog):
+    write(tmp_path / "folder", "a.jpg")
+    pack(tmp_path / "tars" / "a.tar", {"0.jpg": image_bytes(0), "0.cls": b"1"})
+    with caplog.at_level(logging.INFO, "theia"):
+        open_source(str(tmp_path / "folder"), "train")
+        open_source(str(tmp_path / "tars"), "train", labels=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a.heic", r"1 \.heic \(not JPEG"), ("a.jfif", r"1 \.jfif .*rename"), (".x.jpg", r"1 hidden, such as .*\.x\.jpg")],
+)
+def test_where_no_image_is_left_the_error_says_what_there_is(tmp_path, name, said):
+    write(tmp_path / "folder", name)
+    pack(tmp_path / "a.tar", {name: image_bytes(0)})
+    for place in ("folder", "a.tar"):
+        with pytest.raises(ImageError, match=rf"No image in .*{place}\. There are: {said}.*Names that count end in"):
+            open_source(str(tmp_path / place), "train")
 
 
 # Tar files
@@ -230,6 +349,50 @@ def test_a_link_in_a_tar_is_refused(tmp_path):
         tar.add(tmp_path / "1.jpg", "1.jpg")
     with pytest.raises(ImageError, match="is a link"):
         open_source(str(tmp_path / "a.tar"), "train")
+
+
+def test_what_never_was_a_file_in_a_tar_is_listed_as_unreadable(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("0.jpg", tarfile.FIFOTYPE), ("1.jpg", tarfile.CHRTYPE), ("2.jpg", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind == tarfile.REGTYPE:
+                info.size = len(image_bytes(0))
+            tar.addfile(info, io.BytesIO(image_bytes(0)))
+        label = tarfile.TarInfo("2.cls")
+        label.size = 1
+        tar.addfile(label, io.BytesIO(b"7"))
+    source = open_source(str(tmp_path / "a.tar"), "train", labels=True)
+    assert source.ids == ["a.tar/0.jpg", "a.tar/1.jpg", "a.tar/2.jpg"]
+    assert source.labels[2] == 7
+    for index, kind in enumerate(("FIFO", "device")):
+        with pytest.raises(UnreadableImageError, match=f"cannot be read: a {kind}, not a regular file"):
+            source.read(index)
+    assert same(source.read(2), image_bytes(0))
+
+
+def test_an_archive_that_never_was_one_is_listed_as_unreadable(tmp_path, never_waits):
+    os.mkfifo(tmp_path / "0.tar")
+    (tmp_path / "1.tar").symlink_to("1.tar")
+    (tmp_path / "2.tar").mkdir()
+    pack(tmp_path / "3.tar", {"0.jpg": image_bytes(0), "0.cls": b"7"})
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path), "train", labels=True)))
+    assert source.ids == ["0.tar", "1.tar", "3.tar/0.jpg"]
+    assert source.labels[2] == 7
+    for index, why in enumerate(("a FIFO", "Too many levels of symbolic links")):
+        with pytest.raises(UnreadableImageError, match=f"cannot be read: .*{why}"):
+            source.read(index)
+    assert same(source.read(2), image_bytes(0))
+
+
+def test_an_archive_that_is_missing_is_refused_at_once(tmp_path):
+    # It stands for all of its images, so it must not pass for one that cannot be read.
+    pack(tmp_path / "0.tar", {"0.jpg": image_bytes(0)})
+    (tmp_path / "1.tar").symlink_to("unmounted/1.tar")
+    with pytest.raises(
+        ImageError, match=r"1\.tar cannot be read: .*\(a link to unmounted/1\.tar\)\. It stands for all"
+    ):
+        open_source(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("cut", ["in data", "in a header", "between members", "at the end mark"])

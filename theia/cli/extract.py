@@ -73,11 +73,28 @@ def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:
     rows = [(part.name, part.listed - part.skipped, part.skipped) for part in splits]
     lines = [tabulate(rows, ("split", "images stored", "skipped"))]
     lines += [f"Skipped images and reasons: {part.skipped_list}" for part in splits if part.skipped]
-    lines.append(
-        f"Next: theia fit --config CONFIG --data.store {shlex.quote(str(config.store))} "
-        f"--data.teachers {','.join(config.teacher_names)}   (CONFIG: one of configs/*.yaml, or your own)"
+    return "\n".join([*lines, f"Next: {_next_command(config)}"])
+
+
+def _next_command(config: ExtractConfig) -> str:
+    """What the store lacks for a training on these teachers, or the training."""
+    from theia.store.reader import FeatureStore
+
+    found = FeatureStore(config.store)
+    place = shlex.quote(str(config.store))
+    for split, use in (("train", "students learn from"), ("val", "students are validated on")):
+        finished = found.finished_teachers([split]) if split in found.splits else []
+        missing = [name for name in config.teacher_names if name not in finished]
+        # Without a split for validation, some of the training images are held out.
+        if missing and (split == "train" or split in found.splits):
+            return (
+                f"theia extract --images DIR --split {split} --teachers {','.join(missing)} --store {place}   "
+                f"(DIR: the images that {use})"
+            )
+    return (
+        f"theia fit --config CONFIG --data.store {place} --data.teachers {','.join(config.teacher_names)}   (CONFIG: "
+        "one of configs/*.yaml, or your own)"
     )
-    return "\n".join(lines)
 
 
 def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginError]]:

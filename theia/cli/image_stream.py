@@ -12,6 +12,7 @@ from torch import Tensor
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.decode import IMAGE_ENDINGS, UnreadableImageError, to_square
+from theia.extraction.files import is_folder
 from theia.extraction.folder import FolderSource
 from theia.extraction.images import ImageSource, open_source
 
@@ -26,7 +27,7 @@ def open_images(location: str) -> ImageSource:
         ImageError: See there.
     """
     path = Path(location)
-    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
+    if path.suffix.lower() in IMAGE_ENDINGS and not is_folder(path, "Give an image, or a folder or .tar file of them."):
         return FolderSource(path.parent, [path.name], labels=False)
     return open_source(location, "val")
 

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction.files import open_regular, reason
 from theia.pictures import Picture
 
 GIF = ".gif"
@@ -109,8 +110,13 @@ def video_writer(path: Path, frames_per_s: Fraction) -> Iterator[Callable[[Pictu
 
 
 def _about(path: Path, read: Callable[[Path], tuple[int, Fraction]]) -> tuple[int, Fraction]:
-    if not path.is_file():
-        raise ImageError(f"There is no video {path}. Correct --images.")
+    # What is no regular file would keep the libraries below waiting.
+    try:
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no video {path}. Correct --images.") from error
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {reason(path, error)}. Give a video with --images.") from error
     try:
         count, frames_per_s = read(path)
     except Exception as error:

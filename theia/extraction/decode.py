@@ -1,6 +1,8 @@
 """Bytes of an image file to RGB pixels, and those to the square that teachers and student see."""
 
 import io
+import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction.files import is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
 # File names that count as images, in lower case.
@@ -32,6 +35,10 @@ _ORIENTATION_TAG = 0x0112
 
 _MAX_ASPECT = 16
 
+_PILLOW = r"PIL\."
+# Without a handler in the program, Python prints what Pillow logs: bare lines that name no image.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 
 class UnreadableImageError(ImageError):
     """One image cannot be read or decoded. The message is the reason alone; who asked knows which image."""
@@ -49,21 +56,24 @@ def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
         RGB.
 
     Raises:
-        UnreadableImageError: If the file is gone or forbidden, or as :func:`decode`.
+        UnreadableImageError: If the file is gone, forbidden, too large for the memory or not a regular one, or as
+            :func:`decode`.
         ImageError: If it cannot be read for a reason that is not its own, such as a failing file system.
     """
     # Opened anew each time: beside decoding it costs nothing, and no handle has to survive a fork.
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
         # A file that is gone is one image; an archive that is gone is all of its images.
-        if isinstance(error, FileNotFoundError | PermissionError) and size < 0:
-            raise UnreadableImageError(f"cannot be read: {error}") from error
+        if is_fault_of_one_file(error) and size < 0:
+            raise UnreadableImageError(f"cannot be read: {reason(path, error)}") from error
         raise ImageError(
             f"{path} cannot be read: {error}. Whole shards are kept; run the same command again."
         ) from error
+    except MemoryError as error:
+        raise UnreadableImageError("does not fit into memory") from error
     return decode(data)
 
 
@@ -73,7 +83,8 @@ def decode(data: bytes) -> Image.Image:
     EXIF orientation is applied; a transparent image is laid on white; 16-bit grey is scaled to 8 bits; CMYK
     is converted by the plain formula, inverted if the JPEG has Adobe's marker. Colour profiles are ignored,
     and of several frames the first is taken. JPEGs are decoded at full size: Pillow's draft mode is quicker
-    but changes the pixels.
+    but changes the pixels. What Pillow warns of is not passed on: damaged metadata changes no pixel, and an image that
+    is large enough for a warning, but not too large, is an image like others.
 
     Args:
         data: The content of a JPEG, PNG, WebP, BMP or TIFF file.
@@ -88,6 +99,7 @@ def decode(data: bytes) -> Image.Image:
     """
     if not data:
         raise UnreadableImageError("empty file")
+    _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             # Before the orientation is read: Pillow turns a TIFF as it loads, and a PNG may end with EXIF.
@@ -126,6 +138,14 @@ def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.u
     else:
         raise ConfigError(f"resize is {resize!r}; choose 'squash' or 'center_crop'.")
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _silence_pillow() -> None:
+    """Keeps Pillow's warnings from the user: they name no image, and of many images there are many."""
+    # Once, and not around each image: all threads share the filters, and each change makes the warnings of all other
+    # modules, which Python shows once, new again.
+    if not any(getattr(module, "pattern", None) == _PILLOW for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW)
 
 
 def _center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -17,6 +17,7 @@ from theia.extraction.image_stage import check_skipped, store_images
 from theia.extraction.images import ImageSource, open_source
 from theia.extraction.plan import check_disk, describe_plan, plan
 from theia.extraction.processes import Processes
+from theia.models.student import PATCH
 from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
@@ -25,15 +26,13 @@ from theia.version import __version__
 
 logger = logging.getLogger(__name__)
 
-_STUDENT_PATCH = 16  # pixels; the store itself takes any size
-
 
 @dataclass(frozen=True)
 class ExtractedSplit:
     """What one split holds after an extraction.
 
     Attributes:
-        name: Of the split.
+        name: Name of the split.
         listed: Images in the list.
         skipped: Those that could not be read.
         skipped_list: CSV file with the id and reason of each of them.
@@ -58,7 +57,7 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
         One record per split; ``None`` in all processes but the first, which speaks for them.
 
     Raises:
-        ConfigError: If options do not fit together or the device is not there.
+        ConfigError: If options do not fit together, no student takes images of the size, or the device is not there.
         ImageError: If there are no images, or too many that cannot be read.
         UnknownTeacherError: If a teacher is not installed.
         PluginError: If its plugin is broken.
@@ -66,6 +65,13 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
         FeatureError: If it gives features of a wrong shape, or values that cannot be stored.
         StoreError: If the store disagrees with the options, or the disk is too small or full.
     """
+    if config.size % PATCH:
+        below = config.size - config.size % PATCH
+        nearest = " or ".join(str(size) for size in (below, below + PATCH) if size)
+        raise ConfigError(
+            f"--size is {config.size}, which does not divide into the student's patches of {PATCH}x{PATCH} pixels: no "
+            f"student could be trained on these images. Give {nearest}."
+        )
     try:
         fabric = Fabric(
             accelerator=config.accelerator,
@@ -88,12 +94,6 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
     if processes.rank == 0 and config.accelerator == "auto" and fabric.device.type == "cpu":
         logger.warning("No GPU found: the teachers run on the CPU. Large ones take seconds per image there.")
-    if processes.rank == 0 and config.size % _STUDENT_PATCH:
-        logger.warning(
-            "--size %d is not a multiple of %d, the student's patch: 'theia fit' will refuse these images.",
-            config.size,
-            _STUDENT_PATCH,
-        )
     writers = {split: SplitWriter(config.store, split) for split in config.locations}
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(

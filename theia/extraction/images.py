@@ -1,5 +1,6 @@
 """Where images come from: a folder, tar files, or the sample photographs."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,15 +9,17 @@ from PIL import Image
 
 from theia.errors import ImageError
 from theia.extraction.decode import IMAGE_ENDINGS
+from theia.extraction.files import is_folder
 from theia.extraction.folder import FolderSource, list_files
+from theia.extraction.passed_over import COMPRESSED_TAR_ENDINGS, TAR_ENDING, PassedOver
 from theia.extraction.samples import SampleSource
 from theia.extraction.tar import TarSource
 from theia.types import Json
 
+logger = logging.getLogger(__name__)
+
 SAMPLE = "sample"
 SAMPLE_COUNT = 640
-
-_COMPRESSED_TAR_ENDINGS = (".tgz", ".tbz", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class ImageSource(Protocol):
@@ -65,6 +68,9 @@ def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
         split: Which photographs ``sample`` shows; folders and tar files hold one split each.
         labels: Whether to read class labels.
 
+    What is there and not read is logged in one line. What is named like an image and is no regular file is listed, as
+    one that cannot be read.
+
     Raises:
         ImageError: If there is no such place or no image in it, tar files and images are mixed, a tar file is
             damaged or compressed, a name is no valid UTF-8, or labels are asked for and missing.
@@ -73,37 +79,41 @@ def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
         return _open_sample(location, split, labels)
     root = Path(location)
     source: ImageSource
-    if root.is_dir():
-        source = _open_folder(root, labels)
-    elif root.is_file() and root.suffix.lower() == ".tar":
-        source = TarSource(root.parent, [root.name], labels)
-    elif root.is_file():
-        raise ImageError(f"{root} is neither a folder nor a .tar file. {_compressed_hint([root.name])}")
+    passed_over = PassedOver()
+    if is_folder(root, f"Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."):
+        source = _open_folder(root, labels, passed_over)
+    elif root.suffix.lower() == TAR_ENDING:
+        source = TarSource(root.parent, [root.name], labels, passed_over)
     else:
-        raise ImageError(
-            f"There is no {root}. Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."
-        )
+        raise ImageError(f"{root} is neither a folder nor a .tar file. {_compressed_hint([root.name])}")
     if not source.ids:
+        there = f" There are: {passed_over}." if str(passed_over) else ""
         raise ImageError(
-            f"No image in {root}: names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
-            "for files that hold such. A tar file of tar files must be unpacked once."
+            f"No image in {root}.{there} Names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
+            "for files that hold such; hidden ones do not. A tar file of tar files must be unpacked once."
         )
     _check_names(source.ids, root)
+    if str(passed_over):
+        level = logging.WARNING if passed_over.may_surprise else logging.INFO
+        logger.log(level, "Passed over in %s: %s", root, passed_over)
     return source
 
 
-def _open_folder(root: Path, labels: bool) -> ImageSource:
-    names = list_files(root)
+def _open_folder(root: Path, labels: bool, passed_over: PassedOver) -> ImageSource:
+    names = list_files(root, passed_over)
     images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
-    tars = [name for name in names if name.lower().endswith(".tar")]
-    compressed = [name for name in names if name.lower().endswith(_COMPRESSED_TAR_ENDINGS)]
+    tars = [name for name in names if name.lower().endswith(TAR_ENDING)]
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED_TAR_ENDINGS)]
     if images and tars:
         raise ImageError(
             f"{root} holds both images ({images[0]}) and tar files ({tars[0]}). Point to a folder with one of the two."
         )
     if compressed and not images:
         raise ImageError(f"{root} holds compressed tar files ({compressed[0]}). {_compressed_hint(compressed)}")
-    return TarSource(root, tars, labels) if tars else FolderSource(root, images, labels)
+    for name in names:
+        if not name.lower().endswith((*IMAGE_ENDINGS, TAR_ENDING)):
+            passed_over.add(name)
+    return TarSource(root, tars, labels, passed_over) if tars else FolderSource(root, images, labels)
 
 
 def _open_sample(location: str, split: str, labels: bool) -> ImageSource:
@@ -117,7 +127,7 @@ def _open_sample(location: str, split: str, labels: bool) -> ImageSource:
 
 
 def _compressed_hint(names: list[str]) -> str:
-    if names[0].lower().endswith(_COMPRESSED_TAR_ENDINGS):
+    if names[0].lower().endswith(COMPRESSED_TAR_ENDINGS):
         return "Images are read by offset, so decompress tar files first."
     return "Give the folder that holds it."
 

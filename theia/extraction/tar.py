@@ -1,18 +1,20 @@
 """Images that are members of tar files: headers are scanned once, images are then read by offset."""
 
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from theia.errors import ImageError
-from theia.extraction.decode import IMAGE_ENDINGS, read_image
+from theia.extraction.decode import IMAGE_ENDINGS, UnreadableImageError, read_image
+from theia.extraction.files import open_regular, reason, was_never_a_file
+from theia.extraction.passed_over import PassedOver
 from theia.types import Json
 
 _LABEL_ENDING = ".cls"
-_ENDINGS = (*IMAGE_ENDINGS, _LABEL_ENDING)
 _TAIL_BYTES = 1 << 16
 
 
@@ -21,33 +23,46 @@ class _Stretch(NamedTuple):
     size: int
 
 
+_NOWHERE = _Stretch(-1, 0)
+# By name; of one that cannot be read, the reason.
+_Members = dict[str, _Stretch | str]
+
+
 class TarSource:
     """Members of uncompressed tar files, archive by archive, in the order in which each holds them.
+
+    What is named like an image, or like an archive of them, and never held one counts as one image that cannot be read:
+    a FIFO or a device, and an archive that is a link to itself.
 
     Args:
         root: Folder of the archives.
         names: Paths of the archives relative to it; a sample id is ``<archive>/<member>``.
         labels: Whether to read the class of ``a.jpg`` from the member ``a.cls``, an integer in ASCII.
+        passed_over: Counts the members that are no images.
 
     Raises:
-        ImageError: If an archive is damaged or compressed, or labels are asked for and one is missing or no
-            integer.
+        ImageError: If an archive is missing, forbidden, damaged or compressed, or labels are asked for and one is
+            missing or no integer.
     """
 
-    def __init__(self, root: Path, names: list[str], labels: bool) -> None:
+    def __init__(self, root: Path, names: list[str], labels: bool, passed_over: PassedOver) -> None:
         self.ids: list[str] = []
         self.classes: list[str] | None = None
         self.labels: list[int] | None = [] if labels else None
         self.description: dict[str, Json] = {"kind": "tar", "archives": len(names)}
         self._archives = [root / name for name in names]
+        self._unreadable: dict[int, str] = {}  # the reason, by place in the list
         places: list[tuple[int, int, int]] = []
         for number, (name, path) in enumerate(zip(names, self._archives, strict=True)):
-            members = _scan(path)
-            images = [member for member in members if member.lower().endswith(IMAGE_ENDINGS)]
-            self.ids += [f"{name}/{member}" for member in images]
-            places += [(number, *members[member]) for member in images]
+            found, classes = _open(path, name, labels, passed_over)
+            for sample_id, stretch in found.items():
+                if isinstance(stretch, str):
+                    self._unreadable[len(self.ids)] = stretch
+                    stretch = _NOWHERE
+                self.ids.append(sample_id)
+                places.append((number, *stretch))
             if self.labels is not None:
-                self.labels += _read_labels(path, images, members)
+                self.labels += classes
         # An array, not a million tuples: worker processes get a copy.
         self._places = np.array(places, np.int64).reshape(-1, 3)
 
@@ -55,32 +70,58 @@ class TarSource:
         """Reads one image; RGB.
 
         Raises:
-            UnreadableImageError: If it cannot be decoded.
+            UnreadableImageError: If it cannot be decoded, or is none.
             ImageError: If the archive cannot be read.
         """
+        if index in self._unreadable:
+            raise UnreadableImageError(f"cannot be read: {self._unreadable[index]}")
         archive, offset, size = self._places[index].tolist()
         return read_image(self._archives[archive], offset, size)
 
 
-def _scan(path: Path) -> dict[str, _Stretch]:
-    members: dict[str, _Stretch] = {}
+def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple[_Members, list[int]]:
+    """Images of one archive by sample id, and their classes if labels are asked for."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        file = open_regular(path)
+    except OSError as error:
+        if was_never_a_file(error):
+            return {name: reason(path, error)}, [0] * labels
+        raise ImageError(
+            f"{path} cannot be read: {reason(path, error)}. It stands for all of its images: bring it back, correct "
+            "its permissions, or remove it."
+        ) from error
+    with file:
+        members = _scan(file, path, name, labels, passed_over)
+        images = {member: part for member, part in members.items() if member.lower().endswith(IMAGE_ENDINGS)}
+        classes = _read_labels(file, path, images, members) if labels else []
+    return {f"{name}/{member}": part for member, part in images.items()}, classes
+
+
+def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: PassedOver) -> _Members:
+    """Images and, if asked for, labels."""
+    endings = (*IMAGE_ENDINGS, _LABEL_ENDING) if labels else IMAGE_ENDINGS
+    members: _Members = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name).as_posix().lstrip("/")
-                if member.isdir() or _is_hidden(name) or not name.lower().endswith(_ENDINGS):
+                if member.isdir():
                     continue
-                if not member.isreg() or member.issparse():
-                    raise ImageError(
-                        f"Member {name!r} of {path} is a link or a sparse file, not plain bytes. "
-                        "Pack it again with tar --dereference --hard-dereference."
-                    )
-                # A name that comes twice: the later one counts, as when unpacking.
-                members[name] = _Stretch(member.offset_data, member.size)
+                parts = PurePosixPath(name).parts
+                if ".." in parts:
+                    passed_over.add_kind("parent", f"{archive}/{name}")
+                elif any(part.startswith(".") for part in parts):
+                    passed_over.add_kind("hidden", f"{archive}/{name}")
+                elif not name.lower().endswith(endings):
+                    passed_over.add(name)
+                else:
+                    # A name that comes twice: the later one counts, as when unpacking.
+                    if name in members:
+                        passed_over.add_kind("replaced", f"{archive}/{name}")
+                    members[name] = _stretch(member, path)
             end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            tail = file.read(_TAIL_BYTES)
+        file.seek(end)
+        tail = file.read(_TAIL_BYTES)
     except (tarfile.TarError, OSError) as error:
         raise ImageError(
             f"{path} cannot be read as a tar file: {error}. It is damaged, cut short or compressed; "
@@ -95,26 +136,36 @@ def _scan(path: Path) -> dict[str, _Stretch]:
     return members
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(path).parts)
+def _stretch(member: tarfile.TarInfo, path: Path) -> _Stretch | str:
+    if member.isdev():
+        return f"a {'FIFO' if member.isfifo() else 'device'}, not a regular file"
+    if not member.isreg() or member.issparse():
+        raise ImageError(
+            f"Member {member.name!r} of {path} is a link or a sparse file, not plain bytes. "
+            "Pack it again with tar --dereference --hard-dereference."
+        )
+    return _Stretch(member.offset_data, member.size)
 
 
-def _read_labels(path: Path, images: list[str], members: dict[str, _Stretch]) -> list[int]:
+def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Members) -> list[int]:
     labels = []
-    with path.open("rb") as file:
-        for image in images:
-            name = str(PurePosixPath(image).with_suffix(_LABEL_ENDING))
-            if name not in members:
-                raise ImageError(
-                    f"Labels were asked for, but {path} has no member {name!r} beside {image!r}. "
-                    "Pack one for every image, or extract without labels."
-                )
-            file.seek(members[name].offset)
-            text = file.read(members[name].size).strip()
-            if not text.isdigit():
-                raise ImageError(
-                    f"Member {name!r} of {path} holds {text[:20]!r}; a label is an integer from 0. "
-                    "Correct it, or extract without labels."
-                )
-            labels.append(int(text))
+    for image in images:
+        if isinstance(members[image], str):
+            labels.append(0)  # of an image that cannot be read; it is not stored
+            continue
+        name = str(PurePosixPath(image).with_suffix(_LABEL_ENDING))
+        place = members.get(name)
+        if not isinstance(place, _Stretch):
+            raise ImageError(
+                f"Labels were asked for, but {path} has no member {name!r} beside {image!r}. "
+                "Pack one for every image, or extract without labels."
+            )
+        file.seek(place.offset)
+        text = file.read(place.size).strip()
+        if not text.isdigit():
+            raise ImageError(
+                f"Member {name!r} of {path} holds {text[:20]!r}; a label is an integer from 0. "
+                "Correct it, or extract without labels."
+            )
+        labels.append(int(text))
     return labels
