@@ -1,5 +1,6 @@
 """Entry point of ``torch.hub``: ``torch.hub.load(REPOSITORY, "encoder", WEIGHTS)``."""
 
+import os
 from typing import Any
 
 from theia.encoder.encoder import Encoder
@@ -8,7 +9,7 @@ from theia.encoder.load import load
 dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
 
 
-def encoder(weights: str, **options: Any) -> Encoder:
+def encoder(weights: str | os.PathLike[str], **options: Any) -> Encoder:
     """A trained encoder.
 
     Args:

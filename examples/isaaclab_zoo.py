@@ -20,8 +20,8 @@ where ``load_encoder`` is a function at the top of the task's module. A path wil
 script sends the configuration through Hydra: that writes every callable as ``module:name`` and looks it up again.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 import theia
 from theia import Encoder
-from theia.errors import ImageError
+from theia.errors import ImageError, ShapeError
 
 
 def model_zoo_entry(
-    encoder: str | Path | Callable[[], Encoder], device: str = "cuda:0"
+    encoder: str | os.PathLike[str] | Callable[[], Encoder], device: str = "cuda:0"
 ) -> dict[str, Callable[..., Any]]:
     """One entry of ``model_zoo_cfg``.
 
@@ -48,7 +48,7 @@ def model_zoo_entry(
     """
     if callable(encoder):
         return {"model": encoder, "reset": reset, "inference": infer}
-    source: str | Path = encoder
+    source: str | os.PathLike[str] = encoder
 
     def load() -> Encoder:
         return theia.load(source, device=device)
@@ -70,7 +70,7 @@ def infer(
     model: Encoder,
     images: Tensor,
     pool: Literal["none", "mean", "max", "cls"] = "mean",
-    image_size: tuple[int, int] | None = None,
+    image_size: Sequence[int] | None = None,
     batch_size: int = 1024,
 ) -> Tensor:
     """Features of what each environment's camera sees.
@@ -93,10 +93,13 @@ def infer(
         ImageError: If they are of a wrong type.
         ConfigError: If there is no such pooling.
     """
-    size = image_size or model.nearest_size(*images.shape[1:3])
+    if images.ndim != 4:
+        raise ShapeError(f"Images of shape {tuple(images.shape)}; needed is (num_envs, height, width, 3).")
+    # A configuration that went through a file has a list where there was a tuple.
+    size = tuple(image_size) if image_size else model.nearest_size(*images.shape[1:3])
     device = next(model.parameters()).device
     features = []
-    for start in range(0, len(images), batch_size):
+    for start in range(0, max(len(images), 1), batch_size):
         batch = images[start : start + batch_size].to(device)
         if tuple(batch.shape[1:3]) != size:
             if batch.dtype != torch.uint8:

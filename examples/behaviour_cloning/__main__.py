@@ -1,6 +1,6 @@
 """``python -m examples.behaviour_cloning --encoder PATH``: trains a policy, scores it, saves it."""
 
-import os
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from examples.behaviour_cloning.demonstrations import colored_square, read_demon
 from examples.behaviour_cloning.policy import Features, Policy, PolicyOptions
 from examples.behaviour_cloning.training import TrainingOptions, blind_error, evaluate, train
 from theia.errors import ConfigError, TheiaError
+from theia.utils.files import write_whole
 
 
 def clone(
@@ -85,17 +86,13 @@ def save(policy: Policy, path: Path) -> None:
     Args:
         policy: The policy.
         path: The file; its folder is made.
+
+    Raises:
+        FileError: If it cannot be written, for instance on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}~{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(policy.checkpoint(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.save(policy.checkpoint(), buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

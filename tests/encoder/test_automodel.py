@@ -51,6 +51,13 @@ def test_statistics_stay_float32_in_narrower_models(folder: Path, encoder: Encod
     assert torch.equal(model.distiller.normalize("clip", raw), encoder.distiller.normalize("clip", raw))
 
 
+def test_only_what_tokens_come_from_can_be_trained(folder: Path) -> None:
+    model = AutoModel.from_pretrained(folder)
+    model(images()).last_hidden_state.sum().backward()
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert free == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def test_saved_by_transformers_and_loaded_by_theia(folder: Path, tmp_path: Path, encoder: Encoder) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "again")
     again = theia.load(tmp_path / "again").state_dict()

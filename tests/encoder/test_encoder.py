@@ -1,10 +1,19 @@
 import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from encoder.small import small
+from torch.nn.parallel import DistributedDataParallel
 
+import theia
 from theia.encoder.encoder import Encoder
 from theia.errors import ConfigError, ImageError, ShapeError, UnknownTeacherError
 
@@ -69,6 +78,8 @@ def test_pooling(encoder: Encoder) -> None:
     assert torch.equal(encoder(images(), pool="cls"), tokens.cls)
     with pytest.raises(ConfigError, match=r"'median'.*none, mean, max, cls"):
         encoder(images(), pool="median")
+    with pytest.raises(ConfigError, match="'median'"):
+        encoder.pooled(tokens, "median")
     with pytest.raises(ConfigError, match="no CLS token"):
         Encoder(small(registers=0))(images(), pool="cls")
 
@@ -84,8 +95,36 @@ def test_intermediates_are_the_blocks_own_outputs(encoder: Encoder) -> None:
         torch.testing.assert_close(torch.cat([given.cls[:, None], given.patches], 1), seen[number])
     torch.testing.assert_close(encoder.forward_intermediates(images(), [-1], norm=True)[0].patches, tokens.patches)
     assert len(encoder.forward_intermediates(images())) == 3
-    with pytest.raises(ConfigError, match=r"no block 3.*has 3"):
-        encoder.forward_intermediates(images(), [3])
+
+
+@pytest.mark.parametrize(
+    ("indices", "blocks"),
+    [
+        ((index for index in (0, 2)), [0, 2]),
+        (range(1, 3), [1, 2]),
+        (np.array([2, 0]), [2, 0]),
+        (torch.tensor([1]), [1]),
+        ((1, 1, -2), [1, 1, 1]),
+        (-1, [2]),
+        (np.int64(1), [1]),
+        (torch.tensor(1), [1]),
+        ([], []),
+    ],
+    ids=["iterator", "range", "numpy", "torch", "twice and negative", "one", "one of numpy", "one of torch", "none"],
+)
+@torch.no_grad()
+def test_blocks_are_named_by_any_numbers(encoder: Encoder, indices, blocks: list[int]) -> None:
+    every = encoder.forward_intermediates(images(32, 32))
+    found = encoder.forward_intermediates(images(32, 32), indices)
+    for given, number in zip(found, blocks, strict=True):
+        assert torch.equal(given.patches, every[number].patches)
+
+
+@pytest.mark.parametrize("indices", [[3], [-4], [1.0], ["1"], "1", 1.5, [None]], ids=repr)
+def test_what_is_no_block_is_named(encoder: Encoder, indices) -> None:
+    wrong = re.escape(repr(indices[0] if isinstance(indices, list | str) else indices))
+    with pytest.raises(ConfigError, match=rf"no block {wrong}; this student has 3"):
+        encoder.forward_intermediates(images(32, 32), indices)
 
 
 @torch.no_grad()
@@ -95,9 +134,11 @@ def test_translations_in_both_scales(encoder: Encoder) -> None:
     for name, value in normal.items():
         channels = torch.arange(value.shape[-1])
         torch.testing.assert_close(raw[name], value * (channels + 1) + channels * 10)
-    assert list(encoder.translate(images(), teachers=["odd"])) == ["odd"]
-    with pytest.raises(UnknownTeacherError, match=r"'sam'.*clip, odd"):
-        encoder.translate(images(), teachers=["sam"])
+    for teachers in (["odd"], "odd", (name for name in ["odd"]), {"odd": 1}):
+        assert list(encoder.translate(images(), teachers)) == ["odd"]
+    for teachers in (["sam"], "sam", ["odd", "sam"]):
+        with pytest.raises(UnknownTeacherError, match=r"'sam'.*clip, odd"):
+            encoder.translate(images(), teachers)
 
 
 def test_the_nearest_size(encoder: Encoder) -> None:
@@ -119,8 +160,83 @@ def test_freezing_leaves_what_was_asked_for(encoder: Encoder) -> None:
     encoder.unfreeze()
     assert {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= free()
     assert not any("translators" in name for name in free())
-    with pytest.raises(ConfigError, match="has 3 blocks"):
-        encoder.unfreeze(last_n_blocks=4)
+    for wrong in (4, -1, 1.0, "1"):
+        with pytest.raises(ConfigError, match=f"last_n_blocks is {wrong!r}; this encoder has 3 blocks"):
+            encoder.unfreeze(last_n_blocks=wrong)
+
+
+def test_a_loaded_encoder_trains_what_its_features_come_from(checkpoint: Callable[..., Path]) -> None:
+    for encoder in (theia.load(checkpoint()), Encoder(small(registers=4, distill_cls=True))):
+        encoder(images(), pool="mean").sum().backward()
+        free = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+        assert free == {f"distiller.student.{name}" for name, _ in encoder.distiller.student.named_parameters()}
+        assert free == {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+        encoder.zero_grad()
+        encoder.distiller.translators.requires_grad_()
+        encoder.translate(images(), "odd")["odd"].sum().backward()
+        assert encoder.distiller.translators["odd"].last.weight.grad is not None
+
+
+def train_in_parallel(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(0)
+        encoder = Encoder(small(registers=4, distill_cls=True))
+        model = DistributedDataParallel(encoder)
+        optimizer = torch.optim.SGD(encoder.distiller.student.parameters(), 0.1)
+        before = encoder.distiller.student.vit.pos_embed.clone()
+        # What a parameter lacks after one step is found out in the next one.
+        for step in range(2):
+            optimizer.zero_grad()
+            torch.autograd.backward(model(images(32, 32)[rank:] / (step + 1) / 255, pool="mean").square().mean())
+            optimizer.step()
+        assert not torch.equal(encoder.distiller.student.vit.pos_embed, before)
+        torch.save(encoder.state_dict(), folder / f"{rank}-of-{world}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_distributed_training_waits_for_no_gradient_that_never_comes(tmp_path: Path) -> None:
+    train_in_parallel(0, 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_encoder(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_in_parallel, (2, tmp_path), 2)
+    first, second = (torch.load(tmp_path / f"{rank}-of-2.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_a_pickled_encoder_gives_the_same() -> None:
+    encoder = Encoder(small(depth=1))
+    encoder.compile(backend="eager")
+    expected = encoder(images(32, 32))
+    file = io.BytesIO()
+    torch.save(encoder, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(encoder)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(images(32, 32)), expected)
+
+
+@torch.no_grad()
+def test_threads_get_what_one_gets(encoder: Encoder) -> None:
+    batches = [images(32, 32) // divisor for divisor in range(1, 9)]
+    with ThreadPoolExecutor(4) as pool:
+        for given, batch in zip(pool.map(encoder, batches), batches, strict=True):
+            assert torch.equal(given, encoder(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_parameters_of_other_types(encoder: Encoder, dtype: torch.dtype) -> None:
+    expected = encoder(images(), pool="mean")
+    encoder.to(dtype)
+    for given in (images(), images() / 255, (images() / 255).double()):
+        features = encoder(given, pool="mean")
+        assert features.dtype == dtype
+        torch.testing.assert_close(features.float(), expected, atol=0.1, rtol=0)
+    assert encoder.translate(images())["odd"].dtype == dtype
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import theia
 from theia.encoder.encoder import Encoder
-from theia.errors import CheckpointError, TheiaError, WeightsError
+from theia.errors import CheckpointError, ConfigError, TheiaError, WeightsError
 from theia.export.export import export
 
 Checkpoint = Callable[..., Path]
@@ -135,8 +135,77 @@ def test_a_damaged_checkpoint_is_refused(checkpoint: Checkpoint) -> None:
 def test_a_run_folder_points_to_what_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     checkpoint().rename(tmp_path / "checkpoints/last.ckpt")
-    with pytest.raises(WeightsError, match=r"folder of a run.*checkpoints/last\.ckpt"):
+    (tmp_path / "config.yaml").write_text("model: {}")
+    named = rf"nearby: {tmp_path}/checkpoints/last\.ckpt\.$"
+    for source in ("", "checkpoints", "checkpoints/best.ckpt", "config.yaml", "exporte"):
+        with pytest.raises((WeightsError, CheckpointError), match=named):
+            theia.load(tmp_path / source)
+    (tmp_path / "checkpoints/damaged.ckpt").write_text("")
+    with pytest.raises(CheckpointError, match=named):
+        theia.load(tmp_path / "checkpoints/damaged.ckpt")
+    (tmp_path / "checkpoints/damaged.ckpt").unlink()
+    export(tmp_path / "checkpoints/last.ckpt", tmp_path / "exported", ["safetensors"])
+    with pytest.raises(WeightsError, match=rf"nearby: {tmp_path}/exported or {tmp_path}/checkpoints/last.ckpt\.$"):
         theia.load(tmp_path)
+
+
+def test_a_path_that_looks_like_an_id_points_to_what_its_folder_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.parent / "run").mkdir()
+    folder.rename(folder.parent / "run/exported")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(WeightsError, match=r"'run/export'.*nearby: run/exported\.$"):
+        theia.load("run/export")
+
+
+def test_a_file_of_a_model_stands_for_its_folder_and_others_point_to_it(folder: Path, encoder: Encoder) -> None:
+    for name in ("config.json", "model.safetensors"):
+        assert torch.equal(theia.load(folder / name)(images()), encoder(images()))
+    (folder / "onnx").mkdir()
+    (folder / "onnx/encoder.onnx").write_bytes(b"graph")
+    for name in ("README.md", "onnx", "onnx/encoder.onnx"):
+        with pytest.raises((WeightsError, CheckpointError), match=rf"nearby: {folder}\.$"):
+            theia.load(folder / name)
+    (folder / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        theia.load(folder / "model.safetensors")
+
+
+def test_the_folder_that_an_interrupted_export_moved_away_is_named(folder: Path) -> None:
+    folder.rename(folder.with_name(".exported.old"))
+    with pytest.raises(WeightsError, match=r"nearby: .*/\.exported\.old\.$"):
+        theia.load(folder)
+
+
+def test_paths_of_any_kind(folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def __fspath__(self) -> str:
+            return str(folder)
+
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(folder)
+    for source in (Entry(), "~/exported", "."):
+        assert torch.equal(theia.load(source)(images()), encoder(images()))
+    for nothing in ("", " ", None, b"exported", 3, [str(folder)]):
+        with pytest.raises(WeightsError, match="names no model"):
+            theia.load(nothing)
+    with pytest.raises(WeightsError, match="no file or folder '~nobody-of-that-name/x'"):
+        theia.load("~nobody-of-that-name/x/")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "no device 'gpu'"),
+        ({"device": "cuda:4096"}, "no device 'cuda:4096'"),
+        ({"dtype": "bfloat16"}, "type 'bfloat16' is none"),
+        ({"dtype": torch.int8}, "type torch.int8 is none"),
+    ],
+)
+def test_a_place_that_is_none_is_named(folder: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        theia.load(folder, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -105,13 +105,14 @@ def test_concatenated_teachers_lie_on_the_grid_of_the_first() -> None:
 
 
 def test_a_checkpoint_and_an_exported_folder_are_what_load_gives(
-    checkpoint: Callable[..., Path], tmp_path: Path
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint()
     export(str(path), tmp_path / "exported", ["safetensors"])
     images = random_images(2, 3, 224, 224)
     expected = theia.load(path).forward_features(images)
-    for name in (str(path), str(tmp_path / "exported")):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(path), str(tmp_path / "exported"), "~/exported"):
         encoder = open_encoder(name)
         tokens = encoder(images)
         assert isinstance(encoder.source, Encoder)
@@ -119,6 +120,7 @@ def test_a_checkpoint_and_an_exported_folder_are_what_load_gives(
         assert torch.equal(tokens.patches, expected.patches)
         assert tokens.grid == expected.grid
         assert not tokens.patches.requires_grad
+    assert open_encoder(path).name == str(path)
 
 
 def test_a_model_as_it_was_before_training(checkpoint: Callable[..., Path]) -> None:
@@ -149,6 +151,7 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("nowhere/at/all", WeightsError, "no file or folder"),
         ("clip:large", ConfigError, "The forms are:\n.*FOLDER"),
         ("timm:", ConfigError, "names no encoder"),
+        ("", ConfigError, "'' names no encoder"),
         ("timm:vit_tinny_patch16_224", ConfigError, "no model 'vit_tinny_patch16_224'"),
         ("timm:vit_tiny_patch16_224@mine", ConfigError, "can only be 'random'"),
         ("random:vit_huge", ConfigError, "vit_tiny, vit_small, vit_base"),

@@ -1,5 +1,7 @@
 """Behaviour cloning: both heads, both kinds of training, and the command."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,7 +201,7 @@ def test_a_loss_that_is_no_number_stops_the_training() -> None:
 
 
 def test_command_saves_a_policy_that_acts_as_it_did(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random_demonstrations(32)
     np.savez(tmp_path / "d.npz", **{name: value.numpy() for name, value in vars(data).items() if value is not None})
@@ -214,6 +216,15 @@ def test_command_saves_a_policy_that_acts_as_it_did(
     error = evaluate(policy, data.split(0.2, seed=0)[1])
     assert all(f"{value:.4g}" in printed for value in error.tolist())
     assert [path.name for path in output.parent.iterdir()] == ["policy.pt"]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert command.main([*arguments, f"--output={tmp_path / 'full.pt'}"]) == 1
+    assert "Disk full while writing" in capsys.readouterr().err
+    assert not (tmp_path / "full.pt").exists()
     # A second run must not write over the first.
     assert command.main(arguments) == 1
     assert "exists" in capsys.readouterr().err

@@ -49,6 +49,23 @@ def test_odd_camera_sizes_are_resized_to_the_nearest() -> None:
     torch.testing.assert_close(infer(encoder, flat, pool="none"), expected)
 
 
+def test_a_size_from_a_file_is_a_size() -> None:
+    encoder = load_encoder()
+    floats = cameras(2) / 255
+    assert torch.equal(infer(encoder, floats, image_size=[64, 64]), infer(encoder, floats))
+    assert infer(encoder, cameras(2), pool="none", image_size=[32, 48]).shape == (2, 6, 32)
+
+
+def test_no_environments_give_no_features() -> None:
+    assert infer(load_encoder(), cameras(0)).shape == (0, 32)
+    assert infer(load_encoder(), cameras(0, 50, 70)).shape == (0, 32)
+
+
+def test_one_image_without_its_environment_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"\(64, 64, 3\).*num_envs"):
+        infer(load_encoder(), cameras(1)[0])
+
+
 def test_callables_survive_being_written_as_module_and_name() -> None:
     # IsaacLab's training scripts do this to the whole configuration.
     entry = model_zoo_entry(load_encoder)

@@ -1,7 +1,12 @@
+import errno
 import json
 import os
+import resource
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -125,6 +130,8 @@ def test_what_timm_has_no_model_for_is_refused(checkpoint: Checkpoint, tmp_path:
     ("names", "options", "message"),
     [
         (["gguf"], {}, "no format 'gguf'.*safetensors"),
+        ("gguf", {}, "no format 'gguf'"),
+        (3, {}, "no format '3'"),
         ([], {}, "no format"),
         (["hf"], {"int8": True}, "Add it: --formats"),
     ],
@@ -169,27 +176,167 @@ def test_a_folder_with_anything_else_is_never_replaced(name: str, checkpoint: Ch
 
 def test_a_file_in_the_way_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(ExportError, match="is a file"):
-        export(checkpoint(), tmp_path / "out", ["safetensors"])
-    with pytest.raises(ExportError, match="cannot be written"):
-        export(checkpoint(), tmp_path / "out" / "deeper", ["safetensors"])
+    for place in ("out", "out/deeper", "out/deeper/still"):
+        with pytest.raises(ExportError, match="/out is a file"):
+            export(checkpoint(), tmp_path / place, ["safetensors"])
 
 
-def test_a_writer_that_fails_leaves_what_was_there(
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in listing(folder)}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    ("overwrite", "function", "call"),
+    [
+        (False, "mkdir", 2),  # after that of a folder that is there already
+        (False, "fsync", 1),
+        (False, "fsync", 4),
+        (False, "replace", 1),
+        (True, "fsync", 1),
+        (True, "rename", 1),
+        (True, "replace", 1),
+    ],
+)
+def test_a_full_disk_is_told_and_leaves_what_was_there(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, function: str, call: int,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    path, out = checkpoint(), tmp_path / "out"
+    if overwrite:
+        export(path, out, ["safetensors"], RECORD)
+    before = contents(out)
+    real, calls = getattr(os, function), iter(range(1, 1 << 30))
+
+    def full(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, full)
+        with pytest.raises(
+            ExportError, match=rf"Disk full while writing {out} \(.*file system /.*What was there before"
+        ):
+            export(path, out, ["safetensors"], overwrite=overwrite)
+    assert contents(out) == before
+    assert [other.name for other in tmp_path.iterdir() if other.name.startswith(".")] == []
+    export(path, out, ["safetensors"], overwrite=overwrite)
+    assert contents(out) != before
+
+
+def test_a_disk_that_is_full_in_the_middle_of_the_weights_is_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = checkpoint()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ExportError, match=r"Cannot write .*out: File too large"):
+            export(path, tmp_path / "out", ["safetensors"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [other for other in tmp_path.iterdir() if other != path] == []
+
+
+def test_all_that_is_written_is_on_the_disk_before_it_has_its_name(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in listing(tmp_path / "out")}
+    path, done = checkpoint(), []
+    sync, replace = os.fsync, os.replace
 
-    def fail(*_: object) -> list[str]:
-        raise OSError(28, "No space left on device")
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+        sync(descriptor)
 
-    monkeypatch.setitem(formats.FORMATS, "authors", fail)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *places: (done.append("named"), replace(*places)))
+    export(path, tmp_path / "out", ["safetensors"])
+    part = tmp_path / ".out.part"
+    assert set(done[:4]) == {part, *(part / name for name in listing(tmp_path / "out"))}
+    assert done[4:] == ["named", tmp_path]
+
+
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = checkpoint()
+    export(path, tmp_path / "new", ["safetensors"])
+    new = contents(tmp_path / "new")
+    call, killed, moved_away = 0, True, 0
+    while killed:
+        call += 1
+        out = tmp_path / str(call) / "out"
+        export(path, out, ["safetensors"], RECORD)
+        old = contents(out)
+        child = os.fork()
+        if child == 0:
+            kill_at(call)
+            export(path, out, ["safetensors"], overwrite=True)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        moved_away += not out.exists()
+        assert contents(out if out.exists() else out.with_name(".out.old")) in (old, new), f"killed before call {call}"
+        export(path, out, ["safetensors"], overwrite=True)
+        assert contents(out) == new
+        assert [other.name for other in out.parent.iterdir()] == ["out"]
+    assert call > 8  # else the calls are not counted where they are made
+    assert moved_away == 1
+
+
+def kill_at(call: int) -> None:
+    """Makes this process kill itself before its n-th system call that changes the disk and its names."""
+    calls = iter(range(1, 1 << 30))
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(*args: object, **options: object) -> object:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def test_half_a_folder_that_was_being_removed_is_never_put_back(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = checkpoint(), tmp_path / "out"
+    export(path, out, ["safetensors"], RECORD)
+    with monkeypatch.context() as patch:
+        patch.setattr("theia.export.export.shutil.rmtree", lambda *_, **__: None)  # as if killed in it
+        export(path, out, ["safetensors"], overwrite=True)
+    shutil.rmtree(out)
+    export(path, out, ["safetensors"])
+    assert (out / "README.md").read_text() != ""
+    export(path, out, ["safetensors"], overwrite=True)
+    assert [other.name for other in tmp_path.iterdir() if other.name.startswith(".")] == []
+
+
+def test_what_came_while_it_was_written_is_not_replaced(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*_: object) -> list[str]:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("")
+        return []
+
+    monkeypatch.setitem(formats.FORMATS, "authors", meanwhile)
     monkeypatch.setattr("theia.export.export.check", lambda *_: None)
-    with pytest.raises(ExportError, match="No space left"):
+    with pytest.raises(ExportError, match=r"something else: thesis\.tex"):
         export(checkpoint(), tmp_path / "out", ["safetensors", "authors"], overwrite=True)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in listing(tmp_path / "out")} == before
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert listing(tmp_path / "out") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "names", ["safetensors, hf", "hf", iter(["hf"]), ("safetensors",)], ids=["two", "one", "it", "tuple"]
+)
+def test_formats_and_places_of_any_kind(
+    names: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(str(checkpoint()), "~/out", names, RECORD)
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
+    export("~/out/config.json", tmp_path / "again", "hf")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")  # with its record
 
 
 def test_what_a_killed_export_left_is_cleared_away(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -221,7 +368,7 @@ def test_two_exports_into_one_folder_do_not_mix(checkpoint: Checkpoint, tmp_path
 def test_a_folder_that_may_not_be_written_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = checkpoint()
     (tmp_path / "closed").mkdir(mode=0o555)
-    with pytest.raises(ExportError, match="cannot be written"):
+    with pytest.raises(ExportError, match="Cannot write"):
         export(path, tmp_path / "closed" / "out", ["safetensors"])
 
 

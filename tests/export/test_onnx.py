@@ -1,4 +1,5 @@
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,17 @@ def test_int8_that_is_too_far_off_is_refused_with_the_figure(
     with pytest.raises(ExportError, match=r"int8 graph is refused: .*96x96.* cosine of 0\.99\d+.*--int8"):
         export(checkpoint(), tmp_path / "out", ["onnx"], int8=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_int8_graph_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    onnx.write_graph(Encoder(small(depth=1)), tmp_path / "graph.onnx")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ExportError, match=r"no int8 graph of graph\.onnx.*room for two more copies"):
+            onnx.quantise(tmp_path / "graph.onnx", tmp_path / "int8.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:

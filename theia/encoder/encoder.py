@@ -1,13 +1,14 @@
 """What a user of a trained model holds."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast, get_args
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from theia.encoder.inputs import to_channels_first
+from theia.encoder.inputs import one_or_several, to_channels_first
 from theia.errors import ConfigError, UnknownTeacherError
 from theia.models.architecture import Architecture
 from theia.models.student import PATCH, StudentTokens
@@ -23,6 +24,15 @@ class Encoder(nn.Module):
     point from 0 to 1. Both sides must be multiples of 16 pixels; the size need not be that of training, but for
     :meth:`translate`. The encoder normalises them itself.
 
+    The range of floating-point images is looked at in every plain call, and that of uint8 images never. On a GPU the
+    look makes the host wait for the GPU: a control loop gives uint8, or what is compiled. It is left out where values
+    cannot be looked at: in what is compiled, exported, traced or captured in a CUDA graph, under ``torch.func``
+    (``vmap``, ``grad``, ...) and under modes that see every operation, and for fake and meta tensors.
+
+    The parameters of the student can be trained from the start, those of the translators not before
+    ``encoder.distiller.translators.requires_grad_()``: a call does not use them, and distributed training waits for the
+    gradient of every parameter that can be trained.
+
     Args:
         architecture: What to build, with untrained weights; :func:`theia.load` gives a trained one.
         pool: What a call gives by default.
@@ -35,6 +45,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.distiller = architecture.build()
+        self.freeze_translators()
         self.pool = check_pool(pool)
         self._compile: dict[str, Any] | None = None
         self._compiled: Callable[[Tensor], StudentTokens] | None = None
@@ -76,14 +87,16 @@ class Encoder(nn.Module):
             ImageError: If they are of a wrong type or range.
             ConfigError: If there is no such pooling, or no CLS token.
         """
-        return self.pooled(self.forward_features(images), self.pool if pool is None else check_pool(pool))
+        wanted = check_pool(self.pool if pool is None else pool)
+        return self.pooled(self.forward_features(images), wanted)
 
     def pooled(self, tokens: StudentTokens, pool: Pool) -> Tensor:
         """One vector of all tokens, ``(B, C)``; see :meth:`forward`.
 
         Raises:
-            ConfigError: If there is no CLS token to give.
+            ConfigError: If there is no such pooling, or no CLS token to give.
         """
+        check_pool(pool)
         if pool == "cls":
             if tokens.cls is None:
                 raise ConfigError("This model has no CLS token. Choose pool='mean', 'max' or 'none'.")
@@ -110,34 +123,34 @@ class Encoder(nn.Module):
         return (self._compiled or student.encode)(self._prepared(images))
 
     def forward_intermediates(
-        self, images: Images, indices: Sequence[int] | None = None, norm: bool = False
+        self, images: Images, indices: int | Iterable[int] | None = None, norm: bool = False
     ) -> list[StudentTokens]:
         """Tokens after some of the blocks.
 
         Args:
             images: See the class.
-            indices: Blocks, from 0; negative ones count from the end. All by default.
+            indices: Blocks, from 0; negative ones count from the end. One number is one block; all by default.
             norm: Whether to apply the final layer norm to each.
 
         Returns:
-            In the order of the indices.
+            In the order of the indices, one for each.
 
         Raises:
             ShapeError: If the images are of a wrong shape or size.
             ImageError: If they are of a wrong type or range.
             ConfigError: If there is no such block.
         """
-        wanted = range(self.depth) if indices is None else indices
+        wanted = range(self.depth) if indices is None else one_or_several(indices)
         return self.distiller.student.forward_intermediates(self._prepared(images), wanted, norm)
 
     def translate(
-        self, images: Images, teachers: Sequence[str] | None = None, denormalize: bool = False
+        self, images: Images, teachers: str | Iterable[str] | None = None, denormalize: bool = False
     ) -> dict[str, Tensor]:
         """The teachers' features as the student predicts them.
 
         Args:
             images: See the class; of the size of training.
-            teachers: Which ones; all by default.
+            teachers: Which ones, or the name of one; all by default.
             denormalize: Give them in the teacher's own scale, not normalised per channel.
 
         Returns:
@@ -149,7 +162,7 @@ class Encoder(nn.Module):
             ImageError: If they are of a wrong type or range.
             ConfigError: If the model came without statistics to denormalise with, as the published ones do.
         """
-        names = self.teachers if teachers is None else list(teachers)
+        names = self.teachers if teachers is None else one_or_several(teachers)
         unknown = [name for name in names if name not in self.teachers]
         if unknown:
             raise UnknownTeacherError(
@@ -168,8 +181,8 @@ class Encoder(nn.Module):
         """The size nearest to one in pixels that the encoder takes.
 
         Args:
-            height: Of an image.
-            width: Of an image.
+            height: Height of an image, in pixels.
+            width: Width of it.
         """
 
         def nearest(side: int) -> int:
@@ -190,12 +203,21 @@ class Encoder(nn.Module):
         return {**self.__dict__, "_compiled": None}
 
     def freeze(self) -> "Encoder":
-        """Keeps every parameter as it is in a training; gives the encoder back."""
+        """Keeps every parameter, those of the translators too, as it is in a training; gives the encoder back."""
         self.requires_grad_(False)
+        return self
+
+    def freeze_translators(self) -> "Encoder":
+        """Keeps the translators alone as they are in a training, as from the start; gives the encoder back."""
+        self.distiller.translators.requires_grad_(False)
+        self.distiller.cls_translators.requires_grad_(False)
         return self
 
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
         """Lets a training change the student's transformer; gives the encoder back.
+
+        A new or loaded encoder is so already: :meth:`freeze` it first to free a part alone. Translators stay as they
+        are: ``encoder.distiller.translators.requires_grad_()`` frees them.
 
         Args:
             last_n_blocks: Only so many blocks before the output, and the final layer norm. All by default, with patch
@@ -208,9 +230,13 @@ class Encoder(nn.Module):
         if last_n_blocks is None:
             vit.requires_grad_(True)
             return self
-        if not 0 <= last_n_blocks <= self.depth:
-            raise ConfigError(f"last_n_blocks is {last_n_blocks}; this encoder has {self.depth} blocks.")
-        for block in list(vit.blocks)[self.depth - last_n_blocks :]:
+        try:
+            count = operator.index(last_n_blocks)
+        except TypeError:
+            count = -1
+        if not 0 <= count <= self.depth:
+            raise ConfigError(f"last_n_blocks is {last_n_blocks!r}; this encoder has {self.depth} blocks.")
+        for block in list(vit.blocks)[self.depth - count :]:
             block.requires_grad_(True)
         vit.norm.requires_grad_(True)
         return self

@@ -37,6 +37,14 @@ class TheiaModel(PreTrainedModel):
         self.distiller = self.encoder.distiller
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As of transformers, which makes every parameter anew; what can be trained is as in an :class:`Encoder`."""
+        loaded = super().from_pretrained(*args, **options)
+        model: TheiaModel = loaded[0] if isinstance(loaded, tuple) else loaded  # with or without a report of it
+        model.encoder.freeze_translators()
+        return loaded
+
     def forward(
         self, pixel_values: Tensor, return_dict: bool | None = None
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:

@@ -1,5 +1,6 @@
-"""What an encoder takes for images, and what it says to everything else."""
+"""What an encoder takes for images and for lists, and what it says to everything else."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from theia.errors import ImageError, ShapeError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WANTED = "An encoder takes uint8 from 0 to 255 or floating point from 0 to 1"
 
 
@@ -24,29 +26,60 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
 
     Raises:
         ShapeError: If it is no batch of RGB images.
-        ImageError: If type or range is another. Looking at the range of floating-point images on a GPU waits for the
-            GPU; uint8 needs no look.
+        ImageError: If type or range is another. The range of uint8 needs no look; that of floating-point images is
+            looked at in plain calls, which on a GPU waits for the GPU, and left out where :func:`_has_values` says no.
     """
     batch = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(batch, Tensor):
-        raise ShapeError(f"Images of type {type(images).__name__}; an encoder takes a torch tensor or a numpy array.")
+        raise ShapeError(
+            f"Images of type {type(images).__name__}; an encoder takes a batch in a torch tensor or a numpy array. "
+            "A list of pictures makes one: numpy.stack([numpy.asarray(picture) for picture in pictures])."
+        )
     shape = tuple(batch.shape)
-    if batch.ndim != 4 or (shape[1] == 3) == (shape[3] == 3):
+    # Decided one by one: a compiled graph for any size cannot compare two comparisons.
+    of_colours = [axis for axis in (1, 3) if batch.ndim == 4 and shape[axis] == 3]
+    if len(of_colours) != 1:
         raise ShapeError(
             f"Images of shape {shape}; an encoder takes a batch of RGB images, (B, H, W, 3) or (B, 3, H, W)."
             + _hint(shape)
         )
-    if batch.dtype != torch.uint8 and not batch.is_floating_point():
-        raise ImageError(f"Images of type {batch.dtype}. {_WANTED}.")
+    if batch.dtype not in (torch.uint8, *FLOATS):
+        raise ImageError(f"Images of type {batch.dtype}. {_WANTED}, of 16, 32 or 64 bits.")
     batch = batch.to(device)
-    if batch.is_floating_point() and batch.numel() and not torch.compiler.is_compiling():
+    if batch.dtype != torch.uint8 and _has_values(batch) and batch.numel():
         _check_range(batch)
-    return batch if shape[1] == 3 else batch.permute(0, 3, 1, 2)
+    return batch if of_colours == [1] else batch.permute(0, 3, 1, 2)
+
+
+def one_or_several(values: Any) -> list[Any]:
+    """A list of what was given: a single name or number is one, anything else is gone through once."""
+    # An array or tensor of no dimension says that it is iterable, too.
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return [values]
+    return list(values)
+
+
+def _has_values(batch: Tensor) -> bool:
+    """Whether this is a plain call with numbers to look at.
+
+    Not so in what is compiled, exported, traced or recorded once for many images, under ``torch.func``, and for fake
+    and meta tensors: Python cannot decide by a value there, or would decide once and for all.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or batch.is_meta
+        or (batch.is_cuda and torch.cuda.is_current_stream_capturing())
+        # torch has no public questions for these: torch.jit.trace, transforms such as vmap, modes such as make_fx.
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(batch).__torch_dispatch__ is not Tensor.__torch_dispatch__  # fake and wrapped ones
+    )
 
 
 def _from_numpy(images: NDArray[Any]) -> Tensor:
     if images.dtype.kind not in "uf" or images.dtype.itemsize > 8:
-        raise ImageError(f"Images of type {images.dtype}. {_WANTED}.")
+        raise ImageError(f"Images of type {images.dtype}. {_WANTED}, of 16, 32 or 64 bits.")
     native = images.astype(images.dtype.newbyteorder("="), copy=False)
     # torch takes no negative strides, as of BGR turned to RGB, and warns of memory that it may not write to.
     usable = native.flags.writeable and min(native.strides, default=0) >= 0
@@ -54,7 +87,7 @@ def _from_numpy(images: NDArray[Any]) -> Tensor:
 
 
 def _check_range(batch: Tensor) -> None:
-    least, greatest = (float(value) for value in torch.aminmax(batch))
+    least, greatest = torch.stack(torch.aminmax(batch.detach())).tolist()  # in one go: a GPU is waited for once
     # Resizing with a cubic overshoots by a few hundredths only where nobody clamps; that too is for the caller to see.
     if not (least >= 0 and greatest <= 1):
         if least < 0:

@@ -1,6 +1,7 @@
 """``theia.load``: an encoder from whatever holds one."""
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from theia.encoder import authors
 from theia.encoder.encoder import Encoder, check_pool
-from theia.errors import TheiaError, WeightsError
+from theia.encoder.inputs import FLOATS
+from theia.errors import CheckpointError, ConfigError, TheiaError, WeightsError
 from theia.hub import known_to_answer
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
@@ -24,11 +26,13 @@ MODEL_TYPE = "theia-encoder"
 # In front of all names in our files, as in a training checkpoint.
 PREFIX = "distiller."
 
+_SHOWN = 3  # paths in a message
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(
-    source: str | Path,
+    source: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -40,34 +44,46 @@ def load(
     No code from elsewhere is run. What is loaded is checked: every tensor is used and every parameter set.
 
     Args:
-        source: A folder that ``theia export`` wrote, a training checkpoint (``.ckpt``), a folder of a published model,
-            or its id on the Hugging Face hub, such as ``theaiinstitute/theia-base-patch16-224-cdiv``.
+        source: A folder that ``theia export`` wrote (or its ``config.json`` or ``model.safetensors``), a training
+            checkpoint (``.ckpt``), a folder of a published model, or its id on the Hugging Face hub, such as
+            ``theaiinstitute/theia-base-patch16-224-cdiv``. ``~`` is the home folder.
         device: Where to put it.
-        dtype: Type of the parameters; float32 by default.
+        dtype: Type of the parameters: float16, bfloat16, float32 or float64 of torch; float32 by default.
         compile: Compile the student at its first use, anew for each size of a batch.
         revision: For the hub: branch, tag or commit. A local folder has none.
 
     Returns:
-        The encoder, in evaluation mode. Its parameters can be trained; see :meth:`Encoder.freeze`.
+        The encoder, in evaluation mode. Its student can be trained, its translators not before they are asked to; see
+        :meth:`Encoder.freeze` and :class:`Encoder`.
 
     Raises:
         WeightsError: If there is nothing to load, the hub cannot be reached, or files are damaged, of another kind, or
-            do not fit each other.
-        CheckpointError: If a training checkpoint cannot be read.
+            do not fit each other. Where a model lies nearby, it names the path to give.
+        CheckpointError: If a training checkpoint cannot be read, or a file is none.
+        ConfigError: If there is no such device or no such type of parameters.
     """
-    path = Path(source)
+    path = local_path(source)
+    _check_place(device, dtype)
     if revision is not None and path.exists():
         raise WeightsError(f"{path} is local and has no revision {revision!r}. Leave it out, or give an id on the hub.")
     if path.is_file():
         encoder = _from_checkpoint(path)
     elif path.is_dir():
         encoder = _from_folder(path, str(path))
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".ckpt"):
-        encoder = _from_folder(_fetch(source, revision), source)
+    elif isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".ckpt":
+        try:
+            folder = _fetch(source, revision)
+        except WeightsError as error:
+            # A path such as RUN/exported looks like an id, too.
+            instead = _nearby(path)
+            if not instead:
+                raise
+            raise WeightsError(f"{error} {instead}") from error
+        encoder = _from_folder(folder, source)
     else:
         raise WeightsError(
-            f"There is no file or folder {str(source)!r}, and it is no id on the hub (OWNER/NAME). Give a folder that "
-            "'theia export' wrote, a checkpoint of 'theia fit', or an id."
+            f"There is no file or folder {str(path)!r}, and it is no id on the hub (OWNER/NAME). "
+            + (_nearby(path) or "Give a folder that 'theia export' wrote, a checkpoint of 'theia fit', or an id.")
         )
     encoder.to(device=device, dtype=dtype)
     if compile:
@@ -75,23 +91,48 @@ def load(
     return encoder
 
 
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """Where a model is, if it is on this machine: a file of an exported folder stands for the folder.
+
+    Args:
+        source: What :func:`load` takes.
+
+    Raises:
+        WeightsError: If it is empty or no path at all.
+    """
+    given = os.fspath(source) if isinstance(source, str | os.PathLike) else source
+    if not isinstance(given, str) or not given.strip():
+        raise WeightsError(
+            f"{source!r} names no model. Give a folder that 'theia export' wrote, a checkpoint of 'theia fit', or an "
+            "id on the hub."
+        )
+    path = Path(os.path.expanduser(given))  # noqa: PTH111  (Path's own raises where there is no such user)
+    return path.parent if path.name in (CONFIG, WEIGHTS) and path.is_file() else path
+
+
+def set_aside(folder: Path) -> Path:
+    """Where an export puts the folder that it is about to replace, until the new one has its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder.
 
     Raises:
-        WeightsError: If it is missing or no JSON object.
+        WeightsError: If it is missing or no JSON object. Where a model lies nearby, it names the path to give.
     """
     path = folder / CONFIG
     if not path.is_file():
-        inside = [str(folder / name) for name in ("exported", "checkpoints/best.ckpt", "checkpoints/last.ckpt")]
-        found = [name for name in inside if Path(name).exists()]
-        if found:
-            raise WeightsError(f"{folder} is the folder of a run. Give what it holds: {' or '.join(found)}.")
         raise WeightsError(
-            f"There is no {CONFIG} in {folder}, so it holds no model. 'theia export' writes such folders."
+            f"There is no {CONFIG} in {folder}, so it holds no model. "
+            + (_nearby(folder) or "'theia export' writes folders that do.")
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror or error}). Mend that, or copy the model."
+        ) from error
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON ({error}). Fetch or export the model again.") from error
     if not isinstance(config, dict):
@@ -99,8 +140,48 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _nearby(path: Path) -> str:
+    """What to give in place of a path that holds no model, if it is known: in it, moved away from it, or around it."""
+    around = [path.parent]
+    if path.parent.name in ("onnx", "timm", "checkpoints"):
+        around += [path.parent.parent, path.parent.parent.parent]
+    aside = [set_aside(path)] if path.name else []
+    for place in (path, *aside, *around):
+        found = [model for model in _models_in(place) if model != path]
+        if found:
+            return f"Give what is nearby: {' or '.join(str(model) for model in found[:_SHOWN])}."
+    return ""
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """An exported folder, what is in the folder of a run, or checkpoints; the best and the last one first."""
+    usual = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+    others = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("checkpoints/*.ckpt"))
+    exported = [place for place in (folder, folder / "exported") if (place / CONFIG).is_file()]
+    return list(dict.fromkeys(exported + [path for path in usual if path.is_file()] + others))
+
+
+def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Before the work of loading."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(
+            f"The type {dtype!r} is none for parameters. Give torch.float32, torch.bfloat16 or torch.float16."
+        )
+    try:
+        torch.empty(0, device=device)
+    # Each kind of device has its own ways to say that there is none.
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"There is no device {device!r} to put the encoder on: {reason}. Give 'cpu', or another."
+        ) from error
+
+
 def _from_checkpoint(path: Path) -> Encoder:
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_nearby(path)}".strip()) from error
     encoder = _build(checkpoint["hyper_parameters"], "none", str(path))
     tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     load_strictly(encoder.distiller, _without_prefix(tensors), str(path))

@@ -3,9 +3,9 @@
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from theia import hub, registry
 from theia.encoder.encoder import Encoder
-from theia.encoder.load import load
+from theia.encoder.load import load, local_path
 from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.student import StudentTokens
@@ -80,11 +80,11 @@ class NamedEncoder(nn.Module):
         return StudentTokens(cls, tokens.registers.float(), tokens.patches.float(), tokens.grid)
 
 
-def open_encoder(name: str, device: str | torch.device = "cpu") -> NamedEncoder:
+def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu") -> NamedEncoder:
     """Builds the encoder that a name stands for.
 
     Args:
-        name: One of the forms in :data:`FORMS`.
+        name: One of the forms in :data:`FORMS`; a path will do for a folder or file.
         device: Where to put it.
 
     Raises:
@@ -92,12 +92,14 @@ def open_encoder(name: str, device: str | torch.device = "cpu") -> NamedEncoder:
         UnknownTeacherError: If no such teacher is installed.
         WeightsError: If weights cannot be had.
     """
+    name = os.fspath(name)
     kind, colon, rest = name.partition(":")
     if colon and kind in _KINDS and rest:
         return NamedEncoder(name, _KINDS[kind](rest)).to(device)
     model = name.removesuffix("@random")
     # A word alone, or one before an unknown colon, is no path and no id: somebody forgot a prefix.
-    if not Path(model).exists() and (colon or "/" not in model) and not model.endswith(".ckpt"):
+    is_word = colon or "/" not in model
+    if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
         raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{FORMS}")
     encoder = load(model)
     return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)

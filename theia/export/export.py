@@ -4,16 +4,19 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from theia.encoder.authors import POSITIONS as PUBLISHED_POSITIONS
 from theia.encoder.encoder import Encoder
-from theia.encoder.load import CONFIG, MODEL_TYPE, WEIGHTS, load, read_config
+from theia.encoder.inputs import one_or_several
+from theia.encoder.load import CONFIG, MODEL_TYPE, WEIGHTS, load, local_path, read_config, set_aside
 from theia.errors import ExportError, WeightsError
 from theia.export.formats import FORMATS, Exported, check
+from theia.lists import comma_list
+from theia.utils.files import publish, sync, writing
 
 # All that an export may put into a folder; a folder with anything else is not ours to replace.
 _OURS = re.compile(
@@ -23,19 +26,23 @@ _OURS = re.compile(
 
 
 def export(
-    source: str | Path,
-    out: Path,
-    formats: list[str],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    formats: str | Iterable[str],
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     int8: bool = False,
 ) -> list[str]:
     """Loads a model and writes it.
 
+    Whatever happens at any time, a kill or a full disk included, there is the old folder or the new one, whole, and it
+    survives a loss of power. Only a kill between the two renames that replace a folder leaves the old one under another
+    name, ``.NAME.old``: :func:`theia.load` names it, and the next export puts it back.
+
     Args:
         source: What :func:`theia.load` takes.
         out: Folder to make.
-        formats: Of :data:`theia.export.formats.FORMATS`.
+        formats: Of :data:`theia.export.formats.FORMATS`; several in one text have commas between them.
         record: What is known of its training; see :func:`theia.export.card.text`. By default what the source itself
             says.
         overwrite: Replace a folder that an export wrote before.
@@ -48,31 +55,33 @@ def export(
         WeightsError: See :func:`theia.load`.
         CheckpointError: Likewise.
         ConfigError: If a format is unknown, or a package for it is missing.
-        ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written.
+        ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written,
+            for instance on a full disk.
     """
-    out = out.resolve()
-    _restore(out)
-    _check_free(out, overwrite)
+    names = comma_list(",".join(str(name) for name in one_or_several(formats)))
+    out = Path(os.path.expanduser(out)).resolve()  # noqa: PTH111  (Path's own raises where there is no such user)
+    with writing(out, ExportError):
+        _restore(out)
+        _check_free(out, overwrite)
     encoder = load(source)
-    model = Exported(encoder, encoder.architecture, record or _record_of(source, encoder), tuple(formats), int8)
-    check(model, formats)
-    try:
+    model = Exported(encoder, encoder.architecture, record or _record_of(source, encoder), tuple(names), int8)
+    check(model, names)
+    with writing(out, ExportError):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _part(out) as part:
-            writers = dict.fromkeys(FORMATS[name] for name in formats)
+            writers = dict.fromkeys(FORMATS[name] for name in names)
             lines = [line for write in writers for line in write(model, part)]
-            _sync(part)
+            for path in [*part.rglob("*"), part]:
+                sync(path)
+            # Once more: what came meanwhile is not ours to replace.
+            _check_free(out, overwrite)
             _put_in_place(part, out)
-    except OSError as error:
-        raise ExportError(
-            f"{out} cannot be written ({error.strerror or error}). Choose another folder with --out."
-        ) from error
     return lines
 
 
-def _record_of(source: str | Path, encoder: Encoder) -> Mapping[str, Any]:
+def _record_of(source: str | os.PathLike[str], encoder: Encoder) -> Mapping[str, Any]:
     """What a model says of itself; a published one says nothing, so that where it comes from is all there is to say."""
-    folder = Path(source)
+    folder = local_path(source)
     if folder.is_file():
         return {}
     record: Mapping[str, Any] = read_config(folder).get("record", {}) if folder.is_dir() else {}
@@ -82,10 +91,11 @@ def _record_of(source: str | Path, encoder: Encoder) -> Mapping[str, Any]:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ExportError(f"{path} is a file. Choose a folder with --out.")
     if not out.exists():
         return
-    if not out.is_dir():
-        raise ExportError(f"{out} is a file. Choose a folder with --out.")
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir())
     if not any(out.iterdir()):
         return
@@ -117,14 +127,16 @@ def _part(out: Path) -> Iterator[Path]:
     try:
         # Held as long as this process lives, and no longer: what a killed export left may be cleared away.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not part.exists() or os.fstat(descriptor).st_ino != part.stat().st_ino:
+        if not _is_open(descriptor, part):
             raise BlockingIOError
         for path in part.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield part
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            # Once this one has become ``out``, another export may have begun under its name.
+            if _is_open(descriptor, part):
+                shutil.rmtree(part, ignore_errors=True)
     except BlockingIOError as error:
         raise ExportError(
             f"Another export is writing {out}. Wait for it, or choose another folder with --out."
@@ -133,30 +145,32 @@ def _part(out: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def _is_open(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino
+
+
 def _put_in_place(part: Path, out: Path) -> None:
-    old = _old(out)
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        _remove_old(out)
+        out.rename(set_aside(out))
+    try:
+        publish(part, out)
+    finally:
+        _restore(out)
+    _remove_old(out)
 
 
 def _restore(out: Path) -> None:
     """An export that was killed between two renames left the folder that it was to replace under another name."""
-    old = _old(out)
+    old = set_aside(out)
     if old.exists() and not out.exists():
-        old.rename(out)
+        publish(old, out)
 
 
-def _old(out: Path) -> Path:
-    return out.with_name(f".{out.name}.old")
-
-
-def _sync(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _remove_old(out: Path) -> None:
+    """Removes the folder that was replaced. It loses its name first: half of it must never be put back."""
+    old, gone = set_aside(out), out.with_name(f".{out.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        old.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

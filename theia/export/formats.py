@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from theia.encoder import authors
@@ -52,11 +52,13 @@ def write_safetensors(model: Exported, folder: Path) -> list[str]:
         "pool": model.encoder.pool,
         "record": dict(model.record),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: tensor for name, tensor in model.encoder.distiller.state_dict().items()}
     _save(tensors, folder / WEIGHTS)
     formats = {name: _DESCRIPTIONS[name](model) for name in dict.fromkeys(model.formats) if name in _DESCRIPTIONS}
-    (folder / "README.md").write_text(card.text(model.encoder, model.architecture, model.record, formats))
+    (folder / "README.md").write_text(
+        card.text(model.encoder, model.architecture, model.record, formats), encoding="utf-8"
+    )
     return [f"{CONFIG}, {WEIGHTS}, README.md"]
 
 
@@ -65,7 +67,7 @@ def write_authors(model: Exported, folder: Path) -> list[str]:
     target = folder / "authors"
     target.mkdir()
     config = authors.write_config(model.architecture, model.encoder.pool)
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = {name: parameter.detach() for name, parameter in model.encoder.distiller.named_parameters()}
     _save(authors.to_theirs(parameters), target / WEIGHTS)
     return [f"authors/{CONFIG}, authors/{WEIGHTS}"]
@@ -161,9 +163,9 @@ def _pixels(model: Exported) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # The format is read elsewhere, too: plain memory order, whatever is fastest here.
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it to its owner alone
+    # The format is read elsewhere, too: plain memory order, whatever is fastest here. Written by Python: the library's
+    # own writer has another error for a full disk, which nobody expects, and leaves the file to its owner alone.
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
 
 
 def _describe_onnx(_: Exported) -> str:

@@ -17,6 +17,7 @@ from theia.encoder.encoder import Encoder
 from theia.errors import ConfigError, ExportError
 from theia.extraction.samples import HELD_OUT_PHOTOS, SampleSource
 from theia.models.student import PATCH
+from theia.utils.files import mount_of
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +113,35 @@ def quantise(path: Path, target: Path) -> None:
     Args:
         path: The float graph.
         target: The int8 graph.
+
+    Raises:
+        ExportError: If it cannot be made.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet("root"):
         # The patch embedding, a convolution, stays as it is: its input are pixels. Weights have 7 of their 8 bits: sums
         # of two full products overflow on CPUs without VNNI instructions.
-        quantize_dynamic(
-            path,
-            target,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,
-            op_types_to_quantize=["MatMul", "Gemm"],
-        )
+        try:
+            quantize_dynamic(
+                path,
+                target,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,
+                op_types_to_quantize=["MatMul", "Gemm"],
+            )
+        except OSError:
+            raise
+        except Exception as error:
+            # It writes copies of the graph, on a full disk in part, and stumbles over what it reads back.
+            reason = str(error).strip().partition("\n")[0]
+            size = f"{path.stat().st_size:,} bytes"
+            raise ExportError(
+                f"ONNX Runtime made no int8 graph of {path.name} ({type(error).__name__}: {reason}). Look whether "
+                f"file system {mount_of(path)} has room for two more copies of the graph, {size} each; if it "
+                "has, export without --int8."
+            ) from error
 
 
 def parity(encoder: Encoder, path: Path) -> Parity:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def fetch(size: str) -> PretrainedWeights:
     return PretrainedWeights(name, model.state_dict())
 
 
-def read(path: str | Path) -> PretrainedWeights:
+def read(path: str | os.PathLike[str]) -> PretrainedWeights:
     """Weights from a timm DeiT checkpoint.
 
     Args:
@@ -70,7 +71,8 @@ def read(path: str | Path) -> PretrainedWeights:
     Raises:
         WeightsError: If the file is missing or cannot be read.
     """
-    if not Path(path).is_file():
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own raises where there is no such user)
+    if not path.is_file():
         raise WeightsError(f"No weights file {str(path)!r}. Give 'scratch', 'pretrained' or the path of a checkpoint.")
     try:
         parameters = load_state_dict(str(path), weights_only=True)

@@ -57,7 +57,9 @@ class FeatureScaler(nn.Module):
         self.register_buffer("is_set", torch.tensor(False))
         self.register_buffer("reciprocal", torch.ones(channels), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
-        self._ready = False  # is_set on the host: reading the buffer in every step would make the device wait
+        # is_set on the host: reading the buffer in every step would make the device wait, and a compiled or captured
+        # step, or one on fake tensors, cannot.
+        self._ready = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FeatureScaler":
         keep_float32(self, ("mean", "std", "reciprocal"), lambda: super(FeatureScaler, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -85,14 +87,14 @@ class FeatureScaler(nn.Module):
             )
         self.mean.copy_(new_mean)
         self.std.copy_(new_std)
-        self.refresh()
         self.is_set.fill_(True)
-        self._ready = True
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Computes what follows from the statistics; needed where they were set from outside."""
         self.reciprocal = self.std.float().reciprocal()
+        self._ready = not self.is_set.is_meta and bool(self.is_set)
 
     def normalize(self, tokens: Tensor) -> Tensor:
         """Raw to normalised features, ``(..., C)``, float32."""

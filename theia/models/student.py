@@ -1,6 +1,7 @@
 """The student: a small ViT whose tokens are what a robot uses."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -177,7 +178,7 @@ class Student(nn.Module):
             tokens = block(tokens)
         return self._split(self.vit.norm(tokens), grid)
 
-    def forward_intermediates(self, images: Tensor, indices: Sequence[int], norm: bool = False) -> list[StudentTokens]:
+    def forward_intermediates(self, images: Tensor, indices: Iterable[int], norm: bool = False) -> list[StudentTokens]:
         """Tokens after some of the blocks.
 
         Args:
@@ -186,17 +187,13 @@ class Student(nn.Module):
             norm: Whether to apply the final layer norm to each.
 
         Returns:
-            In the order of the indices.
+            In the order of the indices, one for each.
 
         Raises:
             ShapeError: If the images are of another shape.
             ConfigError: If there is no such block.
         """
-        depth = len(self.vit.blocks)
-        wrong = [index for index in indices if not -depth <= index < depth]
-        if wrong:
-            raise ConfigError(f"There is no block {wrong[0]}; this student has {depth}, numbered from 0.")
-        wanted = [index % depth for index in indices]
+        wanted = [self._number(index) for index in indices]
         tokens, grid = self._embed(images)
         found = {}
         for number, block in enumerate(self.vit.blocks[: max(wanted, default=-1) + 1]):
@@ -205,17 +202,31 @@ class Student(nn.Module):
                 found[number] = self._split(self.vit.norm(tokens) if norm else tokens, grid)
         return [found[number] for number in wanted]
 
+    def _number(self, index: int) -> int:
+        """The number of a block, counted from the first one."""
+        depth = len(self.vit.blocks)
+        try:
+            number = operator.index(index)
+        except TypeError:
+            number = depth
+        if not -depth <= number < depth:
+            raise ConfigError(f"There is no block {index!r}; this student has {depth}, numbered from 0.")
+        return number % depth
+
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """What goes into the first block: ``(B, prefix + N, C)``, and the grid of the patches."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(f"Images of shape {tuple(images.shape)}; a student takes uint8 (B, 3, H, W).")
         height, width = images.shape[-2:]
         _check_image_size(height, width)
-        scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        # In float32 whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
-        pixels = (scaled - self.pixel_mean) / self.pixel_std
         vit = self.vit
-        patches = vit.patch_embed(pixels.to(vit.patch_embed.proj.weight.dtype))  # (B, rows, columns, C)
+        precision = vit.patch_embed.proj.weight.dtype
+        # In float32 at least, whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
+        scaled = images.to(torch.promote_types(precision, torch.float32))
+        if images.dtype == torch.uint8:
+            scaled = scaled / 255
+        pixels = (scaled - self.pixel_mean) / self.pixel_std
+        patches = vit.patch_embed(pixels.to(precision))  # (B, rows, columns, C)
         grid = (height // PATCH, width // PATCH)
         prefix = [
             token.expand(images.shape[0], -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None
@@ -225,7 +236,7 @@ class Student(nn.Module):
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding ``(1, prefix + N, C)``."""
-        positions = self.vit.get_parameter("pos_embed")
+        positions: Tensor = self.vit.pos_embed  # type: ignore[assignment]  # a parameter, or what torch.func puts in its place
         # An exported graph is for any size.
         if not torch.compiler.is_exporting() and grid == self.grid_hw:
             return positions
