@@ -143,6 +143,11 @@ def theia(*arguments: str, path: Path | None = None, prepare: Sequence[str | int
     return Started(arguments, environment, prepare)
 
 
+def function(module: str, name: str, *values: str | int) -> Started:
+    """Starts a function of a module of the tests."""
+    return theia(prepare=(module, name, *values))
+
+
 def run(*arguments: str, path: Path | None = None) -> Started:
     """Runs ``theia`` to its end, which must be a good one."""
     done = theia(*arguments, path=path)
@@ -280,4 +285,4 @@ if __name__ == "__main__":
     arguments = _serve(sys.argv[2])
     from theia.cli.main import main
 
-    sys.exit(main(arguments))
+    sys.exit(main(arguments) if arguments else 0)
