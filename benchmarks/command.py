@@ -1,28 +1,24 @@
-"""How a benchmark ends as a command."""
+"""What the commands of all benchmarks check first: measuring takes minutes, and what cannot be written is lost."""
 
-import sys
-from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.throughput.measure import BenchmarkError
-from theia.errors import TheiaError
+from theia.errors import ConfigError
+from theia.utils.files import check_folder
 
 
-def run(name: str, work: Callable[[], object]) -> int:
-    """Does the work of a command; errors that have a message are that message alone.
+def check_folders(results: Path, folder: Path | None = None) -> None:
+    """Sees that files can be written where they are to be.
 
     Args:
-        name: Of the command, for messages.
-        work: What to do.
+        results: For the JSON; made when it is written.
+        folder: For data that are deleted afterwards; the system's temporary folder if there is none.
 
-    Returns:
-        Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
+    Raises:
+        ConfigError: If there is no such folder, or it cannot be written.
     """
-    try:
-        work()
-    except (BenchmarkError, TheiaError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    check_folder(results, "--results")
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}. Make it, or give another one with --folder.")
+    check_folder(folder, "--folder")

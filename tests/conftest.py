@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def _logging_as_found() -> Iterator[None]:
     logger = logging.getLogger("theia")
     yield
     logger.handlers, logger.propagate = [], True
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_found() -> Iterator[None]:
+    """A command that is stopped turns signals off for the rest of its process, which goes on here; children inherit."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

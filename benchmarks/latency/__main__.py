@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from jsonargparse import ArgumentParser
 
-from benchmarks import command
+from benchmarks.command import check_folders
 from benchmarks.latency import cuda, runtimes
 from benchmarks.latency.report import results as records
 from benchmarks.latency.report import table
 from benchmarks.latency.rows import Row, measure
 from benchmarks.latency.trained import random_encoder, trained_encoder
 from benchmarks.throughput.machine import machine, versions
-from benchmarks.throughput.measure import BenchmarkError
+from benchmarks.throughput.measure import MOST_PAIRS, BenchmarkError
 from benchmarks.throughput.report import write
+from theia.cli.main import carry_out
+from theia.cli.parser import Parser
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
 from theia.export.onnx import photographs
 from theia.lists import comma_list
 from theia.models.student import Size
+from theia.utils.numbers import MOST_PROCESSES, check_number
 
 _PIXELS = 224
+_MOST_IMAGES = 65536  # of a batch: ten gigabytes
 
 
 def bench(
@@ -50,11 +53,15 @@ def bench(
         The JSON.
 
     Raises:
-        BenchmarkError: If an option is out of its range, or a runtime does not do what the others do.
+        ConfigError: If a number is out of its range, or nothing can be written into the folder.
+        BenchmarkError: If there is no such size or batch, or a runtime does not do what the others do.
         TheiaError: If the encoder cannot be loaded.
     """
     chosen, counts = comma_list(sizes), comma_list(batches)
-    _check(chosen, counts, pairs, threads)
+    check_number("pairs", pairs, 1, MOST_PAIRS)
+    check_number("threads", threads, 1, MOST_PROCESSES)
+    _check(chosen, counts)
+    check_folders(results)
     settings = {"sizes": chosen, "batches": counts, "pairs": pairs, "threads": threads, "own_encoder": bool(encoder)}
     record: dict[str, Any] = {"versions": versions(), "machine": machine(), "settings": settings, "training": {}}
     rows: list[Row] = []
@@ -86,10 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
     """
-    parser = ArgumentParser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
+    parser = Parser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
     parser.add_function_arguments(bench)
-    options = parser.parse_args(argv).as_dict()
-    return command.run("benchmarks.latency", lambda: bench(**options))
+    return carry_out("benchmarks.latency", lambda: bench(**parser.parse_args(argv).as_dict()))
 
 
 def _models(own: str | None, sizes: list[Size], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:
@@ -115,14 +121,14 @@ def _on_all_devices(case: runtimes.Case, pairs: int, model: str, weights: str) -
     return rows
 
 
-def _check(sizes: list[str], batches: list[str], pairs: int, threads: int) -> None:
+def _check(sizes: list[str], batches: list[str]) -> None:
     unknown = [size for size in sizes if size not in get_args(Size)]
     if unknown or not sizes:
         raise BenchmarkError(f"There is no size {', '.join(unknown)!r}. Choose from: {', '.join(get_args(Size))}.")
-    if not batches or not all(count.isdecimal() and int(count) for count in batches):
-        raise BenchmarkError(f"--batches is {','.join(batches)!r}; give whole numbers above 0, such as 1,32.")
-    if pairs < 1 or threads < 1:
-        raise BenchmarkError(f"--pairs is {pairs} and --threads {threads}; both must be 1 or more.")
+    if not batches or not all(count.isdecimal() and 0 < int(count) <= _MOST_IMAGES for count in batches):
+        raise BenchmarkError(
+            f"--batches is {','.join(batches)!r}; give whole numbers above 0 and up to {_MOST_IMAGES}, such as 1,32."
+        )
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ from benchmarks.probing.probes import Probed, probe_classes, probe_nothing
 from benchmarks.probing.run import open_run
 from benchmarks.probing.storage import Storage
 from theia.encoder.named import NamedEncoder
-from theia.errors import ConfigError
+from theia.utils.numbers import check_number
 
 
 def classification(
@@ -49,9 +49,8 @@ def classification(
     Raises:
         TheiaError: If options do not fit the data, an image cannot be read, or an encoder cannot be probed.
     """
+    check_number("neighbours", neighbours, 1)
     run = open_run("classification", device, seeds, folder, preset, results)
-    if neighbours < 1:
-        raise ConfigError(f"--neighbours is {neighbours}; it must be 1 or more.")
     opened = open_all(encoders, run.device, spatial=False)
     training, testing = open_labelled(images, val, neighbours)
     looks = check_encoders(opened, training.some(4), spatial=False)

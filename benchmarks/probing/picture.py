@@ -15,6 +15,7 @@ from benchmarks.probing.probes import Probed, shown
 from benchmarks.probing.segmentation_metrics import IGNORED
 from benchmarks.probing.tasks import head_task
 from theia.analysis.labels import wrapped
+from theia.utils.files import replacing
 
 _INCHES = 1.5  # of a map
 _UNKNOWN = 255  # white
@@ -44,7 +45,8 @@ def draw(path: Path, data: DenseData, probed: Mapping[str, Probed]) -> None:
         row[0].set_ylabel(task, fontsize=8)
     for axis, name in zip(axes[0], ["picture", "truth", *probed], strict=True):
         axis.set_title(wrapped(name), fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
 
 
 def _colours(task: str, values: NDArray[Any], truth: NDArray[Any]) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import check_folders
 from benchmarks.probing.features import Device, choose_device
 from benchmarks.probing.fingerprint import fingerprint
 from benchmarks.probing.presets import PRESETS, Effort, Preset
@@ -105,11 +106,12 @@ def open_run(kind: str, device: Device, seeds: str, folder: Path | None, preset:
         results: As the option says.
 
     Raises:
-        ConfigError: If there is no such device or folder, or seeds are no whole numbers.
+        ConfigError: If there is no such device or folder, nothing can be written there, or seeds are no whole numbers.
     """
     numbers = comma_list(seeds)
-    if not numbers or not all(number.isdecimal() for number in numbers):
-        raise ConfigError(f"--seeds is {seeds!r}; give whole numbers from 0, separated by commas, such as 0,1,2.")
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"There is no folder {folder}. Make it, or give another one with --folder.")
+    if not numbers or not all(number.isdecimal() and int(number) < 2**32 for number in numbers):
+        raise ConfigError(
+            f"--seeds is {seeds!r}; give whole numbers from 0 and below 2**32, separated by commas, such as 0,1,2."
+        )
+    check_folders(results, folder)
     return Run(kind, choose_device(device), [int(number) for number in numbers], PRESETS[preset], folder, results)

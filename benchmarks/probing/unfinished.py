@@ -1,13 +1,13 @@
 """What a run has found of each encoder is kept until the run ends, so that an interrupted one goes on."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.probing.probes import Probed
+from theia.utils.files import remove_stale, replacing
 
 
 class Unfinished:
@@ -31,19 +31,15 @@ class Unfinished:
 
     def keep(self, identity: str, probed: Probed) -> None:
         """Writes a file, whole or not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # Always of the same name: what a killed process leaves is written over by the same command.
-        with self._path(identity).with_suffix(".tmp").open("wb") as file:
-            maps = {f"maps/{name}": values for name, values in probed.maps.items()}
+        maps = {f"maps/{name}": values for name, values in probed.maps.items()}
+        with replacing(self._path(identity)) as temporary, temporary.open("wb") as file:
             np.savez(file, figures=np.array(json.dumps(probed.figures)), **maps)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).rename(self._path(identity))
 
     def forget(self, identities: Iterable[str]) -> None:
         """Deletes files; and the folder, if nothing else is in it."""
         for identity in identities:
             self._path(identity).unlink(missing_ok=True)
+        remove_stale(self._folder)
         if self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 

@@ -4,25 +4,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from tqdm import tqdm
 
+from benchmarks.command import check_folders
 from benchmarks.soak.report import grown, summarize, table, write
 from benchmarks.soak.store import write_store
 from benchmarks.soak.watch import Watch
 from benchmarks.throughput.machine import machine, versions
+from benchmarks.throughput.measure import BenchmarkError
+from theia.cli.main import carry_out
+from theia.cli.parser import Parser
+from theia.utils.numbers import MOST_PROCESSES, check_number
 
 # Enough points for a line, few enough not to disturb.
 _LOOKS = 400
 # Minutes; a shorter run still warms up.
 _JUDGED_FROM = 10
+_MOST_MINUTES = 100 * 24 * 60
 # A training ends with a validation.
 _PATIENCE_S = 1800
 
 
-class SoakError(Exception):
+class SoakError(BenchmarkError):
     """The training did not run as it should."""
 
 
@@ -46,14 +52,18 @@ def soak(
         The JSON.
 
     Raises:
+        ConfigError: If a number is out of its range, or nothing can be written into a folder.
         SoakError: If the training failed, was too short to be judged, held more and more, or left something behind.
     """
+    check_number("minutes", minutes, 0.01, _MOST_MINUTES)
+    check_number("workers", workers, 0, MOST_PROCESSES)
+    check_folders(results, folder)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=folder) as data:
         store = Path(data) / "store"
         write_store(store, **({"train": 64, "val": 32, "grid": 2, "image_size": 32} if small else {}))
-        command = _command(store, Path(data) / "run", minutes, workers)
+        training = _command(store, Path(data) / "run", minutes, workers)
         with (Path(data) / "output").open("w+") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(training, stdout=output, stderr=subprocess.STDOUT)
             try:
                 _wait_for(Path(data) / "run" / "config.yaml", process)
                 watch = _watch(process, minutes)
@@ -81,6 +91,20 @@ def soak(
     if problems:
         raise SoakError(f"The training does not hold what it should: {'; '.join(problems)}.")
     return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
+    """
+    parser = Parser(prog="python -m benchmarks.soak", description="Trains for a while and watches what is held.")
+    parser.add_function_arguments(soak)
+    return carry_out("benchmarks.soak", lambda: soak(**parser.parse_args(argv).as_dict()))
 
 
 def _command(store: Path, run: Path, minutes: float, workers: int) -> list[str]:
@@ -121,7 +145,4 @@ def _watch(process: "subprocess.Popen[bytes]", minutes: float) -> Watch:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(soak, as_positional=False)
-    except SoakError as error:
-        sys.exit(f"soak: {error}")
+    sys.exit(main())

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.soak.watch import Sample, slope_per_hour
+from theia.utils.files import replacing, write_whole
 
 # The first part of a run fills caches and takes its first validations.
 WARM_UP = 1 / 3
@@ -89,11 +90,14 @@ def write(
         samples: Over time.
         summary: Of them.
         more: What else belongs into the JSON; builtins only.
+
+    Raises:
+        FileError: If one cannot be written, for instance on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {**more, "summary": summary, "samples": [asdict(sample) for sample in samples]}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    _picture(samples).savefig(path.with_suffix(".png"), dpi=120)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
+    with replacing(path.with_suffix(".png")) as picture:
+        _picture(samples).savefig(picture, dpi=120, format="png")
 
 
 def _picture(samples: Sequence[Sample]) -> Figure:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
-from benchmarks import command
+from benchmarks.command import check_folders
 from benchmarks.throughput.machine import machine, versions
-from benchmarks.throughput.measure import BenchmarkError, Result, Settings
+from benchmarks.throughput.measure import MOST_PAIRS, BenchmarkError, Result, Settings
 from benchmarks.throughput.report import table, write
+from theia.cli.main import carry_out
+from theia.cli.parser import Parser
+from theia.utils.numbers import MOST_PROCESSES, check_number
 
 # Modules of this package, in the order of their turns.
 SUITES = [
@@ -45,15 +47,15 @@ def bench(
         The JSON.
 
     Raises:
-        BenchmarkError: If there is no such suite or folder, or what is compared does not do the same.
+        ConfigError: If a number is out of its range, or nothing can be written into a folder.
+        BenchmarkError: If there is no such suite, or what is compared does not do the same.
     """
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise BenchmarkError(f"There is no suite {unknown[0]!r}. Choose from: {', '.join(SUITES)}.")
-    if folder is not None and not folder.is_dir():
-        raise BenchmarkError(f"There is no folder {folder}. Make it, or give another one with --folder.")
-    if min(pairs, threads) < 1:
-        raise BenchmarkError(f"There must be at least one pair and one thread, not {pairs} and {threads}.")
+    check_number("pairs", pairs, 1, MOST_PAIRS)
+    check_number("threads", threads, 1, MOST_PROCESSES)
+    check_folders(results, folder)
     record = {
         "versions": versions(),
         "machine": machine(),
@@ -88,11 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a suite that failed with a message, 130 after Ctrl-C.
     """
-    parser = ArgumentParser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
+    parser = Parser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
     parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"of: {', '.join(SUITES)}")
     parser.add_function_arguments(bench, skip={"suites"})
-    options = parser.parse_args(argv).as_dict()
-    return command.run("benchmarks.throughput", lambda: bench(**options))
+    return carry_out("benchmarks.throughput", lambda: bench(**parser.parse_args(argv).as_dict()))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ from typing import Any, Literal
 
 import psutil
 
+from theia.errors import TheiaError
+
+MOST_PAIRS = 10000  # repetitions
+
 Axis = Literal["cpu_s", "wall_s"]
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(TheiaError):
     """The benchmark cannot go on; the message says why."""
 
 

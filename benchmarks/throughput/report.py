@@ -1,8 +1,6 @@
 """One table for people and one JSON for everything else."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.throughput.measure import Measure, Result
+from theia.utils.files import write_whole
 
 _HEADERS = ["measure", "median", "least", "greatest", "aim", "reached"]
 
@@ -38,6 +37,9 @@ def write(folder: Path, kind: str, results: Mapping[str, Result], more: Mapping[
 
     Returns:
         The file.
+
+    Raises:
+        FileError: If it cannot be written, for instance on a full disk.
     """
     suites = {
         name: {
@@ -48,14 +50,10 @@ def write(folder: Path, kind: str, results: Mapping[str, Result], more: Mapping[
         for name, result in results.items()
     }
     text = json.dumps({**more, "suites": suites}, indent=1) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)  # a temporary file is its owner's alone
-        path = folder / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}.json"
-        os.link(file.name, path)  # whole or not at all, and never over another
+    path = folder / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    while path.exists():  # never over another
+        path = path.with_stem(f"{path.stem}-again")
+    write_whole(path, text)
     return path
 
 

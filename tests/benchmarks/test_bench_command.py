@@ -119,7 +119,7 @@ def test_nothing_to_measure_is_refused_before_anything_runs(
 ) -> None:
     seen = suite("quick", monkeypatch)
     assert bench(tmp_path, "quick", option) == 1
-    assert "at least one" in capsys.readouterr().err
+    assert "at least 1" in capsys.readouterr().err
     assert not seen
 
 

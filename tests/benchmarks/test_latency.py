@@ -265,7 +265,7 @@ def test_a_model_of_ones_own_is_shown_without_its_folder(
         ("--sizes=tiny,huge", "'huge'"),
         ("--batches=1,0", "'1,0'"),
         ("--pairs=0", "--pairs is 0"),
-        ("--threads=0", "--threads 0"),
+        ("--threads=0", "--threads is 0"),
         ("--encoder=/no/such/model", "no file or folder"),
     ],
 )

@@ -77,6 +77,9 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
          "all_pairs, powerset. A set of teachers is a list in this list: [[alpha]]"),
         ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
         ({}, ["--base=/nowhere.yaml"], "/nowhere.yaml"),
+        ({"rows": {"a": {"data.teachers": []}}}, [], "the options of row 'a': --data.teachers is empty"),
+        ({"only": ""}, [], "--only is empty"),
+        ({"teachers": []}, [], "--teachers is empty"),
         ({}, ["--model.depth=x"], "the base of the sweep: Parser key \"model.depth\""),
     ],
 )  # fmt: skip
@@ -89,6 +92,14 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert message in said
     assert "Traceback" not in said
     assert files(tmp_path) == set()
+
+
+def test_a_row_may_say_that_a_list_of_lightnings_is_empty(
+    ablate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(store.parent))
+    rows = {"a": {"trainer.callbacks": [], "data.store": f"~/{store.name}"}}
+    assert ablate("--dry_run", teachers=None, rows=rows, scorers=[]) == 0
 
 
 def test_slurm_where_there_is_none(
@@ -135,7 +146,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "sweep").touch()
     assert ablate() == 1
-    assert "Nothing can be written into" in capsys.readouterr().err
+    assert "sweep is no folder" in capsys.readouterr().err
 
 
 def test_scores_from_elsewhere_are_checked_first(

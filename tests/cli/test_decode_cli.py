@@ -352,6 +352,18 @@ def test_teacher_options_come_from_a_config_of_an_extraction(
     assert "cannot fetch far" in capsys.readouterr().err
 
 
+def test_teacher_options_from_a_file_are_settled_like_typed_ones(
+    plugin: None, checkpoint: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", "/somewhere/home")
+    for weights, said in (("''", "--teacher_options.odd.weights is empty"), ("~/far", "fetch /somewhere/home/far")):
+        (tmp_path / "extract.yaml").write_text(f"odd: {{weights: {weights}}}\n")
+        main(["decode", f"--model={checkpoint()}", f"--images={images}", f"--out={tmp_path}/out", "--device=cpu",
+              f"--teacher_options={tmp_path}/extract.yaml"])  # fmt: skip
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

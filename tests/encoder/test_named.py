@@ -85,6 +85,13 @@ def test_a_teacher_takes_options_and_weights() -> None:
     assert both.patches.shape == (2, 256, 8 + 108)
 
 
+@pytest.mark.parametrize("name", ["teacher:clip@~/w", "concat:hog,clip@~/w", "teacher:clip@{weights: ~/w}"])
+def test_weights_lie_in_the_home_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere/home")
+    with pytest.raises(WeightsError, match="'/somewhere/home/w'"):
+        open_encoder(name)
+
+
 def test_concatenated_teachers_lie_on_the_grid_of_the_first() -> None:
     hog, color = registry.create("hog")(IMAGES).patches, registry.create("color")(IMAGES).patches
     as_map = color.transpose(1, 2).reshape(2, 6, 16, 16)
@@ -158,6 +165,9 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("concat:hog,timm:vit_tiny_patch16_224", ConfigError, r"only teachers go side by side, by bare names\.$"),
         ("teacher:clip@{weights: [}", ConfigError, "cannot be read"),
         ("teacher:clip@{}{", ConfigError, "cannot be read"),
+        ("teacher:clip@", ConfigError, "nothing after @. Is a shell variable unset"),
+        ("concat:hog,clip@", ConfigError, "nothing after @"),
+        ("timm:vit_tiny_patch16_224@", ConfigError, "can only be 'random'"),
         ("teacher:hog@{sides: 3}", PluginError, "unexpected keyword argument 'sides'"),
         ("timm:vit_tinny_patch16_224", ConfigError, "Similar names: vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.mine@random", WeightsError, r"cannot build .*tag \(mine\) .*\)\.$"),

@@ -6,10 +6,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from theia.data.datamodule import FeatureDataModule
-from theia.training.callbacks import LastCheckpoint
+from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import Distillation
 
 EPOCHS, STEPS = 3, 5  # 80 samples in batches of 16
@@ -48,10 +47,9 @@ def fit(
     L.seed_everything(0)
     data = FeatureDataModule(str(store), batch_size=16, workers=1)
     module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2)
-    best = ModelCheckpoint(folder, "best", monitor="val/loss", enable_version_counter=False)
     L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[recorder, best, LastCheckpoint(folder, every)], default_root_dir=folder, **trainer,
+        callbacks=[recorder, Checkpoints(folder, every)], default_root_dir=folder, **trainer,
     ).fit(module, data, ckpt_path=resume)  # fmt: skip
     return module
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from theia.ablation.grid import flat
 from theia.ablation.summary import Scored
+from theia.utils.files import publish, writing
 
 _FOLDER = "hparams"
 
@@ -20,9 +21,17 @@ def write_hparams(folder: Path, scored: Sequence[Scored]) -> None:
     Args:
         folder: Of the sweep; ``hparams`` in it is this function's alone, for one process at a time.
         scored: Finished runs.
+
+    Raises:
+        FileError: If something cannot be written, for instance on a full disk.
     """
     for left in folder.glob(f".{_FOLDER}-*"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
+    with writing(folder / _FOLDER):
+        _replace(folder, scored)
+
+
+def _replace(folder: Path, scored: Sequence[Scored]) -> None:
     # Written beside it first, so that a kill leaves one of the two whole.
     written = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}-", dir=folder))
     whole = {run.row: run.scores for run in scored if run.seed is None}
@@ -33,7 +42,7 @@ def write_hparams(folder: Path, scored: Sequence[Scored]) -> None:
             _write(written / run.row / str(run.seed), options, {**whole.get(run.row, {}), **run.scores})
     written.chmod(0o755)
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
-    written.rename(folder / _FOLDER)
+    publish(written, folder / _FOLDER)
 
 
 def _write(folder: Path, options: Mapping[str, Any], scores: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from theia.ablation.lock import lock
 from theia.ablation.run import CHECKPOINT, Run
 from theia.scoring import registry
+from theia.utils.files import write_whole
 
 # How long a training may take to write its checkpoint when it is asked to stop.
 _GRACE_S = 60.0
@@ -81,7 +82,8 @@ class Job:
         report = self.run.report or {"scorers": []}
         earlier = [name for name in report["scorers"] if name in registry.names()]
         scorers = dict.fromkeys([*self.run.scorers, *earlier])
-        return [["fit", *options, "last"], [*test, "--scorers", ",".join(scorers)]]
+        chosen = ["--scorers", ",".join(scorers)] if scorers else []
+        return [["fit", *options, "last"], [*test, *chosen]]
 
     def _work(self, held: int) -> int:
         fit, test = self.commands()
@@ -90,11 +92,11 @@ class Job:
         if not (self.run.trained.exists() and (self.run.folder / f"checkpoints/{CHECKPOINT}.ckpt").exists()):
             code = self._carry_out(fit, held)
             if code == 0:
-                self.run.trained.touch()
+                write_whole(self.run.trained, "")
         if code == 0 and not self.run.finished:
             code = self._carry_out(test, held)
         if code and not self._stop.is_set():
-            self.run.failed.write_text(f"{code}\n")
+            write_whole(self.run.failed, f"{code}\n")
         return code
 
     def _carry_out(self, arguments: Sequence[str], held: int) -> int:

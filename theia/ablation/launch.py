@@ -16,6 +16,8 @@ import torch
 
 from theia.ablation.job import Job
 from theia.errors import ConfigError
+from theia.utils.files import write_whole
+from theia.utils.numbers import MOST_PROCESSES, check_number
 
 Launcher = Literal["local", "slurm"]
 Ended = Callable[[Job, int], None]  # a job and its exit status
@@ -32,10 +34,9 @@ def check(launcher: Launcher, jobs: int) -> None:
     """Says before anything starts what could not be started.
 
     Raises:
-        ConfigError: If there is no SLURM or no submitit here, or no job is allowed.
+        ConfigError: If there is no SLURM or no submitit here, or the number of jobs is none.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs is {jobs}; it must be at least 1.")
+    check_number("jobs", jobs, 1, MOST_PROCESSES)
     if launcher != "slurm":
         return
     if importlib.util.find_spec("submitit") is None:
@@ -125,7 +126,7 @@ def run_on_slurm(
         waiting |= zip(handles, new, strict=True)
     try:
         for handle, job in waiting.items():
-            _submitted(job).write_text(handle.job_id)
+            write_whole(_submitted(job), handle.job_id)
         while waiting:
             watch()
             for handle in [handle for handle in waiting if handle.done()]:

@@ -13,6 +13,7 @@ import yaml
 from theia.ablation.lock import lock
 from theia.ablation.run import Run
 from theia.errors import ConfigError
+from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def write(
 
     Raises:
         ConfigError: If a folder of a run holds one with other options.
+        FileError: If something cannot be written, for instance on a full disk.
     """
     check(runs)
     asked = {(run.row, run.seed) for run in runs}
@@ -105,9 +107,7 @@ def write(
             for run in [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
         ],
     }  # fmt: skip
-    temporary = folder / f"{_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(folder / _FILE)
+    write_whole(folder / _FILE, json.dumps(content, indent=2) + "\n")
 
 
 def check(runs: Sequence[Run]) -> None:

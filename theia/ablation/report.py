@@ -12,7 +12,7 @@ from typing import Any
 from theia.ablation.figure import draw
 from theia.ablation.page import PICTURE, page
 from theia.ablation.summary import Summary
-from theia.analysis.files import write_whole
+from theia.utils.files import write_whole
 
 
 def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[Path]:
@@ -27,6 +27,9 @@ def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[
 
     Returns:
         The files, the page first.
+
+    Raises:
+        FileError: If one cannot be written, for instance on a full disk; those before it are there.
     """
     picture = io.BytesIO()
     draw(summary).savefig(picture, format="png", metadata={"Software": None})  # the same scores, the same bytes
@@ -36,7 +39,8 @@ def write(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[
         PICTURE: picture.getvalue(),
         "report.json": _json(summary, statement).encode(),
     }
-    write_whole(folder, contents)
+    for name, content in contents.items():
+        write_whole(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -12,6 +12,7 @@ import yaml
 from theia.ablation.grid import flat
 from theia.ablation.lock import lock
 from theia.errors import ConfigError
+from theia.utils.files import write_whole
 
 State = Literal["waiting", "running", "finished", "failed"]
 
@@ -116,10 +117,7 @@ class Run:
 
     def prepare(self) -> None:
         """Writes the config."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.config_file.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
-        temporary.replace(self.config_file)
+        write_whole(self.config_file, yaml.safe_dump(dict(self.config), sort_keys=False))
 
     def progress(self) -> tuple[int, float | None]:
         """Optimisation steps so far and the last training loss that was logged."""

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from theia.analysis import figures, maps
-from theia.analysis.files import check_writable, write_whole
 from theia.analysis.page import page
 from theia.analysis.results import NORM_ENTROPY, Analysis, as_json, scalars
 from theia.errors import ConfigError
+from theia.utils.files import check_folder, write_whole, writing
 
 JSON, REPORT, TENSORBOARD = "analysis.json", "report.md", "tensorboard"
 _PICTURES = ("norms.png", "norm_maps.png", "pca.png", "similarity.png", "cka.png", "scores.png")
@@ -21,14 +21,9 @@ def check_free(folder: Path) -> None:
     Raises:
         ConfigError: If something lies there that is no analysis, or nothing can be written.
     """
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder. Choose another with --out.")
+    check_folder(folder, "--out")
     if folder.is_dir() and any(folder.iterdir()) and not _is_analysis(folder / JSON):
         raise ConfigError(f"{folder} holds something that is no analysis. Choose another folder with --out.")
-    try:
-        check_writable(folder)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error}). Choose another folder with --out.") from error
 
 
 def write(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[Path]:
@@ -45,7 +40,8 @@ def write(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[P
         The files, the page last.
 
     Raises:
-        ConfigError: If the folder holds something else, or cannot be written.
+        ConfigError: If the folder holds something else.
+        FileError: If it cannot be written, for instance on a full disk.
     """
     check_free(folder)
     pictures = _draw(analysis)
@@ -55,13 +51,12 @@ def write(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[P
         **pictures,
         REPORT: page(analysis, [*pictures]).encode(),
     }
-    try:
-        write_whole(folder, contents)
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    with writing(folder):
         for name in {*_PICTURES} - {*pictures}:
             (folder / name).unlink(missing_ok=True)
         _write_events(folder / TENSORBOARD, analysis, pictures, tensorboard)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error}). Choose another folder with --out.") from error
     return [folder / name for name in contents]
 
 

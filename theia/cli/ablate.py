@@ -17,12 +17,16 @@ from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, spli
 from theia.errors import ConfigError
 from theia.lists import comma_list
 from theia.scoring import registry
+from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
     from theia.ablation.run import Run
     from theia.ablation.summary import Summary
 
 logger = logging.getLogger(__name__)
+
+# What stands in these are options of 'theia fit', which says itself what may be empty.
+_OF_FIT = ("rows", "product", "options")
 
 _DESCRIPTION = """Train a student for every row and seed of a grid, score all, and write a table and a picture.
 
@@ -45,8 +49,9 @@ def main(argv: list[str]) -> int:
         TheiaError: If the sweep cannot be started or reported on.
     """
     if argv[:1] == ["report"]:
-        return int(auto_cli(report, args=argv[1:], prog="theia ablate report"))
+        return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(registry.names())))
+    parser.may_be_empty = ("scorers", *_OF_FIT)
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
     own, fit_options = split(argv, {action.dest for action in parser._actions})
@@ -70,8 +75,8 @@ def ablate(
     scorers: str | list[str] = "readout,classification",
     sort_by: str | None = None,
     scores: Path | None = None,
-    lower_is_better: str | list[str] = "",
-    only: str | list[str] = "",
+    lower_is_better: str | list[str] | None = None,
+    only: str | list[str] | None = None,
     jobs: int = 1,
     launcher: Literal["local", "slurm"] = "local",
     slurm: dict[str, Any] | None = None,
@@ -112,6 +117,7 @@ def ablate(
     from theia.cli import plan
 
     launch.check(launcher, jobs)
+    check_folder(out, "--out")
     wanted = comma_list(scorers)
     for name in wanted:
         registry.find(name)
@@ -167,7 +173,7 @@ def report(
     sort_by: str | None = None,
     scores: Path | None = None,
     reference: str | None = None,
-    lower_is_better: str | list[str] = "",
+    lower_is_better: str | list[str] | None = None,
 ) -> int:
     """Write the report of a sweep anew, from the runs that are finished. What is not given is as in the sweep.
 

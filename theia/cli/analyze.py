@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
+from theia.utils.numbers import MOST_PIXELS, check_number
 from theia.version import __version__
 
 if TYPE_CHECKING:
@@ -123,11 +124,10 @@ def _check(encoders: list[str], max_images: int | None, image_size: int, batch_s
     twice = sorted({name for name in encoders if encoders.count(name) > 1})
     if twice:
         raise ConfigError(f"--encoders has {twice[0]!r} twice. Give each once.")
-    limits = {"max_images": (max_images, 1), "image_size": (image_size, 16), "batch_size": (batch_size, 1),
-              "pictures": (pictures, 0)}  # fmt: skip
-    for option, (value, lowest) in limits.items():
-        if value is not None and value < lowest:
-            raise ConfigError(f"--{option} is {value}; it must be at least {lowest}.")
+    check_number("max_images", max_images, 1)
+    check_number("image_size", image_size, 16, MOST_PIXELS)
+    check_number("batch_size", batch_size, 1)
+    check_number("pictures", pictures, 0)
 
 
 def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[str, NamedEncoder]":

@@ -13,9 +13,10 @@ from PIL import Image
 from tabulate import tabulate
 
 from theia.cli.device import Device, choose_device
-from theia.cli.parser import Parser
+from theia.cli.parser import Parser, settle
 from theia.errors import ConfigError, UnknownTeacherError
 from theia.lists import comma_list
+from theia.utils.numbers import check_number
 from theia.version import __version__
 
 if TYPE_CHECKING:
@@ -92,9 +93,8 @@ def decode(
         ImageError: If there are no images, or none can be read.
         UnknownTeacherError: If the model has no such teacher.
     """
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1.")
+    check_number("limit", limit, 1)
+    check_number("batch_size", batch_size, 1)
 
     # torch takes seconds to import; --help does not need it.
     from theia.decoding.decode import decode as write
@@ -230,7 +230,8 @@ def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[s
         if not isinstance(content, dict):
             raise ConfigError(f"--teacher_options: {given} has no sections. Give a YAML file with one per teacher.")
         # Such as a config of 'theia extract': what else it says is of no concern here.
-        given = {name: value for name, value in content.items() if name in known}
+        of_teachers: dict[str, Any] = {name: value for name, value in content.items() if name in known}
+        given = dict(settle({"teacher_options": of_teachers})["teacher_options"])
     for name, value in (given or {}).items():
         if name not in known:
             raise ConfigError(f"--teacher_options has {name!r}; the model's teachers are {', '.join(known)}.")

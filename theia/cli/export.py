@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.lists import comma_list
+from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def export(
             "Say where to write the model: --out FOLDER. Only a checkpoint in a run folder has a default."
         )
     target = out or Path(f"{run}/exported")
+    check_folder(target, "--out")
     record = run_record(run, path) if run is not None and path.is_file() else None
 
     # torch takes seconds to import; --help does not need it.

@@ -15,6 +15,7 @@ from theia.cli.parser import Parser
 from theia.errors import PluginError
 from theia.extraction.config import ExtractConfig
 from theia.teacher import Teacher
+from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
     from theia.extraction.extract import ExtractedSplit
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     """
     parser, found, broken = _build_parser()
     config = _to_config(parser.parse_args(argv), found.keys(), broken)
+
+    check_folder(config.store, "--store")
 
     # Lightning takes seconds to import; --help does not need it.
     from theia.extraction.extract import extract

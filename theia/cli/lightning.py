@@ -1,41 +1,52 @@
 """``theia fit | validate | test``: LightningCLI over the distillation module and the feature store's datamodule."""
 
 import logging
+import shlex
 import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import SUPPRESS, Namespace
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.cli.report import table, write_report
 from theia.cli.run import (
-    MetricsCSV,
+    CONFIG,
     SaveRun,
+    check_left,
+    check_newest,
     check_processes,
     check_trainer,
     check_unused,
     checkpoints,
+    moved_run,
     resolve_checkpoint,
     run_of,
 )
 from theia.cli.scores import find_scorers, run_scorers, scores_table
 from theia.data.datamodule import FeatureDataModule
-from theia.errors import ConfigError
+from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
 from theia.scoring import registry
-from theia.training.callbacks import FeaturePictures, LastCheckpoint, Throughput
+from theia.training.callbacks import FeaturePictures, Throughput
+from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested
 from theia.training.distillation import Distillation
+from theia.training.records import Events, MetricsCSV
+from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)
 
-_TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a program that the signal ended
+_SIGNALLED = 128  # and the number of the signal: what a shell reports of a program that it ended
 
 
 class TheiaCLI(LightningCLI):
@@ -55,10 +66,13 @@ class TheiaCLI(LightningCLI):
         }
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Says what ``--ckpt_path`` means here: Lightning's help is about its own trainer."""
+        """Says what ``--ckpt_path`` means here, not in Lightning's own trainer, and lists what a command uses only."""
         super().setup_parser(*args, **kwargs)
-        for parser in self._subcommand_parsers.values():
+        for command, parser in self._subcommand_parsers.items():
             for action in parser._actions:
+                option = OPTIONS.get(action.dest.removesuffix(".help"))
+                if option is not None and command not in option.commands:
+                    action.help = SUPPRESS
                 if action.dest == "ckpt_path":
                     action.help = (
                         "A checkpoint file, or 'last' or 'best' of the run folder. In fit, training goes on from it, "
@@ -69,7 +83,7 @@ class TheiaCLI(LightningCLI):
         """Adds the run's own options, and hands the store's teachers to the model."""
         parser.add_argument(
             "--run_folder", type=str, default="runs/default",
-            help="Folder of the run: config.yaml, checkpoints, TensorBoard events, metrics.csv.",
+            help="Folder of the run: config.yaml, checkpoints, TensorBoard events, metrics.csv, reports of tests.",
         )  # fmt: skip
         parser.add_argument(
             "--checkpoint_every", type=int, default=1000,
@@ -77,11 +91,11 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument(
             "--compare_untrained", type=bool, default=True,
-            help="In test: also score the student before training, so that the table shows what was learned.",
+            help="Also score the student before training, so that the table shows what was learned.",
         )  # fmt: skip
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
-            help="In test: what to score beyond the student's own translators, comma-separated or a YAML list. "
+            help="What to score beyond the student's own translators, comma-separated or a YAML list. "
             f"Installed: {', '.join(registry.names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
@@ -94,8 +108,17 @@ class TheiaCLI(LightningCLI):
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses without Lightning's warning that arguments were passed from Python."""
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # this command line passes lists only
+        """Parses without Lightning's warning that arguments were passed from Python.
+
+        Raises:
+            ConfigError: If an option was typed that the command does not use, or a number is out of its range.
+        """
+        words: list[str] = list(args)  # type: ignore[arg-type]  # this command line passes lists only
+        self.arguments = words[1:]
+        if words and words[0] in self.subcommands():
+            check_used(words[0], self.arguments)
+        self.config = settle(parser.parse_args(words), OF_FIT_MAY_BE_EMPTY)
+        check_trainer(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's options silently override the config and the command line;
@@ -105,31 +128,57 @@ class TheiaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settles run folder and checkpoint, and refuses what would fail later, before anything is loaded."""
         options = self.config[self.subcommand]
+        if not typed("run_folder", self.arguments):
+            # The config of a run stands for its folder, wherever that was moved to and wherever the command is run.
+            options.run_folder = str(moved_run(options.config or []) or options.run_folder)
+            options.trainer.default_root_dir = options.run_folder
         self.run_folder = Path(options.run_folder)
         self.checkpoint: Path | None = None
         self.loaded: dict[str, Any] | None = None
-        check_trainer(options)
         self.scorers = find_scorers(options.scorers)
-        asked = options.ckpt_path
+        self.asked = asked = options.ckpt_path
         if asked is None and self.subcommand != "fit":
             raise ConfigError(
                 f"'theia {self.subcommand}' needs a checkpoint: --ckpt_path FILE, "
                 f"or 'best' or 'last' of the run folder {self.run_folder}."
             )
         if asked is not None:
-            self.checkpoint = resolve_checkpoint(asked, self.run_folder, starting=self.subcommand == "fit")
+            self.checkpoint = resolve_checkpoint(str(asked), self.run_folder, starting=self.subcommand == "fit")
         if self.checkpoint is not None:
             self.loaded = read_checkpoint(self.checkpoint)
         options.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        own = self.checkpoint is not None and self.checkpoint.resolve().parent == checkpoints(self.run_folder).resolve()
-        resumes = asked == "last" or own
-        # Only the first process looks: when the others start, it may have written there already.
-        if not resumes and not options.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
-            check_unused(self.run_folder)
-        self.save_config_kwargs = {"overwrite": True}  # of this run's own, when it is resumed
+        self.state: dict[str, Any] = {"options": shaping(options), "changes": []}
+        if not options.trainer.fast_dev_run:
+            self._check_folder()
+        if self.checkpoint is not None and self.loaded is not None:
+            self._check_resumed(options, self.loaded)
+
+    def _check_folder(self) -> None:
+        """Sees that the run folder can be used, and is not that of another run."""
+        if getattr(rank_zero_only, "rank", 0):
+            return  # when the other processes start, the first one may have written there already
+        run = self.run_folder
+        check_folder(run, "--run_folder")
+        own = (checkpoints(run).resolve(), run.resolve())
+        if self.checkpoint is not None and self.loaded is not None and self.checkpoint.resolve().parent in own:
+            check_newest(self.checkpoint, self.loaded["global_step"], run, _steps_of(checkpoints(run) / LAST))
+        elif self.asked != "last":
+            check_unused(run)
+
+    def _check_resumed(self, options: Namespace, checkpoint: dict[str, Any]) -> None:
+        """Sees that the run keeps its recipe, and notes what changes from here on."""
+        check_left(options.trainer, checkpoint)
+        now = changes(checkpoint, self.state["options"])
+        for change in now:
+            logger.warning(
+                "From step %d on, %s is %r; until then it was %r.", change.step, change.option, change.new, change.old
+            )
+        every = [*earlier_changes(checkpoint), *now]
+        self.state["changes"] = [change._asdict() for change in every]
+        self.save_config_kwargs = {"resumed_at": checkpoint["global_step"], "changes": every}
 
     def after_instantiate_classes(self) -> None:
         """Checks what was just built, before the run folder is touched."""
@@ -138,31 +187,45 @@ class TheiaCLI(LightningCLI):
             self.datamodule.check_training(self.trainer.world_size)
         if self.loaded is not None:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
+            if self.subcommand == "fit":
+                self.datamodule.check_state(self.loaded.get(FeatureDataModule.__qualname__, {}))
         if self.subcommand == "test" and self.scorers:
             self.scored = self.datamodule.with_all_teachers()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the run folder's loggers and callbacks to the configured trainer."""
+        """Adds the run folder's loggers and callbacks to the configured trainer.
+
+        Raises:
+            ConfigError: If Lightning refuses its options.
+        """
         options = self.config_init[self.subcommand]
         trainer = options.trainer
         callbacks: list[Callback] = []
+        plugins: list[Any] = [DurableCheckpoints()]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            # Lightning would write a checkpoint of another name and go on from that one, whatever it is asked.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
             run = self.run_folder
             callbacks = [Throughput(), FeaturePictures()]
             if trainer.logger is None or trainer.logger is True:
-                step = 0 if self.loaded is None else self.loaded["global_step"]
-                kwargs["logger"] = [TensorBoardLogger(run, name="", version=""), MetricsCSV(run, resumed_at=step)]
+                # Where 'last' found no checkpoint, rows of a run that was killed before its first one may lie there.
+                step = 0 if self.asked == "last" else None
+                step = step if self.loaded is None else self.loaded["global_step"]
+                kwargs["logger"] = [Events(run, step), MetricsCSV(run, step)]
             if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
-                folder = checkpoints(run)
-                callbacks += [
-                    ModelCheckpoint(folder, "best", monitor="val/loss", enable_version_counter=False),
-                    LastCheckpoint(folder, options.checkpoint_every),  # after best, whose state it holds
-                ]
+                callbacks.append(Checkpoints(checkpoints(run), options.checkpoint_every, self.state))
         else:
             kwargs["logger"] = False
-        given = trainer.callbacks or []
-        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        for name, ours in (("callbacks", callbacks), ("plugins", plugins)):
+            given = trainer[name] or []
+            kwargs[name] = [*(given if isinstance(given, list) else [given]), *ours]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"Lightning refuses the options of the trainer: {' '.join(str(error).split())}"
+            ) from error
 
     def fit(self, **kwargs: Any) -> None:
         """Trains, or goes on where the checkpoint was taken."""
@@ -171,11 +234,15 @@ class TheiaCLI(LightningCLI):
             return
         run = self.run_folder
         logger.info("Run folder: %s", run)
-        logger.info("Curves and pictures: tensorboard --logdir %s", run)
-        if not (checkpoints(run) / "best.ckpt").exists():
-            logger.warning("No validation took place, so there is no best.ckpt; last.ckpt holds the end of training.")
-        best = "best" if (checkpoints(run) / "best.ckpt").exists() else "last"
-        logger.info("Next: theia test --config %s --ckpt_path %s", run / "config.yaml", best)
+        logger.info("Curves and pictures: tensorboard --logdir %s", shlex.quote(str(run)))
+        best, last = ((checkpoints(run) / name).exists() for name in (BEST, LAST))
+        if not best and last:
+            logger.warning("No validation took place, so there is no %s; %s holds the end of training.", BEST, LAST)
+        elif not best:
+            logger.warning("No checkpoint was written, since trainer.enable_checkpointing is false.")
+            return
+        config = shlex.quote(str(run / CONFIG))
+        logger.info("Next: theia test --config %s --ckpt_path %s", config, "best" if best else "last")
 
     def validate(self, **kwargs: Any) -> None:
         """Scores a checkpoint and leaves the table to Lightning."""
@@ -189,7 +256,10 @@ class TheiaCLI(LightningCLI):
         if self.config[self.subcommand].compare_untrained:
             self.model.start_untrained(self.loaded["state_dict"])
             before = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
-        figures = run_of(self.checkpoint, self.run_folder) / f"test_{self.checkpoint.stem}.json"
+        # Beside a checkpoint that lies in a run, unless a folder was asked for here and not in a config.
+        asked = typed("run_folder", self.arguments)
+        run = self.run_folder if asked else run_of(self.checkpoint, self.run_folder)
+        figures = run / f"test_{self.checkpoint.stem}.json"
         picture = figures.with_suffix(".png")
         self.trainer.callbacks.append(FeaturePictures(picture))  # type: ignore[attr-defined]
         after = self.trainer.test(**kwargs, weights_only=True, verbose=False)[0]
@@ -213,7 +283,7 @@ class TheiaCLI(LightningCLI):
             f"run folder:  {figures.parent}",
             f"figures:     {figures}",
             f"picture:     {picture}",
-            f"TensorBoard: tensorboard --logdir {figures.parent}",
+            f"TensorBoard: tensorboard --logdir {shlex.quote(str(figures.parent))}",
         )
         print("\n".join(lines))
 
@@ -240,7 +310,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The command and its options.
 
     Returns:
-        Exit status: 0, or 143 if a signal asked to stop.
+        Exit status: 0, or 128 and its number if a signal asked to stop.
     """
     _quieten()
     try:
@@ -254,8 +324,14 @@ def main(argv: Sequence[str]) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except SIGTERMException:  # Lightning would end with 0, as if the work were done
-        return _TERMINATED
+    except StopRequested as stop:
+        again = shlex.join(["theia", *argv, *([] if "--ckpt_path" in " ".join(argv) else ["--ckpt_path", "last"])])
+        logger.warning(
+            "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s", stop.step, LAST, again
+        )
+        return _SIGNALLED + stop.number
+    except SIGTERMException:  # before or after the training itself; Lightning would end with 0, as if all were done
+        return _SIGNALLED + signal.SIGTERM
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
@@ -263,12 +339,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _steps_of(checkpoint: Path) -> int | None:
+    """Steps that a checkpoint has taken; ``None`` if it is missing or damaged."""
+    try:
+        return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
+    except CheckpointError:
+        return None
+
+
 def _quieten() -> None:
     """Drops advertisements, and notes about the libraries' own insides or about what this command does on purpose."""
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(cli|utilities\._pytree)")
     for text in (
         ".*callbacks used to create the checkpoint need to be provided",
-        "Checkpoint directory .* exists and is not empty",
         "Precision .* is not supported by the model summary",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -1,14 +1,19 @@
 """``theia COMMAND ...``: finds the command's module and loads nothing else."""
 
 import argparse
+import contextlib
 import importlib
 import logging
+import os
+import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TextIO
 
 from theia.errors import TheiaError
+from theia.utils.files import what_was_refused
 from theia.version import __version__
 
 _LIGHTNING = "theia.cli.lightning"
@@ -35,23 +40,90 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, 1 for an error of Theia's own (one message on stderr), 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: see :func:`carry_out`; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = _parser().parse_args(arguments[:1]).command
-    _log_to_stderr()
-    name = COMMANDS[command][0]
-    try:
-        module = _import(name)
+
+    def find_and_run() -> int:
+        command = _parser().parse_args(arguments[:1]).command
+        _log_to_stderr()
+        name = COMMANDS[command][0]
         # LightningCLI's commands share one parser, so it is given the command too.
-        return int(module.main(arguments if name == _LIGHTNING else arguments[1:]) or 0)
+        given = arguments if name == _LIGHTNING else arguments[1:]
+        return carry_out(f"theia {command}", lambda: _import(name).main(given))
+
+    return carry_out("theia", find_and_run)
+
+
+def carry_out(name: str, work: Callable[[], object]) -> int:
+    """Does the work of a command: what goes wrong is one message, and a reader that has gone away is no error.
+
+    Args:
+        name: Of the command, for messages.
+        work: What to do; a number that it gives is the exit status.
+
+    Returns:
+        Exit status: that of the work; 1 for an error of Theia's own or of the system, 130 after Ctrl-C, 141 if nobody
+        reads what is said, as after ``| head -1``.
+    """
+    try:
+        status = _attempt(name, work)
+    except SystemExit:  # after --help, or an option that does not parse
+        _end_output(name)
+        raise
+    return _end_output(name) or status
+
+
+def _attempt(name: str, work: Callable[[], object]) -> int:
+    try:
+        status = work()
+        return status if isinstance(status, int) else 0
     except TheiaError as error:
-        print(f"theia {command}: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"{name}: {error}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience would only interrupt the cleaning up
-        print(f"theia {command}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(f"{name}: interrupted", 130)
+    except OSError as error:
+        return _refused(name, error)
+
+
+def _end_output(name: str) -> int:
+    """Brings out what was said, while it can be told if it cannot: the interpreter would do so at its end, noisily."""
+    if sys.stdout is None:  # closed by whoever started this
+        return 0
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = _refused(name, error)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+        return status
+    return 0
+
+
+def _refused(name: str, error: OSError) -> int:
+    if any(_nobody_reads(stream) for stream in (sys.stdout, sys.stderr)):
+        return 128 + signal.SIGPIPE  # what a shell reports of a program that the signal ended
+    return _fail(f"{name}: {what_was_refused(error)}")
+
+
+def _fail(message: str, status: int = 1) -> int:
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr)
+    return status
+
+
+def _nobody_reads(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody will read from again."""
+    if stream is None:
+        return False
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # no file of the system's, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

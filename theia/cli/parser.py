@@ -1,12 +1,31 @@
-"""The parser of Theia's own commands."""
+"""The parser of Theia's own commands, and what holds for the values of every option."""
 
-from typing import Any
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from theia.errors import ConfigError
+from theia.utils.files import at_home
+
+# Options of 'theia fit', 'validate' and 'test' that may be empty: Lightning's own, and scorers, of which a config.yaml
+# says '' where there are none.
+OF_FIT_MAY_BE_EMPTY = ("trainer", "scorers")
+
+
+Options = TypeVar("Options", Namespace, dict[str, Any])
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, but ``--switch`` alone means ``--switch true``, as people expect of a command line."""
+    """jsonargparse's, but ``--switch`` alone means ``--switch true``, as people expect, and values are settled.
+
+    Attributes:
+        may_be_empty: Dotted names of options that mean something when they are empty.
+    """
+
+    may_be_empty: Collection[str] = ()
 
     def add_argument(self, *args: Any, **options: Any) -> Any:
         """See ``argparse``."""
@@ -14,3 +33,77 @@ class Parser(ArgumentParser):
         if options.get("type") is bool:
             action.nargs, action.const = "?", True
         return action
+
+    def parse_args(self, *args: Any, **options: Any) -> Namespace:  # type: ignore[override]  # hands on what it is given
+        """See ``argparse``.
+
+        Raises:
+            ConfigError: See :func:`settle`.
+        """
+        config = super().parse_args(*args, **options)
+        # A teacher from elsewhere may have an option that is empty by default.
+        by_default = [action.dest for action in self._actions if config.get(action.dest) == action.default]
+        positional = [action.dest for action in self._actions if not action.option_strings]
+        return settle(config, [*self.may_be_empty, *by_default], positional)
+
+
+def settle(config: Options, may_be_empty: Collection[str] = (), positional: Collection[str] = ()) -> Options:
+    """Refuses values that are empty, and puts the home folder in place of a leading ``~``; wherever they come from.
+
+    A shell variable that is not set gives an empty text, which would mean the current folder, or all of something.
+    A shell itself leaves ``~`` as it is behind ``=`` and between quotes.
+
+    Args:
+        config: Parsed options, of one command or with those of a subcommand inside; as dict, too. It is changed.
+        may_be_empty: Dotted names of options that may be empty, with all that is below them.
+        positional: Names of options that are typed without their name.
+
+    Returns:
+        The same options.
+
+    Raises:
+        ConfigError: Names the first option whose value, or a part of it, is a text without any, or a list without
+            items.
+    """
+    values = config if isinstance(config, dict) else vars(config)
+    for name, value in values.items():
+        if name == values.get("subcommand") and isinstance(value, Namespace):
+            settle(value, may_be_empty, positional)
+        else:
+            values[name] = _settled(value, name, may_be_empty, positional)
+    return config
+
+
+class _EmptyPath(type(Path())):  # type: ignore[misc]  # a base that depends on the system
+    """What an empty text becomes where a path is wanted: pathlib would make it the current folder."""
+
+
+def _to_path(text: str) -> Path:
+    return _EmptyPath() if _is_empty(text) else Path(text)
+
+
+register_type(Path, str, _to_path, type_check=isinstance)
+
+
+def _settled(value: Any, name: str, may_be_empty: Collection[str], positional: Collection[str]) -> Any:
+    if _is_empty(value) and not any(name == one or name.startswith(f"{one}.") for one in may_be_empty):
+        typed = name if name.partition(".")[0] in positional else f"--{name}"
+        raise ConfigError(f"{typed} is empty. Is a shell variable unset? Give a value, or leave it out.")
+    if isinstance(value, Namespace):
+        for key, part in vars(value).items():
+            setattr(value, key, _settled(part, f"{name}.{key}", may_be_empty, positional))
+    elif isinstance(value, dict):
+        return {key: _settled(part, f"{name}.{key}", may_be_empty, positional) for key, part in value.items()}
+    elif isinstance(value, list):
+        return [_settled(part, f"{name}.{place}", may_be_empty, positional) for place, part in enumerate(value)]
+    elif isinstance(value, str):
+        return at_home(value)
+    elif isinstance(value, Path):
+        return Path(at_home(str(value)))
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip(" \t\n,")
+    return isinstance(value, _EmptyPath) or value == []

@@ -14,6 +14,7 @@ import yaml
 from theia.ablation.grid import Row, arguments_of
 from theia.ablation.run import Run
 from theia.cli import lightning
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
 from theia.lists import comma_list
@@ -95,7 +96,10 @@ def resolve(arguments: Sequence[str], what: str) -> dict[str, Any]:
             reason = " ".join(complaint.getvalue().rpartition("error: ")[2].split())
             raise ConfigError(f"'theia fit' does not take the options of {what}: {reason}") from None
     config: dict[str, Any] = yaml.safe_load(said.getvalue())
-    return config
+    try:
+        return settle(config, OF_FIT_MAY_BE_EMPTY)
+    except ConfigError as error:
+        raise ConfigError(f"'theia fit' does not take the options of {what}: {error}") from None
 
 
 def plan(

@@ -7,6 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from theia.utils.files import write_whole
+
 # Metric as logged -> heading.
 _SHOWN = {"cosine": "cosine", "explained_variance": "explained variance"}
 
@@ -17,11 +19,11 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     Args:
         path: JSON file.
         report: Plain values.
+
+    Raises:
+        FileError: If it cannot be written, for instance on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(report, indent=2) + "\n")
 
 
 def table(teachers: list[str], before: Mapping[str, float] | None, after: Mapping[str, float]) -> str:

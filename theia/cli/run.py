@@ -1,30 +1,48 @@
 """The run folder: what is in it, when it may be used, and how a run is resumed."""
 
-import csv
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricExperimentWriter
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from theia.cli.options import Change
 from theia.errors import ConfigError
+from theia.training.checkpoints import LAST
+from theia.training.records import METRICS
+from theia.utils.files import write_whole
+from theia.utils.numbers import check_number
 
 logger = logging.getLogger(__name__)
 
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 _VERSIONS = (
     "theia", "torch", "lightning", "timm", "transformers", "segment-anything", "jsonargparse", "h5py", "torchmetrics",
     "numpy",
 )  # fmt: skip
+
+# Smallest value of Lightning's numbers, which it takes whatever they are or refuses in the midst of its own code.
+_LEAST = {
+    "num_nodes": 1, "fast_dev_run": 0, "max_epochs": -1, "min_epochs": 1, "max_steps": -1, "min_steps": 1,
+    "check_val_every_n_epoch": 1, "num_sanity_val_steps": -1, "log_every_n_steps": 1, "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0, "reload_dataloaders_every_n_epochs": 0,
+}  # fmt: skip
+# A whole number counts batches, any other is a share of them.
+_SHARES = {
+    "limit_train_batches": 1, "limit_val_batches": 0, "limit_test_batches": 1, "limit_predict_batches": 0,
+    "overfit_batches": 0, "val_check_interval": 1,
+}  # fmt: skip
+_LARGEST_SEED = 2**32 - 1
 
 
 def checkpoints(run: Path) -> Path:
@@ -40,6 +58,14 @@ def run_of(checkpoint: Path, otherwise: Path) -> Path:
     return parent.parent
 
 
+def moved_run(configs: Sequence[Any]) -> Path | None:
+    """Run folder that the last of some config files lies in, if that is the ``config.yaml`` of a run."""
+    if not configs:
+        return None
+    path = Path(str(configs[-1]))
+    return path.parent if path.name == CONFIG and checkpoints(path.parent).is_dir() else None
+
+
 def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None:
     """Path behind ``--ckpt_path``, where ``last`` and ``best`` stand for those of the run folder.
 
@@ -50,11 +76,21 @@ def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None
 
     Returns:
         The path; ``None`` for a ``last`` that may be missing and is.
+
+    Raises:
+        ConfigError: If the run has a checkpoint of another kind, from which it did not go on by itself.
     """
     if ckpt_path not in ("last", "best"):
         return Path(ckpt_path)
     path = checkpoints(run) / f"{ckpt_path}.ckpt"
     if starting and ckpt_path == "last" and not path.is_file():
+        # Lightning's own, which an earlier version let it write under SLURM.
+        others = sorted(run.glob("hpc_ckpt_*.ckpt"), key=lambda other: other.stat().st_mtime)
+        if others:
+            raise ConfigError(
+                f"There is no {LAST} in {checkpoints(run)}, but {others[-1]}. Go on from it with --ckpt_path "
+                f"{others[-1]}, or move it away to start anew."
+            )
         logger.warning("No checkpoint in %s yet: training starts from the beginning.", checkpoints(run))
         return None
     return path
@@ -69,11 +105,27 @@ def check_trainer(options: Namespace) -> None:
     Raises:
         ConfigError: Names the option.
     """
-    if options.checkpoint_every < 1:
-        raise ConfigError(f"checkpoint_every is {options.checkpoint_every}; it must be at least 1.")
-    if options.scorer_images < 1:
-        raise ConfigError(f"scorer_images is {options.scorer_images}; it must be at least 1.")
+    check_number("checkpoint_every", options.checkpoint_every, 1)
+    check_number("scorer_images", options.scorer_images, 1)
+    check_number("seed_everything", options.seed_everything, 0, _LARGEST_SEED)
     trainer = options.trainer
+    for name, least in _LEAST.items():
+        check_number(f"trainer.{name}", trainer[name], least)
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise ConfigError(f"trainer.{name} is 0: nothing would be trained. Give -1 for no limit, or at least 1.")
+    for name, least in _SHARES.items():
+        value = trainer[name]
+        if isinstance(value, float):
+            check_number(f"trainer.{name}", value, 0, 1, above=least > 0)
+        elif isinstance(value, int):
+            check_number(f"trainer.{name}", value, least)
+    try:
+        Timer(duration=trainer.max_time)
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"trainer.max_time is {trainer.max_time!r}; write days, hours, minutes and seconds as DD:HH:MM:SS."
+        ) from error
     endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
     if endless and trainer.max_steps == -1:
         raise ConfigError("The warm-up is a share of all steps. Set trainer.max_epochs or trainer.max_steps.")
@@ -82,6 +134,27 @@ def check_trainer(options: Namespace) -> None:
             f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
             f"Use {str(trainer.precision).replace('true', 'mixed')}."
         )
+
+
+def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses to resume a run for less than it has done.
+
+    Args:
+        trainer: Options of the trainer.
+        checkpoint: What the run goes on from.
+
+    Raises:
+        ConfigError: Names the option.
+    """
+    steps = checkpoint["global_step"]
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    for name, done, what in (("max_epochs", epochs, "epochs begun"), ("max_steps", steps, "steps taken")):
+        most = trainer[name]
+        if most not in (None, -1) and most < done:
+            raise ConfigError(
+                f"trainer.{name} is {most}, but the checkpoint has {done} {what}. Raise it to train on, or score what "
+                "there is with 'theia test'."
+            )
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -104,19 +177,52 @@ def check_unused(run: Path) -> None:
     Raises:
         ConfigError: If a run was started there.
     """
-    if (run / "config.yaml").exists() or checkpoints(run).exists():
+    if any((run / name).exists() for name in (CONFIG, METRICS, checkpoints(run).name)):
         raise ConfigError(
             f"{run} holds a run already. Resume it with --ckpt_path last, or start another with --run_folder FOLDER."
         )
 
 
+def check_newest(checkpoint: Path, steps: int, run: Path, newest: int | None) -> None:
+    """Refuses to give up steps of a run by going on from an earlier checkpoint of it.
+
+    Args:
+        checkpoint: To go on from.
+        steps: Steps that it has taken.
+        run: Run folder.
+        newest: Steps that the run's ``last.ckpt`` has taken; ``None`` if it is missing or damaged.
+
+    Raises:
+        ConfigError: Says how to go on.
+    """
+    if newest is not None and newest > steps:
+        raise ConfigError(
+            f"{checkpoint} is of step {steps}, but {checkpoints(run) / LAST} of step {newest}: the steps between would "
+            "be lost. Go on with --ckpt_path last, or branch off into another folder with --run_folder FOLDER."
+        )
+
+
 class SaveRun(SaveConfigCallback):
-    """Writes ``config.yaml`` (resolved) and ``environment.json`` when training starts."""
+    """Writes ``config.yaml`` (resolved) and ``environment.json`` when training starts or goes on.
+
+    Args:
+        parser: The parser of the command.
+        config: What it parsed.
+        resumed_at: Optimisation steps that the run has taken before.
+        changes: Options that have another value from there on, after those of earlier times.
+    """
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, resumed_at: int = 0, changes: Sequence[Change] = ()
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)  # Lightning would not write it whole or not at all
+        self._resumed_at, self._changes = resumed_at, list(changes)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the environment beside the config."""
+        """Writes both files, each whole or not at all."""
+        run = Path(trainer.default_root_dir)
         datamodule = getattr(trainer, "datamodule", None)
-        environment = {
+        environment: dict[str, Any] = {
             "versions": {name: _version(name) for name in _VERSIONS},
             "python": platform.python_version(),
             "git_commit": _git_commit(),
@@ -126,55 +232,42 @@ class SaveRun(SaveConfigCallback):
             "store": datamodule.provenance() if datamodule else None,
             "images": datamodule.trained_on if datamodule else None,
         }
-        path = Path(trainer.default_root_dir) / "environment.json"
-        path.write_text(json.dumps(environment, indent=2) + "\n")
+        path = run / ENVIRONMENT
+        changes = [change._asdict() for change in self._changes]
+        if self._resumed_at:
+            changes = _with_changes(path, environment, changes, self._resumed_at)
+        if changes:
+            environment["changes"] = changes
+        config = self.config.clone()
+        config.ckpt_path = None  # of this start, not of the run
+        write_whole(run / CONFIG, self.parser.dump(config, skip_none=False))
+        write_whole(path, json.dumps(environment, indent=2) + "\n")
 
 
-class MetricsCSV(CSVLogger):
-    """Lightning's CSV logger, but a resumed run goes on in the same ``metrics.csv`` instead of deleting it.
-
-    Args:
-        run: Run folder.
-        resumed_at: Optimisation steps already taken; later rows, of steps that will be taken again, are dropped.
-    """
-
-    def __init__(self, run: Path, resumed_at: int) -> None:
-        super().__init__(run, name="", version="")
-        self._resumed_at = resumed_at
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> FabricExperimentWriter:
-        """The writer, made on first use."""
-        if self._experiment is None:
-            columns = _keep_rows(Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE, self._resumed_at)
-            self._experiment = _AppendingWriter(self.log_dir)
-            self._experiment.metrics_keys = columns
-        return self._experiment
+def _with_changes(
+    path: Path, environment: Mapping[str, Any], changes: list[dict[str, Any]], step: int
+) -> list[dict[str, Any]]:
+    """All changes since the run began: those that are known, and what the environment was before and is now."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return changes  # a run that was moved without it
+    kept = [change for change in before.get("changes", []) if change not in changes]
+    then, now = _flat(before), _flat(environment)
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            change = Change(step, name, then.get(name), now.get(name))
+            logger.warning("From step %d on, %s is %s; until then it was %s.", step, name, change.new, change.old)
+            kept.append(change._asdict())
+    return sorted([*changes, *kept], key=lambda change: int(change["step"]))
 
 
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        """Lightning deletes the file here."""
-
-
-def _keep_rows(path: Path, steps: int) -> list[str]:
-    """Cuts a CSV file back to its whole rows of the first steps, and gives its columns."""
-    if not path.is_file() or not path.stat().st_size:
-        path.unlink(missing_ok=True)
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        # A row that a kill cut short lacks values; its step may be cut too.
-        rows = [row for row in reader if None not in row.values() and int(row["step"]) < steps]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-    return columns
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if f"{prefix}{name}" != "changes":
+            flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _version(distribution: str) -> str | None:

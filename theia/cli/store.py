@@ -7,6 +7,7 @@ from jsonargparse import auto_cli
 from tabulate import tabulate
 from tqdm import tqdm
 
+from theia.cli.parser import Parser
 from theia.extraction.progress import readable_bytes
 from theia.store.summary import SetSummary, describe
 from theia.store.verify import Problem
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
         StoreError: If there is no store at the path.
     """
     description = "Say what is in a feature store, or check that all of it is whole."
-    return int(auto_cli([info, verify], args=argv, prog="theia store", description=description))
+    return int(auto_cli([info, verify], args=argv, prog="theia store", description=description, parser_class=Parser))
 
 
 def info(path: Path) -> int:

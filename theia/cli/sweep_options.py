@@ -43,14 +43,14 @@ def split(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
     return mine, theirs
 
 
-def only_of(rows: list[Row], only: str | list[str]) -> list[Row]:
+def only_of(rows: list[Row], only: str | list[str] | None) -> list[Row]:
     """The rows of those names, all if there are none; a name may have commas of its own.
 
     Raises:
         ConfigError: Names the first that is no row.
     """
     known = [row.name for row in rows]
-    names = [only] if only in known else comma_list(only)
+    names = [name for name in known if name == only] or comma_list(only)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"only: {unknown[0]!r} is no row. There are: {'; '.join(known)}.")

@@ -1,9 +1,9 @@
 """``theia teachers``: what is installed."""
 
-from jsonargparse import ArgumentParser
 from tabulate import tabulate
 
 from theia import registry
+from theia.cli.parser import Parser
 
 
 def main(argv: list[str]) -> int:
@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit status.
     """
-    parser = ArgumentParser(prog="theia teachers", description="List the installed teachers and what they give.")
+    parser = Parser(prog="theia teachers", description="List the installed teachers and what they give.")
     parser.parse_args(argv)
     found, broken = registry.find_all()
     rows = [

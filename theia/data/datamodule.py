@@ -1,5 +1,6 @@
 """The LightningDataModule that streams a feature store."""
 
+import hashlib
 import logging
 from dataclasses import replace
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from theia.data.loader import FeatureLoader
@@ -14,9 +16,11 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_f
 from theia.errors import ConfigError
 from theia.lists import comma_list
 from theia.store.reader import FeatureStore
+from theia.store.schema import canonical_json, to_plain
 from theia.store.split import Split
 from theia.store.statistics import ChannelStatistics
 from theia.types import FeatureBatch
+from theia.utils.numbers import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +59,12 @@ class FeatureDataModule(L.LightningDataModule):
         holdout: float = 0.01,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("val_batch_size", val_batch_size, 1),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"data.{name} is {value}; it must be at least {least}.")
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"data.fraction is {fraction}; it must be above 0 and at most 1.")
-        if not 0 < holdout < 1:
-            raise ConfigError(f"data.holdout is {holdout}; it must be above 0 and below 1.")
+        check_number("data.batch_size", batch_size, 1)
+        check_number("data.val_batch_size", val_batch_size, 1)
+        check_number("data.workers", workers, 0)
+        check_number("data.seed", seed, 0)
+        check_number("data.fraction", fraction, 0, 1, above=True)
+        check_number("data.holdout", holdout, 0, 1, above=True, below=True)
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
         self.workers = workers
@@ -228,13 +227,20 @@ class FeatureDataModule(L.LightningDataModule):
         """
         if self._training_loader is None:
             return {}
-        return {"images_sha256": self._training_images, "loader": self._training_loader.state_dict()}
+        return {
+            "images_sha256": self._training_images,
+            "features": self._features,
+            "loader": self._training_loader.state_dict(),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the sample after the last one that the checkpoint's run took.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Sees whether a run can go on with these data from where another was.
+
+        Args:
+            state: What :meth:`state_dict` gave then.
 
         Raises:
-            ConfigError: If this run would draw its samples in another order.
+            ConfigError: If the images, the features or the order of the samples are others.
         """
         if not state:
             return
@@ -243,9 +249,39 @@ class FeatureDataModule(L.LightningDataModule):
                 f"The checkpoint's run drew from other training images than those of the store {self.store.root}. "
                 "Resume with its own store, or start a new run."
             )
+        then = state.get("features", {})  # an earlier version did not say
+        other = [name for name, digest in self._features.items() if then.get(name, digest) != digest]
+        if other:
+            raise ConfigError(
+                f"The features of {', '.join(other)} in the store {self.store.root} are not those that the "
+                "checkpoint's run learned from: other weights, options or precision. Resume with its own store, or "
+                "start a new run."
+            )
+        self._training_sampler(self._open("train"), 0, 1).load_state_dict(state["loader"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at the sample after the last one that the checkpoint's run took.
+
+        Raises:
+            ConfigError: See :meth:`check_state`.
+        """
+        # Lightning hands it over in a test, too, which may be one on other images.
+        if not state or (self.trainer and self.trainer.state.fn != TrainerFn.FITTING):
+            return
+        self.check_state(state)
         self._resume = state["loader"]
         if self._training_loader is not None:
             self._training_loader.load_state_dict(state["loader"])
+
+    @property
+    def _features(self) -> dict[str, str]:
+        """By teacher, a digest of what its features are: its spec, and how they are stored."""
+        sets = self.store.manifest.splits["train"].sets
+        digests = {}
+        for name, spec in self.teacher_specs.items():
+            facts = {**to_plain(spec), "licence": None, "dtype": sets[name].dtype}
+            digests[name] = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+        return digests
 
     @property
     def _training_images(self) -> str:

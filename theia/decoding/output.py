@@ -9,14 +9,14 @@ from typing import Any
 
 from PIL import Image
 
-from theia.analysis.files import check_writable
 from theia.errors import ConfigError
 from theia.pictures import Picture
+from theia.utils.files import check_folder, remove_stale, replacing, write_whole, writing
 
 RECORD, SCORES = "decoded.json", "decoded.jsonl"
 _MARK = "theia_decode"
 _VERSION = 1
-_TEMPORARY = ".decoded.tmp"
+_KEPT = "Pictures that are finished are kept"
 
 Scores = dict[str, dict[str, float]]  # by teacher and name of a score
 
@@ -33,8 +33,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: If the folder holds something else, or pictures that are not to be replaced, or cannot be written.
     """
-    if (out.exists() or out.is_symlink()) and not out.is_dir():
-        raise ConfigError(f"{out} is no folder. Choose another with --out.")
+    check_folder(out, "--out")
     if out.is_dir() and any(out.iterdir()):
         record = _read(out)
         if record is None:
@@ -44,10 +43,6 @@ def check_free(out: Path, overwrite: bool) -> None:
                 f"{out} holds decoded pictures already. Replace them with --overwrite, or choose another folder with "
                 "--out."
             )
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error}). Choose another folder with --out.") from error
 
 
 @dataclass(frozen=True)
@@ -120,14 +115,17 @@ class Output:
             call: See :func:`find_unfinished`.
             start: To be given back by it.
         """
-        for name in [*((_read(self._out) or {}).get("files", ())), SCORES, _TEMPORARY]:
-            path = self._out / str(name)
-            # A record may have been edited; nothing outside the folder is ours.
-            if path.is_file() and path.resolve().is_relative_to(self._out.resolve()):
-                path.unlink()
-                with suppress(OSError):  # not empty
-                    path.parent.rmdir()
-        self._out.mkdir(parents=True, exist_ok=True)
+        with writing(self._out):
+            for name in [*((_read(self._out) or {}).get("files", ())), SCORES]:
+                path = self._out / str(name)
+                # A record may have been edited; nothing outside the folder is ours.
+                if not path.resolve().is_relative_to(self._out.resolve()):
+                    continue
+                remove_stale(path.parent)
+                if path.is_file():
+                    path.unlink()
+                    with suppress(OSError):  # not empty
+                        path.parent.rmdir()
         write_record(
             self._out,
             {"finished": False, "call": {**call}, "start": {**start}, "files": [*self._files.values()]},
@@ -135,24 +133,21 @@ class Output:
 
     def go_on(self, scores: Mapping[str, Scores]) -> None:
         """Instead of :meth:`begin`: keeps what is whole, by image id."""
-        lines = [self._line(sample_id, each) for sample_id, each in scores.items()]
-        temporary = self._out / _TEMPORARY
-        temporary.write_text("".join(lines))
-        temporary.replace(self._out / SCORES)
+        write_whole(self._out / SCORES, "".join(self._line(sample_id, each) for sample_id, each in scores.items()))
 
     def save(self, sample_id: str, picture: Picture, scores: Scores) -> None:
         """Writes the picture of an image, then notes it."""
-        path, temporary = self._out / self._files[sample_id], self._out / _TEMPORARY
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(temporary, format="PNG")
-        temporary.replace(path)
-        with (self._out / SCORES).open("a") as lines:
+        path = self._out / self._files[sample_id]
+        with replacing(path, kept=_KEPT) as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
+        with writing(path, kept=_KEPT), (self._out / SCORES).open("a") as lines:
             lines.write(self._line(sample_id, scores))
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Writes the record of everything; nothing is left to go on with."""
         write_record(self._out, {**record, "finished": True, "files": [*self._files.values()]})
-        (self._out / SCORES).unlink(missing_ok=True)
+        with writing(self._out / SCORES):
+            (self._out / SCORES).unlink(missing_ok=True)
 
     def _line(self, sample_id: str, scores: Scores) -> str:
         return json.dumps({"image": sample_id, "file": self._files[sample_id], "scores": scores}) + "\n"
@@ -160,9 +155,7 @@ class Output:
 
 def write_record(out: Path, content: dict[str, Any]) -> None:
     """Writes ``decoded.json``, whole or not at all."""
-    temporary = out / _TEMPORARY
-    temporary.write_text(json.dumps({_MARK: _VERSION, **content}, indent=1, default=str) + "\n")
-    temporary.replace(out / RECORD)
+    write_whole(out / RECORD, json.dumps({_MARK: _VERSION, **content}, indent=1, default=str) + "\n")
 
 
 def picture_names(ids: Sequence[str], endings: Sequence[str]) -> dict[str, str]:

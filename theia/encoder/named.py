@@ -22,6 +22,7 @@ from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.student import StudentTokens
 from theia.teacher import Teacher
+from theia.utils.files import at_home
 
 FORMS = """FOLDER, FILE.ckpt or OWNER/NAME   a Theia model: exported folder, checkpoint, or id on the hub
 the same with @random             what it was before training: its architecture, untrained
@@ -211,11 +212,17 @@ def _tokens(patches: Tensor, grid: tuple[int, int], cls: Tensor | None) -> Stude
 
 
 def _teacher(text: str) -> nn.Module:
-    name, _, weights = text.partition("@")
+    name, at, weights = text.partition("@")
     if "," in name:
         raise ConfigError(f"teacher:{text} has a comma. Put blanks between encoders; side by side is concat:NAME,NAME.")
+    if at and not weights.strip():
+        raise ConfigError(
+            f"teacher:{text} has nothing after @. Is a shell variable unset? Give weights, or leave it out."
+        )
     found = registry.find(name)
     options = _options(weights) if weights.startswith("{") else {"weights": weights} if weights else {}
+    # Of one that stands behind a prefix no shell, and no parser, has looked for the home folder.
+    options = {key: at_home(value) if isinstance(value, str) else value for key, value in options.items()}
     if "weights" in options and "weights" not in inspect.signature(found).parameters:
         raise ConfigError(f"Teacher {name!r} has no weights to choose. Leave out '@{weights}'.")
     with hub.known_to_answer(str(options.get("weights", found.spec.weights))):
@@ -233,8 +240,8 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _timm(text: str) -> nn.Module:
-    name, _, weights = text.partition("@")
-    if weights not in ("", "random"):
+    name, at, weights = text.partition("@")
+    if at and weights != "random":
         raise ConfigError(f"timm:{text}: after @ there can only be 'random'. Without it, timm's weights are fetched.")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 5)

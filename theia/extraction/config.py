@@ -7,6 +7,7 @@ from typing import Any, Literal
 from theia.errors import ConfigError
 from theia.lists import comma_list
 from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
+from theia.utils.numbers import MOST_PIXELS, MOST_PROCESSES, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,14 @@ class ExtractConfig:
     teacher_options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch_size", "shard_size", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.workers < 0:
-            raise ConfigError(f"--workers is {self.workers}; it must be 0 (decode in the same process) or more.")
-        if not 0 <= self.max_skipped <= 1:
-            raise ConfigError(f"--max_skipped is {self.max_skipped}; it is a share and must lie between 0 and 1.")
+        check_number("size", self.size, 1, MOST_PIXELS)
+        check_number("batch_size", self.batch_size, 1)
+        check_number("shard_size", self.shard_size, 1)
+        check_number("num_nodes", self.num_nodes, 1, MOST_PROCESSES)
+        check_number("workers", self.workers, 0, MOST_PROCESSES)
+        check_number("max_skipped", self.max_skipped, 0, 1)
+        if isinstance(self.devices, int):
+            check_number("devices", self.devices, -1, MOST_PROCESSES)
         if not self.teacher_names:
             raise ConfigError("--teachers is empty. Name at least one; `theia teachers` lists the installed ones.")
         repeated = sorted({name for name in self.teacher_names if self.teacher_names.count(name) > 1})

@@ -10,11 +10,12 @@ from theia.errors import CheckpointError
 from theia.models.architecture import Architecture
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Loads a training checkpoint onto the CPU without running any code from it.
 
     Args:
         path: A ``.ckpt`` file of ``theia fit``.
+        mmap: Read tensors only when they are used; for a look at the rest.
 
     Raises:
         CheckpointError: If it is missing, damaged, or no checkpoint of this project.
@@ -24,7 +25,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         there = ", ".join(str(other) for other in sorted(path.parent.glob("*.ckpt"))) or "no checkpoint"
         raise CheckpointError(f"No checkpoint at {path}. In that folder: {there}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         # Damage in a pickle raises whatever the reader stumbles over.
         raise CheckpointError(

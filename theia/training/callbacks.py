@@ -1,4 +1,4 @@
-"""What happens beside training: checkpoints to resume from, throughput, and feature pictures."""
+"""What is shown beside training: throughput, time left, and feature pictures."""
 
 import time
 from pathlib import Path
@@ -6,57 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from theia.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
 from theia.training.distillation import Distillation
 from theia.types import FeatureBatch
-
-
-class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt``, the point from which a run resumes, every so many steps and at the end.
-
-    Where a validation is due at the same step the checkpoint is written after it: Lightning does not catch up on a
-    validation that was killed. Belongs behind the callback that keeps the best checkpoint, whose state it holds.
-
-    Args:
-        folder: Folder of the run's checkpoints.
-        every_n_steps: Optimisation steps between two writes: the most that a killed run loses.
-    """
-
-    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
-        self.path = Path(folder) / "last.ckpt"
-        self.every_n_steps = every_n_steps
-        self._saved_step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where a resumed run begins."""
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Saves between two optimisation steps."""
-        fetcher = trainer.fit_loop._data_fetcher
-        # Lightning has no public way to ask.
-        validates = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-        if not validates and trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves after a validation: what it found, the best so far, is part of the state."""
-        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of training."""
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step != self._saved_step:
-            trainer.save_checkpoint(self.path, weights_only=False)  # a temporary file, then a rename
-            self._saved_step = trainer.global_step
+from theia.utils.files import replacing
 
 
 class Throughput(L.Callback):
@@ -124,13 +80,14 @@ class FeaturePictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self._shown is not None and not trainer.sanity_checking:
                 board = self._board(trainer, pl_module, self._shown)
-                logger.experiment.add_figure("val/features", board, trainer.global_step)
+                # The number of the step just taken, as in the rows of this validation.
+                logger.experiment.add_figure("val/features", board, trainer.global_step - 1)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the board to the file."""
         if self.path is not None and self._shown is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._board(trainer, pl_module, self._shown).savefig(self.path)
+            with replacing(self.path) as temporary:
+                self._board(trainer, pl_module, self._shown).savefig(temporary, format="png")
 
     def _keep(self, module: Distillation, batch: FeatureBatch) -> None:
         count = min(self.images, len(batch.images))

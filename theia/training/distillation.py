@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from theia.errors import ConfigError, DivergenceError, WeightsError
+from theia.errors import DivergenceError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.student import Registers, Size
 from theia.models.translators import TranslatorKind
@@ -19,9 +20,15 @@ from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
 from theia.types import FeatureBatch, FeatureStatistics
+from theia.utils.numbers import check_number
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # step of a loss that was always finite
+
+
+def weights_name(weights: str) -> str:
+    """Which weights a student began with, without the folder that a file of them lay in."""
+    return weights if weights in ("scratch", "pretrained") else Path(weights).name
 
 
 class _FeatureData(Protocol):
@@ -85,8 +92,12 @@ class Distillation(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if not 0 <= warmup < 1:
-            raise ConfigError(f"model.warmup is {warmup}; it is a share of all steps, from 0 to below 1.")
+        check_number("model.warmup", warmup, 0, 1, below=True)  # a share of all steps
+        check_number("model.cosine_weight", cosine_weight, 0, 1)
+        check_number("model.learning_rate", learning_rate, 0, above=True)
+        check_number("model.weight_decay", weight_decay, 0)
+        for name, value in (("width", width), ("depth", depth), ("heads", heads)):
+            check_number(f"model.{name}", value, 1)
         self.distiller = Architecture.of(self.hparams).build(
             weights
         )  # loaded in setup: a checkpoint makes them needless
@@ -174,8 +185,10 @@ class Distillation(L.LightningModule):
         self._prepare()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """No checkpoint is overwritten with weights whose loss was not finite."""
+        """Keeps the last checkpoint where the loss is not finite any more, and folders of this machine out of all."""
         self._stop_if_bad()
+        options = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        options["weights"] = weights_name(options["weights"])
 
     def start_untrained(self, checkpoint: Mapping[str, Tensor]) -> None:
         """Makes a new model comparable with a trained one: its own start, the trained one's statistics.

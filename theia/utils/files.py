@@ -3,12 +3,13 @@
 import errno
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from theia.errors import FileError, TheiaError
+from theia.errors import ConfigError, FileError, TheiaError
 
 KEPT = "What was there before is whole"
 
@@ -90,6 +91,47 @@ def what_failed(path: Path | str, cause: OSError, kept: str = KEPT) -> str:
         place = f"{full} {mount_of(Path(path))}"
         return f"Disk full while writing {path} ({place}). {kept}: free space and run the same command again."
     return f"Cannot write {path}: {cause.strerror or cause}. {kept}: mend that and run the same command again."
+
+
+def what_was_refused(cause: OSError) -> str:
+    """Says the same where it is no longer known what was to be read or written: what the system says of it.
+
+    Args:
+        cause: What the system said.
+    """
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return what_failed(cause.filename, cause) if cause.filename else "Disk full. Free space and run it again."
+    where = "" if cause.filename is None else f"{os.fsdecode(cause.filename)}: "
+    return f"{where}{cause.strerror or cause}. Mend that and run the same command again."
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Tries whether files can be written into a folder, which need not be there; leaves everything as it is.
+
+    Args:
+        folder: To write into, later.
+        option: That it was given with, for messages.
+
+    Raises:
+        ConfigError: If they cannot, or the folder cannot be made.
+    """
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ConfigError(
+                f"{folder} cannot be written ({there} is no folder). Choose another folder with {option}."
+            )
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror or error}). Choose another folder with {option}."
+        ) from error
+
+
+def at_home(path: str) -> str:
+    """Puts the home folder in place of a leading ``~``, as a shell does where it sees one."""
+    return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises on what is no user's name, and drops slashes
 
 
 def mount_of(path: Path) -> Path:

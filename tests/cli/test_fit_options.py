@@ -1,0 +1,328 @@
+"""Each option of ``fit``, ``validate`` and ``test``: used or refused, in its range, true of its run."""
+
+import json
+import shutil
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from theia.cli import lightning
+from theia.cli.lightning import TheiaCLI
+from theia.cli.main import main
+from theia.cli.options import OPTIONS, check_used
+from theia.errors import ConfigError
+from theia.training.records import METRICS
+
+COMMANDS = ("fit", "validate", "test")
+SMALL = {
+    "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, "log_every_n_steps": 1},
+    "model": {"width": 16, "depth": 1, "heads": 2},
+    "data": {"batch_size": 16, "workers": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def parsers() -> dict[str, Any]:
+    class Parsers(TheiaCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise StopIteration
+
+    cli = Parsers.__new__(Parsers)
+    with pytest.raises(StopIteration):
+        cli.__init__(lightning.Distillation, lightning.FeatureDataModule, args=["fit"], auto_configure_optimizers=False)  # type: ignore[misc]
+    return dict(cli._subcommand_parsers)
+
+
+def names_of(parser: Any) -> set[str]:
+    """What can be typed; groups, help and links are none."""
+    linked = {"model.teachers", "model.image_size", "trainer.default_root_dir"}
+    groups = {"trainer", "model", "data", "help", "print_config"}
+    return {
+        action.dest for action in parser._actions if not action.dest.endswith(".help")
+    } - linked - groups  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "data": {**SMALL["data"], "store": str(store)}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["fit", f"--config={config}", f"--run_folder={folder}"]) == 0
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_stands_in_the_table_and_the_help_lists_what_is_used(
+    parsers: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = names_of(parsers[command])
+    assert options <= OPTIONS.keys()
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for name in options:
+        assert (f"--{name} " in shown) == (command in OPTIONS[name].commands), name
+    assert {name for name, option in OPTIONS.items() if command in option.commands} <= options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_that_a_command_does_not_use_is_refused_where_it_is_typed(command: str) -> None:
+    for name, option in OPTIONS.items():
+        for arguments in ([f"--{name}", "1"], [f"--{name}=1"]):
+            if command in option.commands:
+                check_used(command, arguments)
+            else:
+                with pytest.raises(ConfigError, match=f"'theia {command}' does not use --{name}: "):
+                    check_used(command, arguments)
+
+
+def test_a_config_of_fit_serves_test(config: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+
+    assert main(["test", f"--config={copy / 'config.yaml'}", "--ckpt_path=best"]) == 0
+
+    assert (copy / "test_best.json").exists()
+
+
+def test_a_report_goes_where_the_command_line_says(config: Path, run: Path, tmp_path: Path) -> None:
+    best = run / "checkpoints" / "best.ckpt"
+
+    assert main(["test", f"--config={config}", f"--ckpt_path={best}", f"--run_folder={tmp_path / 'sp ace'}"]) == 0
+
+    assert (tmp_path / "sp ace" / "test_best.json").exists()
+    assert not (run / "test_best.json").exists()
+
+
+# Another value of each option of the model and the data.
+OTHER: dict[str, Any] = {
+    "model.size": "small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32, "model.depth": 2,
+    "model.heads": 4, "model.translator": "linear", "model.loss": "mse", "model.cosine_weight": 0.5,
+    "model.per_token": True, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
+    "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
+    "model.decay_rule": "authors", "model.warmup": 0.5, "model.compile": False, "data.teachers": ["alpha"],
+    "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
+    "data.val_split": "other", "data.holdout": 0.2,
+}  # fmt: skip
+
+
+def test_there_is_another_value_for_every_option_of_model_and_data(parsers: dict[str, Any]) -> None:
+    options = {name for name in names_of(parsers["fit"]) if name.startswith(("model.", "data."))}
+
+    assert OTHER.keys() | {"data.store"} == options
+
+
+@pytest.mark.parametrize("option", [name for name in OTHER if OPTIONS[name].resumed == "same"])
+def test_an_option_that_shapes_training_is_refused_on_resuming(
+    config: Path, run: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+
+    value = json.dumps(OTHER[option]) if isinstance(OTHER[option], dict) else OTHER[option]
+
+    again = ["fit", f"--config={config}", f"--run_folder={run}", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    assert main([*again, f"--{option}={value}"]) == 1
+
+    said = capsys.readouterr().err
+    assert option.rpartition(".")[2] in said
+    assert "Traceback" not in said
+    assert contents(run) == before
+
+
+def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_written_down(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    free = [f"--{name}={value}" for name, value in OTHER.items() if OPTIONS[name].resumed == "free"]
+    assert len(free) == 3
+
+    again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last"]
+    assert main([*again, *free, "--trainer.max_epochs=2"]) == 0
+    assert "From step 5 on, trainer.max_epochs is 2; until then it was 1." in capsys.readouterr().err
+    assert main([*again, "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]) == 0
+
+    expected = [(5, "trainer.max_epochs", 1, 2), (10, "trainer.max_epochs", 2, 3)]
+    last = torch.load(copy / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Checkpoints"]
+    by_option = [tuple(change.values()) for change in last["changes"]]
+    assert by_option == [*expected, (10, "trainer.precision", None, "bf16-mixed")]
+    environment = json.loads((copy / "environment.json").read_text())
+    assert [tuple(change.values()) for change in environment["changes"]] == [
+        *by_option, (10, "precision", "32-true", "bf16-mixed"),
+    ]  # fmt: skip
+    written = yaml.safe_load((copy / "config.yaml").read_text())
+    assert (written["trainer"]["max_epochs"], written["ckpt_path"]) == (3, None)
+
+
+def test_features_of_other_weights_are_refused_on_resuming(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    last = copy / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["FeatureDataModule"]["features"].keys() == {"alpha", "beta"}
+    checkpoint["FeatureDataModule"]["features"]["beta"] = "a digest of other weights"
+    torch.save(checkpoint, last)
+    before = contents(copy)
+
+    again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    assert main(again) == 1
+
+    assert "The features of beta in the store" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
+def test_a_run_goes_on_where_it_was_moved_to_and_no_checkpoint_knows_a_path(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "deit.pth"
+    import timm
+
+    torch.save(timm.models.vision_transformer.VisionTransformer(
+        img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=3).state_dict(), weights)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", f"--config={config}", "--run_folder=there/run", f"--model.weights={weights}"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "there" / "run", tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    weights.unlink()
+
+    assert main(["fit", "--config=moved/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+
+    assert not (tmp_path / "elsewhere" / "there").exists()
+    rows = [line for line in Path("moved", METRICS).read_text().splitlines()[1:] if line]
+    assert len(rows) == 12  # ten steps, two validations
+    for name in ("last", "best"):
+        checkpoint = torch.load(Path("moved/checkpoints", f"{name}.ckpt"), weights_only=True)
+        texts = [text for text in texts_in(checkpoint) if "/" in text and not text.startswith(("val/", "train/"))]
+        assert texts == []
+        assert checkpoint["hyper_parameters"]["weights"] == "deit.pth"
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts_in(key)
+            yield from texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
+
+
+def test_steps_are_not_given_up_by_going_on_from_an_earlier_checkpoint(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.copy(copy / "checkpoints" / "last.ckpt", copy / "checkpoints" / "early.ckpt")
+    again = ["fit", f"--config={config}", f"--run_folder={copy}"]
+    assert main([*again, "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+    before = contents(copy)
+
+    early = f"--ckpt_path={copy / 'checkpoints' / 'early.ckpt'}"
+    assert main([*again, early, "--trainer.max_epochs=2"]) == 1
+    assert "is of step 5, but" in capsys.readouterr().err
+    assert contents(copy) == before
+
+    (copy / "checkpoints" / "last.ckpt").write_bytes(b"damaged")
+    assert main([*again, early, "--trainer.max_epochs=2"]) == 0
+
+
+def test_fewer_epochs_than_are_done_are_refused(
+    config: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    again = ["fit", f"--config={config}", f"--run_folder={run}", "--ckpt_path=last"]
+
+    assert main([*again, "--trainer.max_steps=3"]) == 1
+
+    assert "trainer.max_steps is 3, but the checkpoint has 5 steps taken" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_lightnings_own_is_pointed_to_and_not_taken_in_silence(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"")
+
+    assert main(["fit", f"--config={config}", f"--run_folder={tmp_path}", "--ckpt_path=last"]) == 1
+
+    assert f"--ckpt_path {tmp_path / 'hpc_ckpt_1.ckpt'}" in capsys.readouterr().err
+
+
+def test_under_slurm_lightning_writes_no_checkpoint_of_its_own(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "1", "JOB_ID": "7", "JOB_NAME": "train", "NTASKS_PER_NODE": "1", "PROCID": "0",
+                        "LOCALID": "0", "NODEID": "0", "NNODES": "1", "JOB_NUM_NODES": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    environments = []
+    trainer = TheiaCLI.instantiate_trainer
+    monkeypatch.setattr(TheiaCLI, "instantiate_trainer", lambda *args, **kwargs: environments.append(
+        made := trainer(*args, **kwargs)) or made)  # fmt: skip
+
+    assert main(["fit", f"--config={config}", f"--run_folder={tmp_path / 'run'}"]) == 0
+
+    environment = environments[0]._accelerator_connector.cluster_environment
+    assert (type(environment).__name__, environment.auto_requeue) == ("SLURMEnvironment", False)
+
+
+# Numbers that look senseless and are no mistake that a range could tell.
+SENSIBLE = {
+    "trainer.gradient_clip_val": "1e+30",  # never clips
+    "model.learning_rate": "1e+30",  # the loss tells, before a checkpoint is written
+    "model.weight_decay": "1e+30",  # likewise
+}
+SENSELESS = ("-7", "nan", "inf", "1e+30")
+
+
+def numeric(parser: Any) -> list[str]:
+    def kinds(hint: Any) -> set[Any]:
+        return {hint} | {kind for part in typing.get_args(hint) for kind in kinds(part)}
+
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest in OPTIONS and kinds(getattr(action, "_typehint", None) or action.type) & {int, float}
+    ]
+
+
+def test_a_senseless_number_is_refused_with_its_name_before_anything_is_written(
+    parsers: dict[str, Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    checked = numeric(parsers["fit"])
+    assert {"model.learning_rate", "data.batch_size", "trainer.max_epochs", "checkpoint_every"} <= set(checked)
+    wrong = []
+    for name in checked:
+        if "fit" not in OPTIONS[name].commands:
+            continue
+        for value in SENSELESS:
+            if SENSIBLE.get(name) == value:
+                continue
+            try:
+                code = main(["fit", f"--config={config}", f"--run_folder={run}", f"--{name}={value}"])
+            except SystemExit as stop:
+                code = stop.code
+            except Exception as error:
+                code = repr(error)
+            said = capsys.readouterr().err
+            if code not in (1, 2) or name.rpartition(".")[2] not in said or "Traceback" in said or run.exists():
+                wrong.append((name, value, code, said[-300:]))
+            shutil.rmtree(run, ignore_errors=True)
+    assert wrong == []

@@ -1,0 +1,242 @@
+"""What holds for every option of every command, walked over so that a new one cannot be forgotten."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser, Namespace, capture_parser
+
+from theia.cli.main import _LIGHTNING, COMMANDS
+from theia.cli.main import main as theia
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
+from theia.errors import ConfigError
+
+BENCHMARKS = sorted(path.parent.name for path in Path("benchmarks").glob("*/__main__.py"))
+# Those of Lightning's own parser have their tests beside it.
+OURS = [name for name, (module, _) in COMMANDS.items() if module != _LIGHTNING] + ["ablate report"]
+PROGRAMS = OURS + [f"benchmarks.{name}" for name in BENCHMARKS]
+
+# Options that mean something when they are empty: no scorers; and in a sweep, options of 'theia fit', which judges.
+EMPTY = {("ablate", "scorers")}
+
+
+@cache
+def parser_of(program: str) -> ArgumentParser:
+    """The parser of a command, as it would parse its command line."""
+    if program.startswith("benchmarks."):
+        return capture_parser(lambda: importlib.import_module(f"{program}.__main__").main([]))
+    return capture_parser(lambda: theia(program.split()))
+
+
+def run(program: str, arguments: list[str]) -> int:
+    """Runs a command as its users do."""
+    module, *subcommand = program.split()
+    if module.startswith("benchmarks."):
+        return int(importlib.import_module(f"{module}.__main__").main([*subcommand, *arguments]))
+    return theia([*program.split(), *arguments])
+
+
+def parsers() -> Iterator[tuple[str, ArgumentParser]]:
+    """All, those of subcommands in place of the one above them."""
+    for program in PROGRAMS:
+        parser = parser_of(program)
+        commands = [action.choices for action in parser._actions if action.dest == "subcommand"]
+        if commands:
+            yield from ((f"{program} {name}", one) for name, one in commands[0].items())
+        else:
+            yield program, parser
+
+
+def options(parser: ArgumentParser) -> Iterator[Any]:
+    return (one for one in parser._actions if one.dest not in ("help", "config", "print_config", "print_shtab"))
+
+
+# Values of options that must be given, where no other option would be looked at otherwise.
+INNOCENT = {"teachers": "hog"}
+
+
+def line(parser: ArgumentParser, dest: str, value: str) -> list[str]:
+    """A command line with that value of one option, and an innocent one wherever there must be one."""
+    typed = []
+    for action in options(parser):
+        if action.dest == dest or action.required or (not action.option_strings and action.nargs != "*"):
+            given = value if action.dest == dest else INNOCENT.get(action.dest, "x")
+            typed += [f"{action.option_strings[0]}={given}" if action.option_strings else given]
+    return typed
+
+
+def takes(parser: ArgumentParser, dest: str, value: str) -> Any:
+    """What an option becomes; ``None`` if its type does not take the value."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parser.parse_args(line(parser, dest, value))[dest]
+    except SystemExit:
+        return None
+
+
+def texts() -> Iterator[Any]:
+    """All options that take a text of any kind: names, paths, lists."""
+    for program, parser in parsers():
+        for action in options(parser):
+            if takes(parser, action.dest, "some/text") is not None:
+                yield pytest.param(program, parser, action.dest, id=f"{program}-{action.dest}")
+
+
+TEXTS = list(texts())
+
+
+# Senseless for nearly every number there is; 10**30 is a number of images that means all of them.
+SENSELESS = ("-7", "0", "nan", "inf", "1e30", str(10**30))
+# What means something for all that, and why.
+SENSIBLE = {
+    ("extract", "batch_size"): {str(10**30): "all images of a shard at once"},
+    ("extract", "workers"): {"0": "decodes in the same process"},
+    ("extract", "shard_size"): {str(10**30): "all images in one shard"},
+    ("extract", "max_skipped"): {"0": "every image must be readable"},
+    ("extract", "dinov2.size"): dict.fromkeys(SENSELESS, "the teacher's own, who judges behind its weights"),
+    ("ablate", "seeds"): {"0": "a seed"},
+    ("analyze", "max_images"): {str(10**30): "all images"},
+    ("analyze", "batch_size"): {str(10**30): "all images at once"},
+    ("analyze", "pictures"): {"0": "no pictures", str(10**30): "one of every image"},
+    ("decode", "limit"): {str(10**30): "all images"},
+    ("decode", "batch_size"): {str(10**30): "all images at once"},
+    ("benchmarks.probing classification", "neighbours"): {str(10**30): "needs as many images, which are not yet there"},
+    ("benchmarks.probing classification", "seeds"): {"0": "a seed"},
+    ("benchmarks.probing dense", "seeds"): {"0": "a seed"},
+    ("benchmarks.soak", "workers"): {"0": "reads in the training process"},
+}
+
+
+def numbers() -> Iterator[Any]:
+    """All options that take a number, or by default a text of numbers."""
+    for program, parser in parsers():
+        for action in options(parser):
+            found = takes(parser, action.dest, "17")
+            if isinstance(found, int | float) or (found and str(action.default).replace(",", "").isdecimal()):
+                yield pytest.param(program, action.dest, id=f"{program}-{action.dest}")
+
+
+NUMBERS = list(numbers())
+
+
+def test_the_walk_sees_every_kind_of_number() -> None:
+    seen = {param.values for param in NUMBERS}
+    assert {
+        ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"), ("ablate", "jobs"),
+        ("analyze", "max_images"), ("decode", "limit"), ("benchmarks.soak", "minutes"),
+        ("benchmarks.latency", "batches"), ("benchmarks.probing dense", "seeds"),
+    } <= seen  # fmt: skip
+    assert SENSIBLE.keys() <= seen
+
+
+@pytest.mark.parametrize(("program", "dest"), NUMBERS)
+def test_a_senseless_number_is_refused_by_name_before_anything_is_written(
+    program: str, dest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = dict(parsers())[program]
+    for number in SENSELESS:
+        if number in SENSIBLE.get((program, dest), ()):
+            continue
+        try:
+            status = run(program, line(parser, dest, number))
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr().err
+        assert status in (1, 2), f"{number}: {said}"
+        assert dest in said.splitlines()[-1] + said.rpartition("error:")[2], f"{number}: {said}"
+        assert "Traceback" not in said
+        assert not list(tmp_path.iterdir()), number
+
+
+def test_the_walk_sees_every_command() -> None:
+    seen = {(param.values[0], param.values[2]) for param in TEXTS}
+    assert {
+        ("extract", "images"), ("extract", "teachers"), ("extract", "store"), ("extract", "clip.weights"),
+        ("store info", "path"), ("store verify", "path"), ("ablate", "only"), ("ablate report", "folder"),
+        ("analyze", "encoders"), ("decode", "out"), ("export", "ckpt"), ("benchmarks.soak", "results"),
+        ("benchmarks.latency", "encoder"), ("benchmarks.probing dense", "encoders"),
+        ("benchmarks.throughput", "suites"),
+    } <= seen  # fmt: skip
+    assert all(isinstance(parser, Parser) for _, parser in parsers())
+
+
+@pytest.mark.parametrize(("program", "parser", "dest"), TEXTS)
+def test_nothing_is_taken_for_something(
+    program: str, parser: ArgumentParser, dest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for nothing in ("", " , "):
+        if (program, dest) in EMPTY:
+            assert parser.parse_args(line(parser, dest, nothing))[dest] == nothing
+            continue
+        positional = not next(action for action in parser._actions if action.dest == dest).option_strings
+        with pytest.raises(ConfigError, match=rf"^{'' if positional else '--'}{dest}(\.\d)? is empty"):
+            parser.parse_args(line(parser, dest, nothing))
+
+
+@pytest.mark.parametrize(("program", "parser", "dest"), TEXTS)
+def test_a_tilde_is_the_home_folder(
+    program: str, parser: ArgumentParser, dest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/somewhere/home")
+    found = takes(parser, dest, "~/some")
+    assert str(found[0] if isinstance(found, list) else found) == "/somewhere/home/some"
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("images: ''", "--images"),
+        ("images: {train: a, val: ''}", "--images.val"),
+        ("teachers: []", "--teachers"),
+        ("teachers: [clip, '']", "--teachers.1"),
+        ("store: ' '", "--store"),
+        ("clip: {weights: ''}", "--clip.weights"),
+    ],
+)
+def test_a_config_file_is_held_to_the_same(tmp_path: Path, typed: str, named: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(typed)
+    rest = [f"--{name}=x" for name in ("images", "teachers", "store") if not typed.startswith(name)]
+    with pytest.raises(ConfigError, match=rf"^{named} is empty"):
+        parser_of("extract").parse_args([*rest, f"--config={config}"])
+
+
+def test_a_tilde_is_expanded_at_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere/home")
+    config = tmp_path / "config.yaml"
+    config.write_text("images: {train: ~/a, val: b/~/c}\nteachers: [clip]\nstore: ~/x\nclip: {weights: ~/w}")
+    found = parser_of("extract").parse_args([f"--config={config}"])
+    assert found.images == {"train": "/somewhere/home/a", "val": "b/~/c"}
+    assert found.store == Path("/somewhere/home/x")
+    assert found.clip.weights == "/somewhere/home/w"
+
+
+def test_options_of_a_training_are_settled_as_they_are_named_there() -> None:
+    def of(**values: Any) -> Namespace:
+        fit = Namespace(trainer=Namespace(callbacks=[]), scorers="", data=Namespace(store="s"))
+        return Namespace(subcommand="fit", fit=Namespace(**{**vars(fit), **values}))
+
+    settle(of(), OF_FIT_MAY_BE_EMPTY)
+    with pytest.raises(ConfigError, match=r"^--data\.teachers is empty"):
+        settle(of(data=Namespace(teachers=[])), OF_FIT_MAY_BE_EMPTY)
+    with pytest.raises(ConfigError, match=r"^--run_folder is empty"):
+        settle(of(run_folder=""), OF_FIT_MAY_BE_EMPTY)
+
+
+def test_what_is_empty_by_default_was_not_typed() -> None:
+    parser = Parser()
+    parser.add_argument("--suffix", type=str, default="")
+    parser.add_argument("--words", type=dict[str, str], default={"a": ""})
+    assert parser.parse_args([]) == parser.parse_args(["--suffix="]) == Namespace(suffix="", words={"a": ""})
+    with pytest.raises(ConfigError, match=r"^--words\.b is empty"):
+        parser.parse_args(["--words={b: ''}"])
+
+
+def test_the_current_folder_is_still_a_folder() -> None:
+    assert takes(parser_of("analyze"), "out", ".") == Path()

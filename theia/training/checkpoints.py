@@ -1,0 +1,231 @@
+"""Checkpoints of a run: ``last.ckpt``, from which it resumes, and ``best.ckpt``; a kill at any time leaves both whole.
+
+``last.ckpt`` is written first, ``best.ckpt`` is then a copy of it, and each says its own held-out loss. So no file
+holds what another one knows better, and none holds a path: a run folder may be moved or copied.
+"""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from theia.errors import CheckpointError
+from theia.models.checkpoint import read_checkpoint
+from theia.training.records import MetricsCSV
+from theia.utils.files import replacing
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+MONITORED = "val/loss"
+_KEPT = "The checkpoint that was there is whole"
+
+
+class StopRequested(Exception):
+    """A signal asked the run to stop; its checkpoint is written.
+
+    Attributes:
+        number: The signal.
+        step: Optimisation steps taken.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
+        self.number, self.step = number, step
+
+
+class DurableCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and renames it.
+
+    Lightning writes into the machine's temporary folder and copies from there if that is another file system: a kill
+    meanwhile would lose both the new checkpoint and the old one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Writes a checkpoint whole or not at all.
+
+        Raises:
+            FileError: If it cannot be written, for instance on a full disk.
+        """
+        if storage_options is not None:
+            raise TypeError("checkpoints are local files, which take no storage_options")
+        with replacing(Path(path), kept=_KEPT) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch finds that its archive is cut short, and hides why.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``last.ckpt`` every so many steps, after each validation, at the end, and when a signal asks to stop.
+
+    Where a validation is due at the same step the checkpoint is written after it: Lightning does not catch up on a
+    validation that was killed. After a validation with the lowest loss so far, ``best.ckpt`` is that checkpoint, too.
+
+    SIGTERM and SIGUSR1, a scheduler's words for "you will be stopped", end the run after the step, or the validation,
+    that is running, with its checkpoint written; after SIGUSR1 a SLURM job is put into the queue again.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        every_n_steps: Optimisation steps between two writes: the most that a killed run loses.
+        state: Further plain values to keep in every checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int, state: Mapping[str, Any] | None = None) -> None:
+        self.last, self.best = Path(folder) / LAST, Path(folder) / BEST
+        self.every_n_steps = every_n_steps
+        self._state = dict(state or {})
+        self._loss: float | None = None  # of the weights as they are, if they have been validated
+        self._lowest = math.inf
+        self._step = self._saved_step = 0
+        self._signal: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {**self._state, MONITORED: self._loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the loss of the checkpoint that the run goes on from."""
+        self._loss = state[MONITORED]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes where a resumed run begins, and what is the best so far; from now on signals are waited for."""
+        self._step = self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._lowest = lowest_loss(self.best, trainer.global_step)
+            # Killed after last.ckpt, before best.ckpt.
+            if self.last.exists():
+                self._keep_if_best()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._note)  # Lightning puts back what was there
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Saves between two optimisation steps."""
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated
+        self._step, self._loss = trainer.global_step, None
+        fetcher = trainer.fit_loop._data_fetcher
+        # Lightning has no public way to ask.
+        if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            return
+        stops = self._stops(trainer)
+        if stops or trainer.global_step % self.every_n_steps == 0:
+            # The row of this step is on the disk before the checkpoint: Lightning would write it after it.
+            trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer)
+        if stops:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves after a validation, whose loss the checkpoint keeps."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        loss = trainer.callback_metrics.get(MONITORED)
+        self._loss = None if loss is None else float(loss)
+        self._save(trainer)
+        if trainer.is_global_zero:
+            self._keep_if_best()
+        if self._stops(trainer, now=True):
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the end of training."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        for records in trainer.loggers:
+            records.save()
+            if isinstance(records, MetricsCSV):
+                records.sync()
+        trainer.save_checkpoint(self.last, weights_only=False)
+        self._saved_step = trainer.global_step
+
+    def _keep_if_best(self) -> None:
+        if self._loss is None or not self._loss < self._lowest:
+            return
+        with replacing(self.best, kept=_KEPT) as temporary:
+            shutil.copyfile(self.last, temporary)
+        self._lowest = self._loss
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _stops(self, trainer: L.Trainer, now: bool = False) -> bool:
+        """Whether any process was asked to stop."""
+        asked = self._signal is not None
+        if trainer.world_size == 1:
+            return asked
+        # Several agree on the steps that log, when they wait for the device anyway.
+        if not now and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return False
+        return trainer.strategy.reduce_boolean_decision(asked, all=False)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGUSR1, all=False):
+            _requeue()
+        trainer.strategy.barrier()
+        raise StopRequested(self._signal or signal.SIGTERM, trainer.global_step)
+
+
+def lowest_loss(path: Path, steps: int) -> float:
+    """Held-out loss that a checkpoint says of itself.
+
+    Args:
+        path: ``best.ckpt``; it may be missing.
+        steps: Steps that the run has taken: a checkpoint of a later one belongs to steps that are taken again.
+
+    Returns:
+        Infinity if there is no such checkpoint.
+    """
+    if not path.is_file():
+        return math.inf
+    try:
+        checkpoint = read_checkpoint(path, mmap=True)
+    except CheckpointError as error:
+        logger.warning("%s The next validation replaces it.", error)
+        return math.inf
+    if checkpoint["global_step"] > steps:
+        return math.inf
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name == Checkpoints.__qualname__:
+            return float(state[MONITORED])
+        if name.startswith("ModelCheckpoint"):  # a run of an earlier version
+            return float(state["best_model_score"])
+    return math.inf
+
+
+@rank_zero_only
+def _requeue() -> None:
+    """Puts a SLURM job into the queue again; it goes on with ``--ckpt_path last``."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.warning("SLURM did not take job %s into the queue again: %s. Submit it anew.", job, str(reason).strip())
+    else:
+        logger.info("SLURM job %s is in the queue again.", job)
