@@ -274,7 +274,8 @@ def _stand_for(arguments: Sequence[str]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
     status = command.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if status != -signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
