@@ -143,6 +143,11 @@ def theia(*arguments: str, path: Path | None = None, prepare: Sequence[str | int
     return Started(arguments, environment, prepare)
 
 
+def function(module: str, name: str, *values: str | int) -> Started:
+    """Starts a function of a module of the tests."""
+    return theia(prepare=(module, name, *values))
+
+
 def run(*arguments: str, path: Path | None = None) -> Started:
     """Runs ``theia`` to its end, which must be a good one."""
     done = theia(*arguments, path=path)
@@ -269,7 +274,8 @@ def _stand_for(arguments: Sequence[str]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
     status = command.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if status != -signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
@@ -280,4 +286,4 @@ if __name__ == "__main__":
     arguments = _serve(sys.argv[2])
     from theia.cli.main import main
 
-    sys.exit(main(arguments))
+    sys.exit(main(arguments) if arguments else 0)

@@ -1,12 +1,12 @@
 """The README's tutorial, installed and used as a stranger would: one class in a distribution of its own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -32,19 +32,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (project / "theia_edges.py").write_text(blocks["python"])
     (project / "pyproject.toml").write_text(blocks["toml"])
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
-    run([*pip, "--quiet", "--disable-pip-version-check", f"--target={site}", str(project)], site)
+    command = [*pip, "--quiet", "--disable-pip-version-check", f"--target={site}", str(project)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return site
 
 
-def run(command: list[str], site: Path) -> str:
-    """Output of a command that finds what is installed in ``site``."""
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def theia(site: Path, *arguments: str) -> str:
-    return run([sys.executable, "-m", "theia", *arguments], site)
+    """What a command says that finds what is installed in ``site``."""
+    return forked.run(*arguments, path=site).out
 
 
 def extract(site: Path, store: Path, *more: str) -> None:

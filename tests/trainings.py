@@ -1,7 +1,8 @@
 """Lightning callbacks by which a test has a training end or stand still, for ``--trainer.callbacks``."""
 
 import os
-import time
+import select
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Stopping(L.Callback):
 
 
 class Standing(L.Callback):
-    """Has a training stand still before a step, until it is asked to end or let go.
+    """Has a training stand still before a step, until a signal comes that it answers, or it is let go.
 
     Args:
         folder: Holds a file named after the step as long as trainings are to stand still before it. One that does
@@ -35,9 +36,20 @@ class Standing(L.Callback):
         self.folder = Path(folder)
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        while (self.folder / f"step_{trainer.global_step}").exists() and not trainer.received_sigterm:
+        held = self.folder / f"step_{trainer.global_step}"
+        if not held.exists():
+            return
+        signalled, tell = os.pipe()
+        os.set_blocking(tell, False)
+        before = signal.set_wakeup_fd(tell)
+        try:
             (self.folder / f"pid_{os.getpid()}").touch()
-            time.sleep(0.01)
+            while held.exists() and not select.select([signalled], [], [], 0.02)[0]:
+                pass
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(signalled)
+            os.close(tell)
 
 
 def hold(folder: Path, step: int) -> Path:

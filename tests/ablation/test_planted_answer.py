@@ -54,14 +54,15 @@ def write_split(root: Path, split: str, rows: int) -> None:
 @pytest.mark.slow
 def test_noise_among_the_teachers_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_split(tmp_path / "store", "train", 192)
-    write_split(tmp_path / "store", "val", 512)
+    write_split(tmp_path / "store", "val", 256)
     (tmp_path / "sweep.yaml").write_text(
         json.dumps({"teachers": SETS, "out": str(tmp_path / "sweep"), "seeds": [0, 1, 2], "scorers": "readout"})
     )
     options = {
-        "data.store": tmp_path / "store", "data.batch_size": 32, "data.workers": 0, "model.width": 128,
-        "model.depth": 2, "model.heads": 2, "model.learning_rate": 2e-3, "trainer.accelerator": "cpu",
-        "trainer.max_epochs": 28, "trainer.check_val_every_n_epoch": 100, "trainer.enable_model_summary": False,
+        "data.store": tmp_path / "store", "data.batch_size": 32, "data.workers": 0, "model.width": 64,
+        "model.depth": 2, "model.heads": 2, "model.learning_rate": 2e-3, "model.translator": "linear",
+        "trainer.accelerator": "cpu", "trainer.max_epochs": 28, "trainer.check_val_every_n_epoch": 100,
+        "trainer.enable_model_summary": False, "trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 1000,
     }  # fmt: skip
 
     # A process for each command takes ten times as long, and is tested elsewhere.

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from events import has_ended, wait_for
 from litdata.processing import data_processor
 
 from benchmarks.throughput import loaders
@@ -99,7 +100,7 @@ def test_workers_end_with_their_contest(name: str, tmp_path: Path) -> None:
         assert len(list(loader)) == 4
         workers = set(psutil.Process().children()) - before
         assert len(workers) == 2
-    assert not workers & set(psutil.Process().children())
+    wait_for(lambda: all(map(has_ended, workers)))
 
 
 def test_litdata_would_clear_no_folder_but_its_own(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from events import PATIENCE_S, has_ended, wait_for
 
 pytestmark = pytest.mark.slow
 
 Fit = Callable[..., "subprocess.Popen[str]"]
-_TIMEOUT_S = 120
 
 
 @pytest.fixture
@@ -46,13 +46,6 @@ def fit(store: Path, tmp_path: Path) -> Iterator[Fit]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The run's reading processes. Nothing in /dev/shm is in use, so that nothing can be left there."""
     run = psutil.Process(process.pid)
@@ -64,9 +57,8 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 def end_of(process: "subprocess.Popen[str]", workers: list[psutil.Process]) -> str:
     """Waits for the end of a run, checks that nothing is left of it, and gives what it said."""
-    _, said = process.communicate(timeout=_TIMEOUT_S)
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    assert [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE] == []
+    _, said = process.communicate(timeout=PATIENCE_S)
+    wait_for(lambda: all(map(has_ended, workers)))
     return said
 
 

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from events import aged, changed, wait_for
+from trainings import hold, standing
 
 from theia.cli.main import main
 
@@ -78,12 +80,12 @@ def test_test_writes_a_table_a_json_and_a_picture(store: Path, run: Path, capsys
 
 
 def test_a_used_run_folder_is_refused(store: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = aged(run)
 
     assert main(["fit", *options(store, run)]) == 1
 
     assert "--ckpt_path last" in capsys.readouterr().err
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert before == changed(path for path in run.rglob("*"))
 
 
 def test_another_run_is_not_overwritten_by_going_on_from_a_checkpoint(
@@ -275,16 +277,16 @@ def test_last_before_the_first_checkpoint_starts_a_run(
 @pytest.mark.slow
 def test_a_run_killed_for_good_is_resumed_by_the_command(store: Path, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "theia", "fit", *options(store, folder, "--trainer.log_every_n_steps=2")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    last = folder / "checkpoints" / "last.ckpt"
-    while not last.exists() and process.poll() is None:
-        time.sleep(0.005)
+    command = ["fit", *options(store, folder, "--trainer.log_every_n_steps=2")]
+    hold(tmp_path / "stand", 4)  # a step after the checkpoint
+    standing_there = ["--trainer.callbacks=trainings.Standing", f"--trainer.callbacks.folder={tmp_path / 'stand'}"]
+    process = forked.theia(*command, *standing_there)
+    wait_for(lambda: standing(tmp_path / "stand") or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     rows_before = (folder / "metrics.csv").read_text() if (folder / "metrics.csv").exists() else ""
 
-    subprocess.run([*command, "--ckpt_path=last"], check=True, capture_output=True)
+    forked.run(*command, "--ckpt_path=last")
 
     ours, whole = (torch.load(path / "checkpoints" / "last.ckpt")["state_dict"] for path in (folder, run))
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
@@ -301,7 +303,10 @@ def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str
         if processes == 2 and launcher == "torchrun":
             python += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
         more = ["--trainer.log_every_n_steps=1", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
-        subprocess.run([*python, "theia", "fit", *options(store, run, *more)], check=True, capture_output=True)
+        if len(python) == 2:
+            forked.run("fit", *options(store, run, *more))
+        else:
+            subprocess.run([*python, "theia", "fit", *options(store, run, *more)], check=True, capture_output=True)
         with (run / "metrics.csv").open() as file:
             curve = [
                 float(row[name]) for row in csv.DictReader(file) for name in ("train/loss", "val/loss") if row[name]

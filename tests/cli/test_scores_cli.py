@@ -1,11 +1,10 @@
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -139,8 +138,7 @@ def test_of_two_processes_the_first_scores_all_images(store: Path, run: Path) ->
     reports = []
     for processes in (1, 2):
         more = ["--scorers=readout", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
-        command = [sys.executable, "-m", "theia", *command_line(store, run, *more)]
-        subprocess.run(command, check=True, capture_output=True)
+        forked.run(*command_line(store, run, *more))
         reports.append(json.loads((run / "test_last.json").read_text())["scores"])
 
     assert reports[0] == pytest.approx(reports[1], rel=1e-4)

@@ -249,6 +249,7 @@ def test_a_copy_is_independent(encoder: Encoder) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_encoder_gives_the_same(encoder: Encoder) -> None:
+    del encoder.distiller.student.vit.blocks[1:]  # they are alike, and take long to compile
     expected = encoder(images())
     encoder.compile()
     torch.testing.assert_close(encoder(images()), expected, atol=1e-4, rtol=0)

@@ -1,5 +1,6 @@
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -519,12 +520,14 @@ def test_source_survives_pickling(tmp_path, make):
 
 @pytest.mark.parametrize(
     "method",
-    ["fork", pytest.param("spawn", marks=pytest.mark.slow)],  # a spawned worker imports everything again
+    # A worker of a fork server inherits nothing, as a spawned one, which would import torch first.
+    ["fork", pytest.param("forkserver", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("make", [folder_source, tar_source, sample_source])
 def test_source_reads_the_same_in_worker_processes(tmp_path, make, method):
     source = make(tmp_path)
     source.read(0)  # whatever is held open or cached before the workers start must not be shared by accident
+    multiprocessing.set_forkserver_preload(["torch.utils.data", "theia.extraction.images"])
     loader = DataLoader(_Read(source), batch_size=None, num_workers=2, multiprocessing_context=method)
     loaded = [np.asarray(image) for image in loader]
     assert len(loaded) == len(source.ids)

@@ -1,7 +1,7 @@
+import forked
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from scipy.stats import entropy
 from sklearn.metrics import explained_variance_score
 from torch.nn.functional import cosine_similarity, mse_loss, smooth_l1_loss
@@ -119,7 +119,9 @@ def test_merged_states_equal_one_pass():
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_would(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    arguments = (str(tmp_path / "rendezvous"), str(tmp_path))
+    ranks = [forked.function("training.test_metrics", "_worker", rank, *arguments) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     prediction, target = feature_pair(8)
     expected = {**expected_metrics(prediction, target), "norm_entropy": expected_entropy(tokens())}
     for rank in range(2):
