@@ -112,6 +112,8 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
     }
     if recipe:
         record["recipe"] = {"seed": config.get("seed_everything"), **recipe}
+    if environment.get("changes"):
+        record["changes"] = environment["changes"]
     # Of this very file, which a longer training replaces; and of the features that it was trained on.
     same = report.get("store", {}).get("manifest_sha256") == store.get("manifest_sha256")
     if same and report.get("checkpoint_sha256") == file_sha256(checkpoint):

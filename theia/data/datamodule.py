@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shlex
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class FeatureDataModule(L.LightningDataModule):
             logger.warning(
                 "The store %s has no split %r: %.3g %% of its training images are held out for validation and test. "
                 "For others, run: theia extract --images DIR --split %s --store %s",
-                store, val_split, 100 * holdout, val_split, store,
+                store, val_split, 100 * holdout, val_split, shlex.quote(str(store)),
             )  # fmt: skip
         # The splits stay closed until Lightning says which are needed; the teachers must be known before.
         splits = self.store.splits

@@ -1,6 +1,6 @@
 """The model card: where a model comes from, under which licences, how good it is, and how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -65,8 +65,9 @@ def text(
         architecture: Of it.
         record: What is known of its training, all of it optional: ``teachers`` (by name: ``weights``, ``revision``,
             ``licence``), ``data`` (``name``, ``images``, ``manifest_sha256``), ``recipe`` (options of the training by
-            name), ``held_out`` (by teacher: figures by name), ``held_out_images``, ``versions``, ``git_commit``; or
-            ``origin``, the name of the published model that it is.
+            name), ``changes`` (when the run was resumed: ``step``, ``option``, ``old``, ``new``), ``held_out`` (by
+            teacher: figures by name), ``held_out_images``, ``versions``, ``git_commit``; or ``origin``, the name of the
+            published model that it is.
         formats: What lies beside the card in other formats, a phrase each.
     """
     known = record.get("teachers", {})
@@ -113,6 +114,7 @@ def text(
         "## Training\n",
         _data(record.get("data", {})),
         _table(sorted(record.get("recipe", {}).items()), ("option", "value")) or f"The recipe is {_UNKNOWN}.\n",
+        _changes(record.get("changes", [])),
         _versions(record),
         "## Held-out figures\n",
         _figures(record.get("held_out", {}), record.get("held_out_images")),
@@ -151,6 +153,13 @@ def _data(data: Mapping[str, Any]) -> str:
         f"{images}feature store `{data.get('name', _UNKNOWN)}`, manifest sha256 "
         f"`{data.get('manifest_sha256', _UNKNOWN)}`.\n"
     )
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    if not changes:
+        return ""
+    rows = [tuple(change[name] for name in ("step", "option", "old", "new")) for change in changes]
+    return "Changed when the training was resumed:\n\n" + _table(rows, ("from step", "what", "until then", "from then"))
 
 
 def _others(formats: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """The manifest: which splits, sets and shards a store has. Written last, replaced atomically."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ def read_manifest(root: Path) -> Manifest:
     if not root.is_dir():
         raise StoreError(
             f"No feature store at {root}. Make one with: "
-            f"theia extract --images DIR --split train --teachers NAMES --store {root}"
+            f"theia extract --images DIR --split train --teachers NAMES --store {shlex.quote(str(root))}"
         )
     path = root / MANIFEST
     try:

@@ -1,6 +1,7 @@
 """Opens a store: validates every file once, then hands out byte offsets."""
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -75,12 +76,12 @@ class FeatureStore:
             )
         return ChannelStatistics.load(path)
 
-    def open_split(self, split: str, teachers: Sequence[str] | None = None) -> Split:
+    def open_split(self, split: str, teachers: str | Sequence[str] | None = None) -> Split:
         """Validates the files of a split and makes it readable.
 
         Args:
             split: Its name.
-            teachers: Teachers to read; all by default.
+            teachers: Teachers to read, or one; all by default.
 
         Raises:
             StoreError: If the split or a teacher is not there or unfinished, a file is missing, truncated or
@@ -88,7 +89,7 @@ class FeatureStore:
                 of the same name.
         """
         record = self._record(split)
-        names = list(record.teachers if teachers is None else teachers)
+        names = [teachers] if isinstance(teachers, str) else list(record.teachers if teachers is None else teachers)
         for name in names:
             if name not in record.teachers:
                 raise StoreError(
@@ -147,7 +148,7 @@ class FeatureStore:
         return layout
 
     def _command(self, split: str, teachers: str) -> str:
-        return f"theia extract --images DIR --split {split} --teachers {teachers} --store {self.root}"
+        return f"theia extract --images DIR --split {split} --teachers {teachers} --store {shlex.quote(str(self.root))}"
 
 
 def _validated(layout: SetLayout, index: int) -> Shard:
