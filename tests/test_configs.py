@@ -96,9 +96,9 @@ def test_every_shipped_config_trains_and_is_tested(
     store.symlink_to(small_store)
 
     assert main(["fit", "--config", str(path), *SMALL]) == 0
-    assert main(["test", "--config", str(path), *SMALL, "--ckpt_path=best"]) == 0
-
     run = Path(shipped["run_folder"])
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path=best"]) == 0
+
     scores = json.loads((run / "test_best.json").read_text())["after"]
     scored = {name.removeprefix("test/cosine/") for name in scores if name.startswith("test/cosine/")}
     assert scored == set(shipped["data"]["teachers"])

@@ -120,7 +120,7 @@ def test_the_recipes_precision_is_used_on_a_cpu_too(run: Path) -> None:
 def test_the_report_has_every_teacher_before_and_after(
     store: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["test", *options(store, run, ["--ckpt_path=best"])]) == 0
+    assert main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=best"]) == 0
 
     report = json.loads((run / "test_best.json").read_text())
     shown = capsys.readouterr().out

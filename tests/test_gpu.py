@@ -26,7 +26,7 @@ def test_extract_fit_and_test_on_a_gpu(tmp_path: Path) -> None:
     assert main(["extract", *extraction]) == 0
     assert main(["store", "verify", str(store)]) == 0
     assert main(["fit", *options, "--trainer.max_epochs=10"]) == 0
-    assert main(["test", *options, "--ckpt_path=best"]) == 0
+    assert main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=best"]) == 0
 
     report = json.loads((run / "test_best.json").read_text())
     assert report["device"] == "cuda:0"

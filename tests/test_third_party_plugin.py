@@ -90,7 +90,7 @@ def test_a_student_learns_from_it(site: Path, store: Path, tmp_path: Path) -> No
     options = [f"--data.store={store}", f"--run_folder={tmp_path}", "--trainer.accelerator=cpu", *STUDENT]
 
     theia(site, "fit", *options, "--trainer.max_epochs=5", "--model.learning_rate=5e-3")
-    shown = theia(site, "test", *options, "--ckpt_path=last")
+    shown = theia(site, "test", f"--config={tmp_path / 'config.yaml'}", "--ckpt_path=last")
 
     report = json.loads((tmp_path / "test_last.json").read_text())
     assert report["after"]["test/cosine/edges"] > report["before"]["test/cosine/edges"]

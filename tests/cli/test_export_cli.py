@@ -18,7 +18,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     options = [*SMALL, f"--data.store={store}", f"--run_folder={folder}"]
     assert main(["fit", *options, "--trainer.max_epochs=2", "--seed_everything=5"]) == 0
-    assert main(["test", *options, "--ckpt_path=best"]) == 0
+    assert main(["test", f"--config={folder / 'config.yaml'}", "--ckpt_path=best"]) == 0
     return folder
 
 
@@ -56,7 +56,8 @@ def test_figures_of_an_earlier_file_of_that_name_are_not_taken(
     (tmp_path / "a run/checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "environment.json", "test_best.json"):
         (tmp_path / "a run" / name).write_bytes((run / name).read_bytes())
-    (tmp_path / "a run/checkpoints/best.ckpt").write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    torch.save({**best, "global_step": best["global_step"] + 1}, tmp_path / "a run/checkpoints/best.ckpt")
 
     assert main(["export", f"--ckpt={tmp_path}/a run/checkpoints/best.ckpt"]) == 0
 

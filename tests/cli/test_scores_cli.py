@@ -83,7 +83,8 @@ def test_without_scorers_the_report_says_so(store: Path, run: Path) -> None:
 def test_an_unknown_scorer_is_one_line_before_any_work(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    options = [f"--data.store={store}", f"--run_folder={tmp_path / 'run'}", "--scorers=raedout"]
+    (tmp_path / "scorers.yaml").write_text("scorers: raedout\n")
+    options = [f"--data.store={store}", f"--run_folder={tmp_path / 'run'}", f"--config={tmp_path / 'scorers.yaml'}"]
 
     assert main([command, *OPTIONS, *options]) == 1
 
@@ -213,7 +214,7 @@ def test_a_store_that_holds_out_training_images_fits_on_the_others(
         return {}
 
     register(fox)
-    assert main(["test", *OPTIONS, *shared, "--data.fraction=0.5", "--ckpt_path=last", "--scorers=fox"]) == 0
+    assert main(["test", f"--config={tmp_path / 'run' / 'config.yaml'}", "--ckpt_path=last", "--scorers=fox"]) == 0
 
     assert len(rows["held_out"]) == 8
     assert rows["train"] | rows["held_out"] == set(range(80))

@@ -67,8 +67,9 @@ def test_the_card_says_where_the_model_comes_from(checkpoint: Checkpoint, tmp_pa
     export(checkpoint(), tmp_path / "out", ["safetensors"], RECORD)
     card = (tmp_path / "out/README.md").read_text()
     for fact in (
-        "openai/clip-vit-large-patch14", "32bd64", "**CC-BY-NC-4.0**", "`imagenet`", "abc123", "0.812", "0.0005", "1234",
-        "224 x 224", "theia.load", "12,345 images", "678 images", "torch 2.9.9", "c0ffee", "license: cc-by-nc-4.0",
+        "openai/clip-vit-large-patch14", "32bd64", "**CC-BY-NC-4.0**", "`imagenet`", "abc123", "0.812", "0.0005",
+        "1234", "224 x 224", "theia.load", "12,345 images", "678 images",
+        "torch 2.9.9", "c0ffee", "license: cc-by-nc-4.0",
     ):  # fmt: skip
         assert fact in card
     assert "authors/" not in card
