@@ -61,6 +61,7 @@ def trained_encoder(
         for name, teacher in teachers.items()
     }
     encoder = Encoder(Architecture(teachers=shapes, size=size, translator="linear", **student))
+    encoder.distiller.translators.requires_grad_()
     distiller = encoder.distiller
     for name, values in features.items():
         distiller.set_statistics(name, values.mean((0, 1)), values.std((0, 1)))

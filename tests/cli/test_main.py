@@ -153,7 +153,6 @@ def test_command_lines_to_copy_are_quoted(tmp_path: Path) -> None:
         "f'Next: theia test --config {run} '; f'tensorboard --logdir {shlex.quote(run)}'; 'theia fit --x %s'"
     )
     assert list(unquoted(example)) == ["run", "theia fit --x %s"]
-    rooms = ("cli", "ablation", "analysis", "decoding", "scoring")
+    rooms = ("cli", "ablation", "analysis", "data", "decoding", "scoring", "store")
     for path in [path for room in rooms for path in Path("theia", room).glob("*.py")]:
-        if path.name != "lightning.py":
-            assert not list(unquoted(path)), path
+        assert not list(unquoted(path)), path

@@ -83,7 +83,7 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(
 
 
 # Rooms whose files go through theia.utils.files, and what they write otherwise, with the reason.
-ROOMS = ("theia/cli", "theia/analysis", "theia/ablation", "theia/decoding", "benchmarks")
+ROOMS = ("theia/cli", "theia/training", "theia/analysis", "theia/ablation", "theia/decoding", "benchmarks")
 OTHERWISE = {
     "theia/ablation/job.py": {"self.run.log.open('ab')": "what a run says, line by line"},
     "theia/ablation/launch.py": {"job.run.log.open('a')": "likewise"},
@@ -95,7 +95,14 @@ OTHERWISE = {
         "(self._out / SCORES).open('a')": "a line per picture; a torn one is not read",
     },
     "theia/decoding/video.py": {"av.open": "the video of a caller", "frames[0].save": "likewise"},
-    "theia/cli/run.py": {"temporary.open('w', newline='')": "the run folder", "path.write_text": "likewise"},
+    "theia/cli/run.py": {"self.parser.dump": "into memory"},
+    "theia/training/checkpoints.py": {"temporary.open('wb')": "inside replacing()", "torch.save": "into that file",
+        "records.save()": "what Lightning calls to bring out what waits",
+    },
+    "theia/training/records.py": {
+        "self.path.open('ab')": "a row at once; a torn one is not read", "temporary.open('wb')": "inside replacing()",
+    },
+    "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
     "benchmarks/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
     "benchmarks/probing/unfinished.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",

@@ -81,20 +81,16 @@ def _next_command(config: ExtractConfig) -> str:
     from theia.store.reader import FeatureStore
 
     found = FeatureStore(config.store)
-    place = shlex.quote(str(config.store))
+    store = str(config.store)
     for split, use in (("train", "students learn from"), ("val", "students are validated on")):
         finished = found.finished_teachers([split]) if split in found.splits else []
         missing = [name for name in config.teacher_names if name not in finished]
         # Without a split for validation, some of the training images are held out.
         if missing and (split == "train" or split in found.splits):
-            return (
-                f"theia extract --images DIR --split {split} --teachers {','.join(missing)} --store {place}   "
-                f"(DIR: the images that {use})"
-            )
-    return (
-        f"theia fit --config CONFIG --data.store {place} --data.teachers {','.join(config.teacher_names)}   (CONFIG: "
-        "one of configs/*.yaml, or your own)"
-    )
+            lacks = ["--split", split, "--teachers", ",".join(missing), "--store", store]
+            return f"{shlex.join(['theia', 'extract', '--images', 'DIR', *lacks])}   (DIR: the images that {use})"
+    has = ["--data.store", store, "--data.teachers", ",".join(config.teacher_names)]
+    return f"{shlex.join(['theia', 'fit', '--config', 'CONFIG', *has])}   (CONFIG: one of configs/*.yaml, or your own)"
 
 
 def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginError]]:

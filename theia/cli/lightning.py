@@ -234,15 +234,15 @@ class TheiaCLI(LightningCLI):
             return
         run = self.run_folder
         logger.info("Run folder: %s", run)
-        logger.info("Curves and pictures: tensorboard --logdir %s", shlex.quote(str(run)))
+        logger.info("Curves and pictures: %s", shlex.join(["tensorboard", "--logdir", str(run)]))
         best, last = ((checkpoints(run) / name).exists() for name in (BEST, LAST))
         if not best and last:
             logger.warning("No validation took place, so there is no %s; %s holds the end of training.", BEST, LAST)
         elif not best:
             logger.warning("No checkpoint was written, since trainer.enable_checkpointing is false.")
             return
-        config = shlex.quote(str(run / CONFIG))
-        logger.info("Next: theia test --config %s --ckpt_path %s", config, "best" if best else "last")
+        which = ["--config", str(run / CONFIG), "--ckpt_path", "best" if best else "last"]
+        logger.info("Next: %s", shlex.join(["theia", "test", *which]))
 
     def validate(self, **kwargs: Any) -> None:
         """Scores a checkpoint and leaves the table to Lightning."""

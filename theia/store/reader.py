@@ -148,7 +148,8 @@ class FeatureStore:
         return layout
 
     def _command(self, split: str, teachers: str) -> str:
-        return f"theia extract --images DIR --split {split} --teachers {teachers} --store {shlex.quote(str(self.root))}"
+        lacks = ["--split", split, "--teachers", teachers, "--store", str(self.root)]
+        return shlex.join(["theia", "extract", "--images", "DIR", *lacks])
 
 
 def _validated(layout: SetLayout, index: int) -> Shard:
