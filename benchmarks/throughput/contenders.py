@@ -62,9 +62,14 @@ def ended(loader: "DataLoader[Any]") -> Iterator["DataLoader[Any]"]:
     try:
         yield loader
     finally:
-        # litdata's iterator refers back to its loader. The garbage collector, which finds that cycle at any later time,
-        # takes the queues first and then waits 5 s for each worker, in the middle of something else's turn.
-        loader._iterator = None
+        # Not left to the garbage collector. litdata's iterator refers back to its loader: it would be found at any later
+        # time, its queues be taken first, and each worker be waited for 5 s in the middle of something else's turn. And
+        # once a Lightning run of this process has failed while it made its loaders, torch's loaders remember every
+        # iterator for good.
+        iterator: Any = loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            loader._iterator = None
 
 
 def theia_loader(
