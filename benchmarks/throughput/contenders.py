@@ -62,10 +62,10 @@ def ended(loader: "DataLoader[Any]") -> Iterator["DataLoader[Any]"]:
     try:
         yield loader
     finally:
-        # Not left to the garbage collector. litdata's iterator refers back to its loader: it would be found at any later
-        # time, its queues be taken first, and each worker be waited for 5 s in the middle of something else's turn. And
-        # once a Lightning run of this process has failed while it made its loaders, torch's loaders remember every
-        # iterator for good.
+        # Not left to the garbage collector. litdata's iterator refers back to its loader: it would be found at any
+        # later time, its queues be taken first, and each worker be waited for 5 s in the middle of something else's
+        # turn. And once a Lightning run of this process has failed while it made its loaders, torch's loaders remember
+        # every iterator for good.
         iterator: Any = loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()
