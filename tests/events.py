@@ -4,8 +4,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 # Against a hang alone. No machine is so slow, or so busy, that a test fails for it.
 PATIENCE_S = 1800.0
@@ -19,8 +21,10 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def has_ended(process: psutil.Process) -> bool:
+def has_ended(process: "psutil.Process") -> bool:
     """Whether a process is no more; one that nobody has reaped, as an orphan in a container, counts as ended."""
+    import psutil  # not to be found where forked.py stands for a command
+
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -22,6 +22,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from events import PATIENCE_S
+
 if TYPE_CHECKING:
     import pytest
 
@@ -58,6 +60,7 @@ class Command:
     ) -> None:
         self.returncode: int | None = None
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.settimeout(PATIENCE_S)
         self._server.connect(environment[_ADDRESS])
         request = {
             "arguments": list(arguments),
@@ -253,7 +256,7 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> Sequence[str]:
 def _fork_jobs(setattr: Callable[[object, str, object], None]) -> None:
     job, sweep = (importlib.import_module(f"theia.ablation.{name}") for name in ("job", "sweep"))
     setattr(sweep, "Job", partial(job.Job, program=PROGRAM))
-    setattr(job, "_GRACE_S", 1800.0)
+    setattr(job, "_GRACE_S", PATIENCE_S)
 
 
 def _stand_for(arguments: Sequence[str]) -> None:

@@ -2,38 +2,32 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
-from events import PATIENCE_S, has_ended, wait_for
+from events import has_ended, wait_for
 
 pytestmark = pytest.mark.slow
 
-Fit = Callable[..., "subprocess.Popen[str]"]
+Fit = Callable[..., forked.Started]
 
 
 @pytest.fixture
 def fit(store: Path, tmp_path: Path) -> Iterator[Fit]:
     """Starts ``theia fit`` with two workers and gives it back when it trains."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[forked.Started] = []
 
-    def start(epochs: int = 100_000) -> subprocess.Popen[str]:
+    def start(epochs: int = 100_000) -> forked.Started:
         run = tmp_path / "run"
-        command = [
-            sys.executable, "-m", "theia", "fit", f"--data.store={store}", f"--run_folder={run}",
+        process = forked.theia(
+            "fit", f"--data.store={store}", f"--run_folder={run}",
             "--data.batch_size=16", "--data.workers=2", "--model.width=16", "--model.depth=1", "--model.heads=2",
             "--trainer.accelerator=cpu", "--checkpoint_every=3", f"--trainer.max_epochs={epochs}",
             "--trainer.check_val_every_n_epoch=1000",
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            # A shell ignores Ctrl-C for what it runs in the background, the tests included; a child would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         started.append(process)
         wait_for(lambda: (run / "checkpoints" / "last.ckpt").exists() or process.poll() is not None)
@@ -41,12 +35,11 @@ def fit(store: Path, tmp_path: Path) -> Iterator[Fit]:
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+        process.kill()
+        process.wait()
 
 
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+def workers_of(process: forked.Started) -> list[psutil.Process]:
     """The run's reading processes. Nothing in /dev/shm is in use, so that nothing can be left there."""
     run = psutil.Process(process.pid)
     workers = run.children(recursive=True)
@@ -55,11 +48,11 @@ def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return workers
 
 
-def end_of(process: "subprocess.Popen[str]", workers: list[psutil.Process]) -> str:
+def end_of(process: forked.Started, workers: list[psutil.Process]) -> str:
     """Waits for the end of a run, checks that nothing is left of it, and gives what it said."""
-    _, said = process.communicate(timeout=PATIENCE_S)
+    process.wait()
     wait_for(lambda: all(map(has_ended, workers)))
-    return said
+    return process.err
 
 
 @pytest.mark.parametrize("which", [0, -1])  # one of validation, which idles, and one of training
@@ -82,8 +75,9 @@ def test_an_interrupt_of_all_processes_stops_the_run(fit: Fit, times: int) -> No
     workers = workers_of(process)
 
     for _ in range(times):  # as Ctrl-C does, to the whole group
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.05)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: "nterrupt" in process.err or process.poll() is not None)
     said = end_of(process, workers)
 
     assert process.returncode == 130
