@@ -3,8 +3,10 @@
 import logging
 import shlex
 import signal
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
 from theia.scoring import registry
 from theia.training.callbacks import FeaturePictures, Throughput
-from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested
+from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested, requeue
 from theia.training.distillation import Distillation
 from theia.training.records import Events, MetricsCSV
 from theia.utils.files import check_folder
@@ -314,29 +316,72 @@ def main(argv: Sequence[str]) -> int:
     """
     _quieten()
     try:
-        TheiaCLI(
-            Distillation,
-            FeatureDataModule,
-            save_config_callback=SaveRun,
-            seed_everything_default=0,
-            parser_kwargs={"prog": "theia"},
-            args=list(argv),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        with _stopped_by_signals():
+            TheiaCLI(
+                Distillation,
+                FeatureDataModule,
+                save_config_callback=SaveRun,
+                seed_everything_default=0,
+                parser_kwargs={"prog": "theia"},
+                args=list(argv),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
     except StopRequested as stop:
-        again = shlex.join(["theia", *argv, *([] if "--ckpt_path" in " ".join(argv) else ["--ckpt_path", "last"])])
-        logger.warning(
-            "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s", stop.step, LAST, again
-        )
+        if not getattr(rank_zero_only, "rank", 0):
+            last = [] if "--ckpt_path" in " ".join(argv) else ["--ckpt_path", "last"]
+            logger.warning(
+                "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s",
+                stop.step, LAST, shlex.join(["theia", *argv, *last]),
+            )  # fmt: skip
         return _SIGNALLED + stop.number
-    except SIGTERMException:  # before or after the training itself; Lightning would end with 0, as if all were done
+    except SIGTERMException:  # Lightning would end with 0, as if all were done
         return _SIGNALLED + signal.SIGTERM
+    except _Stopped as stop:
+        return _ended(stop)
     except SystemExit as stop:
+        if isinstance(stop.__context__, _Stopped):
+            return _ended(stop.__context__)
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
     return 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal came before training began, or after it: there is nothing to save.
+
+    For Lightning it is a Ctrl-C, so that it ends the other processes of this machine, too.
+    """
+
+    number: int
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """While training takes no signals itself, those that ask to stop do so at once."""
+
+    def stop(number: int, *_: Any) -> None:
+        stopped = _Stopped()
+        stopped.number = number
+        raise stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(stopped: _Stopped) -> int:
+    if stopped.number == signal.SIGUSR1:
+        requeue()
+    logger.warning("Stopped by a signal, %s, when no training was under way.", signal.Signals(stopped.number).name)
+    return _SIGNALLED + stopped.number
 
 
 def _steps_of(checkpoint: Path) -> int | None:

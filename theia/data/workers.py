@@ -66,7 +66,7 @@ class Workers:
             return
         self._requests = 0
         # What this process does on a signal is not for a worker to do, not even in its first instant.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             self._workers = [_start(self._fill) for _ in range(self._count)]
         finally:

@@ -182,7 +182,7 @@ class Checkpoints(Checkpoint):
 
     def _stop(self, trainer: L.Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGUSR1, all=False):
-            _requeue()
+            requeue()
         trainer.strategy.barrier()
         raise StopRequested(self._signal or signal.SIGTERM, trainer.global_step)
 
@@ -215,7 +215,7 @@ def lowest_loss(path: Path, steps: int) -> float:
 
 
 @rank_zero_only
-def _requeue() -> None:
+def requeue() -> None:
     """Puts a SLURM job into the queue again; it goes on with ``--ckpt_path last``."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
