@@ -9,6 +9,7 @@ from pathlib import Path
 import forked
 import psutil
 import pytest
+import torch
 from events import has_ended, wait_for
 
 pytestmark = pytest.mark.slow
@@ -84,15 +85,21 @@ def test_an_interrupt_of_all_processes_stops_the_run(fit: Fit, times: int) -> No
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("signalled", ["the run", "all its processes"])  # by hand; by a scheduler
-def test_a_run_that_is_asked_to_stop_does_not_look_like_one_that_has_finished(fit: Fit, signalled: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # to the run, by hand; to all its processes, by a scheduler
+def test_a_run_that_is_asked_to_stop_says_where_and_does_not_look_like_one_that_has_finished(
+    fit: Fit, tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
     process = fit()
     workers = workers_of(process)
 
-    (process.terminate if signalled == "the run" else lambda: os.killpg(process.pid, signal.SIGTERM))()
-    end_of(process, workers)
+    send(process.pid, number)
+    said = end_of(process, workers)
 
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
+    step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"Stopped after step {step}, as a signal asked for." in said
+    assert "--ckpt_path last" in said
 
 
 def test_a_run_that_is_killed_leaves_no_worker(fit: Fit) -> None:

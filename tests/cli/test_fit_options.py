@@ -1,7 +1,9 @@
 """Each option of ``fit``, ``validate`` and ``test``: used or refused, in its range, true of its run."""
 
 import json
+import os
 import shutil
+import signal
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,6 +282,19 @@ def test_under_slurm_lightning_writes_no_checkpoint_of_its_own(
 
     environment = environments[0]._accelerator_connector.cluster_environment
     assert (type(environment).__name__, environment.auto_requeue) == ("SLURMEnvironment", False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    monkeypatch.setattr(lightning, "check_processes", lambda trainer: os.kill(os.getpid(), number))
+
+    assert main(["fit", f"--config={config}", f"--run_folder={tmp_path / 'run'}"]) == 128 + number
+
+    assert not (tmp_path / "run").exists()
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == handlers
 
 
 # Numbers that look senseless and are no mistake that a range could tell.
