@@ -154,14 +154,15 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     assert len(free) == 3
 
     again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last"]
-    assert main([*again, *free, "--trainer.max_epochs=2"]) == 0
+    same = ["--trainer.limit_train_batches=1.0", "--trainer.precision=32-true"]  # where nothing is given
+    assert main([*again, *free, *same, "--trainer.max_epochs=2"]) == 0
     assert "From step 5 on, trainer.max_epochs is 2; until then it was 1." in capsys.readouterr().err
     assert main([*again, "--trainer.max_epochs=3", "--trainer.precision=bf16-mixed"]) == 0
 
     expected = [(5, "trainer.max_epochs", 1, 2), (10, "trainer.max_epochs", 2, 3)]
     last = torch.load(copy / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Checkpoints"]
     by_option = [tuple(change.values()) for change in last["changes"]]
-    assert by_option == [*expected, (10, "trainer.precision", None, "bf16-mixed")]
+    assert by_option == [*expected, (10, "trainer.precision", "32-true", "bf16-mixed")]
     environment = json.loads((copy / "environment.json").read_text())
     assert [tuple(change.values()) for change in environment["changes"]] == [
         *by_option, (10, "precision", "32-true", "bf16-mixed"),

@@ -70,6 +70,9 @@ OPTIONS: dict[str, Option] = {
     **_table((), "free", "trainer.", "limit_predict_batches use_distributed_sampler model_registry"),
 }
 
+# What Lightning takes where nothing is given.
+_DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
+
 # What a run folder replaces.
 _INSTEAD = {"trainer.default_root_dir": "--run_folder"}
 
@@ -176,6 +179,8 @@ def _typed(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _plain(name: str, value: Any) -> Any:
+    if value is None:
+        return _DEFAULTS.get(name)
     if name == "model.weights":
         return weights_name(value)
     if isinstance(value, Namespace):
@@ -184,4 +189,4 @@ def _plain(name: str, value: Any) -> Any:
         return value.get("class_path") or {str(key): _plain(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 MONITORED = "val/loss"
-_KEPT = "The checkpoint that was there is whole"
+_KEPT = "The checkpoint that was there is whole, and --ckpt_path last goes on from it"
 
 
 class StopRequested(Exception):

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from theia.utils.files import replacing, sync, write_whole, writing
 
 METRICS = "metrics.csv"
-_KEPT = "Rows and checkpoints that were written are whole"
+_KEPT = "What was written before is whole, and --ckpt_path last goes on from it"
 
 
 class _Rows:
