@@ -175,7 +175,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "asked"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, scontrol: Path, number: int) -> None:
     before = signal.getsignal(number)
     run = tmp_path / "run"
@@ -189,6 +189,17 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, 
     if scontrol.exists():
         assert scontrol.read_text() == "requeue 7\n"
     assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
+    fit(tmp_path, 1, every=2, rows=2)
+    twice = [Signalled(signal.SIGINT, step=3), Signalled(signal.SIGINT, step=3)]
+
+    with pytest.raises(SystemExit):  # what Lightning makes of a KeyboardInterrupt
+        fit(tmp_path, 9, *twice, every=1000, rows=2)
+
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
 
 
 def test_a_signal_before_a_validation_ends_the_run_after_it(tmp_path: Path) -> None:

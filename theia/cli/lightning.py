@@ -145,6 +145,10 @@ class TheiaCLI(LightningCLI):
                 f"or 'best' or 'last' of the run folder {self.run_folder}."
             )
         if asked is not None:
+            if self.subcommand == "validate" and asked not in ("last", "best") and typed("run_folder", self.arguments):
+                raise ConfigError(
+                    "'theia validate' of a checkpoint file does not use --run_folder: it writes nothing. Leave it out."
+                )
             self.checkpoint = resolve_checkpoint(str(asked), self.run_folder, starting=self.subcommand == "fit")
         if self.checkpoint is not None:
             self.loaded = read_checkpoint(self.checkpoint)

@@ -148,7 +148,7 @@ def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
     """
     steps = checkpoint["global_step"]
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
-    for name, done, what in (("max_epochs", epochs, "epochs begun"), ("max_steps", steps, "steps taken")):
+    for name, done, what in (("max_epochs", epochs, "epochs begun or done"), ("max_steps", steps, "steps taken")):
         most = trainer[name]
         if most not in (None, -1) and most < done:
             raise ConfigError(

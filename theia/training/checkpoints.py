@@ -26,14 +26,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from theia.errors import CheckpointError
 from theia.models.checkpoint import read_checkpoint
-from theia.training.records import MetricsCSV
+from theia.training.records import RESUME, MetricsCSV
 from theia.utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 MONITORED = "val/loss"
-_KEPT = "The checkpoint that was there is whole, and --ckpt_path last goes on from it"
 
 
 class StopRequested(Exception):
@@ -64,7 +63,7 @@ class DurableCheckpoints(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("checkpoints are local files, which take no storage_options")
-        with replacing(Path(path), kept=_KEPT) as temporary, temporary.open("wb") as file:
+        with replacing(Path(path), again=RESUME) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
@@ -80,8 +79,9 @@ class Checkpoints(Checkpoint):
     Where a validation is due at the same step the checkpoint is written after it: Lightning does not catch up on a
     validation that was killed. After a validation with the lowest loss so far, ``best.ckpt`` is that checkpoint, too.
 
-    SIGTERM and SIGUSR1, a scheduler's words for "you will be stopped", end the run after the step, or the validation,
-    that is running, with its checkpoint written; after SIGUSR1 a SLURM job is put into the queue again.
+    Ctrl-C, and SIGTERM and SIGUSR1, a scheduler's words for "you will be stopped", end the run after the step, or the
+    validation, that is running, with its checkpoint written. A second Ctrl-C ends it at once. After SIGUSR1 a SLURM job
+    is put into the queue again.
 
     Args:
         folder: Folder of the run's checkpoints.
@@ -115,7 +115,7 @@ class Checkpoints(Checkpoint):
             if self.last.exists():
                 self._keep_if_best()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._note)  # Lightning puts back what was there
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -163,11 +163,15 @@ class Checkpoints(Checkpoint):
     def _keep_if_best(self) -> None:
         if self._loss is None or not self._loss < self._lowest:
             return
-        with replacing(self.best, kept=_KEPT) as temporary:
+        with replacing(self.best, again=RESUME) as temporary:
             shutil.copyfile(self.last, temporary)
         self._lowest = self._loss
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            logger.info("Interrupted: stopping after this step, or validation. Ctrl-C again stops at once.")
         self._signal = number
 
     def _stops(self, trainer: L.Trainer, now: bool = False) -> bool:

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from theia.utils.files import replacing, sync, write_whole, writing
 
 METRICS = "metrics.csv"
-_KEPT = "What was written before is whole, and --ckpt_path last goes on from it"
+RESUME = "resume with --ckpt_path last"
 
 
 class _Rows:
@@ -82,11 +82,11 @@ class MetricsCSV(_Rows, Logger):
         row = {**metrics, "step": step}
         if self._columns is None:
             self._columns = [] if self._resumed_at is None else cut_rows(self.path, self._resumed_at)
-        with writing(self.path, kept=_KEPT):
+        with writing(self.path, again=RESUME):
             if not row.keys() <= set(self._columns):
                 earlier = _read(self.path) if self._columns else []
                 self._columns = sorted({*self._columns, *row})
-                write_whole(self.path, _lines(self._columns, [*earlier, row], header=True), kept=_KEPT)
+                write_whole(self.path, _lines(self._columns, [*earlier, row], header=True), again=RESUME)
                 return
             with self.path.open("ab") as file:
                 file.write(_lines(self._columns, [row]).encode())
@@ -101,7 +101,7 @@ class MetricsCSV(_Rows, Logger):
     @rank_zero_only
     def sync(self) -> None:
         """Waits until all rows are on the disk."""
-        with writing(self.path, kept=_KEPT):
+        with writing(self.path, again=RESUME):
             if self.path.exists():
                 sync(self.path)
 
@@ -157,7 +157,7 @@ def cut_rows(path: Path, steps: int) -> list[str]:
     columns = list(rows[0])
     content = _lines(columns, rows, header=True)
     if content.encode() != path.read_bytes():
-        write_whole(path, content, kept=_KEPT)
+        write_whole(path, content, again=RESUME)
     return columns
 
 
@@ -181,7 +181,7 @@ def cut_events(folder: Path, steps: int) -> None:
             if not event.HasField("summary") or event.step < steps
         ]
         if len(kept) < len(records):
-            with replacing(path, kept=_KEPT) as temporary, temporary.open("wb") as file:
+            with replacing(path, again=RESUME) as temporary, temporary.open("wb") as file:
                 writer = RecordWriter(file)
                 for record in kept:
                     writer.write(record)

@@ -12,6 +12,7 @@ from pathlib import Path
 from theia.errors import ConfigError, FileError, TheiaError
 
 KEPT = "What was there before is whole"
+AGAIN = "run the same command again"
 
 _SUFFIX = ".tmp"
 _HOST = socket.gethostname().replace("~", "-")
@@ -21,7 +22,7 @@ _ABANDONED_SECONDS = 6 * 3600.0
 
 
 @contextmanager
-def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT) -> Iterator[Path]:
+def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT, again: str = AGAIN) -> Iterator[Path]:
     """Gives a path to write to, beside the target; when the block ends well, what was written there is the target.
 
     Whatever happens at any time, a kill or a full disk included, the target is the old file or the new one, whole.
@@ -30,6 +31,7 @@ def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT)
         path: The target. Its folder is made if need be.
         error: Type of the error where the system refuses.
         kept: What is not lost, as the message says.
+        again: What to do next, as the message says.
 
     Yields:
         A path in the same folder, and so on the same disk.
@@ -38,7 +40,7 @@ def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT)
         FileError: Or ``error``, on any OSError in the block or here.
     """
     temporary = temporary_path(path)
-    with writing(path, error, kept):
+    with writing(path, error, kept, again):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, path.name)
         try:
@@ -49,7 +51,13 @@ def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT)
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes, error: type[TheiaError] = FileError, kept: str = KEPT) -> None:
+def write_whole(
+    path: Path,
+    content: str | bytes,
+    error: type[TheiaError] = FileError,
+    kept: str = KEPT,
+    again: str = AGAIN,
+) -> None:
     """Writes a small file: afterwards there is the old content or the new, whole, and it survives a loss of power.
 
     Args:
@@ -57,16 +65,17 @@ def write_whole(path: Path, content: str | bytes, error: type[TheiaError] = File
         content: Text is written as UTF-8.
         error: See :func:`replacing`.
         kept: Likewise.
+        again: Likewise.
 
     Raises:
         FileError: Or ``error``, if it cannot be written, for instance on a full disk.
     """
-    with replacing(path, error, kept) as temporary:
+    with replacing(path, error, kept, again) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def writing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT) -> Iterator[None]:
+def writing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT, again: str = AGAIN) -> Iterator[None]:
     """Turns system errors inside into one that names the file, and the disk where that is full.
 
     Raises:
@@ -75,22 +84,23 @@ def writing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT) -
     try:
         yield
     except OSError as cause:
-        raise error(what_failed(path, cause, kept)) from cause
+        raise error(what_failed(path, cause, kept, again)) from cause
 
 
-def what_failed(path: Path | str, cause: OSError, kept: str = KEPT) -> str:
+def what_failed(path: Path | str, cause: OSError, kept: str = KEPT, again: str = AGAIN) -> str:
     """Says that a file could not be written, why, and on which disk if that is full.
 
     Args:
         path: The file, or the folder that it was to lie in.
         cause: What the system said.
         kept: What is not lost.
+        again: What to do when the disk has space again.
     """
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         full = "the quota of file system" if cause.errno == errno.EDQUOT else "file system"
         place = f"{full} {mount_of(Path(path))}"
-        return f"Disk full while writing {path} ({place}). {kept}: free space and run the same command again."
-    return f"Cannot write {path}: {cause.strerror or cause}. {kept}: mend that and run the same command again."
+        return f"Disk full while writing {path} ({place}). {kept}: free space and {again}."
+    return f"Cannot write {path}: {cause.strerror or cause}. {kept}: mend that and {again}."
 
 
 def what_was_refused(cause: OSError) -> str:
@@ -119,7 +129,7 @@ def check_folder(folder: Path, option: str) -> None:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir():
             raise ConfigError(
-                f"{folder} cannot be written ({there} is no folder). Choose another folder with {option}."
+                f"{folder} cannot be written ({there} is a file, no folder). Choose another folder with {option}."
             )
         with tempfile.TemporaryFile(dir=there):
             pass
