@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from theia.cli import lightning
+from theia.cli import run as run_folder
 from theia.cli.lightning import TheiaCLI
 from theia.cli.main import main
-from theia.cli.options import OPTIONS, check_used
+from theia.cli.options import OPTIONS, changes, check_used, shaping, without
 from theia.errors import ConfigError
 from theia.training.records import METRICS
 
@@ -151,7 +153,7 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     free = [f"--{name}={value}" for name, value in OTHER.items() if OPTIONS[name].resumed == "free"]
-    assert len(free) == 3
+    assert len(free) == 2
 
     again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last"]
     same = ["--trainer.limit_train_batches=1.0", "--trainer.precision=32-true"]  # where nothing is given
@@ -266,6 +268,73 @@ def test_a_checkpoint_of_lightnings_own_is_pointed_to_and_not_taken_in_silence(
     assert main(["fit", f"--config={config}", f"--run_folder={tmp_path}", "--ckpt_path=last"]) == 1
 
     assert f"--ckpt_path {tmp_path / 'hpc_ckpt_1.ckpt'}" in capsys.readouterr().err
+
+
+def test_a_run_whose_last_checkpoint_is_gone_is_not_started_anew_over_its_records(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "last.ckpt").unlink()
+    before = contents(copy)
+
+    again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    assert main(again) == 1
+
+    assert f"--ckpt_path {copy / 'checkpoints' / 'best.ckpt'}" in capsys.readouterr().err
+    assert contents(copy) == before
+
+
+def test_a_resumed_run_without_its_records_is_refused_and_so_are_other_held_out_images(
+    store: Path, config: Path, run: Path, tmp_path: Path, make_split: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    other = tmp_path / "store"
+    shutil.copytree(store, other)
+    shutil.rmtree(other / "val")
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    make_split(other, "val", 8)
+
+    again = ["fit", f"--config={config}", f"--run_folder={run}", "--ckpt_path=last", "--trainer.max_epochs=2"]
+    assert main([*again, "--trainer.logger=false"]) == 1
+    assert "trainer.logger is false, but" in capsys.readouterr().err
+    assert main([*again, f"--data.store={other}"]) == 1
+    assert "The held-out images of the store" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_what_a_start_changed_whose_steps_were_lost_has_never_been(tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    dead = [{"step": 14, "option": "precision", "old": "32-true", "new": "bf16-mixed"}]
+    path.write_text(json.dumps({"precision": "bf16-mixed", "device": "cpu", "changes": dead}))
+
+    assert run_folder._with_changes(path, {"precision": "32-true", "device": "cpu"}, [], 14) == []
+    assert run_folder._with_changes(path, {"precision": "32-true", "device": "cpu"}, [], 20) == [
+        *dead, {"step": 20, "option": "precision", "old": "bf16-mixed", "new": "32-true"},
+    ]  # fmt: skip
+
+
+def test_one_batch_is_not_all_batches_and_callbacks_are_their_options() -> None:
+    def of(**trainer: Any) -> dict[str, Any]:
+        values = Namespace({f"trainer.{name}": value for name, value in trainer.items()})
+        values["model.weights"] = "scratch"
+        return shaping(values)
+
+    checkpoint = {"global_step": 3, "callbacks": {"Checkpoints": {"options": of(limit_val_batches=1.0)}}}
+    with pytest.raises(ConfigError, match=r"trainer\.limit_val_batches was 1\.0, now it is 1\."):
+        changes(checkpoint, of(limit_val_batches=1))
+
+    sums = [[{"class_path": "Summing", "init_args": {"scheduling": {"0": batches}}}] for batches in (1, 8)]
+    checkpoint = {"global_step": 3, "callbacks": {"Checkpoints": {"options": of(callbacks=sums[0])}}}
+    assert [change.option for change in changes(checkpoint, of(callbacks=sums[1]))] == ["trainer.callbacks"]
+
+
+def test_a_command_is_repeated_without_an_option_of_it() -> None:
+    words = ["fit", "--ckpt_path", "a.ckpt", "--x", "--ckpt_path=b.ckpt", "--y=--ckpt_path"]
+
+    assert without("ckpt_path", words) == ["fit", "--x", "--y=--ckpt_path"]
 
 
 def test_under_slurm_lightning_writes_no_checkpoint_of_its_own(

@@ -12,10 +12,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from theia.errors import FileError
+from theia.errors import ConfigError, FileError
 from theia.training.checkpoints import Checkpoints, DurableCheckpoints, StopRequested, lowest_loss
 from theia.training.records import MetricsCSV
 
@@ -189,6 +190,92 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, 
     if scontrol.exists():
         assert scontrol.read_text() == "requeue 7\n"
     assert signal.getsignal(number) == before
+
+
+def test_a_damaged_last_checkpoint_never_becomes_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fit(tmp_path, 2)
+    shutil.copy(folder / "last.ckpt", folder / "early.ckpt")
+    fit(tmp_path, 3)
+    (folder / "last.ckpt").write_bytes(b"damaged")
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path, 3, Kill(), resume="early")
+
+    assert best_step(tmp_path) == 2  # that of the steps which are not taken again
+
+
+def test_validations_in_the_midst_of_a_step_are_refused(tmp_path: Path) -> None:
+    data = DataLoader(TensorDataset(torch.ones(6, 1)))
+    for interval, works in ((3, False), (2, True), (4, True), (6, True)):
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, accumulate_grad_batches=2, val_check_interval=interval,
+            callbacks=[Checkpoints(tmp_path / str(interval), 1)],
+        )  # fmt: skip
+        if works:
+            trainer.fit(Scripted(LOSSES), data, data)
+        else:
+            with pytest.raises(ConfigError, match=r"trainer\.val_check_interval to a multiple of 2"):
+                trainer.fit(Scripted(LOSSES), data, data)
+
+
+def test_a_branch_that_is_killed_at_once_goes_on_from_where_it_left_the_other_run(tmp_path: Path) -> None:
+    fit(tmp_path / "run", 3)
+    branch = tmp_path / "branch"
+    (branch / "checkpoints").mkdir(parents=True)
+    fork = branch / "fork.ckpt"
+    shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", fork)
+    data = DataLoader(TensorDataset(torch.ones(1, 1)))
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        L.Trainer(
+            accelerator="cpu", max_epochs=5, logger=MetricsCSV(branch, 3), enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, plugins=[DurableCheckpoints()], log_every_n_steps=1,
+            callbacks=[Kill(), Checkpoints(branch / "checkpoints", 1)],
+        ).fit(Scripted(LOSSES), data, data, ckpt_path=fork, weights_only=True)  # fmt: skip
+    assert {path.name for path in (branch / "checkpoints").iterdir()} == {"last.ckpt"}
+
+    fit(branch, 5)
+    fit(tmp_path / "run", 5)
+
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (branch, tmp_path / "run")]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 5
+    assert torch.equal(ends[0]["state_dict"]["layer.weight"], ends[1]["state_dict"]["layer.weight"])
+    assert best_step(branch) == best_row(branch) == 5
+
+
+def test_a_logger_of_the_users_gets_each_row_once(tmp_path: Path) -> None:
+    data = DataLoader(TensorDataset(torch.ones(4, 1)))
+    given = CSVLogger(tmp_path, name="", version="")
+    L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=given, log_every_n_steps=1, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=[Checkpoints(tmp_path / "checkpoints", 1)],
+    ).fit(Logged(LOSSES | {4: 1.0}), data, data)  # fmt: skip
+
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == ["0", "1", "2", "3"]
+
+
+class Logged(Scripted):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        return loss
 
 
 def test_a_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed
+from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.cli.report import table, write_report
 from theia.cli.run import (
@@ -43,7 +43,7 @@ from theia.scoring import registry
 from theia.training.callbacks import FeaturePictures, Throughput
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested, requeue
 from theia.training.distillation import Distillation
-from theia.training.records import Events, MetricsCSV
+from theia.training.records import METRICS, Events, MetricsCSV
 from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,7 @@ class TheiaCLI(LightningCLI):
             return  # when the other processes start, the first one may have written there already
         run = self.run_folder
         check_folder(run, "--run_folder")
-        own = (checkpoints(run).resolve(), run.resolve())
-        if self.checkpoint is not None and self.loaded is not None and self.checkpoint.resolve().parent in own:
+        if self.checkpoint is not None and self.loaded is not None and self._is_own(self.checkpoint):
             check_newest(self.checkpoint, self.loaded["global_step"], run, _steps_of(checkpoints(run) / LAST))
         elif self.asked != "last":
             check_unused(run)
@@ -178,13 +177,28 @@ class TheiaCLI(LightningCLI):
         """Sees that the run keeps its recipe, and notes what changes from here on."""
         check_left(options.trainer, checkpoint)
         now = changes(checkpoint, self.state["options"])
-        for change in now:
+        for change in [] if getattr(rank_zero_only, "rank", 0) else now:
             logger.warning(
                 "From step %d on, %s is %r; until then it was %r.", change.step, change.option, change.new, change.old
             )
         every = [*earlier_changes(checkpoint), *now]
         self.state["changes"] = [change._asdict() for change in every]
         self.save_config_kwargs = {"resumed_at": checkpoint["global_step"], "changes": every}
+        if self.checkpoint is not None and not self._is_own(self.checkpoint):
+            self.save_config_kwargs["started_from"] = {
+                "name": self.checkpoint.name,
+                "sha256": file_sha256(self.checkpoint),
+                "step": checkpoint["global_step"],
+            }
+        elif options.trainer.logger is False and (self.run_folder / METRICS).exists():
+            raise ConfigError(
+                f"trainer.logger is false, but {self.run_folder / METRICS} has rows of this run, and would lack those "
+                "to come. Leave it out, or branch off into another folder with --run_folder FOLDER."
+            )
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run."""
+        return checkpoint.resolve().parent in (checkpoints(self.run_folder).resolve(), self.run_folder.resolve())
 
     def after_instantiate_classes(self) -> None:
         """Checks what was just built, before the run folder is touched."""
@@ -333,11 +347,10 @@ def main(argv: Sequence[str]) -> int:
             )
     except StopRequested as stop:
         if not getattr(rank_zero_only, "rank", 0):
-            last = [] if "--ckpt_path" in " ".join(argv) else ["--ckpt_path", "last"]
+            again = shlex.join(["theia", *without("ckpt_path", argv), "--ckpt_path", "last"])
             logger.warning(
-                "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s",
-                stop.step, LAST, shlex.join(["theia", *argv, *last]),
-            )  # fmt: skip
+                "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s", stop.step, LAST, again
+            )
         return _SIGNALLED + stop.number
     except SIGTERMException:  # Lightning would end with 0, as if all were done
         return _SIGNALLED + signal.SIGTERM

@@ -1,6 +1,7 @@
 """Every option of ``theia fit``, ``validate`` and ``test``: who uses it, and what a resumed run does with it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
@@ -42,7 +43,8 @@ OPTIONS: dict[str, Option] = {
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
     **_table(_FIT, "free", "model.", "compile"),
     # The samples and their order. A store may have moved: its images and features are compared, not its path.
-    **_table(_ALL, "free", "data.", "store val_batch_size workers"),
+    **_table(_ALL, "free", "data.", "store workers"),
+    **_table(_ALL, "applied", "data.", "val_batch_size"),  # where only so many batches are validated, it matters
     **_table(_ALL, "same", "data.", "teachers val_split holdout"),
     **_table(_FIT, "same", "data.", "batch_size fraction seed"),
     # How long, and where; the steps that are taken stay the same.
@@ -61,19 +63,23 @@ OPTIONS: dict[str, Option] = {
     **_table(_FIT, "free", "trainer.", "logger log_every_n_steps enable_checkpointing num_sanity_val_steps"),
     **_table(_FIT, "free", "trainer.", "enable_model_summary enable_autolog_hparams detect_anomaly"),
     **_table(_FIT, "free", "trainer.", "reload_dataloaders_every_n_epochs"),
-    **_table(_ALL, "free", "trainer.", "fast_dev_run enable_progress_bar profiler barebones"),
+    **_table(_ALL, "free", "trainer.", "fast_dev_run enable_progress_bar profiler"),
     **_table(_SCORE, "free", "trainer.", "inference_mode"),
     **_table(_ALL, "free", "", "run_folder ckpt_path config"),
     **_table(_TEST, "free", "", "compare_untrained scorers scorer_images"),
     **_table(("validate",), "free", "", "verbose"),
     # Lightning's, for what is not done here.
-    **_table((), "free", "trainer.", "limit_predict_batches use_distributed_sampler model_registry"),
+    **_table((), "free", "trainer.", "limit_predict_batches use_distributed_sampler model_registry barebones"),
 }
 
 # What Lightning takes where nothing is given.
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
 
-# What a run folder replaces.
+# Where 1 is one batch, and 1.0 all of them.
+_SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}
+_SHARES.add("trainer.val_check_interval")
+
+# Options that another one replaces here.
 _INSTEAD = {"trainer.default_root_dir": "--run_folder"}
 
 
@@ -122,6 +128,17 @@ def typed(name: str, arguments: Sequence[str]) -> bool:
     return name in _typed(arguments)
 
 
+def without(name: str, arguments: Sequence[str]) -> list[str]:
+    """A command line without an option and its value."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != f"--{name}" and not argument.startswith(f"--{name}="):
+            kept.append(argument)
+        skip = argument == f"--{name}"
+    return kept
+
+
 def shaping(config: Namespace) -> dict[str, Any]:
     """The options that a checkpoint keeps, since they shaped what it holds.
 
@@ -155,7 +172,11 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
         then = {
             f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
         }
-    different = [name for name, value in now.items() if name in then and then[name] != value]
+    different = [
+        name
+        for name, value in now.items()
+        if name in then and (then[name] != value or (name in _SHARES and type(then[name]) is not type(value)))
+    ]
     refused = [name for name in different if OPTIONS[name].resumed == "same"]
     if refused:
         lines = "; ".join(f"{name} was {then[name]!r}, now it is {now[name]!r}" for name in refused)
@@ -183,10 +204,11 @@ def _plain(name: str, value: Any) -> Any:
         return _DEFAULTS.get(name)
     if name == "model.weights":
         return weights_name(value)
-    if isinstance(value, Namespace):
-        return value.get("class_path") or {key: _plain(key, inner) for key, inner in vars(value).items()}
-    if isinstance(value, Mapping):
-        return value.get("class_path") or {str(key): _plain(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, Namespace | Mapping):
+        items = vars(value) if isinstance(value, Namespace) else value
+        return {str(key): _plain(str(key), inner) for key, inner in items.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner) for inner in value]
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, bool | int | float):
+        return value
+    return Path(str(value)).name  # of a path, nothing that lies on this machine only

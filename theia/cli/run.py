@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,12 +85,13 @@ def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None
         return Path(ckpt_path)
     path = checkpoints(run) / f"{ckpt_path}.ckpt"
     if starting and ckpt_path == "last" and not path.is_file():
-        # Lightning's own, which an earlier version let it write under SLURM.
-        others = sorted(run.glob("hpc_ckpt_*.ckpt"), key=lambda other: other.stat().st_mtime)
-        if others:
+        # Those of Lightning's own, too, which an earlier version let it write under SLURM.
+        there = [*checkpoints(run).glob("*.ckpt"), *run.glob("hpc_ckpt_*.ckpt")]
+        if there:
+            newest = max(there, key=lambda other: other.stat().st_mtime)
             raise ConfigError(
-                f"There is no {LAST} in {checkpoints(run)}, but {others[-1]}. Go on from it with --ckpt_path "
-                f"{others[-1]}, or move it away to start anew."
+                f"There is no {LAST} in {checkpoints(run)}, but {newest}. Go on from it with --ckpt_path "
+                f"{shlex.quote(str(newest))}, or start another run with --run_folder FOLDER."
             )
         logger.warning("No checkpoint in %s yet: training starts from the beginning.", checkpoints(run))
         return None
@@ -210,13 +212,19 @@ class SaveRun(SaveConfigCallback):
         config: What it parsed.
         resumed_at: Optimisation steps that the run has taken before.
         changes: Options that have another value from there on, after those of earlier times.
+        started_from: For a branch of another run: name, sha256 and step of the checkpoint that it began with.
     """
 
     def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, resumed_at: int = 0, changes: Sequence[Change] = ()
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        resumed_at: int = 0,
+        changes: Sequence[Change] = (),
+        started_from: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(parser, config, save_to_log_dir=False)  # Lightning would not write it whole or not at all
-        self._resumed_at, self._changes = resumed_at, list(changes)
+        self._resumed_at, self._changes, self._started_from = resumed_at, list(changes), started_from
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes both files, each whole or not at all."""
@@ -233,6 +241,9 @@ class SaveRun(SaveConfigCallback):
             "images": datamodule.trained_on if datamodule else None,
         }
         path = run / ENVIRONMENT
+        started_from = self._started_from or _read(path).get("started_from")
+        if started_from:
+            environment["started_from"] = dict(started_from)
         changes = [change._asdict() for change in self._changes]
         if self._resumed_at:
             changes = _with_changes(path, environment, changes, self._resumed_at)
@@ -248,18 +259,31 @@ def _with_changes(
     path: Path, environment: Mapping[str, Any], changes: list[dict[str, Any]], step: int
 ) -> list[dict[str, Any]]:
     """All changes since the run began: those that are known, and what the environment was before and is now."""
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
+    before = _read(path)
+    if not before:
         return changes  # a run that was moved without it
-    kept = [change for change in before.get("changes", []) if change not in changes]
+    said = before.get("changes", [])
+    kept = [change for change in said if change["step"] < step and change not in changes]
     then, now = _flat(before), _flat(environment)
+    # What a start changed whose steps were all lost has never been.
+    for change in reversed(said):
+        if change["step"] >= step and change["option"] in now:
+            then[change["option"]] = change["old"]
     for name in dict.fromkeys([*then, *now]):
         if then.get(name) != now.get(name):
             change = Change(step, name, then.get(name), now.get(name))
             logger.warning("From step %d on, %s is %s; until then it was %s.", step, name, change.new, change.old)
             kept.append(change._asdict())
     return sorted([*changes, *kept], key=lambda change: int(change["step"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -230,7 +230,8 @@ class FeatureDataModule(L.LightningDataModule):
             return {}
         return {
             "images_sha256": self._training_images,
-            "features": self._features,
+            "features": self._features("train"),
+            "held_out": self._held_out_digest(),
             "loader": self._training_loader.state_dict(),
         }
 
@@ -251,12 +252,19 @@ class FeatureDataModule(L.LightningDataModule):
                 "Resume with its own store, or start a new run."
             )
         then = state.get("features", {})  # an earlier version did not say
-        other = [name for name, digest in self._features.items() if then.get(name, digest) != digest]
+        other = [name for name, digest in self._features("train").items() if then.get(name, digest) != digest]
         if other:
             raise ConfigError(
                 f"The features of {', '.join(other)} in the store {self.store.root} are not those that the "
                 "checkpoint's run learned from: other weights, options or precision. Resume with its own store, or "
                 "start a new run."
+            )
+        held_out = self._held_out_digest()
+        if state.get("held_out", held_out) != held_out:
+            raise ConfigError(
+                f"The held-out images of the store {self.store.root}, or their features, are not those that the "
+                "checkpoint's run was validated on: another split, or one that was extracted since. The best of both "
+                "would not be comparable. Resume with its own store, or start a new run."
             )
         self._training_sampler(self._open("train"), 0, 1).load_state_dict(state["loader"])
 
@@ -274,15 +282,24 @@ class FeatureDataModule(L.LightningDataModule):
         if self._training_loader is not None:
             self._training_loader.load_state_dict(state["loader"])
 
-    @property
-    def _features(self) -> dict[str, str]:
-        """By teacher, a digest of what its features are: its spec, and how they are stored."""
-        sets = self.store.manifest.splits["train"].sets
+    def _features(self, split: str) -> dict[str, str]:
+        """By teacher, a digest of what its features in a split are: its spec, and how they are stored."""
+        sets = self.store.manifest.splits[split].sets
         digests = {}
         for name, spec in self.teacher_specs.items():
             facts = {**to_plain(spec), "licence": None, "dtype": sets[name].dtype}
             digests[name] = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
         return digests
+
+    def _held_out_digest(self) -> str:
+        """What validation and test are done on, wherever it lies."""
+        split = self.val_split or "train"
+        facts = {
+            "held out of the training split": self.val_split is None,
+            "images": self.store.manifest.splits[split].images.ids_sha256,
+            "features": self._features(split),
+        }
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
     @property
     def _training_images(self) -> str:

@@ -24,9 +24,9 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from theia.errors import CheckpointError
+from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import read_checkpoint
-from theia.training.records import RESUME, MetricsCSV
+from theia.training.records import RESUME, MetricsCSV, Rows
 from theia.utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,19 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes where a resumed run begins, and what is the best so far; from now on signals are waited for."""
+        _check_accumulation(trainer)
         self._step = self._saved_step = trainer.global_step
+        source = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        own = source is not None and source.resolve().parent == self.last.parent.resolve()
         if trainer.is_global_zero:
             self._lowest = lowest_loss(self.best, trainer.global_step)
             # Killed after last.ckpt, before best.ckpt.
-            if self.last.exists():
-                self._keep_if_best()
+            if source is not None and own:
+                self._keep_if_best(source)
+        if source is not None and not own:
+            # A branch of another run: killed before its first checkpoint, it goes on from here and not from nothing.
+            self._loss = None  # of a validation of the other run
+            self._save(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._note)  # Lightning puts back what was there
@@ -129,8 +136,10 @@ class Checkpoints(Checkpoint):
             return
         stops = self._stops(trainer)
         if stops or trainer.global_step % self.every_n_steps == 0:
-            # The row of this step is on the disk before the checkpoint: Lightning would write it after it.
-            trainer._logger_connector.update_train_step_metrics()
+            # The row of this step is on the disk before the checkpoint: Lightning would write it after it. Loggers of
+            # the user's would write it twice.
+            if all(isinstance(records, Rows) for records in trainer.loggers):
+                trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
         if stops:
             self._stop(trainer)
@@ -143,7 +152,7 @@ class Checkpoints(Checkpoint):
         self._loss = None if loss is None else float(loss)
         self._save(trainer)
         if trainer.is_global_zero:
-            self._keep_if_best()
+            self._keep_if_best(self.last)
         if self._stops(trainer, now=True):
             self._stop(trainer)
 
@@ -160,11 +169,11 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self.last, weights_only=False)
         self._saved_step = trainer.global_step
 
-    def _keep_if_best(self) -> None:
+    def _keep_if_best(self, checkpoint: Path) -> None:
         if self._loss is None or not self._loss < self._lowest:
             return
         with replacing(self.best, again=RESUME) as temporary:
-            shutil.copyfile(self.last, temporary)
+            shutil.copyfile(checkpoint, temporary)
         self._lowest = self._loss
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -212,10 +221,29 @@ def lowest_loss(path: Path, steps: int) -> float:
         return math.inf
     for name, state in checkpoint.get("callbacks", {}).items():
         if name == Checkpoints.__qualname__:
-            return float(state[MONITORED])
+            return math.inf if state[MONITORED] is None else float(state[MONITORED])
         if name.startswith("ModelCheckpoint"):  # a run of an earlier version
             return float(state["best_model_score"])
     return math.inf
+
+
+def _check_accumulation(trainer: L.Trainer) -> None:
+    """Refuses validations in the midst of a step: a checkpoint has no place for gradients that are being summed.
+
+    Raises:
+        ConfigError: Names the options.
+    """
+    summed, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
+    if summed == 1 or not isinstance(interval, int) or interval == trainer.num_training_batches:
+        return  # the last batch of an epoch always ends a step
+    # Without a number of epochs, batches are counted on from one epoch to the next.
+    aligned = trainer.check_val_every_n_epoch is not None or trainer.num_training_batches % summed == 0
+    if interval % summed == 0 and aligned:
+        return
+    raise ConfigError(
+        f"Validations every {interval} batches would come in the midst of steps of {summed} batches "
+        f"(trainer.accumulate_grad_batches). Set trainer.val_check_interval to a multiple of {summed}."
+    )
 
 
 @rank_zero_only

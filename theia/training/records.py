@@ -22,8 +22,8 @@ METRICS = "metrics.csv"
 RESUME = "resume with --ckpt_path last"
 
 
-class _Rows:
-    """Takes each row once: a step's is written ahead of its checkpoint, and then Lightning hands it over again."""
+class Rows:
+    """Records that write each row once: the row of a checkpoint's step is handed over before it, and again after it."""
 
     _last_row = ""
 
@@ -35,7 +35,7 @@ class _Rows:
         return True
 
 
-class MetricsCSV(_Rows, Logger):
+class MetricsCSV(Rows, Logger):
     """Writes ``metrics.csv``, a line at once, and goes on in it when a run is resumed.
 
     Lightning's own logger rewrites the whole file in place when a column is added, and deletes it on resuming.
@@ -52,7 +52,7 @@ class MetricsCSV(_Rows, Logger):
         super().__init__()
         self.path = Path(run) / METRICS
         self._resumed_at = resumed_at
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
 
     @property
     def name(self) -> str:
@@ -80,8 +80,7 @@ class MetricsCSV(_Rows, Logger):
         if not self._is_new(metrics, step):
             return
         row = {**metrics, "step": step}
-        if self._columns is None:
-            self._columns = [] if self._resumed_at is None else cut_rows(self.path, self._resumed_at)
+        self._cut()
         with writing(self.path, again=RESUME):
             if not row.keys() <= set(self._columns):
                 earlier = _read(self.path) if self._columns else []
@@ -100,13 +99,19 @@ class MetricsCSV(_Rows, Logger):
 
     @rank_zero_only
     def sync(self) -> None:
-        """Waits until all rows are on the disk."""
+        """Waits until all rows are on the disk, and those of steps that are taken again are gone."""
+        self._cut()
         with writing(self.path, again=RESUME):
             if self.path.exists():
                 sync(self.path)
 
+    def _cut(self) -> None:
+        if self._resumed_at is not None:
+            self._columns = cut_rows(self.path, self._resumed_at)
+            self._resumed_at = None
 
-class Events(_Rows, TensorBoardLogger):
+
+class Events(Rows, TensorBoardLogger):
     """TensorBoard's events, right in the run folder; a resumed run cuts away those of steps that it will take again.
 
     Args:
