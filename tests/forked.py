@@ -237,7 +237,8 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> Sequence[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.path[:] = dict.fromkeys([*os.environ["PYTHONPATH"].split(os.pathsep), *sys.path])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = dict.fromkeys([*filter(None, paths), *sys.path])
     # A shell has what it runs in the background ignore Ctrl-C, the tests included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # What Lightning starts anew for a second device, and how.
