@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _ADDRESS = "THEIA_TESTS_FORK_SERVER"
 # What `theia fit`, `test`, `extract` and `ablate` import at some time.
 _IMPORTED = (
-    *(f"theia.cli.{name}" for name in ("lightning", "extract", "ablate", "scores")), "sklearn.decomposition",
+    *(f"theia.cli.{name}" for name in ("lightning", "extract", "ablate")), "theia.scoring.run", "sklearn.decomposition",
     "sklearn.neighbors", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "rich.console",
 )  # fmt: skip
 # As `python -m theia`, for a sweep. It lasts as long as what it stands for, and ends as that does.
@@ -255,9 +255,9 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> Sequence[str]:
 
 
 def _fork_jobs(setattr: Callable[[object, str, object], None]) -> None:
-    job, sweep = (importlib.import_module(f"theia.ablation.{name}") for name in ("job", "sweep"))
-    setattr(sweep, "Job", partial(job.Job, program=PROGRAM))
-    setattr(job, "_GRACE_S", PATIENCE_S)
+    launch, sweep = (importlib.import_module(f"theia.ablation.{name}") for name in ("launch", "sweep"))
+    setattr(sweep, "Job", partial(launch.Job, program=PROGRAM))
+    setattr(launch, "_GRACE_S", PATIENCE_S)
 
 
 def _stand_for(arguments: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from theia.lists import comma_list
+from theia.utils.arguments import comma_list
 
 
 @pytest.mark.parametrize("value", ["clip,dinov2", " clip , dinov2,", ["clip", "dinov2"]])

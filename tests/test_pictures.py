@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from theia.pictures import board, colour_basis, norm_map, pca_colours
+from theia.utils.pictures import board, colour_basis, norm_map, pca_colours
 
 
 def test_colours_follow_the_principal_axes() -> None:

@@ -14,7 +14,6 @@ from benchmarks.latency.report import results as records
 from benchmarks.latency.report import table
 from benchmarks.latency.rows import Row, measure
 from benchmarks.latency.trained import random_encoder, trained_encoder
-from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import MOST_PAIRS, BenchmarkError
 from benchmarks.throughput.report import write
 from theia.cli.main import carry_out
@@ -22,9 +21,9 @@ from theia.cli.parser import Parser
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
 from theia.export.onnx import photographs
-from theia.lists import comma_list
 from theia.models.student import Size
-from theia.utils.numbers import MOST_PROCESSES, check_number
+from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
+from theia.utils.provenance import machine, versions
 
 _PIXELS = 224
 _MOST_IMAGES = 65536  # of a batch: ten gigabytes

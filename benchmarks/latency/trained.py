@@ -7,7 +7,7 @@ import torch
 
 from theia import registry
 from theia.encoder.encoder import Encoder
-from theia.extraction.samples import SampleSource
+from theia.extraction.sources import SampleSource
 from theia.models.architecture import Architecture
 from theia.models.student import Size
 from theia.training.losses import feature_loss, teacher_weights, weighted_mean

@@ -13,11 +13,11 @@ from benchmarks.command import check_folders
 from benchmarks.soak.report import grown, summarize, table, write
 from benchmarks.soak.store import write_store
 from benchmarks.soak.watch import Watch
-from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import BenchmarkError
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
-from theia.utils.numbers import MOST_PROCESSES, check_number
+from theia.utils.arguments import MOST_PROCESSES, check_number
+from theia.utils.provenance import machine, versions
 
 # Enough points for a line, few enough not to disturb.
 _LOOKS = 400

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.command import check_folders
-from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import MOST_PAIRS, BenchmarkError, Result, Settings
 from benchmarks.throughput.report import table, write
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
-from theia.utils.numbers import MOST_PROCESSES, check_number
+from theia.utils.arguments import MOST_PROCESSES, check_number
+from theia.utils.provenance import machine, versions
 
 # Modules of this package, in the order of their turns.
 SUITES = [

@@ -17,8 +17,7 @@ from theia.extraction.config import ExtractConfig
 from theia.extraction.extract import extract
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.store.reader import FeatureStore
-from theia.store.split import Split
+from theia.store.reader import FeatureStore, Split
 from theia.store.writer import SplitWriter
 from theia.training.losses import cosine_loss, feature_loss
 from theia.training.optim import build_optimizer, warmup_then_constant

@@ -14,9 +14,8 @@ from benchmarks.throughput.measure import Measure, ParityError, Result, Settings
 from theia import registry
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.store.reader import FeatureStore
+from theia.store.reader import FeatureStore, Split
 from theia.store.schema import IMAGE, ImageSet, hash_ids
-from theia.store.split import Split
 from theia.store.writer import SplitWriter
 from theia.types import TeacherSpec
 

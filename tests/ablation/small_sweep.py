@@ -6,7 +6,7 @@ Training stands still before a step that is held, until it is let go or asked to
 import sys
 from pathlib import Path
 
-from theia.ablation.job import Job
+from theia.ablation.launch import Job
 from theia.ablation.run import Run
 
 PROGRAM = """

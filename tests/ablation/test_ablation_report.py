@@ -11,8 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from theia.ablation.figure import draw
 from theia.ablation.hparams import write_hparams
-from theia.ablation.page import main_table, page
-from theia.ablation.report import write
+from theia.ablation.report import main_table, page, write_report
 from theia.ablation.summary import Scored, summarise
 
 SCORE = "readout/explained_variance"
@@ -57,11 +56,11 @@ def lines(text: str, start: str) -> list[str]:
 
 
 def test_a_report_is_four_whole_files(tmp_path: Path) -> None:
-    paths = write(tmp_path / "sweep", summarise(runs()), STATEMENT)
+    paths = write_report(tmp_path / "sweep", summarise(runs()), STATEMENT)
     assert [path.name for path in paths] == ["report.md", "report.csv", "report.png", "report.json"]
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == sorted(path.name for path in paths)
     first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in write(tmp_path / "sweep", summarise(runs()), STATEMENT)] == first
+    assert [path.read_bytes() for path in write_report(tmp_path / "sweep", summarise(runs()), STATEMENT)] == first
 
 
 def test_the_page_ranks_and_compares() -> None:
@@ -144,7 +143,7 @@ def test_the_table_for_a_terminal_has_no_markup() -> None:
 
 
 def test_the_csv_has_means_and_intervals(tmp_path: Path) -> None:
-    write(tmp_path, summarise(runs()), {})
+    write_report(tmp_path, summarise(runs()), {})
     with (tmp_path / "report.csv").open(newline="") as file:
         sam, both, clip = csv.DictReader(file)
     assert (both["row"], both["teachers"], both["seeds"]) == ("both", "clip+sam", "0 1 2")
@@ -158,7 +157,7 @@ def test_the_csv_has_means_and_intervals(tmp_path: Path) -> None:
 def test_the_json_has_everything(tmp_path: Path) -> None:
     scored = runs()
     scored[0] = Scored(row="clip", seed=0, teachers=("clip",), scores={"x": float("nan"), SCORE: 0.5}, options={})
-    write(tmp_path, summarise(scored, reference="clip"), {**STATEMENT, "out": tmp_path})
+    write_report(tmp_path, summarise(scored, reference="clip"), {**STATEMENT, "out": tmp_path})
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert (content["sort_by"], content["higher_is_better"], content["reference"]) == (SCORE, True, "clip")
     assert [row["name"] for row in content["rows"]] == ["sam", "both", "clip"]
@@ -193,7 +192,7 @@ def test_every_range_of_scores_can_be_drawn(tmp_path: Path, values: list[float |
         Scored(row=str(place), seed=0, teachers=(), scores={"y": 1.0} if value is None else {"x": value}, options={})
         for place, value in enumerate(values)
     ]
-    write(tmp_path, summarise(scored, sort_by="x"), {})
+    write_report(tmp_path, summarise(scored, sort_by="x"), {})
     assert matplotlib.image.imread(tmp_path / "report.png").ndim == 3
 
 

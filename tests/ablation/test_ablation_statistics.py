@@ -3,8 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from theia.ablation.statistics import estimate, holm, paired_difference
-from theia.analysis.statistics import correlation
+from theia.utils.estimates import correlation, estimate, holm, paired_difference
 
 # Of the t distribution, from a printed table: 97.5 % with 1 and 2 degrees of freedom.
 T_1, T_2 = 12.706, 4.303

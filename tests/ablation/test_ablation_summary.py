@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from theia.ablation.external import merge, read
-from theia.ablation.summary import Scored, higher_is_better, summarise
+from theia.ablation.summary import Scored, higher_is_better, merge_external, read_external, summarise
 from theia.errors import ConfigError
 
 READOUT = "readout/explained_variance"
@@ -20,7 +19,7 @@ def external(tmp_path: Path, text: str, scored: list[Scored]) -> list[Scored]:
     for one in scored:
         assert one.seed is not None
         planned.setdefault(one.row, []).append(one.seed)
-    merged, waiting = merge(scored, read(tmp_path / "robot.csv", planned))
+    merged, waiting = merge_external(scored, read_external(tmp_path / "robot.csv", planned))
     assert waiting == []
     return merged
 
@@ -176,13 +175,13 @@ def test_errors_in_external_scores_name_the_line(tmp_path: Path, text: str, mess
 
 def test_external_scores_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        read(tmp_path / "absent.csv", {})
+        read_external(tmp_path / "absent.csv", {})
 
 
 def test_external_scores_of_what_is_not_finished_wait(tmp_path: Path) -> None:
     (tmp_path / "robot.csv").write_text("row,seed,x\na,0,1\na,1,2\nb,,3\n")
-    added = read(tmp_path / "robot.csv", {"a": [0, 1], "b": [0]})
-    merged, waiting = merge([run("a", 0, y=1)], added)
+    added = read_external(tmp_path / "robot.csv", {"a": [0, 1], "b": [0]})
+    merged, waiting = merge_external([run("a", 0, y=1)], added)
     assert [one.scores for one in merged] == [{"y": 1, "external/x": 1}]
     assert waiting == ["a, seed 1", "b"]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from ablation.small_sweep import make_run
 
-from theia.ablation.caveats import caveats
 from theia.ablation.run import Run
+from theia.ablation.summary import caveats
 
 Tested = tuple[Run, dict[str, Any]]
 

@@ -13,10 +13,8 @@ import pytest
 from ablation.small_sweep import count, hold, make_job, make_run, steps
 from events import PATIENCE_S, wait_for
 
-from theia.ablation import launch
-from theia.ablation.job import Job
-from theia.ablation.lock import lock
-from theia.ablation.run import Run
+from theia.ablation.launch import Job, _shares, check_launcher, run_locally, run_on_slurm
+from theia.ablation.run import Run, lock
 from theia.errors import ConfigError
 
 
@@ -41,15 +39,13 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
                 event.set()
             yield held
 
-    monkeypatch.setattr("theia.ablation.job.lock", watched)
+    monkeypatch.setattr("theia.ablation.launch.lock", watched)
     return event
 
 
 def carry_out(runs: list[Run], parallel: int = 1) -> dict[str, int]:
     ended: dict[str, int] = {}
-    launch.run_locally(
-        [make_job(run) for run in runs], parallel, nothing, lambda job, code: ended.update({job.run.row: code})
-    )
+    run_locally([make_job(run) for run in runs], parallel, nothing, lambda job, code: ended.update({job.run.row: code}))
     return ended
 
 
@@ -87,7 +83,7 @@ def test_two_run_at_a_time_and_no_more(tmp_path: Path) -> None:
             seen.append([run.row for run in runs if run.running])
             held[begun[0].row].unlink()
 
-    launch.run_locally([make_job(run) for run in runs], 2, let_one_go, lambda *_: None)
+    run_locally([make_job(run) for run in runs], 2, let_one_go, lambda *_: None)
     assert all(run.finished for run in runs)
     assert seen[0] == ["a", "b"]
     assert {len(rows) for rows in seen[:3]} == {2}
@@ -97,11 +93,11 @@ def test_cores_and_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert launch._shares(1) == [{}]
-    assert launch._shares(2) == [
+    assert _shares(1) == [{}]
+    assert _shares(2) == [
         {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "4,6"}, {"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "5"},
     ]  # fmt: skip
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in launch._shares(4)] == ["4", "5", "6", "4"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in _shares(4)] == ["4", "5", "6", "4"]
 
 
 def test_an_interruption_ends_the_children_and_the_next_call_goes_on(tmp_path: Path) -> None:
@@ -115,7 +111,7 @@ def test_an_interruption_ends_the_children_and_the_next_call_goes_on(tmp_path: P
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):
-            launch.run_locally([make_job(run) for run in runs], 2, interrupt, lambda *_: None)
+            run_locally([make_job(run) for run in runs], 2, interrupt, lambda *_: None)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not any(run.running for run in runs)
@@ -142,7 +138,7 @@ def test_a_training_that_a_killed_sweep_left_is_waited_for(tmp_path: Path, refus
     assert run.running  # its child lives and holds the lock
 
     ended: dict[str, int] = {}
-    launch.run_locally(
+    run_locally(
         [make_job(run)], 1, lambda: refused.is_set() and held.unlink(missing_ok=True),
         lambda job, code: ended.update({job.run.row: code}),
     )  # fmt: skip
@@ -166,7 +162,7 @@ def test_waiting_for_another_process_can_be_stopped(tmp_path: Path, refused: thr
 
 
 def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("theia.ablation.job._GRACE_S", 0.2)
+    monkeypatch.setattr("theia.ablation.launch._GRACE_S", 0.2)
     stubborn = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True);"
         f"time.sleep({PATIENCE_S})"
@@ -211,7 +207,7 @@ def test_submitit_drives_the_same_jobs(cluster: str, tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name) for name in "ab"]
     (runs[1].folder / "bad").touch()
     ended: dict[str, int] = {}
-    launch.run_on_slurm(
+    run_on_slurm(
         [make_job(run) for run in runs], 2, nothing, lambda job, code: ended.update({job.run.row: code}),
         tmp_path / "submitit", {"timeout_min": 60}, cluster,
     )  # fmt: skip
@@ -221,18 +217,16 @@ def test_submitit_drives_the_same_jobs(cluster: str, tmp_path: Path) -> None:
 
 def test_an_option_that_submitit_lacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="colour"):
-        launch.run_on_slurm(
-            [make_job(make_run(tmp_path))], 1, nothing, lambda *_: None, tmp_path, {"colour": 1}, "debug"
-        )
+        run_on_slurm([make_job(make_run(tmp_path))], 1, nothing, lambda *_: None, tmp_path, {"colour": 1}, "debug")
 
 
 def test_what_cannot_be_launched_is_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="jobs is 0"):
-        launch.check("local", 0)
+        check_launcher("local", 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("srun") is None
     with pytest.raises(ConfigError, match=r"no SLURM here.*--launcher local"):
-        launch.check("slurm", 1)
+        check_launcher("slurm", 1)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'theia\[slurm\]'"):
-        launch.check("slurm", 1)
+        check_launcher("slurm", 1)

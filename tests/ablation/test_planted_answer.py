@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from theia.ablation.job import Job
+from theia.ablation.launch import Job
 from theia.cli.main import main
 from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter

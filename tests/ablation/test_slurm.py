@@ -9,7 +9,7 @@ import pytest
 import submitit
 from ablation.small_sweep import count, hold, make_job, make_run
 
-from theia.ablation import launch
+from theia.ablation.launch import _still_queued, check_launcher, run_on_slurm
 from theia.ablation.run import Run
 from theia.errors import ConfigError
 
@@ -55,7 +55,7 @@ def submit(
     runs: list[Run], folder: Path, watch: Callable[[], None] = lambda: None, **options: object
 ) -> dict[str, int]:
     ended: dict[str, int] = {}
-    launch.run_on_slurm(
+    run_on_slurm(
         [make_job(run) for run in runs], 2, watch, lambda job, code: ended.update({job.run.row: code}),
         folder / "slurm", options,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def submit(
 
 @pytest.mark.slow
 def test_an_array_of_jobs_is_submitted_and_followed(slurm: Path, tmp_path: Path) -> None:
-    launch.check("slurm", 1)
+    check_launcher("slurm", 1)
     runs = [make_run(tmp_path, name) for name in "ab"]
     (runs[1].folder / "bad").touch()
 
@@ -103,10 +103,10 @@ def test_jobs_of_a_sweep_that_is_no_more_are_followed_not_submitted_again(slurm:
     states = (slurm / "states").read_text()
     (slurm / "states").write_text("")  # the accounting has not heard of them yet
     submitit.SlurmJob.watcher.clear()
-    submitted = {run.row: launch._still_queued(make_job(run), tmp_path / "slurm") is not None for run in runs}
+    submitted = {run.row: _still_queued(make_job(run), tmp_path / "slurm") is not None for run in runs}
     assert submitted == {"a": True, "b": True}
     os.utime(runs[0].folder / "slurm_job", (0, 0))  # or never will: it forgets old jobs
-    assert launch._still_queued(make_job(runs[0]), tmp_path / "slurm") is None
+    assert _still_queued(make_job(runs[0]), tmp_path / "slurm") is None
     (slurm / "states").write_text(states)
     submitit.SlurmJob.watcher.clear()
     (slurm / "submitted.sh").rename(slurm / "first.sh")

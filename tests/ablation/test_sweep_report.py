@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from theia.ablation import record, sweep
-from theia.ablation.run import Run
+from theia.ablation import sweep
+from theia.ablation.run import Run, earlier_record, write_record
 from theia.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def finished(folder: Path, row: str, scores: dict[str, float], teachers: dict[st
 
 def write(folder: Path, *runs: Run, planned: tuple[str, ...] = (), **statement: Any) -> None:
     rows = {name: [0] for name in [*(run.row for run in runs), *planned]}
-    record.write(folder, runs, [], rows, statement)
+    write_record(folder, runs, [], rows, statement)
 
 
 def page(folder: Path) -> str:
@@ -91,7 +91,7 @@ def test_random_weights_are_told_whichever_store_they_are_of(tmp_path: Path) -> 
 
 def test_what_was_planned_earlier_stays_planned(tmp_path: Path) -> None:
     write(tmp_path, finished(tmp_path, "a", {"x": 1}), planned=("b",))
-    earlier = record.earlier(tmp_path)
+    earlier = earlier_record(tmp_path)
     assert earlier.with_planned(["a", "c"], [0, 2]) == {"a": [0, 2], "b": [0], "c": [0, 2]}
     (tmp_path / "sweep.json").write_text("{")
-    assert record.earlier(tmp_path).runs == ()
+    assert earlier_record(tmp_path).runs == ()

@@ -1,4 +1,4 @@
-from theia.analysis.labels import short_labels, wrapped
+from theia.utils.pictures import short_labels, wrapped
 
 
 def test_paths_are_called_by_what_tells_them_apart() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from theia.analysis.cka import CKA, noise
+from theia.analysis.similarity import CKA, noise
 
 
 def hsic_1(k: Any, m: Any) -> float:

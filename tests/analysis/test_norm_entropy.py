@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from theia.analysis.entropy import BIN_COUNTS, EntropyFigures, EntropyOfNorms, entropy
+from theia.analysis.norms import BIN_COUNTS, EntropyFigures, EntropyOfNorms, entropy
 from theia.training.metrics import NormEntropy
 
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from theia.analysis.entropy import EntropyOfNorms
-from theia.analysis.sketch import NormSketch, RelativeNorms
+from theia.analysis.norms import EntropyOfNorms, NormSketch, RelativeNorms
 
 
 def of(norms: torch.Tensor) -> RelativeNorms:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.throughput import __main__ as command
-from benchmarks.throughput.machine import machine, versions
 from benchmarks.throughput.measure import Measure, ParityError, Result, Settings
+from theia.utils.provenance import machine, versions
 
 
 def suite(name: str, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> list[Settings]:

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.throughput import extraction
 from benchmarks.throughput.measure import ParityError, Settings
-from theia.store.split import Split
+from theia.store.reader import Split
 
 
 def test_it_compares_as_often_as_asked(tmp_path: Path) -> None:

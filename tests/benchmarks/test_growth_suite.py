@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.throughput import growth
 from benchmarks.throughput.measure import ParityError, Settings
-from theia.store.split import Split
+from theia.store.reader import Split
 
 
 def test_it_goes_over_samples_and_over_teachers(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ import pytest
 
 from benchmarks.throughput import heavy_tails, int8
 from benchmarks.throughput.measure import ParityError, Settings
-from theia.store.reader import FeatureStore
-from theia.store.split import Split
+from theia.store.reader import FeatureStore, Split
 
 
 @pytest.fixture(scope="module")

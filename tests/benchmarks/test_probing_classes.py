@@ -8,10 +8,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.probing.linear import LinearProbe, Schedule, lars, linear_classes, rate_at, train_probe
-from benchmarks.probing.logistic import logistic_classes
-from benchmarks.probing.nearest import nearest_classes
-from benchmarks.probing.presets import PRESETS
+from theia.probing.classifiers import (
+    LinearProbe,
+    Schedule,
+    lars,
+    linear_classes,
+    logistic_classes,
+    nearest_classes,
+    rate_at,
+    train_probe,
+)
+from theia.probing.run import PRESETS
 
 
 def clusters(count: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:

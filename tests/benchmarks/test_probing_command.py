@@ -8,19 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.probing import __main__ as command
-from benchmarks.probing import dense, features, fingerprint, presets, probes
-from benchmarks.probing.camera import Camera
-from benchmarks.probing.data import IMAGE_SIZE, DenseSplit
-from benchmarks.probing.folder import open_folder
-from benchmarks.probing.heads import Fit
-from benchmarks.probing.linear import Schedule
-from benchmarks.probing.probes import Probed
-from benchmarks.probing.scenes import dataset
-from benchmarks.probing.storage import Storage
-from benchmarks.probing.unfinished import Unfinished
-from theia.encoder.named import NamedEncoder
+from theia.cli import probe
+from theia.encoder.from_name import NamedEncoder
 from theia.models.student import StudentTokens
+from theia.probing import features, probes, scenes
+from theia.probing.cameras import Camera
+from theia.probing.classifiers import Schedule
+from theia.probing.datasets import IMAGE_SIZE, DenseSplit, Storage, fingerprint, of_files, open_folder
+from theia.probing.heads import Fit
+from theia.probing.probes import Probed
+from theia.probing.run import PRESETS, Effort, Unfinished
 
 
 class Means(torch.nn.Module):
@@ -46,14 +43,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work, and encoders that cost nothing."""
     monkeypatch.setattr(features, "open_encoder", lambda name, _: NamedEncoder(name, Means(name)))
     for name, on_disk, schedule in (("small", False, None), ("full", True, Schedule(8, 204.8, 60, 5))):
-        effort = presets.Effort(schedule, Fit(2, 0.5, 4, 5e-3), (1, 1), on_disk)
-        monkeypatch.setitem(presets.PRESETS, name, effort)
+        effort = Effort(schedule, Fit(2, 0.5, 4, 5e-3), (1, 1), on_disk)
+        monkeypatch.setitem(PRESETS, name, effort)
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def run_(*arguments: str) -> tuple[int, str, str]:
-        status = command.main([*arguments, f"--results={tmp_path / 'results'}"])
+        status = probe.main([*arguments, f"--results={tmp_path / 'results'}"])
         return status, *capsys.readouterr()
 
     return run_
@@ -74,7 +71,7 @@ def classes(root: Path, count: int = 15, names: tuple[str, ...] = ("blue", "red"
 
 @functools.cache
 def room(seed: int) -> DenseSplit:
-    return dataset._split("val", 1, Storage(), seed)
+    return scenes._split("val", 1, Storage(), seed)
 
 
 def folder(root: Path, count: int = 3) -> Path:
@@ -108,8 +105,8 @@ def test_classes_are_told_and_every_seed_is_recorded(tmp_path: Path, run) -> Non
     status, out, err = run("classification", *options)
     assert (status, "Error" in err) == (0, False)
     written = record(tmp_path)
-    assert list(written["suites"]) == ["no encoder", "a", "b"]
-    measures = {measure["name"]: measure["values"] for measure in written["suites"]["a"]["measures"]}
+    assert list(written["figures"]) == ["no encoder", "a", "b"]
+    measures = {name: figure["values"] for name, figure in written["figures"]["a"].items()}
     assert measures == {"classification/knn": [1.0], "classification/linear": [1.0, 1.0]}
     assert written["settings"]["training images"] == 24
     assert str(tmp_path) not in json.dumps(written)
@@ -120,7 +117,7 @@ def test_the_small_preset_has_no_seeds(tmp_path: Path, run) -> None:
     images = classes(tmp_path / "images")
     run("classification", "--encoders", "a", f"--images={images}")
     written = record(tmp_path)
-    measures = {measure["name"]: measure["values"] for measure in written["suites"]["a"]["measures"]}
+    measures = {name: figure["values"] for name, figure in written["figures"]["a"].items()}
     assert measures == {"classification/knn": [1.0], "classification/linear": [1.0]}
     assert written["settings"]["seeds"] == []
 
@@ -327,15 +324,15 @@ def test_an_encoder_named_twice_is_refused(run) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--data=scenes", "--tasks=segmentation,depth")
-    probe, probed = dense.probe_pixels, []
+    probe_pixels, probed = probe.probe_pixels, []
 
     def fails(encoder: NamedEncoder, *rest):
         probed.append(encoder.name)
         if encoder.name == "bad" and probed.count("bad") == 1:
             raise KeyboardInterrupt
-        return probe(encoder, *rest)
+        return probe_pixels(encoder, *rest)
 
-    monkeypatch.setattr(dense, "probe_pixels", fails)
+    monkeypatch.setattr(probe, "probe_pixels", fails)
     assert run("dense", "--encoders", "a", "bad", *options)[0] == 130
     results = tmp_path / "results"
     assert [path.name for path in results.iterdir()] == ["unfinished"]
@@ -347,11 +344,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.Mon
     assert (status, probed) == (0, ["a", "bad", "a", "bad"])
     assert "encoder 1 of 2: a was finished" in err
     assert sorted(path.suffix for path in results.iterdir()) == [".json", ".png"]
-    resumed = record(tmp_path)["suites"]
+    resumed = record(tmp_path)["figures"]
     for path in results.iterdir():
         path.unlink()
     assert run("dense", "--encoders", "a", "bad", *options)[0] == 0
-    assert record(tmp_path)["suites"] == resumed
+    assert record(tmp_path)["figures"] == resumed
 
 
 def test_a_killed_process_leaves_nothing_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,12 +377,12 @@ def test_the_picture_shows_every_map_beside_the_truth(tmp_path: Path, run, monke
 
 
 def test_fingerprints_tell_data_apart(tmp_path: Path) -> None:
-    one, again = (fingerprint.fingerprint({"a": 1}, np.arange(3)) for _ in range(2))
+    one, again = (fingerprint({"a": 1}, np.arange(3)) for _ in range(2))
     assert one == again
     others = [({"a": 2}, np.arange(3)), ({"a": 1}, np.arange(3) + 1), ({"a": 1}, np.arange(3.0))]
-    assert len({one, *(fingerprint.fingerprint(*parts) for parts in others)}) == 4
+    assert len({one, *(fingerprint(*parts) for parts in others)}) == 4
     images = classes(tmp_path / "images", 2)
-    before = fingerprint.of_files(str(images), None)
-    assert before == fingerprint.of_files(str(images), None)
+    before = of_files(str(images), None)
+    assert before == of_files(str(images), None)
     (images / "red" / "0.png").write_bytes(b"other")
-    assert before != fingerprint.of_files(str(images), None)
+    assert before != of_files(str(images), None)

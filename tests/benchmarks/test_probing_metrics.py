@@ -5,9 +5,18 @@ import torch
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import jaccard_score
 
-from benchmarks.probing.depth_metrics import align, delta, depth_metrics, rmse, silog
-from benchmarks.probing.normal_metrics import angular_error, normal_metrics
-from benchmarks.probing.segmentation_metrics import confusion, mean_iou, pixel_accuracy
+from theia.probing.metrics import (
+    align,
+    angular_error,
+    confusion,
+    delta,
+    depth_metrics,
+    mean_iou,
+    normal_metrics,
+    pixel_accuracy,
+    rmse,
+    silog,
+)
 
 ALL = torch.ones(1, 1, 4, dtype=torch.bool)
 

@@ -8,13 +8,22 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from benchmarks.probing import matching
-from benchmarks.probing.camera import Camera
-from benchmarks.probing.features import Features
-from benchmarks.probing.heads import Fit, LinearHead, apply_head, fit_head, rate, whitening
-from benchmarks.probing.scenes.render import render
-from benchmarks.probing.scenes.rooms import cameras_around, random_room
-from benchmarks.probing.tasks import DepthTask, NormalTask, SegmentationTask
+from theia.probing import matching
+from theia.probing.cameras import Camera
+from theia.probing.features import Features
+from theia.probing.heads import (
+    DepthTask,
+    Fit,
+    LinearHead,
+    NormalTask,
+    SegmentationTask,
+    apply_head,
+    fit_head,
+    rate,
+    whitening,
+)
+from theia.probing.rendering import render
+from theia.probing.scenes import cameras_around, random_room
 
 GRID, SIZE = (4, 4), 16
 FIT = Fit(epochs=60, warmup=2, batch_size=4, learning_rate=0.05)

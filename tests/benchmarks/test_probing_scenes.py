@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
 
-from benchmarks.probing.camera import Camera, viewpoint_angle
-from benchmarks.probing.scenes import dataset
-from benchmarks.probing.scenes.render import CLASSES, Scene, Thing, View, render
-from benchmarks.probing.scenes.rooms import camera_at, cameras_around, random_room
-from benchmarks.probing.scenes.shapes import Box, Plane, Sphere
-from benchmarks.probing.scenes.texture import random_texture
-from benchmarks.probing.storage import Storage
+from theia.probing import scenes
+from theia.probing.cameras import Camera, viewpoint_angle
+from theia.probing.datasets import Storage
+from theia.probing.rendering import CLASSES, Box, Plane, Scene, Sphere, Thing, View, random_texture, render
+from theia.probing.scenes import camera_at, cameras_around, random_room
 
 SIZE = 64
 
@@ -128,10 +126,10 @@ def test_the_angle_between_cameras_is_that_of_their_rotation() -> None:
 
 
 def test_seeds_decide_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "IMAGE_SIZE", 32)
-    one, again = (dataset.scenes(2, 1, Storage()) for _ in range(2))
-    more = dataset.scenes(1, 1, Storage())
-    other = dataset.scenes(2, 1, Storage(), seed=1)
+    monkeypatch.setattr(scenes, "IMAGE_SIZE", 32)
+    one, again = (scenes.scenes(2, 1, Storage()) for _ in range(2))
+    more = scenes.scenes(1, 1, Storage())
+    other = scenes.scenes(2, 1, Storage(), seed=1)
     for name in ("images", "depth", "normals", "labels"):
         assert np.array_equal(getattr(one.train, name), getattr(again.train, name))
         assert np.array_equal(getattr(one.train, name)[:5], getattr(more.train, name))

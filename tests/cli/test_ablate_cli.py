@@ -11,7 +11,7 @@ import yaml
 from events import aged, changed, has_ended, wait_for
 from trainings import hold, standing
 
-from theia.ablation.lock import lock
+from theia.ablation.run import lock
 from theia.cli.main import main
 
 FIT = [
@@ -269,7 +269,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert [row["name"] for row in report["rows"]] == ["linear", "good"]
 
     # A sweep remembers its scores from elsewhere; a scorer that fails costs no figures that are there.
-    monkeypatch.setattr("theia.scoring.registry.find", lambda name: name)
+    monkeypatch.setattr("theia.scoring.contract.find_scorer", lambda name: name)
     capsys.readouterr()
     assert ablate("--out=sweep", "--scores=robot.csv", "--scorers=readout,robot", "--only=good", **content) == 1
     assert "No scorer named 'robot'" in capsys.readouterr().err  # of the process, where it is not installed

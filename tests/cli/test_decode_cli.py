@@ -16,10 +16,10 @@ import theia
 from theia import registry
 from theia.cli.main import main
 from theia.decoding.output import Output
-from theia.decoding.scores import depth_error, feature_cosine
 from theia.decoding.video import Video, video_writer
-from theia.encoder.authors import HUB_IDS
+from theia.decoding.viewer import depth_error, feature_cosine
 from theia.encoder.encoder import Encoder
+from theia.encoder.published import HUB_IDS
 from theia.export.export import export
 
 PLUGIN = '''

@@ -19,8 +19,6 @@ import pytest
 from jsonargparse import ArgumentParser, Namespace, capture_parser
 
 from benchmarks.latency import __main__ as latency
-from benchmarks.probing.classification import classification
-from benchmarks.probing.dense import dense
 from benchmarks.soak import __main__ as soak
 from benchmarks.throughput import __main__ as throughput
 from theia import registry
@@ -28,6 +26,7 @@ from theia.cli import ablate, analyze, decode, export, store
 from theia.cli.main import _LIGHTNING, COMMANDS
 from theia.cli.main import main as theia
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
+from theia.cli.probe import classification, dense
 from theia.errors import ConfigError
 
 BENCHMARKS = sorted(path.parent.name for path in Path("benchmarks").glob("*/__main__.py"))

@@ -9,8 +9,7 @@ from theia.data.loader import FeatureLoader
 from theia.data.ring import HELD
 from theia.data.sampler import EvaluationSampler, TrainingSampler
 from theia.errors import ConfigError, StoreError
-from theia.store.reader import FeatureStore
-from theia.store.split import Split
+from theia.store.reader import FeatureStore, Split
 from theia.types import FeatureBatch
 
 

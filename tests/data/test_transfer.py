@@ -14,8 +14,7 @@ import torch
 from theia.data.loader import FeatureLoader
 from theia.data.ring import HELD
 from theia.data.sampler import EvaluationSampler
-from theia.store.reader import FeatureStore
-from theia.store.split import Split
+from theia.store.reader import FeatureStore, Split
 
 CPU = torch.device("cpu")
 

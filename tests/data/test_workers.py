@@ -13,8 +13,7 @@ from events import has_ended, wait_for
 from theia.data.loader import FeatureLoader
 from theia.data.sampler import TrainingSampler
 from theia.errors import WorkerError
-from theia.store.reader import FeatureStore
-from theia.store.split import Split
+from theia.store.reader import FeatureStore, Split
 
 
 @pytest.fixture

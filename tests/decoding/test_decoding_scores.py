@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from theia.decoding.scores import depth_error, feature_cosine, mask_iou
+from theia.decoding.viewer import depth_error, feature_cosine, mask_iou
 
 RNG = np.random.default_rng(0)
 

@@ -1,9 +1,9 @@
 import numpy as np
 import torch
 
-from theia.decoding.looks import Tokens, depth_colours, fit_colours, mask_colours, paint
-from theia.pictures import colour_basis, pca_colours
+from theia.decoding.render import Tokens, depth_colours, fit_colours, mask_colours, paint
 from theia.types import Depth, Masks, Pictures
+from theia.utils.pictures import colour_basis, pca_colours
 
 IMAGE = np.full((12, 20, 3), 128, np.uint8)
 

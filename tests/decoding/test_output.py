@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from theia.decoding.output import RECORD, SCORES, Output, check_free, find_unfinished, picture_names
-from theia.decoding.panels import Group, row
+from theia.decoding.render import Group, row
 from theia.errors import ConfigError
 
 ENDINGS = (".jpg", ".png")

@@ -16,16 +16,16 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from benchmarks.probing.__main__ import main as probing
 from theia.cli.main import main
+from theia.cli.probe import main as probing
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "theia.load", "theia.Encoder.translate", "theia.Teacher.forward", "theia.types.TeacherSpec",
     "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureDataModule", "theia.errors.ConfigError",
     "theia.training.distillation.Distillation", "theia.training.losses.cosine_loss", "theia.store.reader.FeatureStore",
-    "theia.training.metrics.NormEntropy", "theia.analysis.measure.measure", "theia.pictures.pca_colours",
-    "benchmarks.probing.depth_metrics.depth_metrics",
+    "theia.training.metrics.NormEntropy", "theia.analysis.measure.measure", "theia.utils.pictures.pca_colours",
+    "theia.probing.metrics.depth_metrics",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import theia
 from theia import registry
 from theia.encoder.encoder import Encoder
-from theia.encoder.named import open_encoder
+from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError, PluginError, UnknownTeacherError, WeightsError
 from theia.export.export import export
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from extraction.tiny_plugin import write_images
 
-from theia.cli.image_stream import open_images
 from theia.decoding.video import Video
 from theia.errors import ImageError
 from theia.extraction.decode import UnreadableImageError, read_image
 from theia.extraction.files import open_regular
+from theia.extraction.stream import open_images
 
 pytestmark = pytest.mark.usefixtures("never_waits")
 

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 import pytest
 from events import PATIENCE_S
 
-from theia.extraction import handover
-from theia.extraction.handover import Handover
+from theia.extraction import stages
+from theia.extraction.stages import Handover
 
 
 @pytest.fixture(autouse=True)
@@ -95,13 +95,13 @@ def test_what_the_work_uses_is_not_closed_before_it_is_done(
 ) -> None:
     events = []
     caller_stands_still = threading.Event()
-    wait = handover.wait
+    wait = stages.wait
 
     def watched(futures: list[Future[object]]) -> object:
         caller_stands_still.set()
         return wait(futures)
 
-    monkeypatch.setattr(handover, "wait", watched)
+    monkeypatch.setattr(stages, "wait", watched)
 
     def slow() -> None:
         assert caller_stands_still.wait(PATIENCE_S)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from theia.errors import ImageError
 from theia.extraction.decode import UnreadableImageError
-from theia.extraction.images import open_source
+from theia.extraction.sources import open_source
 
 
 def image_bytes(seed, format="PNG"):
@@ -527,7 +527,7 @@ def test_source_survives_pickling(tmp_path, make):
 def test_source_reads_the_same_in_worker_processes(tmp_path, make, method):
     source = make(tmp_path)
     source.read(0)  # whatever is held open or cached before the workers start must not be shared by accident
-    multiprocessing.set_forkserver_preload(["torch.utils.data", "theia.extraction.images"])
+    multiprocessing.set_forkserver_preload(["torch.utils.data", "theia.extraction.sources"])
     loader = DataLoader(_Read(source), batch_size=None, num_workers=2, multiprocessing_context=method)
     loaded = [np.asarray(image) for image in loader]
     assert len(loaded) == len(source.ids)

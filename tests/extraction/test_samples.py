@@ -9,8 +9,7 @@ import pytest
 import skimage.data
 
 from theia.errors import ImageError
-from theia.extraction.images import open_source
-from theia.extraction.samples import HELD_OUT_PHOTOS, TRAIN_PHOTOS
+from theia.extraction.sources import HELD_OUT_PHOTOS, TRAIN_PHOTOS, open_source
 
 SPLITS = ["train", "val", "test"]
 

@@ -7,7 +7,7 @@ import distributions
 import pytest
 
 from theia.errors import PluginError, UnknownScorerError
-from theia.scoring import registry
+from theia.scoring.contract import GROUP, find_scorer, scorer_names
 
 Install = Callable[..., None]
 
@@ -20,7 +20,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(distribution: str, name: str, source: str = SCORER) -> None:
-        distributions.install(tmp_path, distribution, registry.GROUP, name, source, "plugin")
+        distributions.install(tmp_path, distribution, GROUP, name, source, "plugin")
 
     return install
 
@@ -28,17 +28,17 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 def test_a_plugin_stands_beside_the_built_in_scorers(install: Install) -> None:
     install("fox-scorers", "fox")
 
-    assert {"classification", "fox", "readout"} <= set(registry.names())
-    assert registry.find("fox")(None) == {"score": 1.0}
+    assert {"classification", "fox", "readout"} <= set(scorer_names())
+    assert find_scorer("fox")(None) == {"score": 1.0}
 
 
 def test_an_unknown_name_suggests_the_nearest_and_lists_the_installed() -> None:
     with pytest.raises(UnknownScorerError) as error:
-        registry.find("raedout")
+        find_scorer("raedout")
 
     message = str(error.value)
     assert "Did you mean 'readout'?" in message
-    assert ", ".join(registry.names()) in message
+    assert ", ".join(scorer_names()) in message
     assert "theia.scorers" in message
 
 
@@ -47,7 +47,7 @@ def test_one_name_from_two_distributions_names_both(install: Install) -> None:
     install("other-foxes", "fox")
 
     with pytest.raises(PluginError, match=r"(?=.*fox-scorers 1\.2)(?=.*other-foxes 1\.2)"):
-        registry.find("fox")
+        find_scorer("fox")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_wrong_plugin_is_refused_with_the_reason(install: Install, name: str, 
     install("fox-scorers", name, source)
 
     with pytest.raises(PluginError, match=rf"Scorer '{name}' of fox-scorers 1\.2 .*{reason}"):
-        registry.find(name)
+        find_scorer(name)
 
 
 def test_names_imports_neither_scorers_nor_torch() -> None:

@@ -9,8 +9,7 @@ from small_store import CLS, ODD, begin, extract, image_set, write_features, wri
 
 from theia.errors import StoreError
 from theia.store.statistics import ChannelStatistics
-from theia.store.summary import describe
-from theia.store.verify import Checked, Problem, verify
+from theia.store.verify import Checked, Problem, describe, verify
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.probing.probes import Probed
-from benchmarks.probing.unfinished import Unfinished
 from benchmarks.soak import report as soak
 from benchmarks.soak.watch import Sample
 from benchmarks.throughput import report as throughput
-from theia.ablation import record, report
-from theia.ablation.run import Run
+from theia.ablation import report
+from theia.ablation.run import Run, write_record
 from theia.ablation.summary import Scored, summarise
-from theia.cli.report import write_report
 from theia.decoding.output import Output
 from theia.errors import FileError
+from theia.probing.probes import Probed
+from theia.probing.run import Unfinished
+from theia.scoring.run import write_report
 
 Writer = Callable[[Path, int], object]  # into a folder, the first or the second time
 
@@ -31,7 +31,7 @@ def run_of(folder: Path, number: int) -> Run:
 
 def write_sweep_report(folder: Path, number: int) -> None:
     scored = [Scored(row=row, seed=0, teachers=("x",), scores={"loss": number}, options={}) for row in "ab"]
-    report.write(folder, summarise(scored), {})
+    report.write_report(folder, summarise(scored), {})
 
 
 def write_picture(folder: Path, number: int) -> None:
@@ -46,7 +46,7 @@ def write_soak(folder: Path, number: int) -> None:
 WRITERS: dict[str, Writer] = {
     "figures of a test": lambda folder, number: write_report(folder / "test_last.json", {"loss": number}),
     "config of a run": lambda folder, number: run_of(folder, number).prepare(),
-    "record of a sweep": lambda folder, number: record.write(folder, [], [], {}, {"number": number}),
+    "record of a sweep": lambda folder, number: write_record(folder, [], [], {}, {"number": number}),
     "report of a sweep": write_sweep_report,
     "record of pictures": lambda folder, number: Output(folder, {}).finish({"number": number}),
     "scores of pictures": lambda folder, number: Output(folder, {"a": "a.png"}).go_on({"a": {"x": {"y": number}}}),
@@ -85,11 +85,13 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(
 # Rooms whose files go through theia.utils.files, and what they write otherwise, with the reason.
 ROOMS = ("theia/cli", "theia/training", "theia/analysis", "theia/ablation", "theia/decoding", "benchmarks")
 OTHERWISE = {
-    "theia/ablation/job.py": {"self.run.log.open('ab')": "what a run says, line by line"},
-    "theia/ablation/launch.py": {"job.run.log.open('a')": "likewise"},
-    "theia/ablation/record.py": {"(folder / '.lock').touch()": "nothing is in it"},
+    "theia/ablation/launch.py": {
+        "self.run.log.open('ab')": "what a run says, line by line",
+        "job.run.log.open('a')": "likewise",
+    },
+    "theia/ablation/run.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
-    "theia/analysis/write.py": {"savefig(content": "into memory"},
+    "theia/analysis/report.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {
         "save(temporary": "inside replacing()",
         "(self._out / SCORES).open('a')": "a line per picture; a torn one is not read",
@@ -103,8 +105,8 @@ OTHERWISE = {
         "self.path.open('ab')": "a row at once; a torn one is not read", "temporary.open('wb')": "inside replacing()",
     },
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
-    "benchmarks/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
-    "benchmarks/probing/unfinished.py": {
+    "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
+    "theia/probing/run.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",
     },
     "benchmarks/soak/__main__.py": {"(Path(data) / 'output').open('w+')": "deleted with the data"},

@@ -1,13 +1,16 @@
 """From the scores of finished runs to what a report shows: ranks, differences, transfer and entropy."""
 
+import csv
+import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from theia.ablation.statistics import Difference, Estimate, estimate, holm, paired_difference
-from theia.analysis.statistics import Correlation, correlation
+from theia.ablation.run import Run
 from theia.errors import ConfigError
+from theia.utils.estimates import Correlation, Difference, Estimate, correlation, estimate, holm, paired_difference
 
 ENTROPY = "test/norm_entropy"
 TRANSFER = "readout/explained_variance/"
@@ -201,3 +204,183 @@ def _rank(row: RowSummary, column: str, lower_is_better: Collection[str]) -> flo
         return math.inf
     mean = row.columns[column].mean
     return -mean if column not in lower_is_better and higher_is_better(column) else mean
+
+
+_Key = tuple[str, int | None]
+External = Mapping[_Key, Mapping[str, float]]
+"""By row and seed, scores by ``external/<name>``; the seed is ``None`` for scores of a row as a whole."""
+
+
+def read_external(path: Path, planned: Mapping[str, Collection[int]]) -> External:
+    """Scores of a CSV file.
+
+    The header is ``row,seed,<name>,...``; an empty cell is a score that there is not. Without a seed, a line holds for
+    the row as a whole.
+
+    Args:
+        path: CSV file with a header.
+        planned: Seeds of each row of the sweep, finished or not.
+
+    Raises:
+        ConfigError: If the file cannot be read or lacks a column, or a line names an unknown row or seed, repeats
+            another, or holds something that is no number.
+    """
+    added: dict[_Key, dict[str, float]] = {}
+    lines: dict[tuple[_Key, str], int] = {}
+    for number, key, scores in _lines(path, planned):
+        row, seed = key
+        for name, value in scores.items():
+            # Means over seeds would mix with what is a mean already.
+            rivals = [key] + [other for other in added if other[0] == row and (other[1] is None) != (seed is None)]
+            for rival in rivals:
+                if (rival, name) in lines:
+                    raise ConfigError(
+                        f"{path}, line {number}: {name!r} of row {row!r} was given in line {lines[rival, name]} already"
+                        f"{'' if rival == key else ', once with a seed and once without'}. Keep one."
+                    )
+            lines[key, name] = number
+            added.setdefault(key, {})[f"external/{name}"] = value
+    return added
+
+
+def merge_external(scored: Sequence[Scored], external: External) -> tuple[list[Scored], list[str]]:
+    """Adds scores from elsewhere to runs.
+
+    Args:
+        scored: Finished runs.
+        external: As :func:`read` gives them.
+
+    Returns:
+        The runs with their scores, then one more for each row that was scored as a whole: that is one observation,
+        without a seed, and has no interval. Second, names of the scored runs and rows of which none is finished.
+    """
+    merged = [replace(run, scores={**run.scores, **external.get((run.row, run.seed), {})}) for run in scored]
+    first = {run.row: run for run in reversed(scored)}
+    there = {(run.row, run.seed) for run in scored}
+    waiting = []
+    for (row, seed), scores in external.items():
+        if seed is None and row in first:
+            merged.append(replace(first[row], seed=None, scores=scores))
+        elif (row, seed) not in there:
+            waiting.append(row if seed is None else f"{row}, seed {seed}")
+    return merged, waiting
+
+
+def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple[int, _Key, dict[str, float]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Give a CSV file in UTF-8.") from error
+    reader = csv.reader(io.StringIO(text))
+    header = [name.strip() for name in next(reader, [])]
+    names = [name for name in header if name not in ("row", "seed")]
+    if "row" not in header or not all(names) or not names or len(set(header)) < len(header):
+        raise ConfigError(
+            f"{path}, line 1: the columns are {','.join(header) or 'missing'}; they must be row, seed (or none) and "
+            "one or more names of scores, each once, separated by commas."
+        )
+    empty = True
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        empty = False
+        where = f"{path}, line {reader.line_num}"
+        if len(cells) != len(header):
+            raise ConfigError(f"{where}: {len(cells)} cells under {len(header)} columns. Quote names with commas.")
+        line = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        key = line["row"], _seed(line, where)
+        _check(key, planned, where)
+        yield reader.line_num, key, {name: _number(line[name], name, where) for name in names if line[name]}
+    if empty:
+        raise ConfigError(f"{path} has no line below its header. Add one for each row, or for each run.")
+
+
+def _seed(line: dict[str, str], where: str) -> int | None:
+    text = line.get("seed", "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"{where}: the seed is {text!r}; it must be a whole number, or empty for the row as a whole.")
+    return int(text) if text else None
+
+
+def _check(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> None:
+    row, seed = key
+    if row not in planned:
+        raise ConfigError(f"{where}: the sweep has no row {row!r}. Rows: {'; '.join(planned)}.")
+    if seed is not None and seed not in planned[row]:
+        raise ConfigError(
+            f"{where}: row {row!r} has no seed {seed}. Seeds: {', '.join(map(str, sorted(planned[row])))}."
+        )
+
+
+def _number(text: str, name: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{where}: {name} is {text!r}, which is not a number. Leave it empty where there is none.")
+    return value
+
+
+# Options that decide which images a student is scored on, where the store is one and the same.
+_HELD_OUT = ("val_split", "holdout")
+_SHOWN = 4
+
+
+def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
+    """Sentences for a reader of the figures.
+
+    Args:
+        tested: Runs with what ``theia test`` wrote of each.
+
+    Returns:
+        One for each thing that differs between runs and should not, or that some lack.
+    """
+    found = []
+    stores = {run.name: report["store"]["manifest_sha256"][:12] for run, report in tested}
+    if _differ(stores):
+        found.append(
+            f"**Scored on different stores, or on different states of one, so not to be compared: {_groups(stores)}. "
+            "Start the sweep again with all rows: what is trained is only tested anew.**"
+        )
+    for name in _HELD_OUT:
+        values = {run.name: run.config["data"].get(name) for run, _ in tested}
+        if _differ(values):
+            found.append(f"**Scored on different images, so not to be compared: `data.{name}` is {_groups(values)}.**")
+    for name in ("scorer_images", "device", "precision"):
+        values = {run.name: report.get(name) for run, report in tested}
+        if _differ(values):
+            found.append(f"Tested with different {name}: {_groups(values)}.")
+    conditions = {run.name: _conditions(run.environment()) for run, _ in tested}
+    for name in dict.fromkeys(name for one in conditions.values() for name in one):
+        values = {run: one.get(name, "unknown") for run, one in conditions.items()}
+        if _differ(values):
+            found.append(f"Trained with different {name}: {_groups(values)}.")
+    for run, report in tested:
+        lacking = [name for name in run.scorers if name not in report["scorers"]]
+        if lacking:
+            found.append(f"{run.name} has no scores of {', '.join(lacking)} yet; the others of it are shown.")
+    return found
+
+
+def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and the rest, without the store and the images, which are options."""
+    plain = {name: value for name, value in environment.items() if name not in ("store", "images", "versions")}
+    return {**environment.get("versions", {}), **plain}
+
+
+def _differ(values: Mapping[str, Any]) -> bool:
+    return len(set(map(str, values.values()))) > 1
+
+
+def _groups(values: Mapping[str, Any]) -> str:
+    """Which run has which value, the most usual first."""
+    by_value: dict[str, list[str]] = {}
+    for run, value in values.items():
+        by_value.setdefault(str(value), []).append(run)
+    usual, *others = sorted(by_value.items(), key=lambda group: -len(group[1]))
+    parts = [f"{usual[0]} in {len(usual[1])} run{'s' * (len(usual[1]) != 1)}"]
+    for value, names in others:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        parts.append(f"{value} in {'; '.join(names[:_SHOWN])}{more}")
+    return ", ".join(parts)

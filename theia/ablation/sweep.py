@@ -2,20 +2,22 @@
 
 import logging
 import math
+import shlex
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from theia.ablation import external, record
-from theia.ablation.caveats import caveats
+from tabulate import tabulate
+from tqdm import tqdm
+
+from theia.ablation.grid import arguments_of
 from theia.ablation.hparams import write_hparams
-from theia.ablation.job import Job
-from theia.ablation.launch import Launcher, run_locally, run_on_slurm
-from theia.ablation.lock import lock
-from theia.ablation.progress import Progress
-from theia.ablation.report import write as write_report
-from theia.ablation.run import Run
-from theia.ablation.summary import Scored, Summary, summarise
+from theia.ablation.launch import Job, Launcher, run_locally, run_on_slurm
+from theia.ablation.report import write_report
+from theia.ablation.run import Run, lock, read_record
+from theia.ablation.summary import Scored, Summary, caveats, merge_external, read_external, summarise
 from theia.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def report(
     Raises:
         ConfigError: If the folder holds no sweep, or a score or row that is given is unknown.
     """
-    found = record.read(folder)
+    found = read_record(folder)
     statement = found.statement
     # Read once: a run may end meanwhile.
     shown = [(run, tested) for run in found.runs if (tested := run.report) is not None]
@@ -131,12 +133,12 @@ def _with_external(
     if path is None:
         return scored, [], None
     try:
-        found = external.read(path, planned)
+        found = read_external(path, planned)
     except ConfigError as error:
         if given is not None:
             raise
         return scored, [f"Without scores from elsewhere: {error}"], None
-    merged, waiting = external.merge(scored, found)
+    merged, waiting = merge_external(scored, found)
     notes = [f"Scores in {path} of runs that are not finished: {'; '.join(waiting)}."] if waiting else []
     return merged, notes, path
 
@@ -162,3 +164,134 @@ def _scored(run: Run, tested: Mapping[str, Any]) -> Scored:
         row=run.row, seed=run.seed, teachers=run.teachers, options=run.options,
         scores={**tested["after"], **tested["scores"], **run.speed()},
     )  # fmt: skip
+
+
+_SHOWN = 3
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """A bar over the optimisation steps of all runs; elsewhere than on a terminal, a line every half minute.
+
+    Args:
+        runs: All of the sweep, the finished ones too.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._failed: set[str] = set()
+        self._last_line = float("-inf")
+        self._started = time.monotonic()
+        self._initial = sum(run.progress()[0] for run in runs)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=sum(run.steps for run in runs), initial=self._initial, unit="step", desc="sweep", dynamic_ncols=True,
+            smoothing=0.05, disable=not self._terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last_line = float("-inf")
+        self.update()
+        self._bar.close()
+
+    def fail(self, run: Run) -> None:
+        """Counts a run as failed."""
+        self._failed.add(run.name)
+
+    def say(self, line: str) -> None:
+        """Writes a line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def update(self) -> None:
+        """Looks at the run folders."""
+        if not self._terminal and time.monotonic() - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = time.monotonic()
+        steps, total, running, finished = 0, 0, [], 0
+        for run in self._runs:
+            step, loss = run.progress()
+            steps += step
+            total += step if run.name in self._failed else run.steps  # what failed is no longer waited for
+            if run.finished:
+                finished += 1
+            elif run.running:
+                at = "tests" if run.trained.exists() else f"{step}/{run.steps}"
+                running.append(f"{run.name} {at}" + ("" if loss is None else f" loss {loss:.3f}"))
+        parts = [f"{finished} of {len(self._runs)} runs done"]
+        if self._failed:
+            parts.append(f"{len(self._failed)} failed")
+        parts += running[:_SHOWN]
+        if len(running) > _SHOWN:
+            parts.append(f"{len(running) - _SHOWN} more running")
+        text = "; ".join(parts)
+        if self._terminal:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.total = total
+            self._bar.update(steps - self._bar.n)
+            self._bar.refresh()
+        else:
+            elapsed = time.monotonic() - self._started
+            # Steps that were there before are no measure of the time left.
+            logger.info("%s", tqdm.format_meter(
+                steps, total, elapsed, prefix="sweep", unit="step", postfix=text, initial=self._initial, ncols=0,
+            ))  # fmt: skip
+
+
+def forecast(runs: Sequence[Run], arguments: Sequence[str]) -> str:
+    """The runs, their commands, what is finished, and the cost, for people.
+
+    Args:
+        runs: Of the sweep, at least one.
+        arguments: Of ``theia fit``, for all rows.
+    """
+    lines = [
+        tabulate(
+            [(run.row, run.seed, _state(run), run.steps, "+".join(run.teachers)) for run in runs],
+            ("row", "seed", "state", "steps", "teachers"),
+        )
+    ]
+    lines += ["", "Each is trained, then tested; trained by:"]
+    for run in runs:
+        own = [*arguments_of(run.options), f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
+        lines.append(shlex.join(["theia", "fit", *arguments, *own, f"--run_folder={run.folder}"]))
+    lines += ["", "The first one is tested by this, the others alike:"]
+    lines.append(shlex.join(["theia", *Job(runs[0]).commands()[1]]))
+    return "\n".join([*lines, "", _cost(runs)])
+
+
+def _state(run: Run) -> str:
+    if run.finished:
+        return "finished"
+    step, _ = run.progress()
+    return f"at step {step}" if step else "to do"
+
+
+def _cost(runs: Sequence[Run]) -> str:
+    finished = [run for run in runs if run.finished]
+    left = [(run, run.steps - run.progress()[0]) for run in runs if not run.finished]
+    images = sum(steps * run.batch for run, steps in left)
+    line = (
+        f"{len(finished)} of {len(runs)} runs are finished. To do: {len(left)} runs, "
+        f"{sum(steps for _, steps in left):,} steps, {images:,} images"
+    )
+    if any(run.config["trainer"].get("max_time") for run, _ in left):
+        line += " (at most: trainer.max_time may end them before)"
+    rates = [rate for run in finished if (rate := run.speed().get("images_per_s"))]
+    if not left:
+        return line + "."
+    if not rates:
+        return line + ". How long that takes is known after the first run."
+    rate = sum(rates) / len(rates)
+    return (
+        f"{line}: {_duration(images / rate)} of training, one run after the other, at {rate:,.0f} images/s as in those "
+        "that are finished; the tests come on top."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from theia.analysis.entropy import Counts
-from theia.analysis.labels import wrapped
 from theia.analysis.measure import EncoderFigures
+from theia.analysis.norms import Counts
 from theia.analysis.scores import DISTILLED, PearsonR
 from theia.analysis.similarity import COSINE_BINS
 from theia.training.metrics import NORM_BINS, NORM_RANGE
+from theia.utils.pictures import wrapped
 
 _SMALL, _TITLE = 7.5, 9.5  # points
 _BAR = "#7ba3cc"

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from theia.analysis.labels import wrapped
-from theia.pictures import Picture, norm_map
+from theia.utils.pictures import Picture, norm_map, wrapped
 
 # Norms that differ by less than this part of the highest are the same: behind a layer norm, its epsilon and rounding
 # leave such differences, which must not fill all colours.

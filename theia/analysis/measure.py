@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from theia.analysis.cka import CKA
-from theia.analysis.entropy import EntropyFigures, EntropyOfNorms
 from theia.analysis.maps import NormMaps
-from theia.analysis.similarity import SimilarityFigures, SimilarityToMean
-from theia.analysis.sketch import NormSketch, RelativeNorms
+from theia.analysis.norms import EntropyFigures, EntropyOfNorms, NormSketch, RelativeNorms
+from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean
 from theia.analysis.spectrum import Spectrum, SpectrumFigures
 from theia.errors import FeatureError
 from theia.models.student import StudentTokens
@@ -80,7 +78,7 @@ def measure(
 
     Args:
         encoders: By name; each gives :class:`~theia.models.student.StudentTokens` for uint8 images.
-        batches: At least one image, in random order for the sake of :class:`~theia.analysis.cka.CKA`.
+        batches: At least one image, in random order for the sake of :class:`~theia.analysis.similarity.CKA`.
         shown: Ids of images to make norm maps of, or how many of the first ones.
         device: Where encoders are and images go.
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from theia.analysis.cka import MIN_IMAGES, MINIBATCH, noise
-from theia.analysis.entropy import CONFIDENCE, REPLICATES
-from theia.analysis.labels import short_labels
 from theia.analysis.measure import EncoderFigures, Measured
+from theia.analysis.norms import CONFIDENCE, OUTLIER_FACTOR, REPLICATES
 from theia.analysis.scores import DISTILLED, REGULAR, PearsonR, Score, correlations
-from theia.analysis.sketch import OUTLIER_FACTOR
+from theia.analysis.similarity import MIN_IMAGES, MINIBATCH, noise
 from theia.training.metrics import NORM_BINS, NORM_RANGE
+from theia.utils.pictures import short_labels
 
 SCHEMA = 1
 NORM_ENTROPY = "norm entropy"

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from theia.analysis.statistics import correlation
 from theia.errors import ConfigError
+from theia.utils.estimates import correlation
 
 DISTILLED, REGULAR = "distilled", "regular"
 

@@ -1,13 +1,16 @@
 """How alike the tokens of an image are: their cosine to the image's mean token."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from theia.analysis.entropy import Counts
+from theia.analysis.norms import Counts
+from theia.utils.estimates import FEATURE_ROUNDING
 
 COSINE_BINS = 200  # of [-1, 1]
 
@@ -64,3 +67,125 @@ class SimilarityToMean:
         mean = self._mean if self._images else None
         std = math.sqrt(self._squares / (self._images - 1)) if self._images > 1 else None
         return SimilarityFigures(mean, std, self._counts, self._left_out)
+
+
+Matrix = npt.NDArray[np.float64]
+
+MINIBATCH = 256
+MIN_IMAGES = 4  # that HSIC_1 is defined for
+
+
+class CKA:
+    """Linear CKA between all pairs of encoders, unbiased and over minibatches; memory does not grow with the images.
+
+    ``CKA = Σ HSIC_1(K, L) / sqrt(Σ HSIC_1(K, K) Σ HSIC_1(L, L))``, summed over minibatches, each weighted with its
+    images. ``K`` and ``L`` are the products of all pairs of a minibatch's features. The estimate does not depend on the
+    size of minibatches but through chance, if images come in random order; sorted ones, by class for instance, must be
+    shuffled before. An encoder has a CKA of 1 to itself and to any rotation or scaling of itself; unrelated ones are
+    near 0, and may be below.
+
+    Args:
+        names: Of the encoders.
+        minibatch: Images of one minibatch, apart from how they arrive.
+
+    Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019; Nguyen et al., "Do Wide
+    and Deep Networks Learn the Same Things?", 2021, equations 2 to 4; HSIC_1 by Song et al., 2012.
+    """
+
+    def __init__(self, names: list[str], minibatch: int = MINIBATCH) -> None:
+        self._names = names
+        self._minibatch = minibatch
+        self._waiting: dict[str, Matrix] = {}
+        self._products = np.zeros((len(names), len(names)))  # Σ n HSIC_1
+        self._sizes = np.zeros(len(names))  # Σ n (mean squared length)²
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        """Adds a batch.
+
+        Args:
+            features: By encoder, one vector per image, such as the mean of its patch tokens, shape ``(B, C)``. Widths
+                may differ.
+        """
+        for name in self._names:
+            rows = features[name].double().cpu().numpy()
+            self._waiting[name] = np.concatenate([self._waiting[name], rows]) if name in self._waiting else rows
+        while self._waiting_images >= self._minibatch:
+            products, sizes = self._contribution(self._minibatch)
+            self._products += products
+            self._sizes += sizes
+            self._waiting = {name: rows[self._minibatch :] for name, rows in self._waiting.items()}
+
+    def compute(self) -> list[list[float | None]]:
+        """CKA of all pairs so far, in the order of the names.
+
+        The last minibatch may be smaller; of fewer than four images nothing can be said, and they are left out.
+
+        Returns:
+            A symmetric matrix; ``None`` where an encoder gives the same vector for every image, or there are fewer than
+            four images.
+        """
+        products, sizes = self._products, self._sizes
+        if self._waiting_images >= MIN_IMAGES:
+            more_products, more_sizes = self._contribution(self._waiting_images)
+            products, sizes = products + more_products, sizes + more_sizes
+        variances = np.diag(products)
+        defined = variances > FEATURE_ROUNDING**4 * sizes
+        scale = np.sqrt(np.where(defined, variances, 1))
+        values = np.clip(products / np.outer(scale, scale), -1, 1)
+        usable = np.outer(defined, defined)
+        return [
+            [float(value) if good else None for value, good in zip(row, line, strict=True)]
+            for row, line in zip(values, usable, strict=True)
+        ]
+
+    @property
+    def _waiting_images(self) -> int:
+        return len(next(iter(self._waiting.values()), ()))
+
+    def _contribution(self, images: int) -> tuple[Matrix, Matrix]:
+        """What the first of the waiting images add to products and sizes."""
+        kernels, sizes = [], []
+        for name in self._names:
+            features = self._waiting[name][:images]
+            sizes.append(images * float((features**2).sum(1).mean()) ** 2)
+            centred = features - features.mean(0)  # changes nothing, but keeps digits
+            kernels.append(u_centred(centred @ centred.T).ravel())
+        stacked = np.stack(kernels)
+        return stacked @ stacked.T / (images - 3), np.array(sizes)
+
+
+def noise(images: int) -> float:
+    """Standard deviation of the CKA of two unrelated encoders, whose mean is 0.
+
+    With few images it is not small: 0.71 with 4, 0.22 with 8, 0.098 with 16, 0.022 with 64.
+
+    Args:
+        images: How many there are, at least 4 and at most one minibatch.
+
+    Source: Székely and Rizzo, "The distance correlation t-test of independence in high dimension", 2013: there are
+    ``n (n - 3) / 2`` degrees of freedom.
+    """
+    return math.sqrt(2 / (images * (images - 3)))
+
+
+def u_centred(kernel: Matrix) -> Matrix:
+    """A kernel matrix whose inner products with others of its kind are unbiased HSIC.
+
+    ``HSIC_1(K, L) = Σ_ij A_ij B_ij / (n (n - 3))`` with the U-centred ``A`` of ``K`` and ``B`` of ``L``, which is the
+    formula of Song et al. in other words.
+
+    Args:
+        kernel: Symmetric, shape ``(n, n)``, ``n >= 4``.
+
+    Returns:
+        The same shape, with zeros on the diagonal.
+
+    Source: Székely and Rizzo, "Partial distance correlation with methods for dissimilarities", 2014, equation 3.4.
+    """
+    count = len(kernel)
+    off = kernel - np.diag(np.diag(kernel))
+    sums = off.sum(0) / (count - 2)
+    centred = off - sums[:, None] - sums[None, :] + off.sum() / ((count - 1) * (count - 2))
+    np.fill_diagonal(centred, 0)
+    result: Matrix = centred
+    return result

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from theia.analysis.statistics import FEATURE_ROUNDING
+from theia.utils.estimates import FEATURE_ROUNDING
 
 # What is left of a component without variance, as a part of the largest, by rounding.
 _ROUNDING = 1e-12

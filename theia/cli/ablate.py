@@ -15,8 +15,8 @@ from theia.ablation.grid import arguments_of, expand, flat, refuse_idle, refuse_
 from theia.cli.parser import Parser
 from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, split
 from theia.errors import ConfigError
-from theia.lists import comma_list
-from theia.scoring import registry
+from theia.scoring.contract import find_scorer, scorer_names
+from theia.utils.arguments import comma_list
 from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     """
     if argv[:1] == ["report"]:
         return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
-    parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(registry.names())))
+    parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(scorer_names())))
     parser.may_be_empty = ("scorers", *_OF_FIT)
     parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
@@ -111,12 +111,14 @@ def ablate(
         command: What was typed.
     """
     # torch takes seconds to import; --help does not need it.
-    from theia.ablation import launch, record, sweep
-    from theia.ablation.external import read as read_scores
-    from theia.ablation.forecast import forecast
+    from theia.ablation import sweep
+    from theia.ablation.launch import check_launcher
+    from theia.ablation.run import check_runs, earlier_record, hold, write_record
+    from theia.ablation.summary import read_external as read_scores
+    from theia.ablation.sweep import forecast
     from theia.cli import plan
 
-    launch.check(launcher, jobs)
+    check_launcher(launcher, jobs)
     if slurm and launcher != "slurm":
         raise ConfigError(
             "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave it out."
@@ -124,7 +126,7 @@ def ablate(
     check_folder(out, "--out")
     wanted = comma_list(scorers)
     for name in wanted:
-        registry.find(name)
+        find_scorer(name)
     numbers = seeds_of(seeds)
     arguments = [*(["--config", base] if base else []), *arguments_of(options or {}), *fit_options]
     typed = [argument[2:].partition("=")[0] for argument in fit_options if argument.startswith("--")]
@@ -136,7 +138,7 @@ def ablate(
     # Only sets of teachers need to know which there are; rows may all have stores of their own.
     found = expand(rows, teachers, product, list(stores.open(common["data"]).teacher_specs) if teachers else [])
     refuse_idle([*flat(options or {}), *typed], found)
-    earlier = record.earlier(out)
+    earlier = earlier_record(out)
     planned = earlier.with_planned([row.name for row in found], numbers)
     if reference is not None and reference not in planned:
         raise ConfigError(f"The reference {reference!r} is no row. There are: {'; '.join(planned)}.")
@@ -144,10 +146,10 @@ def ablate(
         read_scores(scores, planned)
     runs = plan.plan(only_of(found, only), numbers, arguments, out, tuple(wanted), stores)
     if dry_run:
-        record.check(runs)
+        check_runs(runs)
         print(forecast(runs, arguments))
         return 0
-    with record.held(out):
+    with hold(out):
         now = {
             "reference": reference, "sort_by": sort_by, "scores": scores and str(scores.resolve()),
             "lower_is_better": comma_list(lower_is_better),
@@ -155,7 +157,7 @@ def ablate(
         # What is not said now is as it was said before.
         chosen = {name: value or earlier.statement.get(name, value) for name, value in now.items()}
         statement = {"command": command, "base": base, **chosen, "store": stores.provenance()}
-        record.write(out, runs, earlier.runs, planned, statement)
+        write_record(out, runs, earlier.runs, planned, statement)
         for line in stores.caveats():
             logger.warning("%s", line)
         interrupted = 0
@@ -206,7 +208,7 @@ def _terminate(number: int, _: FrameType | None) -> None:
 
 
 def _print(out: Path, summary: "Summary | None", failed: "Sequence[Run]") -> None:
-    from theia.ablation.page import main_table
+    from theia.ablation.report import main_table
 
     if summary is not None:
         print(main_table(summary))

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import auto_cli
 
-from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
-from theia.utils.numbers import MOST_PIXELS, check_number
+from theia.utils.arguments import MOST_PIXELS, check_number
+from theia.utils.device import Device, choose_device
 from theia.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from theia.analysis.measure import ImageBatch, Measured
-    from theia.cli.image_stream import ImageStream
-    from theia.encoder.named import NamedEncoder
+    from theia.encoder.from_name import NamedEncoder
+    from theia.extraction.stream import ImageStream
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ def analyze(
     shown = picture_ids or (_PICTURES if pictures is None else pictures)
 
     # torch takes seconds to import; --help does not need it.
+    from theia.analysis.report import check_free, write_report
     from theia.analysis.results import assemble
     from theia.analysis.scores import read_scores
-    from theia.analysis.write import check_free, write
-    from theia.cli.image_stream import ImageStream, open_images
     from theia.encoder.encoder import Encoder
+    from theia.extraction.stream import ImageStream, open_images
 
     check_free(out)
     read = read_scores(scores, encoders) if scores is not None else {}
@@ -118,7 +118,7 @@ def analyze(
         name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
     }
     analysis = assemble(measured, distilled, read, stream.skipped, statement)
-    files = write(out, analysis, tensorboard)
+    files = write_report(out, analysis, tensorboard)
     _say(analysis, files[-1])
     return 0
 
@@ -146,7 +146,7 @@ def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[st
     """The encoders, each tried on one grey image: what does not work must not come to light after hours."""
     import torch
 
-    from theia.encoder.named import open_encoder
+    from theia.encoder.from_name import open_encoder
 
     opened = {}
     for name in names:
@@ -162,7 +162,7 @@ def _measure(
     import torch
 
     from theia.analysis.measure import ImageBatch, measure
-    from theia.extraction.progress import Progress
+    from theia.utils.progress import Progress
 
     def batches(advance: Callable[[int], object]) -> "Iterator[ImageBatch]":
         skipped = 0
@@ -197,7 +197,7 @@ def _text(value: Any) -> str:
 
 
 def _say(analysis: Any, report: Path) -> None:
-    from theia.analysis.page import main_table
+    from theia.analysis.report import main_table
 
     print(main_table(analysis))
     for note in analysis.notes:

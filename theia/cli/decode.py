@@ -12,18 +12,16 @@ from jsonargparse import auto_cli
 from PIL import Image
 from tabulate import tabulate
 
-from theia.cli.device import Device, choose_device
 from theia.cli.parser import Parser, settle
 from theia.errors import ConfigError, UnknownTeacherError
-from theia.lists import comma_list
-from theia.utils.numbers import check_number
+from theia.utils.arguments import check_number, comma_list
+from theia.utils.device import Device, choose_device
 from theia.version import __version__
 
 if TYPE_CHECKING:
-    from theia.decoding.frames import Frames
-    from theia.decoding.subject import Subject
+    from theia.decoding.viewer import Frames, Subject
     from theia.encoder.encoder import Encoder
-    from theia.extraction.images import ImageSource
+    from theia.extraction.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +97,11 @@ def decode(
     # torch takes seconds to import; --help does not need it.
     from theia.decoding.decode import decode as write
     from theia.decoding.output import check_free, picture_names
-    from theia.decoding.subject import is_of_use, names_of, open_subject
     from theia.decoding.video import GIF, Video
-    from theia.decoding.views import Viewer
+    from theia.decoding.viewer import Viewer, is_of_use, names_of, open_subject
     from theia.encoder.load import load
-    from theia.extraction.decode import IMAGE_ENDINGS, to_square
+    from theia.extraction.decode import to_square
+    from theia.extraction.files import IMAGE_ENDINGS
 
     if ":" in model and not Path(model).exists():
         raise ConfigError(
@@ -183,7 +181,7 @@ def _checksum(encoder: "Encoder") -> int:
 
 
 class _Images:
-    """Pictures of an image source; see :class:`theia.decoding.frames.Frames`."""
+    """Pictures of an image source; see :class:`theia.decoding.viewer.Frames`."""
 
     def __init__(self, source: "ImageSource") -> None:
         self.ids: Sequence[str] = source.ids
@@ -191,7 +189,7 @@ class _Images:
         self._source = source
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """See :meth:`theia.decoding.frames.Frames.pick`."""
+        """See :meth:`theia.decoding.viewer.Frames.pick`."""
         from theia.extraction.decode import UnreadableImageError
 
         for index in indices:
@@ -204,8 +202,8 @@ class _Images:
 
 
 def _open(location: str) -> "Frames":
-    from theia.cli.image_stream import open_images
     from theia.decoding.video import VIDEO_ENDINGS, Video
+    from theia.extraction.stream import open_images
 
     path = Path(location)
     if path.suffix.lower() in VIDEO_ENDINGS and not path.is_dir():

@@ -12,7 +12,7 @@ from jsonargparse import auto_cli
 
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
-from theia.lists import comma_list
+from theia.utils.arguments import comma_list
 from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)

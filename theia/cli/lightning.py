@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
-from theia.cli.report import table, write_report
 from theia.cli.run import (
     CONFIG,
     SaveRun,
@@ -35,11 +34,11 @@ from theia.cli.run import (
     resolve_checkpoint,
     run_of,
 )
-from theia.cli.scores import find_scorers, run_scorers, scores_table
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
-from theia.scoring import registry
+from theia.scoring.contract import scorer_names
+from theia.scoring.run import find_scorers, run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested, requeue
 from theia.training.distillation import Distillation
@@ -98,7 +97,7 @@ class TheiaCLI(LightningCLI):
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
             help="What to score beyond the student's own translators, comma-separated or a YAML list. "
-            f"Installed: {', '.join(registry.names()) or 'none'}.",
+            f"Installed: {', '.join(scorer_names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
             "--scorer_images", type=int, default=10000,
@@ -286,7 +285,7 @@ class TheiaCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         print(f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})")
-        print(table(list(self.datamodule.teacher_specs), before, after))
+        print(translators_table(list(self.datamodule.teacher_specs), before, after))
         report = {
             "checkpoint": str(self.checkpoint),
             "checkpoint_sha256": file_sha256(self.checkpoint),

@@ -18,8 +18,8 @@ from theia.cli import lightning
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.data.datamodule import FeatureDataModule
 from theia.errors import ConfigError
-from theia.lists import comma_list
 from theia.store.reader import FeatureStore
+from theia.utils.arguments import comma_list
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from theia.cli.options import Change
 from theia.errors import ConfigError
 from theia.training.checkpoints import LAST
 from theia.training.records import METRICS
+from theia.utils.arguments import check_number
 from theia.utils.files import write_whole
-from theia.utils.numbers import check_number
 
 logger = logging.getLogger(__name__)
 

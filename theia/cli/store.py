@@ -8,10 +8,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from theia.cli.parser import Parser
-from theia.extraction.progress import readable_bytes
-from theia.store.summary import SetSummary, describe
-from theia.store.verify import Problem
+from theia.store.verify import Problem, SetSummary, describe
 from theia.store.verify import verify as verify_store
+from theia.utils.progress import readable_bytes
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ import yaml
 
 from theia.ablation.grid import Row
 from theia.errors import ConfigError
-from theia.lists import comma_list
+from theia.utils.arguments import comma_list
 
 
 def split(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:

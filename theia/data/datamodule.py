@@ -15,13 +15,11 @@ from torch import Tensor
 from theia.data.loader import FeatureLoader
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
 from theia.errors import ConfigError
-from theia.lists import comma_list
-from theia.store.reader import FeatureStore
+from theia.store.reader import FeatureStore, Split
 from theia.store.schema import canonical_json, to_plain
-from theia.store.split import Split
 from theia.store.statistics import ChannelStatistics
 from theia.types import FeatureBatch
-from theia.utils.numbers import check_number
+from theia.utils.arguments import check_number, comma_list
 
 logger = logging.getLogger(__name__)
 

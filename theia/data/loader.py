@@ -10,8 +10,8 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
 from theia.data.transfer import DeviceCopies
 from theia.data.workers import Workers
 from theia.errors import ConfigError
+from theia.store.reader import Split
 from theia.store.schema import IMAGE
-from theia.store.split import Split
 from theia.types import FeatureBatch
 
 # Batches that a worker may fill ahead of the one in use.

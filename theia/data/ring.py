@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from theia.data.sampler import Rows
-from theia.store.split import Split, shared_array
+from theia.store.reader import Split, shared_array
 
 # A batch stays valid until so many more were taken: there are the one in use, and the one before it.
 HELD = 2

@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from theia.decoding.frames import Frames
-from theia.decoding.looks import Colours, Shown, Tokens, fit_colours, paint
 from theia.decoding.output import Output, Scores, check_free, find_unfinished
-from theia.decoding.panels import Group, row
-from theia.decoding.subject import Subject
+from theia.decoding.render import Colours, Group, Shown, Tokens, fit_colours, paint, row
 from theia.decoding.video import Video, video_writer
-from theia.decoding.views import Pair, View, Viewer
+from theia.decoding.viewer import Frames, Pair, Subject, View, Viewer
 from theia.errors import ImageError
-from theia.extraction.progress import Progress
-from theia.pictures import ColourBasis, Picture
 from theia.types import Depth, Masks
+from theia.utils.pictures import ColourBasis, Picture
+from theia.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 

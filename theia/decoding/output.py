@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from theia.errors import ConfigError
-from theia.pictures import Picture
 from theia.utils.files import check_folder, remove_stale, replacing, write_whole, writing
+from theia.utils.pictures import Picture
 
 RECORD, SCORES = "decoded.json", "decoded.jsonl"
 _MARK = "theia_decode"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.files import open_regular, reason
-from theia.pictures import Picture
+from theia.utils.pictures import Picture
 
 GIF = ".gif"
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", GIF)
@@ -30,7 +30,7 @@ class Video:
     Attributes:
         frames_per_s: On average; a varying rate becomes even.
         ids: ``frame-000000`` and so on, as many as the file announces.
-        skipped: See :class:`theia.decoding.frames.Frames`.
+        skipped: See :class:`theia.decoding.viewer.Frames`.
 
     Raises:
         ConfigError: If PyAV is not installed.
@@ -51,7 +51,7 @@ class Video:
         self.ids = [f"frame-{index:06d}" for index in range(count)]
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """See :meth:`theia.decoding.frames.Frames.pick`; what follows damage, or is announced only, is left out."""
+        """See :meth:`theia.decoding.viewer.Frames.pick`; what follows damage, or is announced only, is left out."""
         wanted = iter(indices)
         index = next(wanted, None)
         frames = self._read(self._path)

@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from theia.encoder import authors
-from theia.encoder.encoder import Encoder, check_pool
-from theia.encoder.inputs import FLOATS
+from theia.encoder import published
+from theia.encoder.encoder import FLOATS, Encoder, check_pool
 from theia.errors import CheckpointError, ConfigError, TheiaError, WeightsError
 from theia.hub import known_to_answer
 from theia.models.architecture import Architecture
@@ -191,11 +190,11 @@ def _from_checkpoint(path: Path) -> Encoder:
 def _from_folder(folder: Path, origin: str) -> Encoder:
     config = read_config(folder)
     tensors = _read_tensors(folder, origin)
-    if authors.is_config(config):
-        encoder = Encoder(*authors.read_config(config, origin))
+    if published.is_config(config):
+        encoder = Encoder(*published.read_config(config, origin))
         names = [name for name, _ in encoder.distiller.named_parameters()]
         # The rest are constants of all published models, and statistics, which they do not have.
-        load_strictly(encoder.distiller, authors.from_theirs(tensors, names, origin), origin, names)
+        load_strictly(encoder.distiller, published.from_theirs(tensors, names, origin), origin, names)
     elif config.get("model_type") == MODEL_TYPE:
         encoder = _build_ours(config, origin)
         load_strictly(encoder.distiller, _without_prefix(tensors), origin)

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from theia.encoder.authors import POSITIONS as PUBLISHED_POSITIONS
-from theia.encoder.encoder import Encoder
-from theia.encoder.inputs import one_or_several
+from theia.encoder.encoder import Encoder, one_or_several
 from theia.encoder.load import CONFIG, MODEL_TYPE, WEIGHTS, load, local_path, read_config, set_aside
+from theia.encoder.published import POSITIONS as PUBLISHED_POSITIONS
 from theia.errors import ExportError, WeightsError
 from theia.export.formats import FORMATS, Exported, check
-from theia.lists import comma_list
+from theia.utils.arguments import comma_list
 from theia.utils.files import publish, sync, writing
 
 # All that an export may put into a folder; a folder with anything else is not ours to replace.

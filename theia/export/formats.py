@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from theia.encoder import authors
+from theia.encoder import published
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import CONFIG, MODEL_TYPE, PREFIX, WEIGHTS
 from theia.errors import ConfigError, ExportError, WeightsError
@@ -66,10 +66,10 @@ def write_authors(model: Exported, folder: Path) -> list[str]:
     """The published layout, in a folder of its own."""
     target = folder / "authors"
     target.mkdir()
-    config = authors.write_config(model.architecture, model.encoder.pool)
+    config = published.write_config(model.architecture, model.encoder.pool)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = {name: parameter.detach() for name, parameter in model.encoder.distiller.named_parameters()}
-    _save(authors.to_theirs(parameters), target / WEIGHTS)
+    _save(published.to_theirs(parameters), target / WEIGHTS)
     return [f"authors/{CONFIG}, authors/{WEIGHTS}"]
 
 
@@ -139,7 +139,7 @@ def check(model: Exported, formats: list[str]) -> None:
         _timm_name(model.architecture)
     if "authors" in formats:
         try:
-            authors.write_config(model.architecture, model.encoder.pool)
+            published.write_config(model.architecture, model.encoder.pool)
         except WeightsError as error:
             raise ExportError(str(error)) from error
 

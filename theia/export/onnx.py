@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from theia.encoder.encoder import Encoder
 from theia.errors import ConfigError, ExportError
-from theia.extraction.samples import HELD_OUT_PHOTOS, SampleSource
+from theia.extraction.sources import HELD_OUT_PHOTOS, SampleSource
 from theia.models.student import PATCH
 from theia.utils.files import mount_of
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from theia.errors import ConfigError
-from theia.lists import comma_list
 from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
-from theia.utils.numbers import MOST_PIXELS, MOST_PROCESSES, check_number
+from theia.utils.arguments import MOST_PIXELS, MOST_PROCESSES, check_number, comma_list
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,6 @@ from theia.errors import ConfigError, ImageError
 from theia.extraction.files import is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
-# File names that count as images, in lower case.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
 # For the record of an image set.
 RESIZE_FILTER = "bicubic, antialiased (Pillow)"
 

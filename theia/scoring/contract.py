@@ -21,12 +21,17 @@ docstring is what the log says of it.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
 from theia.encoder.encoder import Encoder
+from theia.errors import UnknownScorerError
+from theia.plugins import NAME, NAME_RULE, Plugins
 from theia.types import FeatureBatch, FeatureStatistics
+
+if TYPE_CHECKING:  # the contract takes torch along
+    pass  # MERGED
 
 
 class Part(Protocol):
@@ -75,3 +80,33 @@ class Trained:
 
 # Keys are a metric, or metric/teacher. All values are finite.
 Scorer = Callable[[Trained], Mapping[str, float]]
+
+
+GROUP = "theia.scorers"
+_SCORERS = Plugins(GROUP, "scorer", UnknownScorerError)
+
+
+def scorer_names() -> list[str]:
+    """Names of all registered scorers, sorted. Imports none of them."""
+    return _SCORERS.names()
+
+
+def find_scorer(name: str) -> "Scorer":
+    """One scorer.
+
+    Args:
+        name: Name of its entry point.
+
+    Raises:
+        UnknownScorerError: If nothing registers the name; lists what is installed and the nearest name.
+        PluginError: If the plugin cannot be imported, is not a function, or shares its name with another.
+    """
+    return cast("Scorer", _SCORERS.load(name, lambda scorer: _problem(scorer, name)))
+
+
+def _problem(scorer: Any, name: str) -> str | None:
+    if not callable(scorer):
+        return "is not a function"
+    if not NAME.fullmatch(name):
+        return f"needs another name: {NAME_RULE}"
+    return None

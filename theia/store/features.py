@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from theia.errors import FeatureError
-from theia.store.layout import CLS_SUMS, PATCH_SUMS
-from theia.store.new_shard import NewShard
 from theia.store.schema import FeatureDtype
+from theia.store.sets import CLS_SUMS, PATCH_SUMS
+from theia.store.shard import NewShard
 from theia.store.statistics import Moments
 from theia.teacher import check_features
 from theia.types import TeacherFeatures, TeacherSpec

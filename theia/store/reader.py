@@ -1,23 +1,233 @@
 """Opens a store: validates every file once, then hands out byte offsets."""
 
 import hashlib
+import mmap
+import os
+import resource
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from theia.errors import StoreError
-from theia.store.agreement import check_splits, with_shards
-from theia.store.completion import missing_shards
-from theia.store.files import file_size
-from theia.store.layout import LABEL, SetLayout
-from theia.store.manifest import Manifest, read_manifest
-from theia.store.schema import IMAGE, MANIFEST, SplitRecord, set_folder, statistics_path
-from theia.store.shard import KEY, Shard, damaged, decode, read_shard
-from theia.store.split import Column, Split
+from theia.errors import ShapeError, StoreError
+from theia.store.disk import file_size, unreadable
+from theia.store.manifest import Manifest, check_splits, read_manifest, with_shards
+from theia.store.schema import IMAGE, MANIFEST, Field, SplitRecord, set_folder, statistics_path
+from theia.store.sets import LABEL, SetLayout, missing_shards
+from theia.store.shard import KEY, Dataset, Shard, as_bytes, damaged, decode, read_shard
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
+
+# More than any store has; no more than that, since some programs close all that they could have open.
+_MANY_FILES = 1 << 16
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where one value of every sample lies.
+
+    Attributes:
+        field: Type and shape of a row.
+        paths: File of each shard.
+        offsets: First byte of the dataset in it, shape ``(shards,)``.
+    """
+
+    field: Field
+    paths: list[str]
+    offsets: Int64
+
+
+class Split:
+    """A validated split: reads rows in any order.
+
+    It holds paths, offsets and labels, but no HDF5 handle, so that it can be pickled and used after a fork. Several
+    threads may read at once.
+
+    Attributes:
+        teachers: Specs by name.
+        image_hw: Height and width of the images, in pixels.
+        fields: What a row holds: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
+        labels: Class indices, int64, shape ``(rows,)``, or ``None``.
+    """
+
+    def __init__(
+        self,
+        teachers: dict[str, TeacherSpec],
+        image_hw: tuple[int, int],
+        columns: dict[str, Column],
+        keys: Sequence[tuple[str, Dataset]],
+        labels: Int64 | None,
+    ) -> None:
+        """Made by ``FeatureStore.open_split``.
+
+        Args:
+            teachers: Specs by name.
+            image_hw: Height and width of the images.
+            columns: By field name.
+            keys: File and dataset of the sample ids of each shard.
+            labels: Class indices of all rows.
+        """
+        self.teachers = teachers
+        self.image_hw = image_hw
+        self.labels = labels
+        self.fields = {name: column.field for name, column in columns.items()}
+        self._columns = columns
+        self._keys = keys
+        self._first_rows = np.cumsum([0, *(dataset.rows for _, dataset in keys)], dtype=np.int64)
+        self._process = 0
+        self._file: Callable[[str], _File] = _File
+
+    def images_only(self) -> "Split":
+        """The same rows without features."""
+        return Split({}, self.image_hw, {IMAGE: self._columns[IMAGE]}, self._keys, self.labels)
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File descriptors belong to one process.
+        return {**self.__dict__, "_process": 0, "_file": _File}
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return Path(self._keys[0][0]).parents[1]
+
+    def key(self, row: int) -> str:
+        """Sample id of one row.
+
+        Raises:
+            StoreError: If there is no such row, or the file is damaged.
+        """
+        shards, within = self._locate(np.array([row], np.int64))
+        path, dataset = self._keys[int(shards[0])]
+        size = dataset.field.row_bytes
+        text = bytearray(size)
+        self._read(path, memoryview(text), dataset.offset + int(within[0]) * size)
+        return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
+
+    def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Buffers for all fields, filled with zeros and shared with processes that are forked later.
+
+        Args:
+            rows: Samples that they hold.
+        """
+        return {name: shared_array((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
+
+    def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]]) -> None:
+        """Reads samples into the first rows of buffers; only the fields that have a buffer are read.
+
+        Args:
+            rows: Row numbers, int64, shape ``(n,)``, in any order.
+            buffers: By field name; C-contiguous, of the field's type, shape ``(>= n, *field.shape)``.
+
+        Raises:
+            ShapeError: If a buffer does not fit its field.
+            StoreError: If a row does not exist, or a file cannot be read to its end.
+        """
+        shards, within = self._locate(rows)
+        numbers = shards.tolist()
+        for name, buffer in buffers.items():
+            column = self._fitting(name, buffer, len(rows))
+            size = column.field.row_bytes
+            view = as_bytes(buffer)
+            offsets = (column.offsets[shards] + within * size).tolist()
+            start = 0
+            for shard, offset in zip(numbers, offsets, strict=True):
+                self._read(column.paths[shard], view[start : start + size], offset)
+                start += size
+
+    def _locate(self, rows: Int64) -> tuple[Int64, Int64]:
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise StoreError(
+                f"Rows {rows.min()} to {rows.max()} were asked for; the split has rows 0 to {len(self) - 1}."
+            )
+        if self._process != os.getpid():
+            # A reader evicted by the cache is closed when the last thread that uses it lets go of it.
+            self._file = lru_cache(_open_files_at_most())(_File)
+            self._process = os.getpid()
+        # From the right: a shard without rows begins where the next one does.
+        shards = np.searchsorted(self._first_rows, rows, side="right") - 1
+        return shards, rows - self._first_rows[shards]
+
+    def _fitting(self, name: str, buffer: NDArray[Any], rows: int) -> Column:
+        column = self._columns.get(name)
+        if column is None:
+            raise ShapeError(f"No field {name!r} in this split. It has: {', '.join(self._columns)}.")
+        field = column.field
+        if (
+            buffer.dtype != field.dtype
+            or buffer.shape[1:] != field.shape
+            or len(buffer) < rows
+            or not buffer.flags.carray
+        ):
+            raise ShapeError(
+                f"Buffer of {name!r} is {buffer.dtype} {buffer.shape}; needed is writable, C-contiguous {field.dtype} "
+                f"of at least {rows} rows of {field.shape}. Make it with Split.allocate()."
+            )
+        return column
+
+    def _read(self, path: str, target: memoryview, offset: int) -> None:
+        try:
+            file = self._file(path)
+            done = os.preadv(file.descriptor, (target,), offset)
+            # Network file systems may give less than was asked for.
+            while done < len(target):
+                more = os.preadv(file.descriptor, (target[done:],), offset + done)
+                if not more:
+                    raise StoreError(damaged(path, "it ends too early"))
+                done += more
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros in memory of their own that is shared with processes forked later, and begins on a page.
+
+    The kernel copies a file to a page's beginning at nearly twice the rate at which it copies to the place where
+    ``np.empty`` puts an array, 16 bytes behind.
+
+    Args:
+        shape: Of the array.
+        dtype: Of its elements.
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    memory = mmap.mmap(-1, max(1, count * dtype.itemsize))  # a mapping cannot be empty
+    return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+class _File:
+    """An open file, closed with its last reference."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _open_files_at_most() -> int:
+    # Random order over a large store touches every file again and again: the usual 1024 would close and open them.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    # A quarter: there are train and validation, and everything else that a process opens.
+    return max((_MANY_FILES if soft == resource.RLIM_INFINITY else soft) // 4, 16)
 
 
 class FeatureStore:

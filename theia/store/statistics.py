@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import StoreError
-from theia.store.files import replace_bytes, unreadable
+from theia.store.disk import replace_bytes, unreadable
 
 Vector = NDArray[np.float64]
 

@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
-from theia.store.agreement import check_folder, check_images, check_splits, check_teacher, with_shards
-from theia.store.completion import WholeShards, complete, missing_shards
+from theia.store.disk import replace_bytes, writing
 from theia.store.features import ShardWriter
-from theia.store.files import replace_bytes, writing
-from theia.store.layout import LABEL, SKIPPED, SetLayout, encode_skipped, read_skipped, split_layouts
-from theia.store.manifest import edit_manifest, read_manifest
-from theia.store.new_shard import NewShard
+from theia.store.manifest import (
+    check_folder,
+    check_images,
+    check_splits,
+    check_teacher,
+    edit_manifest,
+    read_manifest,
+    with_shards,
+)
 from theia.store.schema import (
     IMAGE,
     SPLIT_RULE,
@@ -34,7 +38,18 @@ from theia.store.schema import (
     set_folder,
     to_plain,
 )
-from theia.store.shard import Shard
+from theia.store.sets import (
+    LABEL,
+    SKIPPED,
+    SetLayout,
+    WholeShards,
+    complete,
+    encode_skipped,
+    missing_shards,
+    read_skipped,
+    split_layouts,
+)
+from theia.store.shard import NewShard, Shard
 from theia.types import Json, TeacherSpec
 from theia.utils.files import remove_stale
 

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from theia.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
 from theia.training.distillation import Distillation
 from theia.types import FeatureBatch
 from theia.utils.files import replacing
+from theia.utils.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
 
 
 class Throughput(L.Callback):

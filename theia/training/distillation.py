@@ -20,7 +20,7 @@ from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
 from theia.types import FeatureBatch, FeatureStatistics
-from theia.utils.numbers import check_number
+from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # step of a loss that was always finite

@@ -1,0 +1,492 @@
+"""Where images come from: a folder, tar files, or the sample photographs."""
+
+import logging
+import os
+import random
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+from PIL import Image
+
+from theia.errors import ImageError
+from theia.extraction.decode import UnreadableImageError, read_image
+from theia.extraction.files import (
+    COMPRESSED_TAR_ENDINGS,
+    IMAGE_ENDINGS,
+    TAR_ENDING,
+    PassedOver,
+    is_folder,
+    open_regular,
+    reason,
+    was_never_a_file,
+)
+from theia.types import Json
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = "sample"
+SAMPLE_COUNT = 640
+
+
+class ImageSource(Protocol):
+    """A fixed sequence of images.
+
+    Holds no open file, so that it can be pickled, and forked into worker processes.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Sample ids, unique, in a fixed order."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """Class index of every image, or ``None``."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names by index, or ``None`` where they are not known."""
+
+    @property
+    def description(self) -> dict[str, Json]:
+        """What this is, for the record: ``kind`` and what tells it from others of its kind, wherever it lies."""
+
+    def read(self, index: int) -> Image.Image:
+        """Decodes one image; RGB, any size.
+
+        Raises:
+            UnreadableImageError: If it alone cannot be read or decoded; the message is the reason.
+            ImageError: If nothing can be read, for instance since the file system fails.
+        """
+
+
+def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
+    """Opens images for extraction.
+
+    Args:
+        location: One of
+
+            - a folder of images, at any depth, in sorted order; the id is the path below the folder. With
+              ``labels`` the folders right below it are the classes, in sorted order.
+            - a ``.tar`` file or a folder of them, uncompressed; the id is ``<tar>/<member>``. With ``labels``
+              the member ``a.cls`` holds the class of ``a.jpg`` as an integer.
+            - ``sample`` or ``sample:COUNT``: crops of photographs that come with scikit-image. A folder of that
+              name is ``./sample``.
+        split: Which photographs ``sample`` shows; folders and tar files hold one split each.
+        labels: Whether to read class labels.
+
+    What is there and not read is logged in one line. What is named like an image and is no regular file is listed, as
+    one that cannot be read.
+
+    Raises:
+        ImageError: If there is no such place or no image in it, tar files and images are mixed, a tar file is
+            damaged or compressed, a name is no valid UTF-8, or labels are asked for and missing.
+    """
+    if location.partition(":")[0] == SAMPLE:
+        return _open_sample(location, split, labels)
+    root = Path(location)
+    source: ImageSource
+    passed_over = PassedOver()
+    if is_folder(root, f"Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."):
+        source = _open_folder(root, labels, passed_over)
+    elif root.suffix.lower() == TAR_ENDING:
+        source = TarSource(root.parent, [root.name], labels, passed_over)
+    else:
+        raise ImageError(f"{root} is neither a folder nor a .tar file. {_compressed_hint([root.name])}")
+    if not source.ids:
+        there = f" There are: {passed_over}." if str(passed_over) else ""
+        raise ImageError(
+            f"No image in {root}.{there} Names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
+            "for files that hold such; hidden ones do not. A tar file of tar files must be unpacked once."
+        )
+    _check_names(source.ids, root)
+    if str(passed_over):
+        level = logging.WARNING if passed_over.may_surprise else logging.INFO
+        logger.log(level, "Passed over in %s: %s", root, passed_over)
+    return source
+
+
+def _open_folder(root: Path, labels: bool, passed_over: PassedOver) -> ImageSource:
+    names = list_files(root, passed_over)
+    images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
+    tars = [name for name in names if name.lower().endswith(TAR_ENDING)]
+    compressed = [name for name in names if name.lower().endswith(COMPRESSED_TAR_ENDINGS)]
+    if images and tars:
+        raise ImageError(
+            f"{root} holds both images ({images[0]}) and tar files ({tars[0]}). Point to a folder with one of the two."
+        )
+    if compressed and not images:
+        raise ImageError(f"{root} holds compressed tar files ({compressed[0]}). {_compressed_hint(compressed)}")
+    for name in names:
+        if not name.lower().endswith((*IMAGE_ENDINGS, TAR_ENDING)):
+            passed_over.add(name)
+    return TarSource(root, tars, labels, passed_over) if tars else FolderSource(root, images, labels)
+
+
+def _open_sample(location: str, split: str, labels: bool) -> ImageSource:
+    _, colon, text = location.partition(":")
+    count = int(text) if text.isdecimal() else 0 if colon else SAMPLE_COUNT
+    if count < 1:
+        raise ImageError(f"{location!r} asks for {text!r} sample crops. Give a number from 1, as in '{SAMPLE}:640'.")
+    if labels:
+        raise ImageError("The sample photographs have no labels. Extract without labels, or give a folder of classes.")
+    return SampleSource(split, count)
+
+
+def _compressed_hint(names: list[str]) -> str:
+    if names[0].lower().endswith(COMPRESSED_TAR_ENDINGS):
+        return "Images are read by offset, so decompress tar files first."
+    return "Give the folder that holds it."
+
+
+def _check_names(ids: Sequence[str], root: Path) -> None:
+    for sample_id in ids:
+        try:
+            sample_id.encode()
+        except UnicodeEncodeError as error:
+            raise ImageError(
+                f"The name {sample_id!r} in {root} is no valid UTF-8 and cannot be a sample id. Rename it."
+            ) from error
+
+
+class FolderSource:
+    """Image files below a folder.
+
+    Args:
+        root: The folder.
+        names: Paths of the images relative to it, with ``/``: the sample ids.
+        labels: Whether the folders right below ``root`` are classes, numbered in sorted order.
+
+    Raises:
+        ImageError: If labels are asked for and an image lies in no sub-folder.
+    """
+
+    def __init__(self, root: Path, names: list[str], labels: bool) -> None:
+        self.ids = names
+        self.classes: list[str] | None = None
+        self.labels: list[int] | None = None
+        self.description: dict[str, Json] = {"kind": "folder", "name": root.resolve().name}
+        self._root = root
+        if labels:
+            # Also those without an image: two splits with the same folders number their classes alike.
+            _, folders, _ = next(os.walk(root, onerror=_refuse))
+            self.classes = sorted(name for name in folders if not name.startswith("."))
+            self.labels = _labels(root, names, self.classes)
+
+    def read(self, index: int) -> Image.Image:
+        """Reads one image; RGB.
+
+        Raises:
+            UnreadableImageError: If the file is gone, forbidden or not a regular one, or cannot be decoded.
+            ImageError: If the file system fails.
+        """
+        try:
+            return read_image(self._root / self.ids[index])
+        except UnreadableImageError as error:
+            # A disk that was unmounted leaves no folder, or an empty one; then it is not this file that is gone.
+            if isinstance(error.__cause__, OSError) and _is_gone(self._root):
+                raise ImageError(
+                    f"The folder {self._root} is gone or empty: {self.ids[index]} {error}. Bring it back and run the "
+                    "same command again; whole shards are kept."
+                ) from error
+            raise
+
+
+def list_files(root: Path, passed_over: PassedOver) -> list[str]:
+    """All files below a folder, at any depth, following links.
+
+    Args:
+        root: The folder.
+        passed_over: Counts the hidden files and folders.
+
+    Returns:
+        Paths relative to ``root``, with ``/``, sorted. Hidden files and folders (``.git``, macOS's
+        ``._a.jpg``) are left out; what is not a regular file is not.
+
+    Raises:
+        ImageError: If a folder cannot be listed, or is reached twice through links.
+    """
+    return sorted(_walk(root, passed_over))
+
+
+def _walk(root: Path, passed_over: PassedOver) -> Iterator[str]:
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
+        here = Path(folder)
+        try:
+            status = here.stat()
+        except OSError as error:
+            _refuse(error)
+        if (status.st_dev, status.st_ino) in seen:
+            raise ImageError(
+                f"Folder {here} is reached twice through symbolic links, so its images would count twice. "
+                "Remove the link, or point to a folder without one."
+            )
+        seen.add((status.st_dev, status.st_ino))
+        prefix = "" if here == root else f"{here.relative_to(root).as_posix()}/"
+        for name in subfolders:
+            if name.startswith("."):
+                passed_over.add_kind("hidden folder", prefix + name)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if name.startswith("."):
+                passed_over.add_kind("hidden", prefix + name)
+            else:
+                yield prefix + name
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
+def _refuse(error: OSError) -> NoReturn:
+    # os.walk passes over such a folder in silence unless told otherwise.
+    raise ImageError(f"Folder {error.filename} cannot be listed: {error.strerror}. Correct its permissions.") from error
+
+
+def _labels(root: Path, names: list[str], classes: list[str]) -> list[int]:
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = []
+    for name in names:
+        folder, slash, _ = name.partition("/")
+        if not slash:
+            raise ImageError(
+                f"Labels were asked for, but {root / name} lies in no sub-folder: the folders right below "
+                f"{root} are the classes. Move it into one, or extract without labels."
+            )
+        labels.append(numbers[folder])
+    return labels
+
+
+_LABEL_ENDING = ".cls"
+_TAIL_BYTES = 1 << 16
+
+
+class _Stretch(NamedTuple):
+    offset: int
+    size: int
+
+
+_NOWHERE = _Stretch(-1, 0)
+# By name; of one that cannot be read, the reason.
+_Members = dict[str, _Stretch | str]
+
+
+class TarSource:
+    """Members of uncompressed tar files, archive by archive, in the order in which each holds them.
+
+    What is named like an image, or like an archive of them, and never held one counts as one image that cannot be read:
+    a FIFO or a device, and an archive that is a link to itself.
+
+    Args:
+        root: Folder of the archives.
+        names: Paths of the archives relative to it; a sample id is ``<archive>/<member>``.
+        labels: Whether to read the class of ``a.jpg`` from the member ``a.cls``, an integer in ASCII.
+        passed_over: Counts the members that are no images.
+
+    Raises:
+        ImageError: If an archive is missing, forbidden, damaged or compressed, or labels are asked for and one is
+            missing or no integer.
+    """
+
+    def __init__(self, root: Path, names: list[str], labels: bool, passed_over: PassedOver) -> None:
+        self.ids: list[str] = []
+        self.classes: list[str] | None = None
+        self.labels: list[int] | None = [] if labels else None
+        self.description: dict[str, Json] = {"kind": "tar", "archives": len(names)}
+        self._archives = [root / name for name in names]
+        self._unreadable: dict[int, str] = {}  # the reason, by place in the list
+        places: list[tuple[int, int, int]] = []
+        for number, (name, path) in enumerate(zip(names, self._archives, strict=True)):
+            found, classes = _open(path, name, labels, passed_over)
+            for sample_id, stretch in found.items():
+                if isinstance(stretch, str):
+                    self._unreadable[len(self.ids)] = stretch
+                    stretch = _NOWHERE
+                self.ids.append(sample_id)
+                places.append((number, *stretch))
+            if self.labels is not None:
+                self.labels += classes
+        # An array, not a million tuples: worker processes get a copy.
+        self._places = np.array(places, np.int64).reshape(-1, 3)
+
+    def read(self, index: int) -> Image.Image:
+        """Reads one image; RGB.
+
+        Raises:
+            UnreadableImageError: If it cannot be decoded, or is none.
+            ImageError: If the archive cannot be read.
+        """
+        if index in self._unreadable:
+            raise UnreadableImageError(f"cannot be read: {self._unreadable[index]}")
+        archive, offset, size = self._places[index].tolist()
+        return read_image(self._archives[archive], offset, size)
+
+
+def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple[_Members, list[int]]:
+    """Images of one archive by sample id, and their classes if labels are asked for."""
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        if was_never_a_file(error):
+            return {name: reason(path, error)}, [0] * labels
+        raise ImageError(
+            f"{path} cannot be read: {reason(path, error)}. It stands for all of its images: bring it back, correct "
+            "its permissions, or remove it."
+        ) from error
+    with file:
+        members = _scan(file, path, name, labels, passed_over)
+        images = {member: part for member, part in members.items() if member.lower().endswith(IMAGE_ENDINGS)}
+        classes = _read_labels(file, path, images, members) if labels else []
+    return {f"{name}/{member}": part for member, part in images.items()}, classes
+
+
+def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: PassedOver) -> _Members:
+    """Images and, if asked for, labels."""
+    endings = (*IMAGE_ENDINGS, _LABEL_ENDING) if labels else IMAGE_ENDINGS
+    members: _Members = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).as_posix().lstrip("/")
+                if member.isdir():
+                    continue
+                parts = PurePosixPath(name).parts
+                if ".." in parts:
+                    passed_over.add_kind("parent", f"{archive}/{name}")
+                elif any(part.startswith(".") for part in parts):
+                    passed_over.add_kind("hidden", f"{archive}/{name}")
+                elif not name.lower().endswith(endings):
+                    passed_over.add(name)
+                else:
+                    # A name that comes twice: the later one counts, as when unpacking.
+                    if name in members:
+                        passed_over.add_kind("replaced", f"{archive}/{name}")
+                    members[name] = _stretch(member, path)
+            end = tar.offset
+        file.seek(end)
+        tail = file.read(_TAIL_BYTES)
+    except (tarfile.TarError, OSError) as error:
+        raise ImageError(
+            f"{path} cannot be read as a tar file: {error}. It is damaged, cut short or compressed; "
+            "copy it again, or decompress it first: images are read by offset."
+        ) from error
+    # tarfile takes a damaged header for the end of the archive; the real end is marked by blocks of zeros.
+    if len(tail) < tarfile.BLOCKSIZE or any(tail):
+        raise ImageError(
+            f"{path} has no end-of-archive mark at byte {end}, after the last member that can be read: it "
+            "is cut short, damaged there, or several archives in one file. Copy or pack it again."
+        )
+    return members
+
+
+def _stretch(member: tarfile.TarInfo, path: Path) -> _Stretch | str:
+    if member.isdev():
+        return f"a {'FIFO' if member.isfifo() else 'device'}, not a regular file"
+    if not member.isreg() or member.issparse():
+        raise ImageError(
+            f"Member {member.name!r} of {path} is a link or a sparse file, not plain bytes. "
+            "Pack it again with tar --dereference --hard-dereference."
+        )
+    return _Stretch(member.offset_data, member.size)
+
+
+def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Members) -> list[int]:
+    labels = []
+    for image in images:
+        if isinstance(members[image], str):
+            labels.append(0)  # of an image that cannot be read; it is not stored
+            continue
+        name = str(PurePosixPath(image).with_suffix(_LABEL_ENDING))
+        place = members.get(name)
+        if not isinstance(place, _Stretch):
+            raise ImageError(
+                f"Labels were asked for, but {path} has no member {name!r} beside {image!r}. "
+                "Pack one for every image, or extract without labels."
+            )
+        file.seek(place.offset)
+        text = file.read(place.size).strip()
+        if not text.isdigit():
+            raise ImageError(
+                f"Member {name!r} of {path} holds {text[:20]!r}; a label is an integer from 0. "
+                "Correct it, or extract without labels."
+            )
+        labels.append(int(text))
+    return labels
+
+
+# Loaders of skimage.data by our names. Drawings, scans of text, and pictures under 256 pixels are left out.
+TRAIN_PHOTOS = {
+    "astronaut": "astronaut",
+    "motorcycle_left": "stereo_motorcycle",
+    "motorcycle_right": "stereo_motorcycle",
+    "hubble": "hubble_deep_field",
+    "ihc": "immunohistochemistry",
+    "retina": "retina",
+    "moon": "moon",
+    "clock": "clock",
+    "coins": "coins",
+    "brick": "brick",
+    "grass": "grass",
+    "gravel": "gravel",
+}
+HELD_OUT_PHOTOS = {"chelsea": "chelsea", "coffee": "coffee", "rocket": "rocket", "camera": "camera"}
+
+_SIDE_RANGE = (0.3, 1.0)  # of the photograph's short edge
+_MIN_SIDE = 64  # pixels
+
+
+class SampleSource:
+    """Square crops of real photographs, the same in every process and on every machine.
+
+    Crop ``i`` shows photograph ``i % n``. The first ``n`` are the largest centred squares; the later ones have
+    a random place and side, and half of them are mirrored.
+
+    Args:
+        split: ``"train"`` has its own photographs; every other split shows the held-out ones.
+        count: Number of crops.
+    """
+
+    def __init__(self, split: str, count: int) -> None:
+        self._photos = list(TRAIN_PHOTOS if split == "train" else HELD_OUT_PHOTOS)
+        self._split = split
+        self.ids = [f"{self._photo(index)}/crop-{index:05d}" for index in range(count)]
+        self.labels: list[int] | None = None
+        self.classes: list[str] | None = None
+        self.description: dict[str, Json] = {"kind": "sample", "photographs": [*self._photos], "crops": count}
+
+    def read(self, index: int) -> Image.Image:
+        """One crop; RGB, square."""
+        photo = _load(self._photo(index))
+        short = min(photo.size)
+        if index < len(self._photos):
+            left, top = (photo.width - short) // 2, (photo.height - short) // 2
+            return photo.crop((left, top, left + short, top + short))
+        # Seeded with text: the standard library keeps that stream the same across versions and processes.
+        rng = random.Random(f"{self._split}/{index}")
+        side = max(_MIN_SIDE, round(short * rng.uniform(*_SIDE_RANGE)))
+        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+        crop = photo.crop((left, top, left + side, top + side))
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+    def _photo(self, index: int) -> str:
+        return self._photos[index % len(self._photos)]
+
+
+@cache
+def _load(photo: str) -> Image.Image:
+    # Importing scikit-image takes long, and other image sources do not need it.
+    import skimage.data
+
+    loaded: Any = getattr(skimage.data, (TRAIN_PHOTOS | HELD_OUT_PHOTOS)[photo])()
+    if photo.startswith("motorcycle"):
+        left, right, _disparity = loaded
+        loaded = left if photo == "motorcycle_left" else right
+    return Image.fromarray(np.asarray(loaded)).convert("RGB")

@@ -1,0 +1,360 @@
+"""The first stage of an extraction: images, decoded and brought to one size, into the store."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, ParamSpec
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from theia import registry
+from theia.errors import ConfigError, ImageError, PluginError
+from theia.extraction.config import ExtractConfig
+from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.processes import Processes
+from theia.extraction.sources import ImageSource
+from theia.store.features import ShardWriter
+from theia.store.schema import IMAGE, ImageSet, Resize, feature_fields
+from theia.store.writer import SplitWriter
+from theia.teacher import Teacher, check_features
+from theia.types import TeacherFeatures, TeacherSpec
+from theia.utils.progress import Progress
+
+P = ParamSpec("P")
+
+
+class Handover:
+    """Does what it is given in one thread, in order, and is never more than one piece of work behind.
+
+    The thread has one piece at a time and none waits for it: whoever gives the next one waits until the last is done.
+    So there is memory for two, the one in work and the one that the caller prepares.
+
+    As a context manager: leaving it ends the thread, and raises the error of the last piece if there is no other.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "handover")
+        self._last: Future[object] | None = None
+
+    def __enter__(self) -> "Handover":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish_last()
+        finally:
+            self._thread.shutdown()
+
+    def give(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Hands over the next piece of work, once the last one is done.
+
+        Args:
+            work: What to call in the thread.
+            args: Its arguments.
+            kwargs: Likewise.
+
+        Raises:
+            BaseException: What the last piece raised, as it was raised there; this one is not begun then.
+        """
+        self._finish_last()
+        # The executor drops what it was given a moment after the work is done, too late for a bound on memory.
+        piece = [partial(work, *args, **kwargs)]
+        self._last = self._thread.submit(lambda: piece.pop()())
+
+    @contextmanager
+    def done(self) -> Iterator[None]:
+        """What is given inside is done, well or not, when the block is left, however it is left.
+
+        For work that uses what its caller is going to close: an error of the caller, or Ctrl-C, must not take it away
+        under the thread.
+
+        Raises:
+            BaseException: What the last piece raised, if the block itself ends well.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._last is not None:
+                wait([self._last])
+            raise
+        self._finish_last()
+
+    def _finish_last(self) -> None:
+        if self._last is None:
+            return
+        wait([self._last])
+        # Not forgotten before it is done, whatever interrupts the waiting; its error is raised once.
+        last, self._last = self._last, None
+        last.result()
+
+
+_DECODED_TOGETHER = 16
+_REASONS_SHOWN = 5
+
+
+class DecodedImages(NamedTuple):
+    """A few neighbours of the list.
+
+    Attributes:
+        images: uint8, shape ``(n, 3, size, size)``: the readable ones.
+        listed: Their places in the list.
+        skipped: Id and reason of each other one.
+    """
+
+    images: Tensor
+    listed: list[int]
+    skipped: list[tuple[str, str]]
+
+
+class _Decoder(Dataset[DecodedImages | ImageError]):
+    def __init__(self, source: ImageSource, size: int, resize: Resize) -> None:
+        self._source, self._size, self._resize = source, size, resize
+
+    def __getitem__(self, places: range) -> DecodedImages | ImageError:
+        images = np.empty((len(places), 3, self._size, self._size), np.uint8)
+        listed: list[int] = []
+        skipped: list[tuple[str, str]] = []
+        for place in places:
+            try:
+                images[len(listed)] = to_square(self._source.read(place), self._size, self._resize)
+            except UnreadableImageError as error:
+                skipped.append((self._source.ids[place], str(error)))
+            except ImageError as error:
+                return error  # raised in the main process: a worker's own traceback would bury the message
+            else:
+                listed.append(place)
+        return DecodedImages(torch.from_numpy(images[: len(listed)]), listed, skipped)
+
+
+def store_images(
+    split: str,
+    source: ImageSource,
+    images: ImageSet,
+    writer: SplitWriter,
+    config: ExtractConfig,
+    processes: Processes,
+) -> None:
+    """Decodes this process's missing image shards of one split.
+
+    Raises:
+        ImageError: As soon as more images are unreadable than ``max_skipped`` allows, or the file system fails.
+    """
+    missing = [shard for shard in processes.mine(images.shard_count) if not writer.has_shard(IMAGE, shard)]
+    if not missing:
+        return
+    skipped_before = writer.skipped()
+    pieces = {shard: _pieces(images, shard) for shard in missing}
+    loader = DataLoader(
+        _Decoder(source, images.size, images.resize),
+        sampler=[piece for shard in missing for piece in pieces[shard]],
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=config.workers,
+    )
+    decoded = iter(loader)
+    total = sum(images.listed_in(shard) for shard in missing)
+    skipped_here: list[tuple[str, str]] = []
+    with Progress(f"{split}: images", total, shown=processes.rank == 0) as progress:
+        for shard in missing:
+            pixels = np.empty((images.listed_in(shard), 3, images.size, images.size), np.uint8)
+            listed: list[int] = []
+            skipped: list[tuple[str, str]] = []
+            for _ in pieces[shard]:
+                part = next(decoded)
+                if isinstance(part, ImageError):
+                    raise part
+                pixels[len(listed) : len(listed) + len(part.listed)] = part.images.numpy()
+                listed += part.listed
+                skipped += part.skipped
+                check_skipped(split, skipped_before + skipped_here + skipped, images, config.max_skipped)
+                progress.advance(len(part.listed) + len(part.skipped), part.images.numel())
+            writer.write_images(
+                shard,
+                [source.ids[place] for place in listed],
+                pixels[: len(listed)],
+                None if source.labels is None else np.array([source.labels[place] for place in listed], np.int64),
+                skipped,
+            )
+            skipped_here += skipped
+
+
+def check_skipped(split: str, skipped: Sequence[tuple[str, str]], images: ImageSet, max_skipped: float) -> None:
+    """Stops the work when too many images are unreadable.
+
+    Args:
+        split: Name of the split.
+        skipped: Id and reason of each unreadable image so far.
+        images: The list that they are from.
+        max_skipped: Share of the list that may be unreadable.
+
+    Raises:
+        ImageError: If more are, or all are.
+    """
+    if len(skipped) <= max_skipped * images.listed and len(skipped) < images.listed:
+        return
+    shown = "".join(f"\n  {sample}: {reason}" for sample, reason in skipped[:_REASONS_SHOWN])
+    more = f"\n  and {len(skipped) - _REASONS_SHOWN} more" if len(skipped) > _REASONS_SHOWN else ""
+    allowed = f"more than --max_skipped {max_skipped} allows" if len(skipped) < images.listed else "which is all"
+    raise ImageError(
+        f"{len(skipped)} of the {images.listed} images of split {split!r} cannot be read, {allowed}:{shown}{more}\n"
+        "Repair or remove them and give a new --store, or allow a larger share with --max_skipped."
+    )
+
+
+def _pieces(images: ImageSet, shard: int) -> list[range]:
+    start = shard * images.shard_size
+    stop = start + images.listed_in(shard)
+    return [range(first, min(first + _DECODED_TOGETHER, stop)) for first in range(start, stop, _DECODED_TOGETHER)]
+
+
+def _unchanged(decoded: Any) -> Any:
+    return decoded
+
+
+class _HostFeatures(NamedTuple):
+    features: TeacherFeatures
+    copied: torch.cuda.Event | None  # they are there when it has happened
+
+
+def store_features(
+    specs: Sequence[TeacherSpec],
+    built: Mapping[str, Teacher],
+    image_sets: Mapping[str, ImageSet],
+    writers: Mapping[str, SplitWriter],
+    config: ExtractConfig,
+    processes: Processes,
+    fabric: Fabric,
+) -> None:
+    """Runs some teachers, held in memory together, over this process's shards that lack them.
+
+    While a teacher computes the features of one batch, those of the one before are stored; there are never more.
+
+    Args:
+        specs: What process 0 found these teachers to give.
+        built: Those of them that this process has in memory, by name.
+        image_sets: By split.
+        writers: By split; every image shard is there.
+        config: Options.
+        processes: The processes that share the work.
+        fabric: Device and precision.
+    """
+    missing: dict[str, dict[int, list[str]]] = {}
+    for split, images in image_sets.items():
+        lacking = {
+            shard: [spec.name for spec in specs if not writers[split].has_shard(spec.name, shard)]
+            for shard in processes.mine(images.shard_count)
+        }
+        missing[split] = {shard: names for shard, names in lacking.items() if names}
+    needed = {name for shards in missing.values() for names in shards.values() for name in names}
+    teachers = {
+        spec.name: (built.get(spec.name) or _load(spec, config, processes)).to(fabric.device)
+        for spec in specs
+        if spec.name in needed
+    }
+    for split, shards in missing.items():
+        if not shards:
+            continue
+        total = sum(image_sets[split].listed_in(shard) for shard in shards)
+        label = f"{split}: {', '.join(name for name in teachers if any(name in names for names in shards.values()))}"
+        with Progress(label, total, shown=processes.rank == 0) as progress, Handover() as storing:
+            for shard, names in shards.items():
+                chosen = {name: teachers[name] for name in names}
+                rows = _store_shard(shard, chosen, writers[split], config, fabric, progress, storing)
+                # Images that could not be read are done, too.
+                progress.advance(image_sets[split].listed_in(shard) - rows, 0)
+
+
+def build_teacher(name: str, config: ExtractConfig) -> Teacher:
+    """One teacher, with the options that the configuration gives it.
+
+    Raises:
+        UnknownTeacherError: If it is not installed.
+        PluginError: If its plugin is broken.
+        WeightsError: If its weights cannot be had.
+    """
+    # A plugin that draws weights must draw the same ones in every process and on every resume.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return registry.create(name, config.teacher_options.get(name))
+
+
+def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes) -> Teacher:
+    teacher = build_teacher(spec.name, config)
+    if teacher.spec != spec:
+        raise PluginError(
+            f"Teacher {spec.name!r} is {teacher.spec} in process {processes.rank}, but {spec} in process 0. "
+            "Give all nodes the same weights and the same version of its plugin."
+        )
+    return teacher
+
+
+@torch.inference_mode()
+def _store_shard(
+    shard: int,
+    teachers: Mapping[str, Teacher],
+    writer: SplitWriter,
+    config: ExtractConfig,
+    fabric: Fabric,
+    progress: Progress,
+    storing: Handover,
+) -> int:
+    images = writer.images(shard)
+    rows = images.rows
+    row_bytes = sum(
+        part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
+    )
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(writer.open_shard(name, shard)) for name in teachers}
+        with storing.done():
+            # Batches are cut at the same rows in every run: a batch of another size may round differently.
+            for start in range(0, rows, config.batch_size):
+                stop = min(start + config.batch_size, rows)
+                batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
+                for name, teacher in teachers.items():
+                    features = _forward(teacher, batch, config, fabric)
+                    storing.give(_append, files[name], _to_host(features, fabric.device))
+                progress.advance(stop - start, row_bytes * (stop - start))
+        # A slow disk takes long to bring a whole shard to rest: the next one's first batch need not wait for it.
+        storing.give(opened.pop_all().close)
+    return rows
+
+
+def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fabric) -> TeacherFeatures:
+    try:
+        with fabric.autocast():
+            features: TeacherFeatures = teacher(images)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"Teacher {teacher.spec.name!r} does not fit into the memory of {fabric.device} with --batch_size "
+            f"{config.batch_size}. Give a smaller one; whole shards are kept."
+        ) from error
+    check_features(teacher.spec, features, len(images))
+    return features
+
+
+def _to_host(features: TeacherFeatures, device: torch.device) -> _HostFeatures:
+    # In the type that the teacher gave, which may be narrower: the thread that stores it makes float32 of it.
+    cuda = device.type == "cuda"
+    patches = features.patches.to("cpu", non_blocking=cuda)
+    cls = None if features.cls is None else features.cls.to("cpu", non_blocking=cuda)
+    copied = torch.cuda.current_stream(device).record_event() if cuda else None
+    return _HostFeatures(TeacherFeatures(patches, cls), copied)
+
+
+def _append(file: ShardWriter, host: _HostFeatures) -> None:
+    if host.copied is not None:
+        host.copied.synchronize()
+    patches, cls = host.features.patches, host.features.cls
+    # Image by image: what the conversions need is small then, and stays in the processor's cache.
+    for row in range(len(patches)):
+        one = slice(row, row + 1)
+        file.append(patches[one].float().numpy(), None if cls is None else cls[one].float().numpy())

@@ -1,0 +1,187 @@
+"""Features of a frozen encoder, computed once."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from theia.encoder.from_name import NamedEncoder, open_encoder
+from theia.errors import ConfigError, FeatureError
+from theia.models.student import StudentTokens
+from theia.probing.datasets import IMAGE_SIZE, Storage, fingerprint
+
+Device = Literal["auto", "cpu", "cuda"]
+
+_BATCH_SIZE = 16
+_GREY = 128
+_LOOKS = 4  # images by which an encoder is judged before the work
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all images of a split.
+
+    Attributes:
+        tokens: float32, shape ``(n, N, C)``, in memory or mapped from a file.
+        grid: Rows and columns of the tokens, ``N = H * W``.
+    """
+
+    tokens: NDArray[np.float32]
+    grid: tuple[int, int]
+
+
+def open_all(names: Sequence[str], device: str, spatial: bool) -> list[NamedEncoder]:
+    """Opens all encoders and tries each on one grey image, before any data are read.
+
+    Args:
+        names: As :func:`theia.encoder.from_name.open_encoder` takes them.
+        device: Where to put them.
+        spatial: Whether more than one token is needed.
+
+    Raises:
+        ConfigError: If a name is there twice or names no encoder, or features have no grid.
+        FeatureError: If they are not finite.
+        TheiaError: If an encoder cannot be loaded, or does not take such images.
+    """
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise ConfigError(f"--encoders names {twice[0]} twice. Name each once.")
+    encoders = [open_encoder(name, device) for name in names]
+    grey = np.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), _GREY, np.uint8)
+    for encoder in encoders:
+        _look(encoder, grey, spatial)
+    return encoders
+
+
+def choose_device(device: Device) -> str:
+    """The device that an option stands for.
+
+    Raises:
+        ConfigError: If there is no GPU for ``cuda``.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device here. Leave the option out, or give cpu.")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], spatial: bool) -> dict[str, str]:
+    """Looks at the features of a few images of the data, before they are probed.
+
+    Args:
+        encoders: All that are to be probed.
+        images: Shape ``(n, 3, H, W)``; a few spread over all are looked at.
+        spatial: Whether more than one token is needed.
+
+    Returns:
+        By name, a fingerprint of the features: of other weights, it is another.
+
+    Raises:
+        ConfigError: If features have no grid, or are the same for all images.
+        FeatureError: If they are not finite.
+        TheiaError: If an encoder does not take such images.
+    """
+    places = np.unique(np.linspace(0, len(images) - 1, _LOOKS).round().astype(int))
+    found = {}
+    for encoder in encoders:
+        tokens = _look(encoder, images[places], spatial)
+        if len(places) > 1 and bool((tokens.patches == tokens.patches[:1]).all()):
+            raise ConfigError(
+                f"{encoder.name} gives the same features for {len(places)} images spread over the data: there is "
+                "nothing to probe. Has its training collapsed, or are the images all the same?"
+            )
+        found[encoder.name] = fingerprint(encoder.name, tokens.grid, tokens.patches.cpu().numpy())
+    return found
+
+
+def token_features(encoder: NamedEncoder, images: NDArray[np.uint8], storage: Storage, what: str) -> Features:
+    """All patch tokens of all images.
+
+    Args:
+        encoder: Frozen.
+        images: Shape ``(n, 3, H, W)``.
+        storage: Where to keep them.
+        what: For the progress bar.
+
+    Raises:
+        FeatureError: If features are not finite.
+    """
+    grids: list[tuple[int, int]] = []
+
+    def tokens_of(batch: Tensor) -> Tensor:
+        tokens: StudentTokens = encoder(batch)
+        grids.append(tokens.grid)
+        return tokens.patches
+
+    starts = range(0, len(images), _BATCH_SIZE)
+    batches = (torch.from_numpy(images[start : start + _BATCH_SIZE]) for start in starts)
+    return Features(_collect(encoder, tokens_of, batches, len(images), storage, what), grids[0])
+
+
+def pooled_features(
+    encoder: NamedEncoder, batches: Iterable[Tensor], count: int, storage: Storage, what: str
+) -> NDArray[np.float32]:
+    """One vector per image, the mean of its patch tokens.
+
+    Args:
+        encoder: Frozen.
+        batches: Images, uint8 of shape ``(B, 3, H, W)``.
+        count: How many images there are.
+        storage: Where to keep the vectors.
+        what: For the progress bar.
+
+    Returns:
+        Shape ``(count, C)``.
+
+    Raises:
+        FeatureError: If features are not finite.
+    """
+    return _collect(encoder, lambda batch: encoder(batch).patches.mean(1), batches, count, storage, what)
+
+
+def _collect(
+    encoder: NamedEncoder,
+    function: Callable[[Tensor], Tensor],
+    batches: Iterable[Tensor],
+    count: int,
+    storage: Storage,
+    what: str,
+) -> NDArray[Any]:
+    device = _device_of(encoder)
+    kept: NDArray[Any] | None = None
+    done = 0
+    with tqdm(total=count, desc=f"{encoder.name}: {what}", unit="image") as progress:
+        for batch in batches:
+            found = function(batch.to(device))
+            _check_finite(encoder, found)
+            if kept is None:
+                kept = storage.empty((count, *found.shape[1:]), np.float32)
+            kept[done : done + len(found)] = found.cpu().numpy()
+            done += len(found)
+            progress.update(len(found))
+    if kept is None or done != count:
+        raise FeatureError(f"{encoder.name} was given {done} of {count} images.")
+    return kept
+
+
+def _look(encoder: NamedEncoder, images: NDArray[np.uint8], spatial: bool) -> StudentTokens:
+    tokens: StudentTokens = encoder(torch.from_numpy(images).to(_device_of(encoder)))
+    if spatial and tokens.patches.shape[1] < 2:
+        raise ConfigError(f"{encoder.name} gives no spatial features, but one vector per image. Take another.")
+    _check_finite(encoder, tokens.patches)
+    return tokens
+
+
+def _check_finite(encoder: NamedEncoder, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise FeatureError(f"{encoder.name} gives features that are not finite. Check its weights.")
+
+
+def _device_of(encoder: NamedEncoder) -> torch.device:
+    return next((tensor.device for tensor in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))

@@ -1,0 +1,225 @@
+"""The scorers of ``theia test``: what they are given, how they are run, and what they said."""
+
+import inspect
+import json
+import logging
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import seed_everything
+from tabulate import tabulate
+from tqdm import tqdm
+
+from theia.data.datamodule import FeatureDataModule
+from theia.data.loader import FeatureLoader
+from theia.encoder.load import load
+from theia.errors import PluginError, TheiaError
+from theia.scoring.contract import Part, Scorer, Trained, find_scorer
+from theia.types import FeatureBatch
+from theia.utils.arguments import comma_list
+from theia.utils.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+
+def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
+    """Scorers by name.
+
+    Raises:
+        UnknownScorerError: If one is not installed.
+        PluginError: If one cannot be used.
+    """
+    return {name: find_scorer(name) for name in comma_list(names)}
+
+
+def run_scorers(
+    scorers: Mapping[str, Scorer],
+    data: FeatureDataModule,
+    checkpoint: Path,
+    device: torch.device,
+    *,
+    images: int,
+    seed: int,
+) -> dict[str, float]:
+    """Scores a student. To be called in one process.
+
+    Args:
+        scorers: By name.
+        data: With every teacher; its workers are ended afterwards.
+        checkpoint: Of the student.
+        device: Where to compute.
+        images: Training images to fit on, at most.
+        seed: For scorers.
+
+    Returns:
+        By ``scorer/key``, finite numbers.
+
+    Raises:
+        PluginError: If a scorer fails, or gives something else than finite numbers.
+        TheiaError: Those that a scorer raises.
+    """
+    labelled = _same_classes(data)
+
+    @cache
+    def loader(part: Literal["train", "held_out"], features: bool) -> FeatureLoader:
+        return data.ordered_dataloader(part, device, images if part == "train" else None, features)
+
+    def batches(part: Literal["train", "held_out"], scorer: str) -> Part:
+        def iterate(features: bool = True) -> Iterator[FeatureBatch]:
+            label = f"{scorer}, {part.replace('_', '-')} images"
+            found = loader(part, features)
+            for batch in tqdm(found, label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
+                moved = data.transfer_batch_to_device(batch, device, 0)
+                yield moved if labelled else replace(moved, labels=None)
+
+        return iterate
+
+    scores: dict[str, float] = {}
+    try:
+        for name, scorer in scorers.items():
+            seed_everything(seed, verbose=False)
+            # Loaded anew: what one scorer does to its encoder is no concern of the next.
+            encoder = load(checkpoint, device=device).freeze()
+            trained = Trained(
+                checkpoint=checkpoint,
+                encoder=encoder,
+                shapes=data.teacher_shapes,
+                statistics=data.statistics(),
+                train=batches("train", name),
+                held_out=batches("held_out", name),
+                device=device,
+                seed=seed,
+            )
+            scores |= _scores(name, scorer, trained)
+    finally:
+        data.teardown("test")
+    return scores
+
+
+def scores_table(
+    scorer: str, scores: Mapping[str, float], teachers: Collection[str], distilled: Collection[str]
+) -> str:
+    """What one scorer said, for people.
+
+    Args:
+        scorer: Its name.
+        scores: Of all scorers, by ``scorer/key``.
+        teachers: All that the store has: a key that ends in one goes into its row.
+        distilled: Those that the student was distilled from; they are marked.
+
+    Returns:
+        A table as text.
+    """
+    rows: dict[str, dict[str, float]] = {name: {} for name in teachers}
+    overall: dict[str, float] = {}
+    metrics: dict[str, None] = {}
+    for key, value in scores.items():
+        name, _, metric = key.partition("/")
+        if name != scorer:
+            continue
+        start, _, teacher = metric.rpartition("/")
+        if start and teacher in rows:
+            metric = start
+            rows[teacher][metric] = value
+        else:
+            overall[metric] = value
+        metrics[metric] = None
+    if not metrics:
+        return f"{scorer}: no scores"
+    shown = [(name, "yes" if name in distilled else "no", values) for name, values in rows.items() if values]
+    by_teacher = bool(shown)
+    if overall:
+        shown.append(("overall", "", overall))
+    cells = [
+        [name, *([mark] if by_teacher else []), *(values.get(metric) for metric in metrics)]
+        for name, mark, values in shown
+    ]
+    headers = [scorer, *(["distilled"] if by_teacher else []), *(metric.replace("_", " ") for metric in metrics)]
+    return str(tabulate(cells, headers=headers, floatfmt=".3f"))
+
+
+def _scores(name: str, scorer: Scorer, trained: Trained) -> dict[str, float]:
+    doc = (inspect.getdoc(scorer) or "").partition("\n")[0]
+    logger.info("Scorer %s: %s", name, doc or "no description")
+    started = time.monotonic()
+    try:
+        given = dict(scorer(trained))
+    except TheiaError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"Scorer {name!r} failed: {type(error).__name__}: {error}. Leave it out of --scorers, or correct it; "
+            "no report was written."
+        ) from error
+    logger.info("Scorer %s: %d scores in %.1f s.", name, len(given), time.monotonic() - started)
+    return {f"{name}/{key}": _finite(name, key, value) for key, value in given.items()}
+
+
+def _finite(name: str, key: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]  # whatever a third party gives
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PluginError(
+            f"Scorer {name!r} gave {value!r} for {key!r}, which is no finite number; no report was written. "
+            "Leave it out of --scorers, or correct it."
+        )
+    return number
+
+
+def _same_classes(data: FeatureDataModule) -> bool:
+    """Whether a class has the same number in both parts."""
+    splits = data.store.manifest.splits
+    training, held_out = (splits[name].images.classes for name in ("train", data.val_split or "train"))
+    if training is not None and held_out is not None and training != held_out:
+        logger.warning(
+            "Scorers get no labels: splits 'train' and %r of %s number their classes differently (%d and %d classes). "
+            "Extract both from folders with the same classes.",
+            data.val_split, data.store.root, len(training), len(held_out),
+        )  # fmt: skip
+        return False
+    return True
+
+
+# Metric as logged -> heading.
+_SHOWN = {"cosine": "cosine", "explained_variance": "explained variance"}
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes the figures as JSON, whole or not at all: that the file is there says that the test is finished.
+
+    Args:
+        path: JSON file.
+        report: Plain values.
+
+    Raises:
+        FileError: If it cannot be written, for instance on a full disk.
+    """
+    write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def translators_table(teachers: list[str], before: Mapping[str, float] | None, after: Mapping[str, float]) -> str:
+    """Held-out figures per teacher.
+
+    Args:
+        teachers: Names, one row each.
+        before: Metrics of the untrained student by logged name, ``test/<metric>/<teacher>``; ``None`` to leave out.
+        after: The same of the trained one.
+
+    Returns:
+        A table as text.
+    """
+    stages = [("before", before), ("after", after)] if before is not None else [("", after)]
+    headers = ["teacher"] + [f"{heading} {stage}".strip() for heading in _SHOWN.values() for stage, _ in stages]
+    rows = [
+        [teacher] + [values[f"test/{metric}/{teacher}"] for metric in _SHOWN for _, values in stages]
+        for teacher in teachers
+    ]
+    return str(tabulate(rows, headers=headers, floatfmt=".3f"))

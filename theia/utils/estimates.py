@@ -1,0 +1,167 @@
+"""What a few seeds tell: means and paired differences, each with its 95 % interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs.
+
+    Attributes:
+        mean: Of the values, in their unit.
+        low: Lower end of the 95 % interval of the mean; ``None`` if there is a single value, which tells nothing about
+            its own spread.
+        high: Upper end.
+        n: Values.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval, which is symmetric."""
+        return None if self.high is None else self.high - self.mean
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of differences over seeds that two rows have in common.
+
+    Attributes:
+        p: Of the two-sided paired t test; ``None`` where it is not defined: with one common seed, or if all differences
+            are equal.
+    """
+
+    p: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean with Student's t interval.
+
+    Args:
+        values: One per run, at least one, finite.
+
+    Returns:
+        Without an interval if there is one value; with an interval of width 0 if all are equal.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, None, None, len(values))
+    from scipy import stats
+
+    error = 0.0 if is_constant(values) else float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half_width = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return Estimate(mean, mean - half_width, mean + half_width, len(values))
+
+
+def paired_difference(values: Mapping[int | None, float], reference: Mapping[int | None, float]) -> Difference | None:
+    """How far a row is above a reference, seed by seed.
+
+    Runs of one seed share the order of samples and the initial weights, so their differences spread less than the
+    runs do.
+
+    Args:
+        values: By seed, finite.
+        reference: The same of the reference.
+
+    Returns:
+        The mean of ``values - reference`` over common seeds, or ``None`` if there are none.
+    """
+    common = [seed for seed in values if seed in reference]
+    if not common:
+        return None
+    ours, theirs = [values[seed] for seed in common], [reference[seed] for seed in common]
+    differences = np.subtract(ours, theirs)
+    size = float(np.max(np.abs([ours, theirs])))
+    if np.ptp(differences) <= ROUNDING * size:
+        # The t statistic would be 0/0 or infinite; of rounding, it would be any number.
+        differences = np.full(len(common), differences.mean())
+    found = estimate(differences.tolist())
+    p = None
+    if len(common) > 1 and not is_constant(differences):
+        from scipy import stats
+
+        p = float(stats.ttest_rel(ours, theirs).pvalue)
+    return Difference(found.mean, found.low, found.high, found.n, p)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Corrects p values for their number, so that the chance of even one false difference is that of one test.
+
+    Args:
+        p: Of tests, by name.
+
+    Returns:
+        The same names, values in ``[0, 1]``.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    corrected: dict[str, float] = {}
+    least = 0.0
+    for place, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - place) * p[name]))
+        corrected[name] = least
+    return corrected
+
+
+CONFIDENCE = 0.95
+
+ROUNDING = 1e-12
+"""Values that differ by less than this part of their size differ by rounding only."""
+
+FEATURE_ROUNDING = 1e-6
+"""Features, float32 at best, that vary by less than this part of their length vary by rounding only."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's coefficient.
+
+    Attributes:
+        r: In ``[-1, 1]``.
+        low: Lower end of its 95 % interval (Fisher's transformation); ``None`` with fewer than four points.
+        high: Upper end.
+        n: Points.
+    """
+
+    r: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
+    """Pearson's coefficient of paired values.
+
+    Args:
+        x: Finite values.
+        y: As many.
+
+    Returns:
+        ``None`` with fewer than three points, through two of which there is always a line, or if either side is
+        constant.
+    """
+    if len(x) < 3 or is_constant(x) or is_constant(y):
+        return None
+    from scipy import stats
+
+    found = stats.pearsonr(x, y)
+    r = float(found.statistic)
+    if len(x) < 4:
+        return Correlation(r, None, None, len(x))
+    with np.errstate(divide="ignore"):  # points on a line: the interval is the coefficient alone
+        low, high = found.confidence_interval(CONFIDENCE)
+    return Correlation(r, float(low), float(high), len(x))
+
+
+def is_constant(values: Sequence[float] | npt.NDArray[Any]) -> bool:
+    """Whether all values are the same but for rounding."""
+    return bool(np.ptp(values) <= ROUNDING * np.max(np.abs(values)))

@@ -1,0 +1,145 @@
+"""Features as pictures: PCA colours in a fixed basis, norm maps, and boards that put them side by side."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating[Any]]
+Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
+
+# Colours span this part of the basis tokens' range; beyond it they saturate, so that outliers do not grey out the rest.
+_RANGE_PERCENT = (1, 99)
+
+
+@dataclass(frozen=True)
+class ColourBasis:
+    """Three principal axes and the range that each maps to 0..255.
+
+    Attributes:
+        mean: Mean token, shape ``(C,)``.
+        axes: Orthonormal rows, shape ``(3, C)``; zero rows where there are fewer than three.
+        low: Coordinate shown as 0, shape ``(3,)``.
+        high: Coordinate shown as 255, shape ``(3,)``.
+    """
+
+    mean: Array
+    axes: Array
+    low: Array
+    high: Array
+
+
+def colour_basis(tokens: Array) -> ColourBasis:
+    """Principal axes of a set of tokens, with scikit-learn's fixed signs.
+
+    Args:
+        tokens: Shape ``(S, C)``.
+
+    Returns:
+        A basis for :func:`pca_colours`. Features shown in one basis can be compared by eye.
+    """
+    from sklearn.decomposition import PCA
+
+    tokens = np.asarray(tokens, np.float64)
+    with np.errstate(invalid="ignore"):  # constant tokens have no variance to explain
+        pca = PCA(n_components=min(3, *tokens.shape), svd_solver="full").fit(tokens)
+    axes = np.zeros((3, tokens.shape[1]))
+    axes[: len(pca.components_)] = pca.components_
+    low, high = np.percentile((tokens - pca.mean_) @ axes.T, _RANGE_PERCENT, axis=0)
+    return ColourBasis(pca.mean_, axes, low, high)
+
+
+def pca_colours(patches: Array, grid_hw: tuple[int, int], basis: ColourBasis) -> Picture:
+    """Patch tokens as one pixel each, coloured by their coordinates in a basis.
+
+    Args:
+        patches: Shape ``(N, C)``, row by row.
+        grid_hw: Rows and columns, ``N = H * W``.
+        basis: Basis of the same width ``C``.
+
+    Returns:
+        Shape ``(H, W, 3)``.
+    """
+    coordinates = (np.asarray(patches, np.float64) - basis.mean) @ basis.axes.T
+    span = np.where(basis.high > basis.low, basis.high - basis.low, 1)
+    levels = np.clip((coordinates - basis.low) / span, 0, 1)
+    return np.round(255 * levels).astype(np.uint8).reshape(*grid_hw, 3)
+
+
+def norm_map(patches: Array, grid_hw: tuple[int, int]) -> Picture:
+    """L2 norms of patch tokens, from the picture's lowest (dark) to its highest (bright).
+
+    Args:
+        patches: Shape ``(N, C)``, row by row.
+        grid_hw: Rows and columns.
+
+    Returns:
+        Shape ``(H, W, 3)``, in the viridis colour map.
+
+    Source: Theia, section 5, figure 7.
+    """
+    from matplotlib import colormaps
+
+    norms = np.linalg.norm(np.asarray(patches, np.float64), axis=1).reshape(grid_hw)
+    span = norms.max() - norms.min()
+    levels = (norms - norms.min()) / (span if span > 0 else 1)
+    colours: Picture = np.round(255 * colormaps["viridis"](levels)[..., :3]).astype(np.uint8)
+    return colours
+
+
+def board(columns: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> Any:
+    """A figure with a titled column per kind of picture and a row per image.
+
+    Args:
+        columns: Title and pictures, equally many in each.
+        title: Text above everything.
+
+    Returns:
+        A ``matplotlib.figure.Figure``; save it with ``savefig``.
+    """
+    from matplotlib.figure import Figure
+
+    rows = len(columns[0][1])
+    figure = Figure(figsize=(1.7 * len(columns), 1.7 * rows + 0.6), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (heading, pictures) in enumerate(columns):
+        axes[0, column].set_title(heading, fontsize=9)
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture, interpolation="nearest", aspect="equal", extent=(0, 1, 0, 1))
+            axes[row, column].set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+_TELLS_NOTHING = ("", ".", "exported", "checkpoints", "last.ckpt")
+
+
+_LINE = 20  # letters
+
+
+def short_labels(names: Sequence[str]) -> dict[str, str]:
+    """Of a path the last two parts that tell something, of other names all; options in braces are left out.
+
+    Where two would be called alike, both keep their full name.
+    """
+    short = {}
+    for name in names:
+        kind, at, path = name.partition("@") if re.match(r"\w+:", name) else ("", "", name)
+        parts = [part for part in path.split("/") if part not in _TELLS_NOTHING]
+        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) or name
+    labels = [*short.values()]
+    return {name: label if labels.count(label) == 1 else name for name, label in short.items()}
+
+
+def wrapped(label: str) -> str:
+    """The same over several lines of about twenty letters, broken behind signs."""
+    lines = [""]
+    for piece in re.findall(r"[^:/@,_.-]*[:/@,_.-]?", label):
+        if lines[-1] and len(lines[-1]) + len(piece) > _LINE:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
