@@ -23,8 +23,8 @@ def nothing() -> None: ...
 
 @pytest.fixture(autouse=True)
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("job", "launch"):
-        monkeypatch.setattr(f"theia.ablation.{module}._POLL_S", 0.02)
+    for name in ("_POLL_S", "_POLL_OF_PROCESSES_S"):
+        monkeypatch.setattr(f"theia.ablation.launch.{name}", 0.02)
 
 
 @pytest.fixture
