@@ -90,24 +90,24 @@ Decoded = Depth | Masks | Pictures
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One batch of images with the stored features of several teachers.
+    """One batch of images with the features of several teachers.
 
     Attributes:
         images: uint8, shape ``(B, 3, H, W)``.
-        patches: By teacher name, raw spatial tokens ``(B, N, C)``, float16 or int8.
+        patches: By teacher name, raw spatial tokens ``(B, N, C)``, floating point or int8.
         scales: By teacher name, for int8 features only: float32 ``(B, 2, C)``, step and middle of each channel of each
             image; a value is ``int8 * step + middle``.
-        cls: By teacher name, raw CLS tokens ``(B, C)``, float16; teachers without one are absent.
+        cls: By teacher name, raw CLS tokens ``(B, C)``, floating point; teachers without one are absent.
         labels: Class indices, int64 ``(B,)``, or ``None``.
-        rows: Row of each sample in its split of the store, int64 ``(B,)``; always on the CPU.
+        rows: Number of each sample, int64 ``(B,)``, always on the CPU; in a store, its row in the split.
     """
 
     images: Tensor
     patches: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    cls: dict[str, Tensor]
-    labels: Tensor | None
-    rows: Tensor
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    cls: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class FeatureStatistics(Protocol):

@@ -94,6 +94,6 @@ def theia_loader(
     def epoch() -> Iterator[Batch]:
         sampler.set_epoch(sampler.epoch + 1)
         for batch in loader:
-            yield {ROW: batch.rows, IMAGE: batch.images, **batch.patches}
+            yield {ROW: batch.rows, IMAGE: batch.images, **batch.patches}  # type: ignore[dict-item]  # a store has rows
 
     return epoch

@@ -38,7 +38,7 @@ def parsers() -> dict[str, Any]:
 
     cli = Parsers.__new__(Parsers)
     with pytest.raises(StopIteration):
-        cli.__init__(lightning.Distillation, lightning.FeatureDataModule, args=["fit"], auto_configure_optimizers=False)  # type: ignore[misc]
+        cli.__init__(lightning.Distillation, lightning.FeatureData, args=["fit"], auto_configure_optimizers=False)  # type: ignore[misc]
     return dict(cli._subcommand_parsers)
 
 
@@ -180,8 +180,8 @@ def test_features_of_other_weights_are_refused_on_resuming(
     shutil.copytree(run, copy)
     last = copy / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["FeatureDataModule"]["features"].keys() == {"alpha", "beta"}
-    checkpoint["FeatureDataModule"]["features"]["beta"] = "a digest of other weights"
+    assert checkpoint["FeatureData"]["features"].keys() == {"alpha", "beta"}
+    checkpoint["FeatureData"]["features"]["beta"] = "a digest of other weights"
     torch.save(checkpoint, last)
     before = contents(copy)
 

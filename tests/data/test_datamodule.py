@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 
 
@@ -16,18 +16,18 @@ from theia.errors import ConfigError
 )
 def test_an_option_out_of_range_is_refused_by_name(store: Path, option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{option} is {value}"):
-        FeatureDataModule(str(store), **{option: value})
+        FeatureData(str(store), **{option: value})
 
 
 def test_a_misspelt_validation_split_is_refused(store: Path) -> None:
     with pytest.raises(ConfigError, match=r"no split 'vall'.*train, val"):
-        FeatureDataModule(str(store), val_split="vall")
+        FeatureData(str(store), val_split="vall")
 
 
 def test_a_fraction_uses_as_many_samples_whatever_the_seed(store: Path) -> None:
     seen = []
     for seed in (0, 1):
-        loader = FeatureDataModule(str(store), batch_size=8, workers=0, fraction=0.2, seed=seed).train_dataloader()
+        loader = FeatureData(str(store), batch_size=8, workers=0, fraction=0.2, seed=seed).train_dataloader()
         seen.append(np.concatenate([batch.rows.numpy().copy() for batch in loader]))
 
     assert len(seen[0]) == 16
@@ -36,7 +36,7 @@ def test_a_fraction_uses_as_many_samples_whatever_the_seed(store: Path) -> None:
 
 def test_held_out_images_are_not_trained_on(tmp_path: Path, make_split: Any) -> None:
     make_split(tmp_path, "train", 80)
-    data = FeatureDataModule(str(tmp_path), batch_size=4, workers=0, holdout=0.1)
+    data = FeatureData(str(tmp_path), batch_size=4, workers=0, holdout=0.1)
 
     trained, held = (
         {row for batch in loader for row in batch.rows.tolist()}
@@ -50,7 +50,7 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path, make_split: Any) -> 
 
 def test_a_capped_part_is_the_same_for_everyone_and_within_a_larger_one(store: Path) -> None:
     def rows(most: int | None, **options: Any) -> list[int]:
-        data = FeatureDataModule(str(store), workers=0, val_batch_size=7, **options).with_all_teachers()
+        data = FeatureData(str(store), workers=0, val_batch_size=7, **options).with_all_teachers()
         loader = data.ordered_dataloader("train", torch.device("cpu"), most)
         return [row for batch in loader for row in batch.rows.tolist()]
 
@@ -64,7 +64,7 @@ def test_a_capped_part_is_the_same_for_everyone_and_within_a_larger_one(store: P
 
 def test_a_state_of_other_images_is_refused(store: Path, tmp_path: Path, make_split: Any) -> None:
     make_split(tmp_path, "train", 96)
-    data, other = (FeatureDataModule(str(root), batch_size=8, workers=0) for root in (store, tmp_path))
+    data, other = (FeatureData(str(root), batch_size=8, workers=0) for root in (store, tmp_path))
     data.train_dataloader()
 
     with pytest.raises(ConfigError, match="other training images"):
@@ -72,12 +72,12 @@ def test_a_state_of_other_images_is_refused(store: Path, tmp_path: Path, make_sp
 
 
 def test_a_state_reaches_a_loader_made_before_or_after(store: Path) -> None:
-    data = FeatureDataModule(str(store), batch_size=8, workers=0)
+    data = FeatureData(str(store), batch_size=8, workers=0)
     batches = iter(data.train_dataloader())
     next(batches)
     state = data.state_dict()
     expected = next(batches).rows.tolist()
-    early, late = (FeatureDataModule(str(store), batch_size=8, workers=0) for _ in range(2))
+    early, late = (FeatureData(str(store), batch_size=8, workers=0) for _ in range(2))
 
     loader = early.train_dataloader()
     early.load_state_dict(state)
@@ -89,7 +89,7 @@ def test_a_state_reaches_a_loader_made_before_or_after(store: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["teardown", "on_exception"])
 def test_workers_end_with_the_run_however_it_ends(store: Path, ending: str) -> None:
-    data = FeatureDataModule(str(store), batch_size=8, workers=1)
+    data = FeatureData(str(store), batch_size=8, workers=1)
     loaders = [data.train_dataloader(), data.val_dataloader()]
     for loader in loaders:
         next(iter(loader))

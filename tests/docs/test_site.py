@@ -22,7 +22,7 @@ from theia.cli.probe import main as probing
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "theia.load", "theia.Encoder.translate", "theia.Teacher.forward", "theia.types.TeacherSpec",
-    "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureDataModule", "theia.errors.ConfigError",
+    "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureData", "theia.errors.ConfigError",
     "theia.training.distillation.Distillation", "theia.training.losses.cosine_loss", "theia.store.reader.FeatureStore",
     "theia.training.metrics.NormEntropy", "theia.analysis.measure.measure", "theia.utils.pictures.pca_colours",
     "theia.probing.metrics.depth_metrics",

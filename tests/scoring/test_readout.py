@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import explained_variance_score
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.encoder.encoder import Encoder
 from theia.models.architecture import Architecture
 from theia.scoring.contract import Trained
@@ -146,7 +146,7 @@ def test_the_student_and_its_translators_stay_as_they_were(make_trained: Make, i
 def test_a_store_is_read_as_it_was_stored(tmp_path: Path, make_split: Any, dtype: str) -> None:
     for split, rows in (("train", 80), ("val", 20)):
         make_split(tmp_path, split, rows, dtype)
-    data = FeatureDataModule(str(tmp_path), workers=0, val_batch_size=16)
+    data = FeatureData(str(tmp_path), workers=0, val_batch_size=16)
     alpha = {"alpha": data.teacher_shapes["alpha"]}
     torch.manual_seed(0)
     encoder = Encoder(Architecture(teachers=alpha, image_size=32, width=16, depth=1, heads=2)).freeze()
@@ -166,7 +166,7 @@ def test_a_store_is_read_as_it_was_stored(tmp_path: Path, make_split: Any, dtype
         assert {metric: scores[f"{metric}/{name}"] for metric in METRICS} == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
-def everything(data: FeatureDataModule, name: str, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+def everything(data: FeatureData, name: str, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
     """All images, those of training first, and a teacher's normalised features in float64."""
     images, features = [], []
     values = data.statistics()[name]

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 from theia.training.distillation import Distillation
 from theia.training.losses import cosine_loss, smooth_l1_loss
@@ -17,7 +17,7 @@ SMALL = {"image_size": 32, "width": 16, "depth": 1, "heads": 2}
 
 def fit(store: Path, data: dict[str, Any] | None = None, epochs: int = 1, **options: Any) -> Distillation:
     L.seed_everything(0)
-    module = FeatureDataModule(str(store), batch_size=16, workers=0, **(data or {}))
+    module = FeatureData(str(store), batch_size=16, workers=0, **(data or {}))
     model = Distillation(module.teacher_shapes, **{**SMALL, **options})
     trainer(max_epochs=epochs).fit(model, module)
     return model
@@ -31,11 +31,11 @@ def trainer(**options: Any) -> L.Trainer:
 
 
 def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(store: Path) -> None:
-    data = FeatureDataModule(str(store), batch_size=80, workers=0)
+    data = FeatureData(str(store), batch_size=80, workers=0)
     model = Distillation(data.teacher_shapes, **SMALL)
     L_trainer = trainer(max_epochs=1, limit_val_batches=0)
     L_trainer.fit(model, data)
-    batch = next(iter(FeatureDataModule(str(store), batch_size=80, workers=0).train_dataloader()))
+    batch = next(iter(FeatureData(str(store), batch_size=80, workers=0).train_dataloader()))
     _, predictions, _ = model.distiller(batch.images)
     expected = 0.0
     for name, prediction in predictions.items():
@@ -62,7 +62,7 @@ def test_every_ablation_trains_and_learns(store: Path, options: dict[str, Any]) 
     # Scaled, the learning rate is that of a batch of 16: an eighth.
     rate = 8e-2 if "scale_learning_rate" in options else 1e-2
     model = fit(store, epochs=6, learning_rate=rate, **options)
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     untrained = Distillation(data.teacher_shapes, **{**SMALL, **options})
 
     before, after = (trainer().test(each, data, verbose=False)[0]["test/loss"] for each in (untrained, model))
@@ -96,7 +96,7 @@ def test_the_learning_rate_rises_from_a_hundredth_over_the_warm_up(store: Path) 
 
     rates = Rates()
     rates.seen = []
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     model = Distillation(data.teacher_shapes, **SMALL, learning_rate=1e-3, warmup=0.4)
     trainer(max_epochs=2, callbacks=[rates]).fit(model, data)
 
@@ -109,7 +109,7 @@ def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(stor
     )
     weights = tmp_path / "deit.pth"
     torch.save(deit.state_dict(), weights)
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     model = Distillation(data.teacher_shapes, **SMALL, weights=str(weights), learning_rate=1e-30)
     one = trainer(max_epochs=1)
     one.fit(model, data)
@@ -145,7 +145,7 @@ def test_a_step_that_does_not_log_asks_the_device_for_nothing(store: Path, monke
         return to_list(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     # AdamW of the CPU asks for its own step counts; the GPU's does not.
     model = Distillation(data.teacher_shapes, **SMALL)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -156,7 +156,7 @@ def test_a_step_that_does_not_log_asks_the_device_for_nothing(store: Path, monke
 
 
 def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> None:
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     model = Distillation(data.teacher_shapes, **SMALL, learning_rate=8e-2, scale_learning_rate=True, warmup=0)
     one = trainer(max_epochs=1)
     one.fit(model, data)

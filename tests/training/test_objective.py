@@ -5,7 +5,7 @@ import lightning as L
 import pytest
 import torch
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 from theia.models.distiller import Distiller
 from theia.models.student import Student
@@ -18,7 +18,7 @@ TEACHERS = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
 
 def fit(store: Path, **options: Any) -> dict[str, torch.Tensor]:
     L.seed_everything(0)
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     model = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-3, **options)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.errors import FileError
 from theia.training.checkpoints import Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
@@ -27,7 +27,7 @@ def fit(store: Path, run: Path) -> None:
     last = run / "checkpoints" / "last.ckpt"
     steps = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
     L.seed_everything(0, verbose=False)
-    data = FeatureDataModule(str(store), batch_size=40, workers=0)
+    data = FeatureData(str(store), batch_size=40, workers=0)
     module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2)
     L.Trainer(
         accelerator="cpu", max_epochs=2, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import Distillation
 
@@ -45,7 +45,7 @@ def fit(
     store: Path, folder: Path, recorder: Recorder, resume: Path | None = None, every: int = 3, **trainer: Any
 ) -> Distillation:
     L.seed_everything(0)
-    data = FeatureDataModule(str(store), batch_size=16, workers=1)
+    data = FeatureData(str(store), batch_size=16, workers=1)
     module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2)
     L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -124,7 +124,7 @@ def test_a_finished_run_can_be_prolonged(store: Path, tmp_path: Path) -> None:
     fit(store, tmp_path, Recorder())
     longer = Recorder()
     L.seed_everything(0)
-    data = FeatureDataModule(str(store), batch_size=16, workers=0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
     module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2)
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS + 1, logger=False, enable_progress_bar=False, callbacks=[longer],

@@ -91,9 +91,12 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
     Returns:
         See :func:`theia.export.card.write`. What the folder lacks is left out, and said.
     """
+    from theia.cli.data import flat
     from theia.models.checkpoint import file_sha256  # late, as it imports torch
 
     config = _read(run / "config.yaml")
+    if "data" in config:
+        config["data"] = flat(config["data"])
     environment = _read(run / "environment.json")
     report = _read(run / f"test_{checkpoint.stem}.json")
     store = environment.get("store") or {}

@@ -1,4 +1,4 @@
-"""``theia fit | validate | test``: LightningCLI over the distillation module and the feature store's datamodule."""
+"""``theia fit | validate | test``: LightningCLI over the distillation module and its training data."""
 
 import logging
 import shlex
@@ -19,6 +19,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from theia.cli.data import CLASS, DataParser, data_last
+from theia.cli.main import COMMANDS
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
 from theia.cli.run import (
@@ -34,7 +36,8 @@ from theia.cli.run import (
     resolve_checkpoint,
     run_of,
 )
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
+from theia.data.protocol import TrainingData
 from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
 from theia.scoring.contract import scorer_names
@@ -47,6 +50,7 @@ from theia.utils.files import check_folder
 
 logger = logging.getLogger(__name__)
 
+_RENAMED = {"FeatureDataModule": FeatureData.__qualname__}  # in checkpoints of earlier versions
 _SIGNALLED = 128  # and the number of the signal: what a shell reports of a program that it ended
 
 
@@ -54,7 +58,7 @@ class TheiaCLI(LightningCLI):
     """LightningCLI with a run folder, resuming, and a report after a test."""
 
     model: Distillation
-    datamodule: FeatureDataModule
+    datamodule: TrainingData
     subcommand: str
 
     @staticmethod
@@ -70,10 +74,18 @@ class TheiaCLI(LightningCLI):
         """Says what ``--ckpt_path`` means here, not in Lightning's own trainer, and lists what a command uses only."""
         super().setup_parser(*args, **kwargs)
         for command, parser in self._subcommand_parsers.items():
+            parser.description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
+            unused = {name for name, option in OPTIONS.items() if command not in option.commands}
+            if isinstance(parser, DataParser):
+                parser.hidden = frozenset(unused)
             for action in parser._actions:
-                option = OPTIONS.get(action.dest.removesuffix(".help"))
-                if option is not None and command not in option.commands:
+                if action.dest.removesuffix(".help") in unused:
                     action.help = SUPPRESS
+                if action.dest == "data":
+                    action.help = (
+                        "Class of the training data, by its import path; FeatureData, whose options are below, if none "
+                        "is named."
+                    )
                 if action.dest == "ckpt_path":
                     action.help = (
                         "A checkpoint file, or 'last' or 'best' of the run folder. In fit, training goes on from it, "
@@ -81,7 +93,7 @@ class TheiaCLI(LightningCLI):
                     )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run's own options, and hands the store's teachers to the model."""
+        """Adds the run's own options, and hands the teachers of the data to the model."""
         parser.add_argument(
             "--run_folder", type=str, default="runs/default",
             help="Folder of the run: config.yaml, checkpoints, TensorBoard events, metrics.csv, reports of tests.",
@@ -104,7 +116,8 @@ class TheiaCLI(LightningCLI):
             help="Training images that scorers fit on at most, a fixed part of all; the held-out ones are all used.",
         )  # fmt: skip
         parser.link_arguments("run_folder", "trainer.default_root_dir")
-        # The store knows its teachers and image size, so one config serves any store.
+        parser.set_defaults({"data": {CLASS: FeatureData.__qualname__}})
+        # The data know their teachers and image size, so one config serves any store.
         parser.link_arguments("data.teacher_shapes", "model.teachers", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 
@@ -115,6 +128,7 @@ class TheiaCLI(LightningCLI):
             ConfigError: If an option was typed that the command does not use, or a number is out of its range.
         """
         words: list[str] = list(args)  # type: ignore[arg-type]  # this command line passes lists only
+        words = data_last(words)
         self.arguments = words[1:]
         if words and words[0] in self.subcommands():
             check_used(words[0], self.arguments)
@@ -129,6 +143,10 @@ class TheiaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settles run folder and checkpoint, and refuses what would fail later, before anything is loaded."""
         options = self.config[self.subcommand]
+        if options.data is None:
+            raise ConfigError(
+                "data is null. Name a class of training data, or leave it out: FeatureData is the default."
+            )
         if not typed("run_folder", self.arguments):
             # The config of a run stands for its folder, wherever that was moved to and wherever the command is run.
             options.run_folder = str(moved_run(options.config or []) or options.run_folder)
@@ -150,7 +168,7 @@ class TheiaCLI(LightningCLI):
                 )
             self.checkpoint = resolve_checkpoint(str(asked), self.run_folder, starting=self.subcommand == "fit")
         if self.checkpoint is not None:
-            self.loaded = read_checkpoint(self.checkpoint)
+            self.loaded = {_RENAMED.get(name, name): part for name, part in read_checkpoint(self.checkpoint).items()}
         options.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         if self.subcommand != "fit":
             self.save_config_callback = None
@@ -202,12 +220,17 @@ class TheiaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Checks what was just built, before the run folder is touched."""
         check_processes(self.trainer)
+        if not isinstance(getattr(self.datamodule, "batch_size", None), int):
+            raise ConfigError(
+                f"{type(self.datamodule).__qualname__} has no batch_size. Set it in its constructor: samples per step "
+                "over all processes."
+            )
         if self.subcommand == "fit":
             self.datamodule.check_training(self.trainer.world_size)
         if self.loaded is not None:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
             if self.subcommand == "fit":
-                self.datamodule.check_state(self.loaded.get(FeatureDataModule.__qualname__, {}))
+                self.datamodule.check_state(self.loaded.get(type(self.datamodule).__qualname__, {}))
         if self.subcommand == "test" and self.scorers:
             self.scored = self.datamodule.with_all_teachers()
 
@@ -220,7 +243,7 @@ class TheiaCLI(LightningCLI):
         options = self.config_init[self.subcommand]
         trainer = options.trainer
         callbacks: list[Callback] = []
-        plugins: list[Any] = [DurableCheckpoints()]
+        plugins: list[Any] = [DurableCheckpoints(_RENAMED)]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # Lightning would write a checkpoint of another name and go on from that one, whatever it is asked.
             plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -285,7 +308,7 @@ class TheiaCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         print(f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})")
-        print(translators_table(list(self.datamodule.teacher_specs), before, after))
+        print(translators_table(list(self.datamodule.teacher_shapes), before, after))
         report = {
             "checkpoint": str(self.checkpoint),
             "checkpoint_sha256": file_sha256(self.checkpoint),
@@ -318,7 +341,7 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         print(f"Scorers fitted on {images} training images, on the same held-out images:")
         for name in self.scorers:
-            print(scores_table(name, scores, self.scored.teacher_specs, self.datamodule.teacher_specs))
+            print(scores_table(name, scores, self.scored.teacher_shapes, self.datamodule.teacher_shapes))
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
 
 
@@ -336,7 +359,9 @@ def main(argv: Sequence[str]) -> int:
         with _stopped_by_signals():
             TheiaCLI(
                 Distillation,
-                FeatureDataModule,
+                TrainingData,
+                subclass_mode_data=True,
+                parser_class=DataParser,
                 save_config_callback=SaveRun,
                 seed_everything_default=0,
                 parser_kwargs={"prog": "theia"},

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from jsonargparse import Namespace
 
+from theia.cli.data import CLASS, OPTIONS_OF_CLASS, flat, is_feature_data
 from theia.errors import ConfigError
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import weights_name
@@ -42,10 +43,11 @@ OPTIONS: dict[str, Option] = {
     # The optimiser and its schedule, which a checkpoint brings along.
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
     **_table(_FIT, "free", "model.", "compile"),
-    # The samples and their order. A store may have moved: its images and features are compared, not its path.
+    # The samples and their order. A store may have moved: its images and features are compared, not its path. Options
+    # of another class of data are all applied: it sees for itself whether a run can go on (check_state).
     **_table(_ALL, "free", "data.", "store workers"),
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # where only so many batches are validated, it matters
-    **_table(_ALL, "same", "data.", "teachers val_split holdout"),
+    **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
     **_table(_FIT, "same", "data.", "batch_size fraction seed"),
     # How long, and where; the steps that are taken stay the same.
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
@@ -71,6 +73,8 @@ OPTIONS: dict[str, Option] = {
     # Lightning's, for what is not done here.
     **_table((), "free", "trainer.", "limit_predict_batches use_distributed_sampler model_registry barebones"),
 }
+
+_DATA = "data."
 
 # What Lightning takes where nothing is given.
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
@@ -148,8 +152,13 @@ def shaping(config: Namespace) -> dict[str, Any]:
     Returns:
         By name, builtins only and no path of this machine.
     """
-    values = {name: config.get(name) for name, option in OPTIONS.items() if option.resumed != "free"}
-    values.pop("data.teachers")  # the architecture has them, in full
+    names = [name for name, option in OPTIONS.items() if option.resumed != "free"]
+    values = {name: config.get(name) for name in names if not name.startswith(_DATA)}
+    data = flat(config.get("data"))
+    # Of the teachers, the architecture says all.
+    others = {f"{_DATA}{name}" for name in data} - {f"{_DATA}teachers"}
+    kept = others.intersection(names) if is_feature_data(data) else others
+    values |= {name: data[name.removeprefix(_DATA)] for name in sorted(kept)}
     return {name: _plain(name, value) for name, value in values.items()}
 
 
@@ -172,12 +181,13 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
         then = {
             f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
         }
+    then = {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data
     different = [
         name
         for name, value in now.items()
         if name in then and (then[name] != value or (name in _SHARES and type(then[name]) is not type(value)))
     ]
-    refused = [name for name in different if OPTIONS[name].resumed == "same"]
+    refused = [name for name in different if name in OPTIONS and OPTIONS[name].resumed == "same"]
     if refused:
         lines = "; ".join(f"{name} was {then[name]!r}, now it is {now[name]!r}" for name in refused)
         raise ConfigError(
@@ -196,7 +206,8 @@ def earlier_changes(checkpoint: Mapping[str, Any]) -> list[Change]:
 def _typed(arguments: Sequence[str]) -> Iterator[str]:
     for argument in arguments:
         if argument.startswith("--"):
-            yield argument[2:].partition("=")[0].rstrip("+")
+            name = argument[2:].partition("=")[0].rstrip("+")
+            yield name.replace(f"{_DATA}{OPTIONS_OF_CLASS}.", _DATA)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -87,6 +87,7 @@ register_type(Path, str, _to_path, type_check=isinstance)
 
 def _settled(value: Any, name: str, may_be_empty: Collection[str], positional: Collection[str]) -> Any:
     if _is_empty(value) and not any(name == one or name.startswith(f"{one}.") for one in may_be_empty):
+        name = name.replace(".init_args.", ".")  # jsonargparse's word for the options of a class
         typed = name if name.partition(".")[0] in positional else f"--{name}"
         raise ConfigError(f"{typed} is empty. Is a shell variable unset? Give a value, or leave it out.")
     if isinstance(value, Namespace):

@@ -15,8 +15,9 @@ import yaml
 from theia.ablation.grid import Row, arguments_of
 from theia.ablation.run import Run
 from theia.cli import lightning
+from theia.cli.data import CLASS
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
-from theia.data.datamodule import FeatureDataModule
+from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 from theia.store.reader import FeatureStore
 from theia.utils.arguments import comma_list
@@ -31,17 +32,22 @@ class Stores:
     """The feature stores that a sweep reads, each looked into once."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[Any, ...], FeatureDataModule] = {}
+        self._opened: dict[tuple[Any, ...], FeatureData] = {}
 
-    def open(self, data: Mapping[str, Any]) -> FeatureDataModule:
+    def open(self, data: Mapping[str, Any]) -> FeatureData:
         """The images and teachers that a row's data have; a teacher that is unfinished is left out, and it is said.
 
         Args:
             data: The options of ``theia fit`` under ``data``.
 
         Raises:
-            StoreError: If there is none, or it is damaged, or no teacher is finished.
+            ConfigError: If the data are of a class that reads no store.
+            StoreError: If there is no store, or it is damaged, or no teacher is finished.
         """
+        if CLASS in data:
+            raise ConfigError(
+                f"A sweep needs a feature store, but data is {data[CLASS]}. Leave the class out: FeatureData reads one."
+            )
         key = tuple(data[name] for name in _OF_IMAGES)
         if key not in self._opened:
             store = FeatureStore(data["store"])
@@ -53,7 +59,7 @@ class Stores:
                     "Left out, since the store %s has not all of their features: %s.", store.root, ", ".join(unfinished)
                 )
             options = dict(zip(_OF_IMAGES, key, strict=True))
-            self._opened[key] = FeatureDataModule(teachers=finished or None, **options)
+            self._opened[key] = FeatureData(teachers=finished or None, **options)
         return self._opened[key]
 
     def provenance(self) -> dict[str, Any]:

@@ -1,24 +1,21 @@
-"""The LightningDataModule that streams a feature store."""
+"""The training data that come from a feature store."""
 
 import hashlib
 import logging
 import shlex
-from dataclasses import replace
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from theia.data.loader import FeatureLoader
+from theia.data.protocol import TrainingData
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
 from theia.errors import ConfigError
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import canonical_json, to_plain
 from theia.store.statistics import ChannelStatistics
-from theia.types import FeatureBatch
 from theia.utils.arguments import check_number, comma_list
 
 logger = logging.getLogger(__name__)
@@ -27,7 +24,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_VAL_SPLIT = "val"
 
 
-class FeatureDataModule(L.LightningDataModule):
+class FeatureData(TrainingData):
     """Streams images and the stored features of several teachers.
 
     Args:
@@ -168,11 +165,7 @@ class FeatureDataModule(L.LightningDataModule):
         sampler = EvaluationSampler(self._held_out_rows(), self.val_batch_size, *self._processes())
         return self._loader(split, sampler)
 
-    def test_dataloader(self) -> FeatureLoader:
-        """The same samples as in validation: training never saw them."""
-        return self.val_dataloader()
-
-    def with_all_teachers(self) -> "FeatureDataModule":
+    def with_all_teachers(self) -> "FeatureData":
         """The same store and held-out samples, with every teacher that is finished in both parts.
 
         It has all training samples, whatever the fraction that this one uses: students that were trained on different
@@ -181,7 +174,7 @@ class FeatureDataModule(L.LightningDataModule):
         Raises:
             StoreError: If the training split, or features or statistics of one of its teachers, are missing or damaged.
         """
-        data = FeatureDataModule(
+        data = FeatureData(
             str(self.store.root),
             self.store.finished_teachers(("train", self.val_split or "train")),
             val_batch_size=self.val_batch_size,
@@ -193,6 +186,19 @@ class FeatureDataModule(L.LightningDataModule):
         data.statistics()
         return data
 
+    def labels_agree(self) -> bool:
+        """Whether a class has the same number in both parts; a warning says if not."""
+        splits = self.store.manifest.splits
+        training, held_out = (splits[name].images.classes for name in ("train", self.val_split or "train"))
+        if training is None or held_out is None or training == held_out:
+            return True
+        logger.warning(
+            "Scorers get no labels: splits 'train' and %r of %s number their classes differently (%d and %d classes). "
+            "Extract both from folders with the same classes.",
+            self.val_split, self.store.root, len(training), len(held_out),
+        )  # fmt: skip
+        return False
+
     def ordered_dataloader(
         self,
         part: Literal["train", "held_out"],
@@ -203,9 +209,9 @@ class FeatureDataModule(L.LightningDataModule):
         """Samples of one part, each once, in order, and all of them in this process.
 
         Args:
-            part: Those of training, or of validation and test.
+            part: The samples of training, or those of validation and test.
             device: Where the batches will be used; only a CUDA device gets them from the loader itself.
-            most: So many samples at most: a fixed part of them, contained in that of a larger number.
+            most: Largest number of samples: a fixed part of them, contained in that of a larger number.
             features: Whether to read the teachers' features, which are many times as large as the images.
 
         Raises:
@@ -302,21 +308,6 @@ class FeatureDataModule(L.LightningDataModule):
     @property
     def _training_images(self) -> str:
         return self.store.manifest.splits["train"].images.ids_sha256
-
-    def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
-        """Moves a batch that is not there yet: on the CPU it stays a view of its slot; CUDA's come from the loader."""
-
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-        return replace(
-            batch,
-            images=batch.images.to(device),
-            patches=moved(batch.patches),
-            scales=moved(batch.scales),
-            cls=moved(batch.cls),
-            labels=None if batch.labels is None else batch.labels.to(device),
-        )
 
     def teardown(self, stage: str) -> None:
         """Ends the reading workers."""

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,7 @@ from lightning import seed_everything
 from tabulate import tabulate
 from tqdm import tqdm
 
-from theia.data.datamodule import FeatureDataModule
-from theia.data.loader import FeatureLoader
+from theia.data.protocol import TrainingData
 from theia.encoder.load import load
 from theia.errors import PluginError, TheiaError
 from theia.scoring.contract import Part, Scorer, Trained, find_scorer
@@ -40,7 +39,7 @@ def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
 
 def run_scorers(
     scorers: Mapping[str, Scorer],
-    data: FeatureDataModule,
+    data: TrainingData,
     checkpoint: Path,
     device: torch.device,
     *,
@@ -64,10 +63,10 @@ def run_scorers(
         PluginError: If a scorer fails, or gives something else than finite numbers.
         TheiaError: Those that a scorer raises.
     """
-    labelled = _same_classes(data)
+    labelled = data.labels_agree()
 
     @cache
-    def loader(part: Literal["train", "held_out"], features: bool) -> FeatureLoader:
+    def loader(part: Literal["train", "held_out"], features: bool) -> Iterable[FeatureBatch]:
         return data.ordered_dataloader(part, device, images if part == "train" else None, features)
 
     def batches(part: Literal["train", "held_out"], scorer: str) -> Part:
@@ -110,7 +109,7 @@ def scores_table(
     Args:
         scorer: Its name.
         scores: Of all scorers, by ``scorer/key``.
-        teachers: All that the store has: a key that ends in one goes into its row.
+        teachers: Names of all that the data have: a key that ends in one goes into its row.
         distilled: Those that the student was distilled from; they are marked.
 
     Returns:
@@ -172,20 +171,6 @@ def _finite(name: str, key: str, value: object) -> float:
             "Leave it out of --scorers, or correct it."
         )
     return number
-
-
-def _same_classes(data: FeatureDataModule) -> bool:
-    """Whether a class has the same number in both parts."""
-    splits = data.store.manifest.splits
-    training, held_out = (splits[name].images.classes for name in ("train", data.val_split or "train"))
-    if training is not None and held_out is not None and training != held_out:
-        logger.warning(
-            "Scorers get no labels: splits 'train' and %r of %s number their classes differently (%d and %d classes). "
-            "Extract both from folders with the same classes.",
-            data.val_split, data.store.root, len(training), len(held_out),
-        )  # fmt: skip
-        return False
-    return True
 
 
 # Metric as logged -> heading.

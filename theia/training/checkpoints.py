@@ -53,7 +53,19 @@ class DurableCheckpoints(TorchCheckpointIO):
 
     Lightning writes into the machine's temporary folder and copies from there if that is another file system: a kill
     meanwhile would lose both the new checkpoint and the old one.
+
+    Args:
+        renamed: Entries of a checkpoint that had another name in earlier versions, and what they are called now.
     """
+
+    def __init__(self, renamed: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self._renamed = dict(renamed or {})
+
+    def load_checkpoint(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Reads a checkpoint of this or of an earlier version; see Lightning."""
+        checkpoint = super().load_checkpoint(*args, **options)
+        return {self._renamed.get(name, name): value for name, value in checkpoint.items()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Writes a checkpoint whole or not at all.
