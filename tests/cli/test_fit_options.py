@@ -1,5 +1,6 @@
 """Each option of ``fit``, ``validate`` and ``test``: used or refused, in its range, true of its run."""
 
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from theia.cli import run as run_folder
 from theia.cli.lightning import TheiaCLI
 from theia.cli.main import main
 from theia.cli.options import OPTIONS, changes, check_used, shaping, without
+from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 from theia.training.records import METRICS
 
@@ -38,7 +40,10 @@ def parsers() -> dict[str, Any]:
 
     cli = Parsers.__new__(Parsers)
     with pytest.raises(StopIteration):
-        cli.__init__(lightning.Distillation, lightning.FeatureData, args=["fit"], auto_configure_optimizers=False)  # type: ignore[misc]
+        cli.__init__(  # type: ignore[misc]
+            lightning.Distillation, lightning.TrainingData, args=["fit"], auto_configure_optimizers=False,
+            subclass_mode_data=True, parser_class=lightning.DataParser,
+        )  # fmt: skip
     return dict(cli._subcommand_parsers)
 
 
@@ -46,9 +51,9 @@ def names_of(parser: Any) -> set[str]:
     """What can be typed; groups, help and links are none."""
     linked = {"model.teachers", "model.image_size", "trainer.default_root_dir"}
     groups = {"trainer", "model", "data", "help", "print_config"}
-    return {
-        action.dest for action in parser._actions if not action.dest.endswith(".help")
-    } - linked - groups  # fmt: skip
+    names = {action.dest for action in parser._actions if not action.dest.endswith(".help")}
+    of_data = {f"data.{name}" for name in inspect.signature(FeatureData).parameters}
+    return names - linked - groups | of_data
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_every_option_stands_in_the_table_and_the_help_lists_what_is_used(
     shown = capsys.readouterr().out
     for name in options:
         assert (f"--{name} " in shown) == (command in OPTIONS[name].commands), name
-    assert {name for name, option in OPTIONS.items() if command in option.commands} <= options
+    assert {name for name, option in OPTIONS.items() if command in option.commands} <= options | {"data.class_path"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -173,15 +178,17 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     assert (written["trainer"]["max_epochs"], written["ckpt_path"]) == (3, None)
 
 
+@pytest.mark.parametrize("name", ["FeatureData", "FeatureDataModule"])  # the other of an earlier version
 def test_features_of_other_weights_are_refused_on_resuming(
-    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     last = copy / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["FeatureData"]["features"].keys() == {"alpha", "beta"}
-    checkpoint["FeatureData"]["features"]["beta"] = "a digest of other weights"
+    checkpoint[name] = checkpoint.pop("FeatureData")
+    assert checkpoint[name]["features"].keys() == {"alpha", "beta"}
+    checkpoint[name]["features"]["beta"] = "a digest of other weights"
     torch.save(checkpoint, last)
     before = contents(copy)
 
@@ -380,11 +387,9 @@ def numeric(parser: Any) -> list[str]:
     def kinds(hint: Any) -> set[Any]:
         return {hint} | {kind for part in typing.get_args(hint) for kind in kinds(part)}
 
-    return [
-        action.dest
-        for action in parser._actions
-        if action.dest in OPTIONS and kinds(getattr(action, "_typehint", None) or action.type) & {int, float}
-    ]
+    hints = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    hints |= {f"data.{name}": hint for name, hint in typing.get_type_hints(FeatureData.__init__).items()}
+    return [name for name, hint in hints.items() if name in OPTIONS and kinds(hint) & {int, float}]
 
 
 def test_a_senseless_number_is_refused_with_its_name_before_anything_is_written(

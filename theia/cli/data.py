@@ -65,6 +65,18 @@ class DataParser(LightningArgumentParser):
 
     hidden: frozenset[str] = frozenset()
 
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """See Lightning. Its own class of data may be null, and hides the errors of a class that is made."""
+        if not subclass_mode:
+            added: list[str] = super().add_lightning_class_args(lightning_class, nested_key, required=required)
+            return added
+        self.add_subclass_arguments(
+            lightning_class, nested_key, fail_untyped=False, required=required, default={CLASS: _NAME}
+        )
+        return []
+
     def get_defaults(self, *args: Any, **options: Any) -> Namespace:
         """See jsonargparse. Only the class of the data is a default: its options would become those of another."""
         defaults = super().get_defaults(*args, **options)

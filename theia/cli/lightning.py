@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from theia.cli.data import CLASS, DataParser, data_last
+from theia.cli.data import DataParser, data_last
 from theia.cli.main import COMMANDS
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
@@ -116,7 +116,6 @@ class TheiaCLI(LightningCLI):
             help="Training images that scorers fit on at most, a fixed part of all; the held-out ones are all used.",
         )  # fmt: skip
         parser.link_arguments("run_folder", "trainer.default_root_dir")
-        parser.set_defaults({"data": {CLASS: FeatureData.__qualname__}})
         # The data know their teachers and image size, so one config serves any store.
         parser.link_arguments("data.teacher_shapes", "model.teachers", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
@@ -233,6 +232,8 @@ class TheiaCLI(LightningCLI):
                 self.datamodule.check_state(self.loaded.get(type(self.datamodule).__qualname__, {}))
         if self.subcommand == "test" and self.scorers:
             self.scored = self.datamodule.with_all_teachers()
+            if type(self.scored).ordered_dataloader is TrainingData.ordered_dataloader:
+                self.scored.ordered_dataloader("held_out", self.trainer.strategy.root_device)  # says what is missing
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the run folder's loggers and callbacks to the configured trainer.
