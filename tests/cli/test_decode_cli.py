@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 from encoder.small import TEACHERS, small
-from events import aged, changed
 from huggingface_hub import constants
 from PIL import Image
 
 import theia
 from theia import registry
 from theia.cli.main import main
+from theia.decoding.frames import Video, video_writer
 from theia.decoding.output import Output
-from theia.decoding.video import Video, video_writer
-from theia.decoding.viewer import depth_error, feature_cosine
+from theia.decoding.viewer import Viewer, depth_error, feature_cosine
 from theia.encoder.encoder import Encoder
 from theia.encoder.published import HUB_IDS
 from theia.export.export import export
@@ -94,7 +93,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def decode(model: Path, images: Path | str, out: Path, *more: str) -> dict[str, Any]:
-    assert main(["decode", f"--model={model}", f"--images={images}", f"--out={out}", "--device=cpu", *more]) == 0
+    assert main(["decode", f"--encoder={model}", f"--images={images}", f"--out={out}", "--device=cpu", *more]) == 0
     record: dict[str, Any] = json.loads((out / "decoded.json").read_text())
     return record
 
@@ -168,64 +167,78 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(Output, "save", stop)
 
 
-def test_an_interrupted_call_goes_on_and_gives_the_same(
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_call_starts_over_and_gives_the_same(
     plugin: None, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     options = ["--teachers_side_by_side", "--batch_size=1", "--teacher_options={odd: {weights: none}}"]
     whole = decode(checkpoint(), "sample:20", tmp_path / "whole", *options)
     out = tmp_path / "out"
-    call = [f"--model={checkpoint()}", "--images=sample:20", "--device=cpu", f"--out={out}", *options]
+    call = [f"--encoder={checkpoint()}", "--images=sample:20", "--device=cpu", f"--out={out}", *options]
     with monkeypatch.context() as patch:
         interrupted(patch, 7)
         assert main(["decode", *call]) == 130
-    assert "7 of 20 pictures are whole; the same call goes on" in capsys.readouterr().err
-    written = aged(out, "*.png")
-    assert len(written) == 7
+    assert len([*out.rglob("*.png")]) == 7
     assert not json.loads((out / "decoded.json").read_text())["finished"]
 
-    assert main(["decode", *call, "--teachers=odd"]) == 1
-    assert "holds 7 pictures of a call that was stopped, with other teachers" in capsys.readouterr().err
     assert decode(checkpoint(), "sample:20", out, *options) == whole
 
-    assert changed(written) == written
-    files = [
-        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (tmp_path / "whole", out)
-    ]
-    assert files[0] == files[1]
+    assert contents(out) == contents(tmp_path / "whole")
     assert main(["decode", *call]) == 1
     assert "holds decoded pictures already" in capsys.readouterr().err
 
 
-def test_another_models_pictures_are_not_mixed_in(
-    encoder: Encoder, checkpoint: Callable[..., Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    model = checkpoint()
-    call = ["decode", f"--model={model}", f"--images={images}", f"--out={tmp_path}/out", "--device=cpu"]
+def test_every_picture_is_shown_once(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    of_batch = Viewer._of_batch
+    monkeypatch.setattr(
+        Viewer, "_of_batch", lambda self, batch: shown.extend(index for index, _ in batch) or of_batch(self, batch)
+    )
+    record = decode(checkpoint(), "sample:20", tmp_path / "out", "--batch_size=3")
+    assert sorted(shown) == [*range(20)]
+    assert len(record["images"]) == 20
+
+
+def test_an_interruption_costs_none_of_the_earlier_pictures(
+    checkpoint: Callable[..., Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    decode(checkpoint(), images, out)
+    before = contents(out)
+    call = [f"--encoder={checkpoint()}", "--images=sample:4", "--device=cpu", f"--out={out}", "--overwrite"]
     with monkeypatch.context() as patch:
         interrupted(patch, 1)
-        assert main(call) == 130
-    trained = torch.load(model)
-    next(iter(trained["state_dict"].values())).add_(1)
-    torch.save(trained, model)
-    assert main(call) == 1
-    assert "holds 1 pictures of a call that was stopped, with other weights of the model" in capsys.readouterr().err
-    assert main([*call, "--overwrite"]) == 0
+        assert main(["decode", *call]) == 130
+    after = contents(out)
+    assert {name: after[name] for name in before if name != "decoded.json"} == {
+        name: content for name, content in before.items() if name != "decoded.json"
+    }
+    assert len(after) == len(before) + 1
+
+    record = decode(checkpoint(), "sample:4", out)
+    assert len(contents(out)) == len(record["images"]) + 1 == 5
 
 
-def test_an_interrupted_video_starts_over(
+def test_an_interrupted_video_leaves_the_earlier_one(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with video_writer(tmp_path / "film.gif", Fraction(5)) as add:
         for level in (30, 90, 200):
             add(np.full((32, 64, 3), level, np.uint8))
     out = tmp_path / "out"
+    decode(checkpoint(), tmp_path / "film.gif", out)
+    before = (out / "film.gif").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("theia.decoding.output.Output.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        arguments = [f"--model={checkpoint()}", f"--images={tmp_path}/film.gif", f"--out={out}", "--device=cpu"]
-        assert main(["decode", *arguments]) == 130
+        patch.setattr("theia.decoding.decode.row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        call = [f"--encoder={checkpoint()}", f"--images={tmp_path}/film.gif", f"--out={out}", "--overwrite"]
+        assert main(["decode", *call, "--device=cpu"]) == 130
+    assert (out / "film.gif").read_bytes() == before
     assert len(decode(checkpoint(), tmp_path / "film.gif", out, "--limit=2")["images"]) == 2
 
 
@@ -324,7 +337,7 @@ def test_pictures_are_not_replaced_by_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.png").write_bytes(b"no image")
-    again = [f"--model={checkpoint()}", f"--out={tmp_path}/out", "--overwrite"]
+    again = [f"--encoder={checkpoint()}", f"--out={tmp_path}/out", "--overwrite"]
     assert main(["decode", *again, f"--images={tmp_path}/broken"]) == 1
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
@@ -359,7 +372,7 @@ def test_teacher_options_from_a_file_are_settled_like_typed_ones(
     monkeypatch.setenv("HOME", "/somewhere/home")
     for weights, said in (("''", "--teacher_options.odd.weights is empty"), ("~/far", "fetch /somewhere/home/far")):
         (tmp_path / "extract.yaml").write_text(f"odd: {{weights: {weights}}}\n")
-        main(["decode", f"--model={checkpoint()}", f"--images={images}", f"--out={tmp_path}/out", "--device=cpu",
+        main(["decode", f"--encoder={checkpoint()}", f"--images={images}", f"--out={tmp_path}/out", "--device=cpu",
               f"--teacher_options={tmp_path}/extract.yaml"])  # fmt: skip
         assert said in capsys.readouterr().err
 
@@ -373,7 +386,7 @@ def test_teacher_options_from_a_file_are_settled_like_typed_ones(
         (["--teachers=sam"], "no translator for 'sam'. It has: clip, odd"),
         (["--teachers="], "--teachers is empty"),
         (["--limit=0"], "--limit is 0"),
-        (["--model=teacher:clip"], "only a Theia model has translators"),
+        (["--encoder=teacher:clip"], "only a Theia model has translators"),
         (["--out={tmp}/images/a.png/out"], "out cannot be written"),
         (["--out={tmp}/images"], "is not empty and holds no decoded pictures"),
         (["--teacher_options={{sam: {{}}}}"], "--teacher_options has 'sam'"),
@@ -402,7 +415,7 @@ def test_bad_input_is_one_clear_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.png").write_bytes(b"no image")
-    given = {"--model": str(checkpoint()), "--images": str(images), "--out": str(tmp_path / "out")}
+    given = {"--encoder": str(checkpoint()), "--images": str(images), "--out": str(tmp_path / "out")}
     for option in options:
         name, _, value = option.format(tmp=tmp_path).partition("=")
         given[name] = value or ("" if "=" in option else "true")

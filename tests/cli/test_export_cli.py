@@ -25,7 +25,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_model_is_exported_into_the_run_with_its_figures(
     run: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", f"--ckpt={run}/checkpoints/best.ckpt"]) == 0
+    assert main(["export", f"--encoder={run}/checkpoints/best.ckpt"]) == 0
 
     assert capsys.readouterr().out.strip() == f"{run}/exported"
     card = (run / "exported/README.md").read_text()
@@ -44,7 +44,7 @@ def test_a_runs_model_is_exported_into_the_run_with_its_figures(
 def test_figures_of_another_checkpoint_are_not_taken(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["export", f"--ckpt={run}/checkpoints/last.ckpt", f"--out={tmp_path / 'out'}"]) == 0
+    assert main(["export", f"--encoder={run}/checkpoints/last.ckpt", f"--out={tmp_path / 'out'}"]) == 0
 
     assert "no test_last.json" in capsys.readouterr().err
     assert "not recorded: `theia test`" in (tmp_path / "out/README.md").read_text()
@@ -59,7 +59,7 @@ def test_figures_of_an_earlier_file_of_that_name_are_not_taken(
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     torch.save({**best, "global_step": best["global_step"] + 1}, tmp_path / "a run/checkpoints/best.ckpt")
 
-    assert main(["export", f"--ckpt={tmp_path}/a run/checkpoints/best.ckpt"]) == 0
+    assert main(["export", f"--encoder={tmp_path}/a run/checkpoints/best.ckpt"]) == 0
 
     said = capsys.readouterr().err
     assert "no test_best.json of it" in said
@@ -76,11 +76,11 @@ def test_paths_do_not_leave_the_machine(weights: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt={run}/checkpoints/first.ckpt", "--out={tmp}/x"], "no file or folder"),
-        (["--ckpt=owner/model"], "--out FOLDER"),
-        (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=safetensors,gguf"], "'gguf'"),
-        (["--ckpt={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=timm"], "no model for this student"),
-        (["--ckpt={run}/config.yaml", "--out={tmp}/x"], "truncated, damaged or of another kind"),
+        (["--encoder={run}/checkpoints/first.ckpt", "--out={tmp}/x"], "no file or folder"),
+        (["--encoder=owner/model"], "--out FOLDER"),
+        (["--encoder={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=safetensors,gguf"], "'gguf'"),
+        (["--encoder={run}/checkpoints/best.ckpt", "--out={tmp}/x", "--formats=timm"], "no model for this student"),
+        (["--encoder={run}/config.yaml", "--out={tmp}/x"], "truncated, damaged or of another kind"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -2,13 +2,11 @@
 
 import ast
 import contextlib
-import errno
 import importlib
 import inspect
 import io
 import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -22,11 +20,10 @@ from benchmarks.latency import __main__ as latency
 from benchmarks.soak import __main__ as soak
 from benchmarks.throughput import __main__ as throughput
 from theia import registry
-from theia.cli import ablate, analyze, decode, export, store
+from theia.cli import ablate, analyze, decode, export, probe, store
 from theia.cli.main import _LIGHTNING, COMMANDS
 from theia.cli.main import main as theia
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
-from theia.cli.probe import classification, dense
 from theia.errors import ConfigError
 
 BENCHMARKS = sorted(path.parent.name for path in Path("benchmarks").glob("*/__main__.py"))
@@ -130,14 +127,8 @@ def test_a_place_that_cannot_be_written_is_one_line_before_any_work(
     (tmp_path / "file").write_text("precious")
     (tmp_path / "place").mkdir()
 
-    opened = tempfile.TemporaryFile
-
-    def refuse(*, dir: Path) -> Any:
-        if dir == tmp_path / "place":
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(dir=dir)
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "place" and access(path, mode))
     place = {"a file": "file", "below a file": "file/below", "read-only": "place"}[kind]
     assert run(program, line(dict(parsers())[program], dest, str(tmp_path / place))) == 1
     (said,) = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("WARNING")]
@@ -163,8 +154,8 @@ SENSIBLE = {
     ("analyze", "pictures"): {"0": "no pictures", str(10**30): "one of every image"},
     ("decode", "limit"): {str(10**30): "all images"},
     ("decode", "batch_size"): {str(10**30): "all images at once"},
-    ("benchmarks.probing classification", "neighbours"): {str(10**30): "needs as many images, which are not yet there"},
-    ("benchmarks.probing dense", "seeds"): {"0": "a seed"},
+    ("probe classification", "neighbours"): {str(10**30): "needs as many images, which are not yet there"},
+    ("probe dense", "seeds"): {"0": "a seed"},
     ("benchmarks.soak", "workers"): {"0": "reads in the training process"},
 }
 
@@ -191,7 +182,7 @@ def test_the_walk_sees_every_kind_of_number() -> None:
         ("extract", "size"), ("extract", "max_skipped"), ("extract", "devices"), ("ablate", "seeds"),
         ("ablate", "jobs"),
         ("analyze", "max_images"), ("decode", "limit"), ("benchmarks.soak", "minutes"),
-        ("benchmarks.latency", "batches"), ("benchmarks.probing dense", "seeds"),
+        ("benchmarks.latency", "batches"), ("probe dense", "seeds"),
     } <= seen  # fmt: skip
     assert SENSIBLE.keys() <= seen
 
@@ -221,8 +212,8 @@ def test_the_walk_sees_every_command() -> None:
     assert {
         ("extract", "images"), ("extract", "teachers"), ("extract", "store"), ("extract", "clip.weights"),
         ("store info", "path"), ("store verify", "path"), ("ablate", "only"), ("ablate report", "folder"),
-        ("analyze", "encoders"), ("decode", "out"), ("export", "ckpt"), ("benchmarks.soak", "results"),
-        ("benchmarks.latency", "encoder"), ("benchmarks.probing dense", "encoders"),
+        ("analyze", "encoders"), ("decode", "out"), ("export", "encoder"), ("benchmarks.soak", "results"),
+        ("benchmarks.latency", "encoder"), ("probe dense", "encoders"),
         ("benchmarks.throughput", "suites"),
     } <= seen  # fmt: skip
     assert all(isinstance(parser, Parser) for _, parser in parsers())
@@ -314,8 +305,8 @@ FUNCTIONS = {
     "decode": decode.decode,
     "export": export.export,
     "benchmarks.latency": latency.bench,
-    "benchmarks.probing classification": classification,
-    "benchmarks.probing dense": dense,
+    "probe classification": probe.classification,
+    "probe dense": probe.dense,
     "benchmarks.soak": soak.soak,
     "benchmarks.throughput": throughput.bench,
 }
@@ -350,9 +341,9 @@ IDLE = [
     ("analyze --encoders a --images b --out c --pictures 3 --picture_ids d", "--pictures"),
     ("analyze --encoders a --images b --out c --max_images 1 --picture_ids d e", "--max_images"),
     ("benchmarks.latency --encoder a --sizes tiny", "--sizes"),
-    ("benchmarks.probing classification --encoders a --images b --folder .", "--folder"),
-    ("benchmarks.probing classification --encoders a --images b --seeds 1", "--seeds"),
-    ("benchmarks.probing dense --encoders a --data scenes --folder .", "--folder"),
+    ("probe classification --encoders a --images b --out c --folder .", "--folder"),
+    ("probe classification --encoders a --images b --out c --seeds 1", "--seeds"),
+    ("probe dense --encoders a --data scenes --out c --folder .", "--folder"),
 ]
 
 

@@ -1,10 +1,9 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from theia.decoding.output import RECORD, SCORES, Output, check_free, find_unfinished, picture_names
+from theia.decoding.output import RECORD, Output, check_free, picture_names
 from theia.decoding.render import Group, row
 from theia.errors import ConfigError
 
@@ -42,48 +41,41 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_ones_own_folder_is_replaced_on_request_only(tmp_path: Path) -> None:
     output = Output(tmp_path, FILES)
-    output.begin({}, {})
+    output.begin([*FILES.values()])
     for sample_id in FILES:
-        output.save(sample_id, PICTURE, {})
-    output.finish({})
+        output.save(sample_id, PICTURE)
+    output.finish({}, [*FILES.values()])
     (tmp_path / "notes.txt").write_text("mine")
 
     with pytest.raises(ConfigError, match="--overwrite"):
         check_free(tmp_path, False)
     check_free(tmp_path, True)
-    Output(tmp_path, {"d": "d.png"}).begin({}, {})
+    again = Output(tmp_path, {"d": "d.png"})
+    again.begin(["d.png"])
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"a.png", "c.png"}
+    again.save("d", PICTURE)
+    again.finish({}, ["d.png"])
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.png", RECORD, "notes.txt"]
 
 
 def test_an_edited_record_removes_nothing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
-    Output(tmp_path / "out", {"a": "../precious"}).begin({}, {})
-    Output(tmp_path / "out", {"a": "a.png"}).begin({}, {})
+    Output(tmp_path / "out", {}).finish({}, ["../precious"])
+    Output(tmp_path / "out", {}).finish({}, [])
     assert (tmp_path / "precious").exists()
 
 
-def test_a_killed_call_is_found_with_what_is_whole(tmp_path: Path) -> None:
+def test_pictures_of_a_killed_call_may_be_replaced(tmp_path: Path) -> None:
     output = Output(tmp_path, FILES)
-    output.begin({"limit": 2}, {"colours": [0.1]})
+    output.begin([*FILES.values()])
+    output.save("b/c", PICTURE)
     check_free(tmp_path, False)
-    assert find_unfinished(tmp_path, {"limit": 3}, FILES) is None  # nothing is lost with it
-    output.save("b/c", PICTURE, {"sam": {"cosine": 0.25}})
-    with (tmp_path / SCORES).open("a") as lines:
-        lines.write('{"image": "gone", "file": "gone.png", "scores": {}}\n{"image": "a", "fi')
-
-    found = find_unfinished(tmp_path, {"limit": 2}, FILES)
-    assert found is not None
-    assert (found.start, found.scores) == ({"colours": [0.1]}, {"b/c": {"sam": {"cosine": 0.25}}})
-    output.go_on(found.scores)
-    output.save("a", PICTURE, {})
-    assert [json.loads(line)["image"] for line in (tmp_path / SCORES).read_text().splitlines()] == ["b/c", "a"]
-    for call, files, what in (({"limit": 3}, FILES, "limit"), ({"limit": 2}, {"a": "a.png"}, "images")):
-        with pytest.raises(ConfigError, match=f"holds 2 pictures of a call that was stopped, with other {what}"):
-            find_unfinished(tmp_path, call, files)
-    output.finish({})
-    assert find_unfinished(tmp_path, {"limit": 3}, FILES) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b", RECORD]
+    again = Output(tmp_path, {"a": "a.png"})
+    again.begin(["a.png"])
+    again.save("a", PICTURE)
+    again.finish({}, ["a.png"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", RECORD]
 
 
 def test_a_row_has_the_same_size_whatever_the_titles_say() -> None:

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
@@ -17,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from theia.cli.main import main
-from theia.cli.probe import main as probing
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
@@ -129,34 +127,29 @@ def test_nothing_is_fetched_by_a_reader(site: Site) -> None:
 
 
 def _commands() -> list[str]:
-    """Commands of ``theia`` and of the probes in the code of the pages and the README, with continued lines joined."""
+    """Commands of ``theia`` in the code of the pages and the README, with continued lines joined."""
     found = []
     for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
         text = path.read_text().replace("\\\n", " ")
         code = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
         lines = [line.strip() for block in code for line in block.splitlines()]
-        found += [
-            line
-            for line in lines
-            if re.match(r"((srun |torchrun .* -m )?theia|python -m benchmarks\.probing) [a-z]+ .*--", line)
-        ]
+        found += [line for line in lines if re.match(r"(srun |torchrun .* -m )?theia [a-z]+ .*--", line)]
     return sorted(set(found))
 
 
 @cache
-def _help(command: str, program: Callable[[list[str]], int] = main) -> str:
+def _help(command: str) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        program([*command.split(), "--help"])
+        main([*command.split(), "--help"])
     return said.getvalue()
 
 
 @pytest.mark.parametrize("line", _commands())
 def test_commands_have_the_options_that_the_pages_name(line: str) -> None:
-    of_probes = "benchmarks.probing " in line
-    words = shlex.split(line[line.index("benchmarks.probing " if of_probes else "theia ") :], comments=True)
-    command = " ".join(words[1:3]) if words[1:3] == ["ablate", "report"] else words[1]
-    known = set(re.findall(r"--([\w.]+)", _help(command, probing if of_probes else main))) | {"help"}
+    words = shlex.split(line[line.index("theia ") :], comments=True)
+    command = " ".join(words[1:3]) if words[1] == "probe" or words[1:3] == ["ablate", "report"] else words[1]
+    known = set(re.findall(r"--([\w.]+)", _help(command))) | {"help"}
     assert len(known) > 1, f"{words[0]} {command} --help names no options"
     for option in (word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")):
         if option.startswith(

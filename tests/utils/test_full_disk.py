@@ -35,7 +35,7 @@ def write_sweep_report(folder: Path, number: int) -> None:
 
 
 def write_picture(folder: Path, number: int) -> None:
-    Output(folder, {"a": "b/a.png"}).save("a", np.full((4, 4, 3), number, np.uint8), {})
+    Output(folder, {"a": "b/a.png"}).save("a", np.full((4, 4, 3), number, np.uint8))
 
 
 def write_soak(folder: Path, number: int) -> None:
@@ -48,8 +48,7 @@ WRITERS: dict[str, Writer] = {
     "config of a run": lambda folder, number: run_of(folder, number).prepare(),
     "record of a sweep": lambda folder, number: write_record(folder, [], [], {}, {"number": number}),
     "report of a sweep": write_sweep_report,
-    "record of pictures": lambda folder, number: Output(folder, {}).finish({"number": number}),
-    "scores of pictures": lambda folder, number: Output(folder, {"a": "a.png"}).go_on({"a": {"x": {"y": number}}}),
+    "record of pictures": lambda folder, number: Output(folder, {}).finish({"number": number}, []),
     "picture": write_picture,
     "benchmark": lambda folder, number: throughput.write(folder, f"cpu{number}", {}, {}),
     "soak": write_soak,
@@ -92,11 +91,8 @@ OTHERWISE = {
     "theia/ablation/run.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
     "theia/analysis/report.py": {"savefig(content": "into memory"},
-    "theia/decoding/output.py": {
-        "save(temporary": "inside replacing()",
-        "(self._out / SCORES).open('a')": "a line per picture; a torn one is not read",
-    },
-    "theia/decoding/video.py": {"av.open": "the video of a caller", "frames[0].save": "likewise"},
+    "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
+    "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},
     "theia/cli/run.py": {"self.parser.dump": "into memory"},
     "theia/training/checkpoints.py": {"temporary.open('wb')": "inside replacing()", "torch.save": "into that file",
         "records.save()": "what Lightning calls to bring out what waits",

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 
 def export(
-    ckpt: str,
+    encoder: str,
     out: Path | None = None,
     formats: str | list[str] = "safetensors",
     overwrite: bool = False,
@@ -55,14 +55,15 @@ def export(
     """Write a trained model in the forms that others load.
 
     Args:
-        ckpt: A checkpoint of 'theia fit', an exported folder, a folder of a published model, or its id on the hub.
-        out: Folder to make; 'exported' in the run folder of a checkpoint by default.
-        formats: Of safetensors (for theia.load, with a model card), hf (the same: AutoModel reads it, too), onnx, timm
-            and authors (the layout of the published models), with commas between them.
-        overwrite: Replace a folder that an export wrote before, as a whole.
-        int8: For onnx: also write int8 weights, if the features stay as they are (cosine of 0.999 on photographs).
+        encoder: A checkpoint of 'theia fit', an exported folder, a folder of a published model, or its id on the hub.
+        out: Folder to write; by default, 'exported' in the run folder of a checkpoint.
+        formats: Any of safetensors (for theia.load, with a model card), hf (the same files: AutoModel reads them, too),
+            onnx, timm and authors (the layout of the published models), with commas between them.
+        overwrite: Replace what an earlier export wrote into the folder, as a whole.
+        int8: With onnx, also write a model with int8 weights, if its features stay the same (cosine of at least 0.999
+            on photographs).
     """
-    path = Path(ckpt)
+    path = Path(encoder)
     run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else None
     if out is None and run is None:
         raise ConfigError(
@@ -75,21 +76,21 @@ def export(
     # torch takes seconds to import; --help does not need it.
     from theia.export.export import export as write
 
-    for line in write(ckpt, target, comma_list(formats), record, overwrite, int8):
+    for line in write(encoder, target, comma_list(formats), record, overwrite, int8):
         logger.info("%s", line)
     print(target)
     return 0
 
 
 def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """What a run folder says of a training, for a model card.
+    """What a run folder says about a training, for a model card.
 
     Args:
         run: Run folder.
-        checkpoint: The checkpoint: held-out figures of another one are not its own.
+        checkpoint: The exported checkpoint. Held-out figures count only if they are of this very file.
 
     Returns:
-        See :func:`theia.export.card.write`. What the folder lacks is left out, and said.
+        See :func:`theia.export.card.write`. What the folder lacks is left out.
     """
     from theia.cli.data import flat
     from theia.models.checkpoint import file_sha256  # late, as it imports torch

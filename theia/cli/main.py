@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "ablate": ("theia.cli.ablate", "train, score and compare students: which teachers, which loss, which size"),
     "analyze": ("theia.cli.analyze", "compare representations: norms, components, similarity, CKA; of any encoders"),
+    "probe": ("theia.cli.probe", "fit small heads to frozen features: classes, depth, normals, matches of views"),
     "decode": ("theia.cli.decode", "show what a student has learned: masks, depth, strokes, colours; images or video"),
     "export": ("theia.cli.export", "write a trained model for others: safetensors, ONNX, timm, the published layout"),
 }

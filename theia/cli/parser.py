@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
+from theia.encoder import FORMS
 from theia.errors import ConfigError
 from theia.utils.files import at_home
 
@@ -18,8 +19,24 @@ OF_FIT_MAY_BE_EMPTY = ("trainer", "scorers")
 Options = TypeVar("Options", Namespace, dict[str, Any])
 
 
+# A comma may be part of an encoder's name, or of a file's.
+_SEVERAL_WORDS = ("--encoders", "--picture_ids")
+
+# Other spellings of an option, by command: an earlier one, or one with dashes.
+_ALIASES = {
+    ("theia decode", "--encoder"): "--model",
+    ("theia decode", "--teachers_side_by_side"): "--teachers-side-by-side",
+    ("theia export", "--encoder"): "--ckpt",
+}
+
+_ENCODERS = f"""Names of encoders, with blanks between them; all are in memory together.
+{"; ".join(f"{form} is {meaning}" for form, meaning in FORMS.items())}."""
+
+
 class Parser(ArgumentParser):
     """jsonargparse's, but ``--switch`` alone means ``--switch true``, as people expect, and values are settled.
+
+    An option that takes several words takes them with blanks between them.
 
     Attributes:
         may_be_empty: Dotted names of options that mean something when they are empty.
@@ -29,7 +46,13 @@ class Parser(ArgumentParser):
 
     def add_argument(self, *args: Any, **options: Any) -> Any:
         """See ``argparse``."""
-        action = super().add_argument(*args, **options)
+        if args[0] in _SEVERAL_WORDS:
+            options.pop("action", None)
+            options |= {"type": str, "nargs": "+"}
+        if args[0] == "--encoders":
+            options["help"] = _ENCODERS
+        aliases = [other for (command, option), other in _ALIASES.items() if (self.prog, args[0]) == (command, option)]
+        action = super().add_argument(*args, *aliases, **options)
         if options.get("type") is bool:
             action.nargs, action.const = "?", True
         return action

@@ -1,154 +1,95 @@
-"""All pictures of a call: colours first, from some of them, then every row of panels, and a record of the scores."""
+"""Decodes pictures in one pass: some that decide what colours mean, then the others, each into a row of panels."""
 
-import itertools
-import logging
+import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from theia.decoding.output import Output, Scores, check_free, find_unfinished
+from theia.decoding.frames import Frames, Video, video_writer
+from theia.decoding.output import Output, check_free, picture_names
 from theia.decoding.render import Colours, Group, Shown, Tokens, fit_colours, paint, row
-from theia.decoding.video import Video, video_writer
-from theia.decoding.viewer import Frames, Pair, Subject, View, Viewer
+from theia.decoding.viewer import Subject, View, Viewer
 from theia.errors import ImageError
+from theia.extraction.files import IMAGE_ENDINGS
 from theia.types import Depth, Masks
-from theia.utils.pictures import ColourBasis, Picture
+from theia.utils.pictures import Picture
 from theia.utils.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 _FITTED_ON = 16  # images that decide what colours mean
 _SCORE_NAMES = {"mask_iou": "mean IoU", "depth_error": "error", "cosine": "cosine"}  # the first at hand is shown
 
-ByTeacher = dict[str, tuple[Colours, Colours]]  # of translations, and of the teacher's own
+ByTeacher = dict[str, tuple[Colours, Colours]]  # for translations, and for the teacher's own output
+Scores = dict[str, dict[str, float]]  # by teacher and name of a score
 
 
 def decode(
-    viewer: Viewer, frames: Frames, count: int, names: Mapping[str, str] | Path, out: Path, overwrite: bool,
-    about: Mapping[str, Any], call: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    viewer: Viewer, frames: Frames, limit: int | None, out: Path, overwrite: bool, origin: Mapping[str, Any]
+) -> tuple[dict[str, Any], Path]:
     """Shows pictures through a student and its teachers, and writes them.
-
-    A call that was stopped is gone on with, but for a video, which is written as a whole.
 
     Args:
         viewer: Student and teachers.
         frames: What to show.
-        count: How many of them, from the first.
-        names: File of each image by id, relative to ``out``; or of the video, absolute.
-        out: Folder.
-        overwrite: Remove what an earlier call wrote.
-        about: What else is to stand in the record.
-        call: By option, what pictures depend on, as plain values.
+        limit: How many of the frames, from the first; all by default.
+        out: Folder to write into.
+        overwrite: Whether the pictures of an earlier call may be replaced.
+        origin: What the record says of the model and the version.
 
     Returns:
-        The record, as it stands in ``decoded.json``.
+        The record, as it stands in ``decoded.json``; and what was written: the folder, or the video in it.
 
     Raises:
-        ConfigError: If the folder is used otherwise.
+        ConfigError: If the folder holds something else, or pictures that are not to be replaced.
         ImageError: If nothing can be read.
     """
     check_free(out, overwrite)
-    files = {names.name: names.name} if isinstance(names, Path) else names
-    before = None if overwrite or isinstance(names, Path) else find_unfinished(out, call, files)
-    output = Output(out, files)
+    count = min(len(frames.ids), limit or len(frames.ids))
+    film = out / frames.film if isinstance(frames, Video) else None
+    names = picture_names(frames.ids[:count], IMAGE_ENDINGS)
+    output = Output(out, names)
     scores: dict[str, Scores] = {}
-    if before is not None:
-        scores = dict(before.scores)
-        logger.info("Going on behind %d of %d pictures of an earlier call.", len(scores), count)
-    wanted = [index for index in range(count) if frames.ids[index] not in scores]
-    with Progress("decode", len(wanted)) as progress:
-        if before is not None:
-            output.go_on(before.scores)
-            shown, colours = before.start["shown"], _from_plain(before.start["colours"])
-            views = viewer.views(frames, wanted)
-        else:
-            first, colours = _begin(viewer, frames, count)
-            shown = {name: _about(pair) for name, pair in first.pairs.items()}
-            _row(viewer, first, frames, colours)  # what fails, fails before earlier pictures are gone
-            output.begin(call, {"shown": shown, "colours": _plain(colours)})
-            # A video whose very first frame cannot be read has no others: this is in order.
-            rest = viewer.views(frames, (index for index in wanted if index != first.index))
-            views = itertools.chain([first], rest)
-        try:
-            with _writer(frames, names, output) as write:
-                for view in views:
-                    sample_id = frames.ids[view.index]
-                    of_image = {name: pair.scores for name, pair in view.pairs.items()}
-                    write(sample_id, _row(viewer, view, frames, colours), of_image)
-                    scores[sample_id] = of_image
-                    progress.advance(1)
-        except KeyboardInterrupt:
-            if not isinstance(names, Path):
-                logger.warning("%d of %d pictures are whole; the same call goes on behind them.", len(scores), count)
-            raise
+    with Progress("decode", count) as progress:
+        # Spread evenly, so that a video's end counts as much as its beginning.
+        chosen = {round(place) for place in np.linspace(0, count - 1, min(count, _FITTED_ON))}
+        fitted = list(viewer.views(frames, sorted(chosen)))
+        if not fitted:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
+            raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
+        colours = {subject.name: _fit(subject, fitted) for subject in viewer.subjects}
+        first = fitted[0]
+        others = viewer.views(frames, (index for index in range(count) if index not in chosen))
+        output.begin([film.name] if film else [*names.values()])
+        with _writer(frames, film, output) as write:
+            for view in heapq.merge(fitted, others, key=attrgetter("index")):
+                sample_id = frames.ids[view.index]
+                write(sample_id, _row(viewer, view, frames, colours))
+                scores[sample_id] = {name: pair.scores for name, pair in view.pairs.items()}
+                progress.advance(1)
         progress.advance(count - len(scores))  # unreadable
     record = {
-        **about,
-        "teachers": {
-            subject.name: {**shown[subject.name], **_teacher(subject), "mean_scores": _means(subject.name, scores)}
-            for subject in viewer.subjects
-        },
-        "images": {sample_id: scores[sample_id] for sample_id in frames.ids[:count] if sample_id in scores},
+        **origin,
+        "teachers": {subject.name: _summary(subject, first, scores) for subject in viewer.subjects},
+        "images": scores,
         "skipped": frames.skipped,
     }
-    output.finish(record)
-    return record
+    output.finish(record, [film.name] if film else [names[sample_id] for sample_id in scores])
+    return record, film or out
 
 
-def _begin(viewer: Viewer, frames: Frames, count: int) -> tuple[View, ByTeacher]:
-    """The first picture that can be read, and what colours mean."""
-    # Evenly over all, so that a video's end counts as much as its beginning.
-    chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(count, _FITTED_ON))})
-    first = next((view for index in chosen for view in viewer.views(frames, [index])), None)
-    if first is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(frames.skipped.items())[:3])
-        raise ImageError(f"None of {len(chosen)} pictures can be read ({reasons}). Give others with --images.")
-    # Masks take minutes and need no colours; what needs them is computed twice, which spares keeping it.
-    fitted = [subject for subject in viewer.subjects if _has_colours(first.pairs[subject.name])]
-    views = [first]
-    if fitted:
-        views += viewer.views(frames, (index for index in chosen if index > first.index), fitted)
-    return first, {
-        subject.name: _fit(subject, [view.pairs[subject.name] for view in views if subject.name in view.pairs])
-        for subject in viewer.subjects
-    }
-
-
-def _has_colours(pair: Pair) -> bool:
-    return any(isinstance(shown, Tokens | Depth) for shown in (pair.translated, pair.own))
-
-
-def _fit(subject: Subject, pairs: Sequence[Pair]) -> tuple[Colours, Colours]:
-    """What the colours of translations and of the teacher's own mean: the same, if the features can be compared."""
-    translated: list[Shown] = [pair.translated for pair in pairs]
-    own: list[Shown] = [pair.own for pair in pairs if pair.own is not None]
+def _fit(subject: Subject, views: Sequence[View]) -> tuple[Colours, Colours]:
+    """What colours mean: the same for translations and the teacher's own output, if features can be compared."""
+    pairs = [view.pairs[subject.name] for view in views]
+    translated = fit_colours([pair.translated for pair in pairs])
+    own = [pair.own for pair in pairs if pair.own is not None]
     if not own:
-        colours = fit_colours(translated)
-        return colours, colours
+        return translated, translated
     colours = fit_colours(own)
-    return (colours if subject.comparable else fit_colours(translated)), colours
-
-
-def _plain(colours: ByTeacher) -> dict[str, Any]:
-    """Colours as JSON holds them, to the last digit."""
-
-    def plain(one: Colours) -> dict[str, Any]:
-        basis = None if one.basis is None else {name: part.tolist() for name, part in vars(one.basis).items()}
-        return {"basis": basis, "depth": one.depth}
-
-    return {name: [plain(one) for one in pair] for name, pair in colours.items()}
-
-
-def _from_plain(content: Mapping[str, Any]) -> ByTeacher:
-    def colours(one: Mapping[str, Any]) -> Colours:
-        basis = one["basis"] and ColourBasis(**{name: np.array(part) for name, part in one["basis"].items()})
-        return Colours(basis, tuple(one["depth"]))
-
-    return {name: (colours(translated), colours(own)) for name, (translated, own) in content.items()}
+    return (colours if subject.comparable else translated), colours
 
 
 def _row(viewer: Viewer, view: View, frames: Frames, colours: ByTeacher) -> Picture:
@@ -178,35 +119,28 @@ def _kind(shown: Shown) -> str:
             return ""
 
 
-def _about(pair: Pair) -> dict[str, Any]:
-    return {"shown_as": type(pair.translated).__name__.lower(), "own_shown": pair.own is not None}
-
-
-def _teacher(subject: Subject) -> dict[str, Any]:
+def _summary(subject: Subject, first: View, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """What the record says of a teacher; all its pictures are of the kind of the first."""
+    pair = first.pairs[subject.name]
     spec = None if subject.teacher is None else subject.teacher.spec
+    values: dict[str, list[float]] = {}
+    for of_image in scores.values():
+        for key, value in of_image[subject.name].items():
+            values.setdefault(key, []).append(value)
     return {
+        "shown_as": type(pair.translated).__name__.lower(),
+        "own_shown": pair.own is not None,
         "weights": None if spec is None else spec.weights,
         "revision": None if spec is None else spec.revision,
         "notes": subject.notes,
+        "mean_scores": {key: fmean(each) for key, each in values.items()},
     }
 
 
-def _means(teacher: str, scores: Mapping[str, Scores]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    for of_image in scores.values():
-        for key, value in of_image[teacher].items():
-            values.setdefault(key, []).append(value)
-    return {key: sum(each) / len(each) for key, each in values.items()}
-
-
 @contextmanager
-def _writer(
-    frames: Frames, names: Mapping[str, str] | Path, output: Output
-) -> Iterator[Callable[[str, Picture, Scores], None]]:
-    if not isinstance(names, Path):
+def _writer(frames: Frames, film: Path | None, output: Output) -> Iterator[Callable[[str, Picture], object]]:
+    if film is not None and isinstance(frames, Video):
+        with video_writer(film, frames.frames_per_s) as add:
+            yield lambda _, picture: add(picture)
+    else:
         yield output.save
-        return
-    if not isinstance(frames, Video):
-        raise TypeError("only a video becomes a video")
-    with video_writer(names, frames.frames_per_s) as add:
-        yield lambda _, picture, __: add(picture)

@@ -1,11 +1,12 @@
 """From pictures to what is shown of each: translations, the teachers' own, and the scores between them."""
 
 import itertools
-import logging
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,54 +16,30 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from theia import hub, registry
+from theia.decoding.frames import Frames
 from theia.decoding.render import Shown, Tokens
 from theia.encoder.encoder import Encoder
+from theia.encoder.load import CONFIG
 from theia.encoder.published import HUB_IDS
 from theia.errors import ConfigError, FeatureError, PluginError, TheiaError, UnknownTeacherError, WeightsError
 from theia.teacher import Teacher, check_decoded, check_features
 from theia.types import Depth, Masks, TeacherSpec
 from theia.utils.pictures import Picture
 
-logger = logging.getLogger(__name__)
-
-
-class Frames(Protocol):
-    """Images or the frames of a video.
-
-    Attributes:
-        skipped: By id, why it could not be read; filled while reading.
-    """
-
-    skipped: dict[str, str]
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Of all, in order, unique."""
-
-    def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Reads some of them.
-
-        Args:
-            indices: Ascending.
-
-        Yields:
-            Index and picture, RGB, any size. Unreadable ones are left out and noted in ``skipped``.
-        """
-
 
 @dataclass(frozen=True)
 class Subject:
-    """A teacher as a model translates for it.
+    """A teacher that a model has a translator for, and what of it is shown.
 
     Attributes:
-        name: Of the teacher.
-        key: What the model calls it: the same, or a hub id in published models.
-        grid_hw: Rows and columns of its tokens.
-        comparable: Whether translations can be brought to the teacher's own scale.
-        teacher: With weights, if it could be had and is of use.
-        decodes: Whether translations go through its ``decode``; otherwise they are shown as colours.
+        name: Name of the teacher.
+        key: What the model calls the teacher: the same, or a hub id in published models.
+        grid_hw: Rows and columns of the teacher's tokens.
+        comparable: Whether translations can be brought to the scale of the teacher's own features.
+        teacher: The teacher itself with its weights, where it is needed and could be loaded.
+        decodes: Whether translations go through the teacher's ``decode``; otherwise they are shown as colours.
         shows_own: Whether what the teacher itself gives is shown, too.
-        notes: What a viewer must know, as sentences.
+        notes: What somebody who looks at the pictures must know, as sentences.
     """
 
     name: str
@@ -75,7 +52,7 @@ class Subject:
     notes: list[str] = field(default_factory=list)
 
     def own_features(self, images: Tensor) -> Tensor | None:
-        """What the teacher gives for images ``(B, 3, H, W)``, uint8; ``None`` if it is not shown."""
+        """The teacher's features ``(B, N, C)`` of images ``(B, 3, H, W)``, uint8; ``None`` if they are not shown."""
         if self.teacher is None or not self.shows_own:
             return None
         features = self.teacher(images)
@@ -86,16 +63,16 @@ class Subject:
         """Decodes the features of one image.
 
         Args:
-            patches: Shape ``(1, N, C)``.
+            patches: Features, shape ``(1, N, C)``.
             image: uint8, shape ``(1, 3, H, W)``.
-            own: Whether they are the teacher's own.
+            own: Whether the features are the teacher's own, not a translation.
 
         Returns:
-            Masks have the image's size, whatever size they were given in.
+            What there is to paint; masks are resized to the image.
 
         Raises:
-            FeatureError: If features are not finite, or the teacher decodes to something else than it may.
-            PluginError: If its ``decode`` fails.
+            FeatureError: If features are not finite, or the teacher decodes them to something that is not allowed.
+            PluginError: If the teacher's ``decode`` fails.
         """
         if not patches.isfinite().all():
             whose = f"Teacher {self.name!r} gives" if own else f"The model's translations for {self.name!r} have"
@@ -118,16 +95,28 @@ class Subject:
 
 
 def names_of(encoder: Encoder) -> dict[str, str]:
-    """What a model calls its teachers, by the names that they are installed under.
-
-    A published model calls them by hub id.
-    """
+    """The model's own name of each teacher, a hub id in published models, by the name of the installed teacher."""
     installed = {hub_id: name for name, hub_id in HUB_IDS.items()}
     return {installed.get(key, key): key for key in encoder.teachers}
 
 
-def is_of_use(name: str, encoder: Encoder, side_by_side: bool) -> bool:
-    """Whether anything is shown that takes the teacher itself, and not only what the model has learned of it.
+def learned_from(model: Path) -> dict[str, Any]:
+    """Weights and revisions of the teachers that a local model learned from, by teacher; empty if they are not known.
+
+    Args:
+        model: An exported folder, or a checkpoint in a run folder.
+    """
+    exported = model.is_dir()
+    path = model / CONFIG if exported else model.absolute().parent.parent / "environment.json"
+    try:
+        content = json.loads(path.read_text())["record" if exported else "store"]["teachers"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def needs_teacher(name: str, encoder: Encoder, side_by_side: bool) -> bool:
+    """Whether what is shown needs the teacher itself, and not only what the model has learned from it.
 
     Args:
         name: A teacher of the model, as :func:`names_of` gives it.
@@ -135,8 +124,8 @@ def is_of_use(name: str, encoder: Encoder, side_by_side: bool) -> bool:
         side_by_side: Whether the teacher's own output is wanted.
 
     Raises:
-        UnknownTeacherError: If it is not installed.
-        PluginError: If its plug-in is broken.
+        UnknownTeacherError: If the teacher is not installed.
+        PluginError: If the teacher's plug-in is broken.
     """
     decodes = registry.find(name).decode is not Teacher.decode
     return side_by_side or (decodes and _has_statistics(encoder, names_of(encoder)[name]))
@@ -150,22 +139,22 @@ def open_subject(
     device: torch.device,
     trained_on: Mapping[str, Any] | None = None,
 ) -> Subject:
-    """Finds out what can be shown of a teacher, and gets its weights only where they are of use.
+    """Finds out what can be shown of a teacher, and loads its weights only where they are needed.
 
     Args:
         name: A teacher of the model, as :func:`names_of` gives it.
         encoder: The model.
         options: Arguments of the teacher's constructor, if the user gave any.
         side_by_side: Whether the teacher's own output is wanted.
-        device: Where to put it.
+        device: Where the teacher runs.
         trained_on: ``weights`` and ``revision`` of the teacher that the model learned from, if they are known.
 
     Returns:
-        What cannot be had is missing in it, and said in its notes.
+        The teacher to show; what is not available is missing, and its notes say why.
 
     Raises:
-        ConfigError: If the teacher that the options make is of another shape than the model's.
-        UnknownTeacherError: If options are given for one that is not installed.
+        ConfigError: If the options make a teacher of another shape than the one that the model learned from.
+        UnknownTeacherError: If options are given for a teacher that is not installed.
     """
     key = names_of(encoder)[name]
     record = encoder.architecture.teachers[key]
@@ -313,13 +302,13 @@ Square = Callable[[Image.Image, int], npt.NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Pair:
-    """One teacher and one image.
+    """What one teacher shows of one image.
 
     Attributes:
         translated: What the student's translation shows.
-        own: What the teacher's own features show, if it is at hand.
-        scores: By name: ``cosine`` of the normalised features, and ``depth_error`` or ``mask_iou``; see
-            :mod:`theia.decoding.viewer`. What is not defined is missing.
+        own: What the teacher's own features show, if that is wanted and the teacher is available.
+        scores: By name: :func:`feature_cosine` as ``cosine``, and :func:`depth_error` or :func:`mask_iou`. A score that
+            is not defined is missing.
     """
 
     translated: Shown
@@ -332,10 +321,10 @@ class View:
     """One image as all teachers show it.
 
     Attributes:
-        index: Of the image.
-        image: RGB, as it was read.
-        square: The same as student and teachers see it, ``(S, S, 3)``.
-        pairs: By teacher.
+        index: Place of the image among all frames.
+        image: The image as it was read, RGB.
+        square: The image as student and teachers see it, ``(S, S, 3)``.
+        pairs: What is shown, by teacher.
     """
 
     index: int
@@ -350,8 +339,8 @@ class Viewer:
     Args:
         encoder: The student with its translators.
         subjects: Teachers to show.
-        square: Brings an image to a side in pixels, uint8 ``(3, S, S)``, as for the training.
-        batch_size: Images that are encoded together.
+        square: Resizes an image to a square of this side in pixels, uint8 ``(3, S, S)``, as for the training.
+        batch_size: How many images are encoded together.
     """
 
     def __init__(self, encoder: Encoder, subjects: Sequence[Subject], square: Square, batch_size: int) -> None:
@@ -360,32 +349,29 @@ class Viewer:
         self._square = square
         self._batch_size = batch_size
 
-    def views(
-        self, frames: Frames, indices: Iterable[int], subjects: Sequence[Subject] | None = None
-    ) -> Iterator[View]:
-        """Shows some pictures.
+    def views(self, frames: Frames, indices: Iterable[int]) -> Iterator[View]:
+        """Shows some pictures, and leaves out what cannot be read.
 
         Args:
             frames: All pictures.
-            indices: Ascending. What cannot be read is left out.
-            subjects: Those to show; all by default.
+            indices: Which of them, ascending.
         """
         pictures = frames.pick(indices)
         while batch := list(itertools.islice(pictures, self._batch_size)):
-            yield from self._of_batch(batch, self.subjects if subjects is None else subjects)
+            yield from self._of_batch(batch)
 
     @torch.no_grad()
-    def _of_batch(self, batch: list[tuple[int, Image.Image]], subjects: Sequence[Subject]) -> Iterator[View]:
+    def _of_batch(self, batch: list[tuple[int, Image.Image]]) -> Iterator[View]:
         distiller = self._encoder.distiller
         squares = np.stack([self._square(image, self._encoder.image_size) for _, image in batch])
         images = torch.from_numpy(squares).to(distiller.student.pixel_mean.device)
-        translated = self._encoder.translate(images, [subject.key for subject in subjects])
-        own = {subject.name: subject.own_features(images) for subject in subjects}
+        translated = self._encoder.translate(images, [subject.key for subject in self.subjects])
+        own = {subject.name: subject.own_features(images) for subject in self.subjects}
         for at, ((index, image), square) in enumerate(zip(batch, squares, strict=True)):
             # One by one: how much a decoder needs for an image is its own affair, and it may take long.
             here = slice(at, at + 1)
             pairs = {}
-            for subject in subjects:
+            for subject in self.subjects:
                 theirs = own[subject.name]
                 pairs[subject.name] = self._pair(
                     subject,

@@ -1,1 +1,12 @@
 """What a user of a trained model holds, and how it is read from any folder or file that has one."""
+
+# Every way to name an encoder, for messages and for --help, which does not load torch.
+FORMS = {
+    "FOLDER, FILE.ckpt or OWNER/NAME": "a Theia model: exported folder, checkpoint, or id on the hub",
+    "the same with @random": "that model before its training: its architecture, untrained",
+    "teacher:NAME[@WEIGHTS]": "an installed teacher with its own weights, with those of a path or id, or 'random'",
+    "teacher:NAME@{OPTION: VALUE, ...}": "a teacher with any of its options, as in 'theia extract --help'",
+    "timm:NAME[@random]": "a model of timm, pretrained or untrained",
+    "concat:NAME,NAME,...": "teachers, maybe with @WEIGHTS, side by side on the grid of the first, unscaled",
+    "random:vit_tiny": "an untrained student: vit_tiny, vit_small or vit_base",
+}

@@ -16,6 +16,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from theia import hub, registry
+from theia.encoder import FORMS
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
 from theia.errors import ConfigError, ShapeError, WeightsError
@@ -23,15 +24,6 @@ from theia.models.architecture import Architecture
 from theia.models.student import StudentTokens
 from theia.teacher import Teacher
 from theia.utils.files import at_home
-
-FORMS = """FOLDER, FILE.ckpt or OWNER/NAME   a Theia model: exported folder, checkpoint, or id on the hub
-the same with @random             what it was before training: its architecture, untrained
-teacher:NAME[@WEIGHTS]            an installed teacher, with its own weights, a path or id of others, or 'random'
-teacher:NAME@{OPTION: VALUE, ...} the same with any of its options, as in 'theia extract --help'
-timm:NAME[@random]                a model of timm, pretrained or untrained
-concat:NAME,NAME,...              teachers side by side on the grid of the first, each in its own scale and
-                                  maybe with @WEIGHTS
-random:vit_tiny                   an untrained student: vit_tiny, vit_small or vit_base"""
 
 _STUDENTS = {"vit_tiny": "tiny", "vit_small": "small", "vit_base": "base"}
 _SEED = 0
@@ -84,7 +76,7 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
     """Builds the encoder that a name stands for.
 
     Args:
-        name: One of the forms in :data:`FORMS`; a path will do for a folder or file.
+        name: One of the forms in :data:`theia.encoder.FORMS`; a path will do for a folder or file.
         device: Where to put it.
 
     Raises:
@@ -100,7 +92,8 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
     # A word alone, or one before an unknown colon, is no path and no id: somebody forgot a prefix.
     is_word = colon or "/" not in model
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
-        raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{FORMS}")
+        forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in FORMS.items())
+        raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{forms}")
     encoder = load(model)
     return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)
 

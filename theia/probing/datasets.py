@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.decode import UnreadableImageError, read_image, to_square
+from theia.extraction.files import open_regular
 from theia.probing.cameras import Camera
 from theia.probing.metrics import IGNORED
+from theia.utils.progress import Progress
 
 Task = Literal["depth", "normals", "segmentation", "correspondence"]
 TASKS: tuple[Task, ...] = ("depth", "normals", "segmentation", "correspondence")
@@ -183,17 +184,19 @@ def _read(split: Path, names: Sequence[str], maps: Sequence[str], storage: Stora
     depth = storage.empty((count, size, size), np.float32) if "depth" in maps else None
     normals = storage.empty((count, 3, size, size), np.float32) if "normals" in maps else None
     labels = storage.empty((count, size, size), np.uint8) if "labels" in maps else None
-    for place, name in enumerate(tqdm(names, desc=f"reading {split.name}", unit="image")):
-        try:
-            images[place] = to_square(read_image(split / "rgb" / name), size, "squash")
-        except UnreadableImageError as error:
-            raise ImageError(f"{split / 'rgb' / name} {error}. Remove or replace it.") from error
-        if depth is not None:
-            depth[place] = nearest_values(path_of(split, "depth", name)) / 1000
-        if normals is not None:
-            normals[place] = unit_vectors(nearest_values(path_of(split, "normals", name)))
-        if labels is not None:
-            labels[place] = nearest_values(path_of(split, "labels", name))
+    with Progress(f"reading {split.name}", count) as progress:
+        for place, name in enumerate(names):
+            try:
+                images[place] = to_square(read_image(split / "rgb" / name), size, "squash")
+            except UnreadableImageError as error:
+                raise ImageError(f"{split / 'rgb' / name} {error}. Remove or replace it.") from error
+            if depth is not None:
+                depth[place] = nearest_values(path_of(split, "depth", name)) / 1000
+            if normals is not None:
+                normals[place] = unit_vectors(nearest_values(path_of(split, "normals", name)))
+            if labels is not None:
+                labels[place] = nearest_values(path_of(split, "labels", name))
+            progress.advance(1)
     return DenseSplit(images, depth, normals, labels)
 
 
@@ -267,7 +270,7 @@ def header(path: Path) -> tuple[tuple[int, int], str]:
         ImageError: If it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             return image.size, image.mode
     except (OSError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path} cannot be read: {error}. Remove or replace it.") from error
@@ -283,7 +286,7 @@ def nearest_values(path: Path) -> NDArray[np.float32]:
         ImageError: If it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             values = np.asarray(image)
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error}. Remove or replace it.") from error

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from theia.encoder.from_name import NamedEncoder, open_encoder
 from theia.errors import ConfigError, FeatureError
 from theia.models.student import StudentTokens
 from theia.probing.datasets import IMAGE_SIZE, Storage, fingerprint
-
-Device = Literal["auto", "cpu", "cuda"]
+from theia.utils.progress import Progress
 
 _BATCH_SIZE = 16
 _GREY = 128
@@ -35,7 +33,7 @@ class Features:
     grid: tuple[int, int]
 
 
-def open_all(names: Sequence[str], device: str, spatial: bool) -> list[NamedEncoder]:
+def open_all(names: Sequence[str], device: torch.device, spatial: bool) -> list[NamedEncoder]:
     """Opens all encoders and tries each on one grey image, before any data are read.
 
     Args:
@@ -56,19 +54,6 @@ def open_all(names: Sequence[str], device: str, spatial: bool) -> list[NamedEnco
     for encoder in encoders:
         _look(encoder, grey, spatial)
     return encoders
-
-
-def choose_device(device: Device) -> str:
-    """The device that an option stands for.
-
-    Raises:
-        ConfigError: If there is no GPU for ``cuda``.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device here. Leave the option out, or give cpu.")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], spatial: bool) -> dict[str, str]:
@@ -156,7 +141,7 @@ def _collect(
     device = _device_of(encoder)
     kept: NDArray[Any] | None = None
     done = 0
-    with tqdm(total=count, desc=f"{encoder.name}: {what}", unit="image") as progress:
+    with Progress(f"{encoder.name}: {what}", count) as progress:
         for batch in batches:
             found = function(batch.to(device))
             _check_finite(encoder, found)
@@ -164,7 +149,7 @@ def _collect(
                 kept = storage.empty((count, *found.shape[1:]), np.float32)
             kept[done : done + len(found)] = found.cpu().numpy()
             done += len(found)
-            progress.update(len(found))
+            progress.advance(len(found))
     if kept is None or done != count:
         raise FeatureError(f"{encoder.name} was given {done} of {count} images.")
     return kept

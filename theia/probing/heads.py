@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from theia.probing.datasets import MAX_DEPTH, DenseData, DenseSplit, Task
 from theia.probing.features import Features
@@ -35,6 +34,7 @@ from theia.probing.metrics import (
     normal_metrics,
     pixel_accuracy,
 )
+from theia.utils.progress import Progress
 
 _UPSAMPLING = 4  # of the tokens' grid, before what a head gives becomes depth
 _LEAST_RATE = 0.01  # of the learning rate
@@ -48,10 +48,10 @@ class Fit:
     """How heads are fitted.
 
     Attributes:
-        epochs: Turns over the training images.
-        warmup: Epochs of them in which the learning rate rises.
+        epochs: Passes over the training images.
+        warmup: How many of the epochs the learning rate rises for.
         batch_size: Images per step.
-        learning_rate: Of AdamW, at its greatest.
+        learning_rate: The highest learning rate of AdamW.
     """
 
     epochs: int
@@ -106,23 +106,23 @@ def fit_head(
     loss: Callable[[Tensor, Tensor], Tensor],
     fit: Fit,
     seed: int,
-    device: str,
-    what: str,
+    device: torch.device,
+    label: str,
 ) -> LinearHead:
     """Fits a head.
 
     AdamW; the learning rate rises linearly from a hundredth, then falls along a quarter of a cosine, step by step.
 
     Args:
-        features: Of the training images.
-        white: What :func:`whitening` says of them.
-        targets: Of all of them, shape ``(n, ..., S, S)``.
+        features: Features of the training images.
+        white: What :func:`whitening` gives for these features.
+        targets: True maps of the training images, shape ``(n, ..., S, S)``.
         out: Channels of the head.
-        loss: Of its maps and a batch of targets.
-        fit: How.
-        seed: Of the weights and the order of images.
-        device: Where.
-        what: For the progress bar.
+        loss: Takes the head's maps and a batch of targets.
+        fit: How the head is fitted.
+        seed: Seed of the first weights and of the order of images.
+        device: Where to fit it.
+        label: What the progress bar says.
 
     Source: probe3D, ``train_depth.py`` and ``cosine_decay_linear_warmup``.
     """
@@ -134,7 +134,7 @@ def fit_head(
     per_epoch = math.ceil(count / fit.batch_size)
     optimizer = torch.optim.AdamW(head.parameters(), lr=fit.learning_rate)
     schedule = LambdaLR(optimizer, lambda step: rate(step, fit.epochs * per_epoch, fit.warmup * per_epoch))
-    with tqdm(total=fit.epochs * per_epoch, desc=what, unit="step") as progress:
+    with Progress(label, fit.epochs * per_epoch, unit="step") as progress:
         for _ in range(fit.epochs):
             order = random.permutation(count)
             for start in range(0, count, fit.batch_size):
@@ -145,7 +145,7 @@ def fit_head(
                 loss(maps, target).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                progress.update()
+                progress.advance(1)
     return head.eval()
 
 

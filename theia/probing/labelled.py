@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.decode import UnreadableImageError, to_square
 from theia.extraction.sources import FolderSource, ImageSource, open_source
 from theia.probing.datasets import IMAGE_SIZE, header
+from theia.utils.progress import Progress
 
 _BATCH_SIZE = 32
 _HELD_OUT = 5  # every fifth image of a class
@@ -107,11 +107,11 @@ def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labell
 
 
 def _check_headers(root: Path, names: Sequence[str]) -> None:
-    with _threads() as pool, tqdm(total=len(names), desc="headers", unit="image") as progress:
+    with _threads() as pool, Progress("reading headers", len(names)) as progress:
         # Not all at once: a pool holds a kilobyte for each call that waits.
         for start in range(0, len(names), _HEADERS):
             part = names[start : start + _HEADERS]
-            progress.update(len(list(pool.map(lambda name: header(root / name), part))))
+            progress.advance(len(list(pool.map(lambda name: header(root / name), part))))
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from theia.errors import ConfigError
 from theia.probing.cameras import Camera, Floats, viewpoint_angle
 from theia.probing.datasets import IMAGE_SIZE
 from theia.probing.features import Features
+from theia.utils.progress import Progress
 
 # Pixels of a picture 640 wide; of others in proportion.
 PIXELS = (5, 10, 20)
@@ -41,15 +41,15 @@ def correspondence(
     depth: NDArray[np.float32],
     cameras: Sequence[Camera],
     pairs: Sequence[tuple[int, int]],
-    device: str,
+    device: torch.device,
 ) -> dict[str, float]:
     """Matches all pairs of pictures.
 
     Args:
-        features: Of the pictures.
-        depth: Metres, shape ``(n, S, S)``; 0 where it is not known.
-        cameras: One per picture.
-        pairs: Places of two pictures each.
+        features: Features of the pictures.
+        depth: Depth in metres, shape ``(n, S, S)``; 0 where it is not known.
+        cameras: One camera per picture.
+        pairs: Indices of the two pictures of each pair.
         device: Where to compare features.
 
     Returns:
@@ -60,15 +60,17 @@ def correspondence(
         ConfigError: If no pair has two cells with known depth in each picture.
     """
     angles, pixels, metres = [], [], []
-    for pair in tqdm(pairs, desc="matching", unit="pair"):
-        first, second = (_cells(features, depth[place], place, cameras[place]) for place in pair)
-        if min(len(first[1]), len(second[1])) < 2:
-            continue
-        ours, theirs = match(first[0].to(device), second[0].to(device), _MATCHES)
-        points, matched = first[1][ours.cpu().numpy()], second[1][theirs.cpu().numpy()]
-        angles.append(viewpoint_angle(cameras[pair[0]], cameras[pair[1]]))
-        pixels.append(reprojection_error(points, matched, cameras[pair[1]]))
-        metres.append(np.linalg.norm(points - matched, axis=-1))
+    with Progress("matching", len(pairs), unit="pair") as progress:
+        for pair in pairs:
+            progress.advance(1)
+            first, second = (_cells(features, depth[place], place, cameras[place]) for place in pair)
+            if min(len(first[1]), len(second[1])) < 2:
+                continue
+            ours, theirs = match(first[0].to(device), second[0].to(device), _MATCHES)
+            points, matched = first[1][ours.cpu().numpy()], second[1][theirs.cpu().numpy()]
+            angles.append(viewpoint_angle(cameras[pair[0]], cameras[pair[1]]))
+            pixels.append(reprojection_error(points, matched, cameras[pair[1]]))
+            metres.append(np.linalg.norm(points - matched, axis=-1))
     if not angles:
         raise ConfigError("No pair of pictures has known depth in both. Is depth/ empty, or all zero?")
     near = [float((error < BINNED_PIXELS).mean()) for error in pixels]

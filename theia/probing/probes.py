@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from theia.analysis.classifiers import logistic_classes, nearest_classes
 from theia.encoder.from_name import NamedEncoder
-from theia.probing.classifiers import Schedule, linear_classes, logistic_classes, nearest_classes
 from theia.probing.datasets import IMAGE_SIZE, DenseData, DenseSplit, Storage, Task
 from theia.probing.features import pooled_features, token_features
 from theia.probing.heads import Fit, HeadTask, apply_head, fit_head, head_task, whitening
 from theia.probing.labelled import Labelled
+from theia.probing.linear_probe import Schedule, linear_classes
 from theia.probing.matching import correspondence
 
 
@@ -23,8 +24,8 @@ class Probed:
     """What was found of one encoder.
 
     Attributes:
-        figures: By ``task/figure``, one value per seed; one value where seeds play no part.
-        maps: By task, what is predicted for a few val pictures, shape ``(k, ..., S, S)``.
+        figures: By ``task/figure``, one value per seed, or a single one where seeds play no part.
+        maps: By task, predictions for a few pictures of val, shape ``(k, ..., S, S)``.
     """
 
     figures: dict[str, list[float]]
@@ -38,23 +39,23 @@ def probe_classes(
     neighbours: int,
     schedule: Schedule | None,
     seeds: Sequence[int],
-    device: str,
+    device: torch.device,
     storage: Storage,
 ) -> Probed:
     """Nearest neighbours and a linear probe on mean-pooled patch tokens.
 
     Args:
-        encoder: Frozen.
-        training: Images to learn from.
-        testing: Images to be told.
-        neighbours: That vote.
-        schedule: Of the linear probe of MAE; ``None`` for logistic regression.
-        seeds: One linear probe of MAE each; logistic regression leaves nothing to chance, and gives one value.
-        device: Of the probes.
-        storage: For the vectors.
+        encoder: The frozen encoder.
+        training: Images to fit on.
+        testing: Held-out images.
+        neighbours: How many neighbours vote.
+        schedule: How MAE's linear probe is trained; ``None`` takes logistic regression instead.
+        seeds: One of MAE's linear probes is trained with each seed; logistic regression needs none.
+        device: Where the probes run.
+        storage: Where the vectors are kept.
 
     Returns:
-        Figures ``classification/knn`` and ``classification/linear``: shares of held-out images that are told right.
+        Figures ``classification/knn`` and ``classification/linear``: shares of held-out images classified correctly.
     """
     train = pooled_features(encoder, training.batches(), len(training), storage, "training images")
     test = pooled_features(encoder, testing.batches(), len(testing), storage, "held-out images")
@@ -64,9 +65,9 @@ def probe_classes(
         torch.from_numpy(train).to(device), labels, torch.from_numpy(test).to(device), neighbours
     ).cpu()
     if schedule is None:
-        told = [logistic_classes(train, training.labels, test)]
+        answers = [logistic_classes(train, training.labels, test)]
     else:
-        told = [
+        answers = [
             linear_classes(
                 train, training.labels, test, len(training.classes), schedule, seed, device,
                 f"{encoder.name}: linear probe, seed {seed}",
@@ -74,12 +75,12 @@ def probe_classes(
             for seed in seeds
         ]  # fmt: skip
     knn = [float((nearest == truth).float().mean())]
-    linear = [float((found == testing.labels).mean()) for found in told]
+    linear = [float((found == testing.labels).mean()) for found in answers]
     return Probed({"classification/knn": knn, "classification/linear": linear}, {})
 
 
 def probe_nothing(training: Labelled, testing: Labelled) -> Probed:
-    """Share of held-out images that are of the most frequent class of the training images."""
+    """Without an encoder: always says the most frequent class of the training images."""
     usual = np.bincount(training.labels).argmax()
     share = [float((testing.labels == usual).mean())]
     return Probed({"classification/knn": share, "classification/linear": share}, {})
@@ -91,22 +92,22 @@ def probe_pixels(
     tasks: Sequence[Task],
     fit: Fit,
     seeds: Sequence[int],
-    device: str,
+    device: torch.device,
     storage: Storage,
 ) -> Probed:
     """Linear heads on patch tokens, and matches between views.
 
     Args:
-        encoder: Frozen.
-        data: With what the tasks need.
-        tasks: Which.
-        fit: Of the heads.
-        seeds: One head each; matches have none.
-        device: Of the heads.
-        storage: For the tokens.
+        encoder: The frozen encoder.
+        data: Pictures, with the maps that the tasks need.
+        tasks: What to probe.
+        fit: How the heads are fitted.
+        seeds: One head is fitted with each seed; correspondence has no head.
+        device: Where the heads run.
+        storage: Where the tokens are kept.
 
     Returns:
-        Figures by ``task/figure``; of the first seed's heads, what they say of the pictures in :func:`shown`.
+        Figures by ``task/figure``, and the maps that the first seed's heads predict for the pictures in :func:`shown`.
     """
     val = token_features(encoder, data.val.images, storage, "val images")
     found = Probed({}, {})
@@ -133,13 +134,13 @@ def probe_pixels(
 
 
 def probe_places(data: DenseData, tasks: Sequence[Task]) -> Probed:
-    """What can be told of a place without looking at the picture: what is usual there in the training pictures.
+    """Without an encoder: predicts at each place of a picture what is usual there in the training pictures.
 
     A head whose figures are no better than these has learned nothing but where a token lies.
 
     Args:
-        data: With what the tasks need.
-        tasks: Which; correspondence is left out.
+        data: Pictures, with the maps that the tasks need.
+        tasks: What to probe; correspondence is left out.
     """
     found = Probed({}, {})
     for name in tasks:
@@ -152,7 +153,7 @@ def probe_places(data: DenseData, tasks: Sequence[Task]) -> Probed:
 
 
 def shown(count: int) -> list[int]:
-    """Pictures of ``count`` that are drawn: two that lie far apart."""
+    """Which of ``count`` pictures are drawn: two that lie far apart."""
     return [0, count // 2] if count > 1 else [0]
 
 

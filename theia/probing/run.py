@@ -1,7 +1,7 @@
-"""A run over several encoders, as both commands share it."""
+"""``theia probe``: probes several encoders one after another, and keeps what is finished if it is interrupted."""
 
 import json
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,21 +10,42 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tabulate import tabulate
 
 from theia.encoder.from_name import NamedEncoder
-from theia.errors import ConfigError
-from theia.probing.classifiers import Schedule
-from theia.probing.datasets import Storage, fingerprint, temporary
-from theia.probing.features import Device, choose_device
+from theia.errors import ConfigError, ImageError
+from theia.probing.datasets import (
+    TASKS,
+    DenseData,
+    Storage,
+    Task,
+    fingerprint,
+    of_data,
+    of_files,
+    open_folder,
+    tasks_of,
+    temporary,
+)
+from theia.probing.features import check_encoders, open_all
 from theia.probing.heads import Fit
-from theia.probing.probes import Probed
+from theia.probing.labelled import open_labelled
+from theia.probing.linear_probe import Schedule
+from theia.probing.picture import draw
+from theia.probing.probes import Probed, probe_classes, probe_nothing, probe_pixels, probe_places
+from theia.probing.scenes import scenes
 from theia.utils.arguments import comma_list
+from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder, remove_stale, replacing, write_whole
 from theia.utils.pictures import short_labels
 from theia.utils.provenance import machine, versions
 
+logger = logging.getLogger(__name__)
+
 Preset = Literal["small", "full"]
+
+SCENES = "scenes"  # rendered rooms, in place of a folder
+NOTHING = "no encoder"  # the column of what can be said without one
 
 
 @dataclass(frozen=True)
@@ -32,10 +53,10 @@ class Effort:
     """All that a preset decides.
 
     Attributes:
-        probe: Of classes: MAE's, or logistic regression for ``None``.
-        head: Of pixels.
-        rooms: Of rendered scenes, to fit and to test on.
-        on_disk: Whether what is computed once lies in files, mapped into memory.
+        probe: How MAE's probe of classes is trained; ``None`` takes logistic regression instead.
+        head: How the heads of dense tasks are fitted.
+        rooms: Number of rendered rooms to fit on, and to test on.
+        on_disk: Whether what is computed once lies in files that are mapped into memory.
     """
 
     probe: Schedule | None
@@ -62,18 +83,185 @@ PRESETS: dict[Preset, Effort] = {
 }
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a command says in the end.
+
+    Attributes:
+        table: A row per figure, a column per encoder.
+        notes: What a reader of the table must know.
+        files: The JSON and, of dense tasks, the picture.
+    """
+
+    table: str
+    notes: list[str]
+    files: list[Path]
+
+
+def classification(
+    encoders: Sequence[str],
+    images: str,
+    val: str | None,
+    out: Path,
+    preset: Preset,
+    neighbours: int,
+    seeds: str | None,
+    device: Device,
+    folder: Path | None,
+) -> Result:
+    """Probes classes of images; see :func:`theia.cli.probe.classification` for the arguments.
+
+    Raises:
+        TheiaError: If options do not fit the data, an image cannot be read, or an encoder cannot be probed.
+    """
+    if seeds is not None and PRESETS[preset].probe is None:
+        raise ConfigError(f"--seeds: nothing in the probe of --preset {preset} is random. Leave it out.")
+    run = _open_run("classification", device, seeds, folder, preset, out)
+    opened = open_all(encoders, run.device, spatial=False)
+    training, testing = open_labelled(images, val, neighbours)
+    looks = check_encoders(opened, training.some(4), spatial=False)
+    schedule = run.effort.probe
+    settings = {
+        "preset": preset, "data": " and ".join(Path(root).resolve().name for root in (images, val) if root),
+        "neighbours": neighbours, "seeds": run.seeds if schedule else [], "training images": len(training),
+        "held-out images": len(testing), "classes": len(training.classes), "device": str(run.device),
+    }  # fmt: skip
+    notes = []
+    if schedule is not None and len(training) < schedule.batch_size:
+        notes.append(
+            f"The full preset is meant for more images than its batch of {schedule.batch_size}; with "
+            f"{len(training)} training images the linear probe ends before it has learned much. Take the small one."
+        )
+
+    def probe(encoder: NamedEncoder, storage: Storage) -> Probed:
+        return probe_classes(encoder, training, testing, neighbours, schedule, run.seeds, run.device, storage)
+
+    nothing = probe_nothing(training, testing)
+    found, path = run.probe_all(opened, looks, of_files(images, val), nothing, probe, settings, notes)
+    return Result(figures_table(found), notes, [path])
+
+
+def dense(
+    encoders: Sequence[str],
+    data: str,
+    tasks: str | None,
+    out: Path,
+    preset: Preset,
+    seeds: str,
+    device: Device,
+    folder: Path | None,
+) -> Result:
+    """Probes maps of pictures; see :func:`theia.cli.probe.dense` for the arguments.
+
+    Raises:
+        TheiaError: If options do not fit the data, a file is missing, or an encoder cannot be probed.
+    """
+    run = _open_run("dense", device, seeds, folder, preset, out)
+    chosen = _tasks(data, tasks)
+    opened = open_all(encoders, run.device, spatial=True)
+    with temporary(run.effort.on_disk, folder) as storage:
+        pictures = _data(data, chosen, run.effort.rooms, storage)
+        looks = check_encoders(opened, pictures.val.images, spatial=True)
+        settings = {
+            "preset": preset, "data": pictures.description, "tasks": chosen, "seeds": run.seeds,
+            "device": str(run.device),
+        }  # fmt: skip
+        left_out = [task for task in TASKS if task not in chosen] if tasks is None else []
+        notes = [f"No data for: {', '.join(left_out)}."] if left_out else []
+
+        def probe(encoder: NamedEncoder, storage: Storage) -> Probed:
+            return probe_pixels(encoder, pictures, chosen, run.effort.head, run.seeds, run.device, storage)
+
+        nothing = probe_places(pictures, chosen)
+        found, path = run.probe_all(opened, looks, of_data(pictures), nothing, probe, settings, notes)
+        files = [path]
+        if nothing.maps:
+            files.append(path.with_suffix(".png"))
+            draw(files[1], pictures, found)
+        return Result(figures_table(found), notes, files)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a command works, and how much work it does.
+
+    Attributes:
+        kind: Name of the command.
+        device: Where encoders and probes run.
+        seeds: Seeds of what is fitted.
+        effort: How much work there is.
+        folder: Where files that are mapped into memory go; the system's temporary folder by default.
+        out: Folder for the JSON, and for what is finished when a run is interrupted.
+    """
+
+    kind: str
+    device: torch.device
+    seeds: list[int]
+    effort: Effort
+    folder: Path | None
+    out: Path
+
+    def probe_all(
+        self,
+        encoders: Sequence[NamedEncoder],
+        looks: Mapping[str, str],
+        data: str,
+        nothing: Probed,
+        probe: Callable[[NamedEncoder, Storage], Probed],
+        settings: Mapping[str, Any],
+        notes: Sequence[str],
+    ) -> tuple[dict[str, Probed], Path]:
+        """Probes the encoders that an interrupted run has not finished, and writes the JSON beside earlier ones.
+
+        Args:
+            encoders: All encoders.
+            looks: Fingerprint of each encoder's features, by name.
+            data: Fingerprint of the data.
+            nothing: What can be said without an encoder.
+            probe: Probes one encoder.
+            settings: Options that the figures depend on.
+            notes: What a reader of the figures must know.
+
+        Returns:
+            What was found, by the encoder's label, that without an encoder first; and the JSON.
+        """
+        # Paths of this machine mean nothing elsewhere, so columns have short labels.
+        labels = short_labels([encoder.name for encoder in encoders])
+        identities = {name: fingerprint(settings, versions(), data, look) for name, look in looks.items()}
+        found = {NOTHING: nothing}
+        unfinished = Unfinished(self.out / "unfinished")
+        for number, encoder in enumerate(encoders, 1):
+            known = unfinished.load(identities[encoder.name])
+            turn = f"Encoder {number} of {len(encoders)}: {encoder.name}"
+            if known is None:
+                logger.info("%s", turn)
+                with temporary(self.effort.on_disk, self.folder) as storage:
+                    known = probe(encoder, storage)
+                unfinished.keep(identities[encoder.name], known)
+            else:
+                logger.info("%s was finished by an interrupted run", turn)
+            found[labels[encoder.name]] = known
+        path = self.out / f"probing-{self.kind}-{datetime.now():%Y%m%d-%H%M%S}.json"
+        while path.exists():
+            path = path.with_stem(f"{path.stem}-again")
+        record = {"versions": versions(), "machine": machine(), "settings": settings, "notes": notes}
+        write_whole(path, json.dumps({**record, "figures": as_json(found)}, indent=1) + "\n")
+        unfinished.forget(identities.values())
+        return found, path
+
+
 class Unfinished:
-    """Finished encoders of an unfinished run, a file each.
+    """Finished encoders of an unfinished run, one file each.
 
     Args:
-        folder: For the files; made and removed as needed.
+        folder: Where the files lie; made and removed as needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, identity: str) -> Probed | None:
-        """What was kept, if it was."""
+        """What was found of an encoder, if it is finished."""
         path = self._path(identity)
         if not path.is_file():
             return None
@@ -82,13 +270,13 @@ class Unfinished:
             return Probed(json.loads(str(file["figures"])), maps)
 
     def keep(self, identity: str, probed: Probed) -> None:
-        """Writes a file, whole or not at all."""
+        """Writes the file of an encoder, whole or not at all."""
         maps = {f"maps/{name}": values for name, values in probed.maps.items()}
         with replacing(self._path(identity)) as temporary, temporary.open("wb") as file:
             np.savez(file, figures=np.array(json.dumps(probed.figures)), **maps)  # type: ignore[arg-type]
 
     def forget(self, identities: Iterable[str]) -> None:
-        """Deletes files; and the folder, if nothing else is in it."""
+        """Deletes the files of encoders, and the folder if nothing else is in it."""
         for identity in identities:
             self._path(identity).unlink(missing_ok=True)
         remove_stale(self._folder)
@@ -99,44 +287,38 @@ class Unfinished:
         return self._folder / f"{identity}.npz"
 
 
-# By encoder and figure ("task/name"), one value per seed; one value where seeds play no part.
-Found = Mapping[str, Mapping[str, Sequence[float]]]
-
-_UNITS = {
-    "rmse": "m", "aligned_rmse": "m", "angular_rmse": "degrees", "silog": "100 log m",
-}  # fmt: skip
+_UNITS = {"rmse": "m", "aligned_rmse": "m", "angular_rmse": "degrees", "silog": "100 log m"}
 
 
-def figures_table(found: Found) -> str:
-    """A row per figure, a column per encoder; means over seeds, with their standard deviation if there are several.
+def figures_table(found: Mapping[str, Probed]) -> str:
+    """A row per figure, a column per encoder: the mean over seeds, and with several their standard deviation.
 
     Args:
-        found: By encoder, then figure.
+        found: By encoder.
     """
-    figures = list(dict.fromkeys(figure for values in found.values() for figure in values))
+    figures = dict.fromkeys(figure for probed in found.values() for figure in probed.figures)
     rows = []
     for figure in figures:
-        cells = [_cell(values.get(figure, ())) for values in found.values()]
-        rows.append([figure, _unit(figure), "less" if _unit(figure) else "more", *cells])
-    lines: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
-    return lines
+        cells = [_cell(probed.figures.get(figure, ())) for probed in found.values()]
+        rows.append([figure, _unit(figure), _better(figure), *cells])
+    table: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
+    return table
 
 
-def as_json(found: Found) -> dict[str, dict[str, Any]]:
-    """The same for the JSON, by encoder and figure, with every seed's value and the mean.
+def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
+    """The same for the JSON, by encoder and figure, with the value of every seed.
 
     Args:
-        found: By encoder, then figure.
+        found: By encoder.
     """
     return {
         encoder: {
             figure: {
-                "mean": fmean(values), "values": list(values), "unit": _unit(figure),
-                "better": "less" if _unit(figure) else "more",
+                "mean": fmean(values), "values": list(values), "unit": _unit(figure), "better": _better(figure),
             }
-            for figure, values in figures.items()
+            for figure, values in probed.figures.items()
         }
-        for encoder, figures in found.items()
+        for encoder, probed in found.items()
     }  # fmt: skip
 
 
@@ -147,111 +329,49 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _unit(figure: str) -> str:
-    """Shares have none. All that has one is an error, and better if less."""
     return _UNITS.get(figure.rpartition("/")[2], "")
 
 
-NOTHING = "no encoder"  # the column of what can be told without one
+def _better(figure: str) -> str:
+    """Figures with a unit are errors, the others are shares."""
+    return "less" if _unit(figure) else "more"
 
 
-@dataclass(frozen=True)
-class Run:
-    """Where and how much a command works.
-
-    Attributes:
-        kind: Name of the command.
-        device: Where to work.
-        seeds: Of what is fitted.
-        effort: How much work there is.
-        folder: For files that are mapped into memory; the system's temporary folder by default.
-        results: For the JSON, and what is kept of an unfinished run.
-    """
-
-    kind: str
-    device: str
-    seeds: list[int]
-    effort: Effort
-    folder: Path | None
-    results: Path
-
-    def probe_all(
-        self,
-        encoders: Sequence[NamedEncoder],
-        looks: Mapping[str, str],
-        data: str,
-        nothing: Probed,
-        probe: Callable[[NamedEncoder, Storage], Probed],
-        settings: dict[str, Any],
-        notes: list[str],
-    ) -> tuple[Path, dict[str, Probed]]:
-        """Probes what an interrupted run has not, prints the table and writes the JSON.
-
-        Args:
-            encoders: Which.
-            looks: Fingerprint of each, by name.
-            data: That of the data.
-            nothing: What needs no encoder.
-            probe: Does one of them.
-            settings: For the record.
-            notes: What a reader of the table must know.
-
-        Returns:
-            The JSON, and what was found by the encoders' labels, with what needs no encoder first.
-        """
-        # Where a model lies is nobody else's business.
-        labels = short_labels([encoder.name for encoder in encoders])
-        identities = {name: fingerprint(settings, versions(), data, look) for name, look in looks.items()}
-        found = {NOTHING: nothing}
-        unfinished = Unfinished(self.results / "unfinished")
-        for number, encoder in enumerate(encoders, 1):
-            known = unfinished.load(identities[encoder.name])
-            turn = f"encoder {number} of {len(encoders)}: {encoder.name}"
-            if known is None:
-                print(turn, file=sys.stderr)
-                with temporary(self.effort.on_disk, self.folder) as storage:
-                    known = probe(encoder, storage)
-                unfinished.keep(identities[encoder.name], known)
-            else:
-                print(f"{turn} was finished by an interrupted run", file=sys.stderr)
-            found[labels[encoder.name]] = known
-        figures = {name: probed.figures for name, probed in found.items()}
-        print("\n".join([figures_table(figures), *notes]))
-        record = {"versions": versions(), "machine": machine(), "settings": settings, "notes": notes}
-        path = self.results / f"probing-{self.kind}-{datetime.now():%Y%m%d-%H%M%S}.json"
-        while path.exists():  # never over another
-            path = path.with_stem(f"{path.stem}-again")
-        write_whole(path, json.dumps({**record, "figures": as_json(figures)}, indent=1) + "\n")
-        unfinished.forget(identities.values())
-        print(path)
-        return path, found
-
-
-def open_run(kind: str, device: Device, seeds: str | None, folder: Path | None, preset: Preset, results: Path) -> Run:
+def _open_run(kind: str, device: Device, seeds: str | None, folder: Path | None, preset: Preset, out: Path) -> Run:
     """Checks the options that both commands have.
 
-    Args:
-        kind: Name of the command.
-        device: As the option says.
-        seeds: Whole numbers, separated by commas; ``None`` is 0.
-        folder: As the option says.
-        preset: How much work there is.
-        results: As the option says.
-
     Raises:
-        ConfigError: If an option is of no use, there is no such device or folder, nothing can be written there, or
-            seeds are no whole numbers.
+        ConfigError: If one has no use or cannot be what it is.
     """
     effort = PRESETS[preset]
     if folder is not None and not effort.on_disk:
-        raise ConfigError(f"--preset {preset} keeps all in memory and puts nothing into --folder. Leave it out.")
+        raise ConfigError(
+            f"--preset {preset} keeps everything in memory and puts no files into --folder. Leave it out."
+        )
     numbers = comma_list("0" if seeds is None else seeds)
     if not numbers or not all(number.isdecimal() and int(number) < 2**32 for number in numbers):
         raise ConfigError(
             f"--seeds is {seeds!r}; give whole numbers from 0 and below 2**32, separated by commas, such as 0,1,2."
         )
-    check_folder(results, "--results")
+    check_folder(out, "--out")
     if folder is not None:
         if not folder.is_dir():
             raise ConfigError(f"There is no folder {folder}. Make it, or give another one with --folder.")
         check_folder(folder, "--folder")
-    return Run(kind, choose_device(device), [int(number) for number in numbers], effort, folder, results)
+    return Run(kind, choose_device(device), [int(number) for number in numbers], effort, folder, out)
+
+
+def _tasks(data: str, tasks: str | None) -> list[Task]:
+    if data != SCENES and not Path(data).is_dir():
+        raise ImageError(f"There is no folder {data}. Give one with train and val, or {SCENES!r} for rendered rooms.")
+    if tasks is None:
+        return list(TASKS) if data == SCENES else tasks_of(Path(data))
+    names = comma_list(tasks)
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise ConfigError(f"--tasks is {tasks!r}; choose from: {', '.join(TASKS)}.")
+    return [task for task in TASKS if task in names]
+
+
+def _data(data: str, tasks: Sequence[Task], rooms: tuple[int, int], storage: Storage) -> DenseData:
+    return scenes(*rooms, storage) if data == SCENES else open_folder(Path(data), tasks, storage)

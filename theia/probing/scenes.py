@@ -4,11 +4,11 @@ import math
 from itertools import combinations
 
 import numpy as np
-from tqdm import tqdm
 
 from theia.probing.cameras import Camera, Floats
 from theia.probing.datasets import IMAGE_SIZE, DenseData, DenseSplit, Storage
 from theia.probing.rendering import CLASSES, Box, Plane, Scene, Shape, Sphere, Thing, random_texture, render
+from theia.utils.progress import Progress
 
 _SPLITS = ("train", "val")
 
@@ -36,19 +36,21 @@ def _split(name: str, rooms: int, storage: Storage, seed: int) -> DenseSplit:
     labels = storage.empty((count, size, size), np.uint8)
     cameras: list[Camera] = []
     pairs: list[tuple[int, int]] = []
-    for room in tqdm(range(rooms), desc=f"rendering {name}", unit="room"):
-        # A room is the same however many others there are.
-        random = np.random.default_rng([seed, _SPLITS.index(name), room])
-        scene = random_room(random)
-        first = len(cameras)
-        for camera in cameras_around(random, size):
-            place = len(cameras)
-            view = render(scene, camera)
-            images[place], depth[place], normals[place], labels[place] = (
-                view.image, view.depth, view.normals, view.labels,
-            )  # fmt: skip
-            cameras.append(camera)
-        pairs += combinations(range(first, len(cameras)), 2)
+    with Progress(f"rendering {name}", rooms, unit="room") as progress:
+        for room in range(rooms):
+            # A room is the same however many others there are.
+            random = np.random.default_rng([seed, _SPLITS.index(name), room])
+            scene = random_room(random)
+            first = len(cameras)
+            for camera in cameras_around(random, size):
+                place = len(cameras)
+                view = render(scene, camera)
+                images[place], depth[place], normals[place], labels[place] = (
+                    view.image, view.depth, view.normals, view.labels,
+                )  # fmt: skip
+                cameras.append(camera)
+            pairs += combinations(range(first, len(cameras)), 2)
+            progress.advance(1)
     return DenseSplit(images, depth, normals, labels, cameras, pairs)
 
 

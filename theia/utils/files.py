@@ -3,7 +3,6 @@
 import errno
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,27 +115,20 @@ def what_was_refused(cause: OSError) -> str:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Tries whether files can be written into a folder, which need not be there; leaves everything as it is.
+    """Refuses a folder that files cannot be written into; leaves everything as it is.
 
     Args:
-        folder: To write into, later.
-        option: That it was given with, for messages.
+        folder: Where files will be written later; it need not exist.
+        option: The option that it was given with, for messages.
 
     Raises:
-        ConfigError: If they cannot, or the folder cannot be made.
+        ConfigError: If the folder, or the first one above it that exists, is no folder or may not be written.
     """
-    try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        if not there.is_dir():
-            raise ConfigError(
-                f"{folder} cannot be written ({there} is a file, no folder). Choose another folder with {option}."
-            )
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror or error}). Choose another folder with {option}."
-        ) from error
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    why = f"no permission to write into {there}" if there.is_dir() else f"{there} is not a folder"
+    raise ConfigError(f"{folder} cannot be written ({why}). Choose another folder with {option}.")
 
 
 def at_home(path: str) -> str:

@@ -26,18 +26,19 @@ class Progress:
 
     Args:
         label: What is being done.
-        total: Images to do.
+        total: How many there are to do.
         shown: False in all processes but one.
+        unit: What is counted; images by default.
     """
 
-    def __init__(self, label: str, total: int, shown: bool = True) -> None:
-        self._label, self._total = label, total
+    def __init__(self, label: str, total: int, shown: bool = True, unit: str = "img") -> None:
+        self._label, self._total, self._unit = label, total, unit
         self._images = self._bytes = 0
         self._started = self._last_line = time.monotonic()
         terminal = sys.stderr.isatty()
         self._lines = shown and not terminal
         self._bar = tqdm(
-            desc=label, total=total, unit="img", smoothing=0.1, dynamic_ncols=True, disable=not (shown and terminal)
+            desc=label, total=total, unit=unit, smoothing=0.1, dynamic_ncols=True, disable=not (shown and terminal)
         )
 
     def __enter__(self) -> "Progress":
@@ -75,7 +76,7 @@ class Progress:
             self._last_line - self._started,
             ncols=0,
             prefix=self._label,
-            unit="img",
+            unit=self._unit,
             postfix=self._stored(),
         )
         logger.info("%s", meter)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from theia.decoding.video import Video, video_writer
+from theia.decoding.frames import Video, video_writer
 from theia.errors import ConfigError, ImageError
 
 LEVELS = [20, 90, 160, 230, 60, 130]

@@ -1,17 +1,21 @@
-"""Videos in and out: through PyAV, an optional extra, and GIFs through Pillow."""
+"""What is shown: images or the frames of a video, which PyAV (an extra) or, for GIFs, Pillow reads and writes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
+from theia.extraction.decode import UnreadableImageError
 from theia.extraction.files import open_regular, reason
+from theia.extraction.sources import ImageSource
+from theia.extraction.stream import open_images
+from theia.utils.files import replacing
 from theia.utils.pictures import Picture
 
 GIF = ".gif"
@@ -21,16 +25,73 @@ _QUALITY = "18"  # of x264: no difference is seen
 _MILLISECONDS = 100  # of a GIF's frame that does not say
 
 
-class Video:
-    """A video file, read from its start whenever frames are asked for.
-
-    Args:
-        path: Of one of :data:`VIDEO_ENDINGS`.
+class Frames(Protocol):
+    """Images, or the frames of a video.
 
     Attributes:
-        frames_per_s: On average; a varying rate becomes even.
+        skipped: By id, why a picture could not be read; filled while reading.
+    """
+
+    skipped: dict[str, str]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of all pictures, in order, unique."""
+
+    def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Reads some of them.
+
+        Args:
+            indices: Which, ascending.
+
+        Yields:
+            Index and picture, RGB, any size. Unreadable ones are left out and noted in ``skipped``.
+        """
+
+
+def open_frames(location: str) -> Frames:
+    """Opens a video, by its ending, or anything that holds images.
+
+    Raises:
+        ConfigError: If it is a video, and PyAV is not installed.
+        ImageError: If nothing is there, or what is there cannot be read.
+    """
+    path = Path(location)
+    if path.suffix.lower() in VIDEO_ENDINGS and not path.is_dir():
+        return Video(path)
+    return Images(open_images(location))
+
+
+class Images:
+    """The images of a source; see :class:`Frames`."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.ids: Sequence[str] = source.ids
+        self.skipped: dict[str, str] = {}
+        self._source = source
+
+    def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        """See :meth:`Frames.pick`."""
+        for index in indices:
+            try:
+                image = self._source.read(index)
+            except UnreadableImageError as error:
+                self.skipped[self.ids[index]] = str(error)
+                continue
+            yield index, image
+
+
+class Video:
+    """A video file, read from its start whenever frames are asked for; see :class:`Frames`.
+
+    Args:
+        path: File with one of :data:`VIDEO_ENDINGS`.
+
+    Attributes:
+        frames_per_s: Average frame rate; one that varies becomes even.
         ids: ``frame-000000`` and so on, as many as the file announces.
-        skipped: See :class:`theia.decoding.viewer.Frames`.
+        skipped: See :class:`Frames`.
+        film: Name for the video that is made of this one.
 
     Raises:
         ConfigError: If PyAV is not installed.
@@ -49,9 +110,10 @@ class Video:
             self._read = _read_video
             count, self.frames_per_s = _about(path, _about_video)
         self.ids = [f"frame-{index:06d}" for index in range(count)]
+        self.film = path.stem + (GIF if path.suffix.lower() == GIF else ".mp4")
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """See :meth:`theia.decoding.viewer.Frames.pick`; what follows damage, or is announced only, is left out."""
+        """See :meth:`Frames.pick`; what follows damage, or is only announced, is left out."""
         wanted = iter(indices)
         index = next(wanted, None)
         frames = self._read(self._path)
@@ -74,25 +136,26 @@ class Video:
 
 @contextmanager
 def video_writer(path: Path, frames_per_s: Fraction) -> Iterator[Callable[[Picture], None]]:
-    """Opens a video for writing.
+    """Opens a video for writing; it is there, whole, when the block has ended well.
 
     Args:
-        path: Ends in ``.mp4`` or ``.gif``.
-        frames_per_s: Of all frames.
+        path: File to write, which ends in ``.mp4`` or ``.gif``.
+        frames_per_s: Frame rate.
 
     Yields:
-        A function that takes the next frame: RGB, ``(H, W, 3)`` with even sides, all of one size.
+        A function that takes the next frame, RGB of shape ``(H, W, 3)`` with even sides. All frames have one size, and
+        there is at least one.
     """
     if path.suffix.lower() == GIF:
         frames: list[Image.Image] = []
         # 256 colours now: a GIF is written as a whole.
         yield lambda picture: frames.append(Image.fromarray(picture).quantize(256))
-        if frames:
-            duration = round(1000 / frames_per_s)
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        duration = round(1000 / frames_per_s)
+        with replacing(path) as temporary:
+            frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
         return
     av: Any = _av()
-    with av.open(str(path), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         codec, options = ("libx264", {"crf": _QUALITY}) if "libx264" in av.codecs_available else ("mpeg4", {})
         stream = container.add_stream(codec, rate=frames_per_s.limit_denominator(60_000), options=options)
         stream.pix_fmt = "yuv420p"
@@ -102,11 +165,8 @@ def video_writer(path: Path, frames_per_s: Fraction) -> Iterator[Callable[[Pictu
                 stream.height, stream.width = picture.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 
-        try:
-            yield add
-        finally:
-            if stream.codec_context.is_open:
-                container.mux(stream.encode())
+        yield add
+        container.mux(stream.encode())
 
 
 def _about(path: Path, read: Callable[[Path], tuple[int, Fraction]]) -> tuple[int, Fraction]:

@@ -8,16 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from theia.probing.classifiers import (
-    LinearProbe,
-    Schedule,
-    lars,
-    linear_classes,
-    logistic_classes,
-    nearest_classes,
-    rate_at,
-    train_probe,
-)
+from theia.analysis.classifiers import logistic_classes, nearest_classes
+from theia.probing.linear_probe import LinearProbe, Schedule, lars, linear_classes, rate_at, train_probe
 from theia.probing.run import PRESETS
 
 

@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from theia.cli import probe
+from theia.cli.main import main
 from theia.encoder.from_name import NamedEncoder
 from theia.models.student import StudentTokens
 from theia.probing import features, probes, scenes
+from theia.probing import run as probing
 from theia.probing.cameras import Camera
-from theia.probing.classifiers import Schedule
 from theia.probing.datasets import IMAGE_SIZE, DenseSplit, Storage, fingerprint, of_files, open_folder
 from theia.probing.heads import Fit
+from theia.probing.linear_probe import Schedule
 from theia.probing.probes import Probed
 from theia.probing.run import PRESETS, Effort, Unfinished
 
@@ -50,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def run_(*arguments: str) -> tuple[int, str, str]:
-        status = probe.main([*arguments, f"--results={tmp_path / 'results'}"])
+        status = main(["probe", *arguments, f"--out={tmp_path / 'results'}"])
         return status, *capsys.readouterr()
 
     return run_
@@ -130,6 +132,15 @@ def test_a_file_that_is_no_image_is_met_before_the_work(tmp_path: Path, run) -> 
     assert status == 1
     assert f"{broken} cannot be read" in err
     assert "a: training images" not in err
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, run) -> None:
+    images = classes(tmp_path / "images")
+    (images / "red" / "0.png").unlink()
+    os.mkfifo(images / "red" / "0.png")
+    status, _, err = run("classification", "--encoders", "a", f"--images={images}")
+    assert status == 1
+    assert "FIFO" in err
 
 
 def test_held_out_images_may_lie_elsewhere(tmp_path: Path, run) -> None:
@@ -324,7 +335,7 @@ def test_an_encoder_named_twice_is_refused(run) -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--data=scenes", "--tasks=segmentation,depth")
-    probe_pixels, probed = probe.probe_pixels, []
+    probe_pixels, probed = probing.probe_pixels, []
 
     def fails(encoder: NamedEncoder, *rest):
         probed.append(encoder.name)
@@ -332,7 +343,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return probe_pixels(encoder, *rest)
 
-    monkeypatch.setattr(probe, "probe_pixels", fails)
+    monkeypatch.setattr(probing, "probe_pixels", fails)
     assert run("dense", "--encoders", "a", "bad", *options)[0] == 130
     results = tmp_path / "results"
     assert [path.name for path in results.iterdir()] == ["unfinished"]
@@ -342,7 +353,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, run, monkeypatch: pytest.Mon
         path.unlink()
     status, _, err = run("dense", "--encoders", "a", "bad", *options)
     assert (status, probed) == (0, ["a", "bad", "a", "bad"])
-    assert "encoder 1 of 2: a was finished" in err
+    assert "Encoder 1 of 2: a was finished" in err
     assert sorted(path.suffix for path in results.iterdir()) == [".json", ".png"]
     resumed = record(tmp_path)["figures"]
     for path in results.iterdir():
