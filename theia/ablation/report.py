@@ -15,6 +15,7 @@ from theia.ablation.figure import draw
 from theia.ablation.summary import ENTROPY, RowSummary, Summary
 from theia.utils.estimates import Correlation, Estimate
 from theia.utils.files import write_whole
+from theia.utils.json import jsonable
 
 
 def write_report(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[Path]:
@@ -65,21 +66,10 @@ def _json(summary: Summary, statement: Mapping[str, Any]) -> str:
         # Names of JSON are strings, and a value of the whole row has no seed.
         row["values"] = [{"seed": seed, "value": value} for seed, value in found.values.items()]
         row["transfer"] = dict(zip(summary.readable, summary.transfer(found), strict=True))
-    plain = _plain(
+    plain = jsonable(
         {**content, "higher_is_better": summary.higher_is_better(summary.sort_by), "runs": runs, "statement": statement}
     )
     return json.dumps(plain, indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Without what JSON has no name for: figures that are not finite, tuples, paths."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
 PICTURE = "report.png"
