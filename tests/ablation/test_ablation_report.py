@@ -6,11 +6,8 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from theia.ablation.figure import draw
-from theia.ablation.hparams import write_hparams
 from theia.ablation.report import main_table, page, write_report
 from theia.ablation.summary import Scored, summarise
 
@@ -194,21 +191,3 @@ def test_every_range_of_scores_can_be_drawn(tmp_path: Path, values: list[float |
     ]
     write_report(tmp_path, summarise(scored, sort_by="x"), {})
     assert matplotlib.image.imread(tmp_path / "report.png").ndim == 3
-
-
-def test_tensorboard_gets_options_and_scores(tmp_path: Path) -> None:
-    (tmp_path / "hparams/gone/0").mkdir(parents=True)
-    whole = Scored(row="both", seed=None, teachers=("clip", "sam"), scores={"external/success": 0.5}, options={})
-    write_hparams(tmp_path, [*runs(seeds=[0, 1]), whole])
-
-    assert sorted(str(path.relative_to(tmp_path / "hparams")) for path in tmp_path.glob("hparams/*/*")) == [
-        "both/0", "both/1", "clip/0", "clip/1", "sam/0", "sam/1",
-    ]  # fmt: skip
-    events = EventAccumulator(str(tmp_path / "hparams/both/1")).Reload()
-    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    options = dict(HParamsPluginData.FromString(start).session_start_info.hparams)
-    assert {name: value.string_value or value.number_value for name, value in options.items()} == {
-        "row": "both", "seed": 1, "data.teachers": "clip+sam", "model.registers": 4,
-    }  # fmt: skip
-    assert events.Scalars(SCORE)[0].value == pytest.approx(0.62)
-    assert events.Scalars("external/success")[0].value == 0.5

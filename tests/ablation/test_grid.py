@@ -63,7 +63,7 @@ def test_a_product_alone() -> None:
         ({"rows": {"../a": {}}}, r"called '\.\./a'"),
         ({"rows": {".git": {}}}, "name is that of a folder"),
         ({"product": {"model.weights": ["/a/b.pth"]}}, "name rows yourself"),
-        ({"rows": {"Hparams": {}}}, "called 'Hparams'"),
+        ({"rows": {"Slurm": {}}}, "called 'Slurm'"),
         ({"rows": {"a": {}, "A": {}}}, "rows of the sweep are called 'a'"),
         ({"rows": {"a": {"run_folder": "x"}}}, "run_folder, which the sweep itself sets"),
         ({"rows": {"a": None}}, "Row 'a' is None"),

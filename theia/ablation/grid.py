@@ -14,7 +14,7 @@ TEACHERS = "data.teachers"
 # Of the sweep itself, one per run.
 RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir", "scorers")
 # What a sweep's folder holds beside those of its rows.
-_TAKEN = ("hparams", "slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
+_TAKEN = ("slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
 _NAME = re.compile(r"[\w+=,-][\w.+=, -]*")
 
 Options = Mapping[str, Any]

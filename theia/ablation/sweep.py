@@ -13,7 +13,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from theia.ablation.grid import arguments_of
-from theia.ablation.hparams import write_hparams
 from theia.ablation.launch import Job, Launcher, run_locally, run_on_slurm
 from theia.ablation.report import write_report
 from theia.ablation.run import Run, lock, read_record
@@ -121,7 +120,6 @@ def report(
     }  # fmt: skip
     with lock(folder / ".report.lock", wait=True):
         write_report(folder, summary, what)
-        write_hparams(folder, scored)
     return summary
 
 
