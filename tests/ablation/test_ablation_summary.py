@@ -112,11 +112,11 @@ def test_scores_that_are_not_finite_are_missing() -> None:
 
 def test_unknown_names_are_answered_with_the_known() -> None:
     scored = [run("a", 0, x=1), run("b", 0, y=1)]
-    with pytest.raises(ConfigError, match=r"'z'.*Scores: x, y"):
+    with pytest.raises(ConfigError, match=r"'z'.*x, y"):
         summarise(scored, sort_by="z")
-    with pytest.raises(ConfigError, match=r"'c'.*Rows: a; b"):
+    with pytest.raises(ConfigError, match=r"'c'.*a; b"):
         summarise(scored, reference="c")
-    with pytest.raises(ConfigError, match="No run"):
+    with pytest.raises(ConfigError, match="score"):
         summarise([])
 
 
@@ -157,13 +157,13 @@ def test_scores_of_whole_rows_are_compared_without_an_interval(tmp_path: Path) -
         ("row;seed;x\na;0;1\n", "separated by commas"),
         ("row,seed,x\n", "no line below"),
         ("row,seed,x\n\na,0\n", "line 3: 2 cells under 3 columns"),
-        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: the sweep has no row 'c'. Rows: a; b"),
-        ("row,seed,x\na,7,1\n", "line 2: row 'a' has no seed 7. Seeds: 0, 1"),
+        ("row,seed,x\na,0,1\nc,0,1\n", "line 3: the sweep has no row 'c'"),
+        ("row,seed,x\na,7,1\n", "line 2: row 'a' has no seed 7"),
         ("row,seed,x\na,first,1\n", "line 2: the seed is 'first'"),
-        ("row,seed,x\na,0,good\n", "line 2: x is 'good', which is not a number"),
-        ("row,seed,x\na,0,nan\n", "line 2: x is 'nan', which is not a number"),
-        ("row,seed,x\na,0,1\na,1,2\na,0,1\n", "line 4: 'x' of row 'a' was given in line 2 already"),
-        ("row,seed,x\na,0,1\na,,2\n", "once with a seed and once without"),
+        ("row,seed,x\na,0,good\n", "line 2: x is 'good'"),
+        ("row,seed,x\na,0,nan\n", "line 2: x is 'nan'"),
+        ("row,seed,x\na,0,1\na,1,2\na,0,1\n", "line 4: line 2 has 'x' of row 'a'"),
+        ("row,seed,x\na,0,1\na,,2\n", "without"),
     ],
 )
 def test_errors_in_external_scores_name_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -174,7 +174,7 @@ def test_errors_in_external_scores_name_the_line(tmp_path: Path, text: str, mess
 
 
 def test_external_scores_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="absent"):
         read_external(tmp_path / "absent.csv", {})
 
 
@@ -192,5 +192,5 @@ def test_less_may_be_better() -> None:
     assert [row.name for row in summary.rows] == ["b", "c", "a"]
     assert [summary.rank(row) for row in summary.rows] == [1, 1, 3]  # equals share a rank
     assert [row.name for row in summarise(scored, "external/seconds").rows] == ["a", "b", "c"]
-    with pytest.raises(ConfigError, match="a score 'seconds'"):
+    with pytest.raises(ConfigError, match="'seconds'"):
         summarise(scored, lower_is_better=["seconds"])

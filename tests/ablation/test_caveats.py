@@ -35,11 +35,11 @@ def test_what_differs_is_told_with_the_runs(tmp_path: Path) -> None:
         with_report(tmp_path, "c", {"versions": {"torch": "2.8"}}, [], holdout=0.1),
     ]
     assert caveats(runs) == [
-        "**Scored on different images, so not to be compared: `data.holdout` is 0.01 in 2 runs, 0.1 in c, seed 0.**",
+        "**Scored on different images, so not comparable: `data.holdout` is 0.01 in 2 runs, 0.1 in c, seed 0.**",
         "Tested with different scorer_images: 10 in 2 runs, 0 in c, seed 0.",
         "Trained with different torch: 2.9 in 2 runs, 2.8 in c, seed 0.",
         "Trained with different device: cpu in 2 runs, unknown in c, seed 0.",
-        "c, seed 0 has no scores of readout yet; the others of it are shown.",
+        "c, seed 0 has no scores of readout yet; its other scores are shown.",
     ]
 
 
@@ -47,4 +47,4 @@ def test_the_same_store_by_another_path_is_the_same_and_another_state_is_not(tmp
     here = with_report(tmp_path, "a", {}, ["readout"], store="abc", holdout=0.01)
     assert caveats([here, with_report(tmp_path, "b", {}, ["readout"], holdout=0.01)]) == []
     (note,) = caveats([here, with_report(tmp_path, "c", {}, ["readout"], store="other", holdout=0.01)])
-    assert "different states of one, so not to be compared: abc in 1 run, other in c, seed 0" in note
+    assert "abc in 1 run, other in c, seed 0" in note

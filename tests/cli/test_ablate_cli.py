@@ -56,34 +56,33 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
     ("content", "arguments", "message"),
     [
         ({"rows": {"a": {"model.registers": 3}}}, [], "row 'a': Parser key \"model.registers\""),
-        ({"rows": {"a": {"model.colour": 3}}}, [], "row 'a': unrecognized arguments: --model.colour=3"),
+        ({"rows": {"a": {"model.colour": 3}}}, [], "--model.colour=3"),
         ({"rows": {"a": {"data.teachers": ["x", "alpha"]}, "b": {"data.teachers": ["y", "x"]}}}, [],
-         "or has not all of their features: x (of a, b); y (of b)"),
-        ({"product": {"model.size": []}}, [], "at least one value"),
+         "x (of a, b); y (of b)"),
+        ({"product": {"model.size": []}}, [], "product.model.size"),
         ({"teachers": None}, [], "no rows"),
-        ({"teachers": "triples"}, [], "no sets of teachers called 'triples'"),
-        ({"reference": "gamma"}, [], "reference 'gamma' is no row"),
-        ({"scorers": "robot"}, [], "No scorer named 'robot'"),
+        ({"teachers": "triples"}, [], "'triples'"),
+        ({"reference": "gamma"}, [], "--reference: there is no row 'gamma'"),
+        ({"scorers": "robot"}, [], "'robot'"),
         ({}, ["--jobs=0"], "jobs is 0"),
-        ({"options": {"ckpt_path": "x.ckpt"}}, [], "sets ckpt_path, which the sweep itself sets"),
+        ({"options": {"ckpt_path": "x.ckpt"}}, [], "sets ckpt_path"),
         ({}, ["--data.seed", "7"], "sets data.seed"),
-        ({}, ["--seeds=1,1"], "each once"),
-        ({}, ["--seeds=x"], "whole numbers"),
-        ({}, ["--seeds=4294967296"], "below 2**32"),
-        ({}, ["--seeds", "0", "1"], "'1' is a second value of --seeds"),
+        ({}, ["--seeds=1,1"], "seeds is '1,1'"),
+        ({}, ["--seeds=x"], "seeds is 'x'"),
+        ({}, ["--seeds=4294967296"], "2**32"),
+        ({}, ["--seeds", "0", "1"], "second value of --seeds"),
         ({}, ["--checkpoint_every", "5"], "--options.checkpoint_every"),
-        ({}, ["--only=gamma"], "'gamma' is no row"),
-        ({"teachers": ["alpha"]}, [], "no sets of teachers called 'alpha'. Choose from: singles, all, leave_one_out, "
-         "all_pairs, powerset. A set of teachers is a list in this list: [[alpha]]"),
-        ({}, ["--data.store=/nowhere"], "No feature store at /nowhere"),
+        ({}, ["--only=gamma"], "--only: there is no row 'gamma'"),
+        ({"teachers": ["alpha"]}, [], "[[alpha]]"),
+        ({}, ["--data.store=/nowhere"], "/nowhere"),
         ({}, ["--base=/nowhere.yaml"], "/nowhere.yaml"),
-        ({"rows": {"a": {"data.teachers": []}}}, [], "the options of row 'a': --data.teachers is empty"),
-        ({}, ["--data.teachers=alpha"], "Every row of the sweep sets data.teachers itself"),
+        ({"rows": {"a": {"data.teachers": []}}}, [], "row 'a': --data.teachers"),
+        ({}, ["--data.teachers=alpha"], "sets data.teachers itself"),
         ({"teachers": None, "rows": {"a": {"model": {"registers": 0}}, "b": {"model.registers": 4}},
-          "options": {"model.registers": 8}}, [], "Every row of the sweep sets model.registers itself"),
-        ({}, ["--slurm.timeout_min=3"], "--slurm has options of SLURM"),
-        ({"only": ""}, [], "--only is empty"),
-        ({"teachers": []}, [], "--teachers is empty"),
+          "options": {"model.registers": 8}}, [], "sets model.registers itself"),
+        ({}, ["--slurm.timeout_min=3"], "--slurm"),
+        ({"only": ""}, [], "--only"),
+        ({"teachers": []}, [], "--teachers"),
         ({}, ["--model.depth=x"], "the base of the sweep: Parser key \"model.depth\""),
     ],
 )  # fmt: skip
@@ -111,7 +110,7 @@ def test_slurm_where_there_is_none(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert ablate("--launcher=slurm") == 1
-    assert "no SLURM here" in capsys.readouterr().err
+    assert "SLURM" in capsys.readouterr().err
 
 
 def test_an_option_that_a_sweep_has_not_got(ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,13 +125,14 @@ def test_a_row_that_stands_twice(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     assert main(["ablate", "--config", str(tmp_path / "twice.yaml")]) == 1
     assert "twice.yaml" in (said := capsys.readouterr().err)
-    assert "names 'a' twice, from line 3 on" in said
+    assert "'a' twice" in said
+    assert "line 3" in said
 
 
 def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "on.yaml").write_text(f"out: {tmp_path}/sweep\nrows:\n  On: {{model.size: tiny}}\n")
     assert main(["ablate", "--config", str(tmp_path / "on.yaml")]) == 1
-    assert "on.yaml, line 3: the name On is no text" in capsys.readouterr().err
+    assert "on.yaml, line 3" in capsys.readouterr().err
 
 
 def test_rows_may_share_options_and_have_stores_of_their_own(
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "sweep").touch()
     assert ablate() == 1
-    assert "sweep is a file, no folder" in capsys.readouterr().err
+    assert "sweep is a file" in capsys.readouterr().err
 
 
 def test_scores_from_elsewhere_are_checked_first(
@@ -158,7 +158,7 @@ def test_scores_from_elsewhere_are_checked_first(
 ) -> None:
     (tmp_path / "robot.csv").write_text("row,success\ngamma,1\n")
     assert ablate("--scores", str(tmp_path / "robot.csv")) == 1
-    assert "robot.csv, line 2: the sweep has no row 'gamma'. Rows: alpha; beta" in capsys.readouterr().err
+    assert "robot.csv, line 2: the sweep has no row 'gamma'" in capsys.readouterr().err
     assert not list(tmp_path.rglob("log.txt"))
     # Rows that are not run now are no strangers.
     (tmp_path / "robot.csv").write_text("row,success\nbeta,1\n")
@@ -176,9 +176,10 @@ def test_a_teacher_that_is_unfinished_is_left_out(
     assert ablate("--dry_run", option) == 0
     said = capsys.readouterr()
     assert said.out.count("theia fit ") == 1
-    assert "has not all of their features: beta" in said.err
+    assert "Left out" in said.err
+    assert "beta" in said.err
     assert ablate("--dry_run", option, teachers=["singles", ["alpha", "beta"]]) == 1
-    assert "has not all of their features: beta (of alpha+beta)" in capsys.readouterr().err
+    assert "beta (of alpha+beta)" in capsys.readouterr().err
 
 
 def test_equal_rows_are_told(ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +187,7 @@ def test_equal_rows_are_told(ablate: Callable[..., int], capsys: pytest.CaptureF
     assert ablate("--dry_run", "--only", "a,b", teachers=None, rows=rows) == 0
     said = capsys.readouterr()
     assert said.out.count("theia fit ") == 2
-    assert "the same training, done 2 times: a; b" in said.err
+    assert "2 times: a; b" in said.err
 
 
 @pytest.mark.parametrize(
@@ -209,15 +210,15 @@ def test_a_second_sweep_in_one_folder_is_refused(
 ) -> None:
     with lock(tmp_path / "sweep/.lock"):
         assert ablate() == 1
-    assert "Another sweep is at work" in capsys.readouterr().err
+    assert "Another sweep" in capsys.readouterr().err
 
 
 def test_a_report_needs_a_sweep_with_something_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", "report", str(tmp_path / "nowhere")]) == 1
-    assert "not the folder of a sweep" in capsys.readouterr().err
+    assert "sweep.json" in capsys.readouterr().err
     (tmp_path / "sweep.json").write_text("{}")
     assert main(["ablate", "report", str(tmp_path)]) == 1
-    assert "sweep.json cannot be read" in capsys.readouterr().err
+    assert "sweep.json" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -242,9 +243,9 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert good["teachers"] == ["alpha"]
     for name in ("test/cosine/alpha", "readout/explained_variance/beta", "classification/knn_accuracy", "images_per_s"):
         assert name in good["scores"]
-    assert report["statement"]["failed"] == ["bad, seed 0"]
+    assert report["provenance"]["failed"] == ["bad, seed 0"]
     page = (tmp_path / "sweep/report.md").read_text()
-    assert report["statement"]["store"]["manifest_sha256"] in page
+    assert report["provenance"]["store"]["manifest_sha256"] in page
     run = tmp_path / "sweep/good/seed_0"
     before = aged(run, "test_last.json") | aged(run, "last.ckpt")
 
@@ -276,7 +277,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert [run["scores"]["external/success"] for run in report["runs"]] == [0.75, 0.5]
     assert report["reference"] == "good"
-    assert "good, seed 0 has no scores of robot yet" in (tmp_path / "sweep/report.md").read_text()
+    assert "no scores of robot" in (tmp_path / "sweep/report.md").read_text()
 
     # What is lost is told.
     (tmp_path / "sweep/good/seed_0/fit.yaml").unlink()
@@ -284,7 +285,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert "The run good, seed 0 is lost" in capsys.readouterr().err
     report = json.loads((tmp_path / "sweep/report.json").read_text())
     assert (report["reference"], [row["name"] for row in report["rows"]]) == ("linear", ["linear"])
-    assert report["statement"]["lost"] == ["good, seed 0"]
+    assert report["provenance"]["lost"] == ["good, seed 0"]
 
 
 @pytest.mark.slow

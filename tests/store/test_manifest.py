@@ -1,11 +1,11 @@
-import fcntl
 import json
 import os
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 from small_store import CLS, ODD, begin, extract
 
 from theia.errors import StoreError
@@ -86,17 +86,17 @@ def test_jobs_on_one_store_take_turns(tmp_path: Path, monkeypatch: pytest.Monkey
     os.close(tell_held)
     os.read(held, 1)
     refused = []
-    lock = fcntl.lockf
 
-    def watched(file: IO[str], operation: int) -> None:
-        try:
-            lock(file, operation | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            refused.append(error)
-        os.write(tell_wanted, b".")
-        lock(file, operation)
+    class Watched(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                super().acquire(timeout=0)
+            except Timeout as error:
+                refused.append(error)
+            os.write(tell_wanted, b".")
+            return super().acquire(*arguments, **options)
 
-    monkeypatch.setattr(fcntl, "lockf", watched)
+    monkeypatch.setattr("theia.store.disk.FileLock", Watched)
     begin(tmp_path, split="val")
     os.close(tell_wanted)
     os.waitpid(child, 0)

@@ -100,6 +100,7 @@ OTHERWISE = {
     "theia/training/records.py": {
         "self.path.open('ab')": "a row at once; a torn one is not read", "temporary.open('wb')": "inside replacing()",
     },
+    "theia/cli/ablate.py": {"parser.dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
     "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
     "theia/probing/run.py": {

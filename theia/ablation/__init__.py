@@ -1,1 +1,1 @@
-"""Sweeps: a grid of trainings in, a table and a picture out."""
+"""Sweeps: from a grid of options to many trained students, and a table and a picture that compare them."""

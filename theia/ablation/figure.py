@@ -1,4 +1,4 @@
-"""A sweep as one picture: ranked scores, what was learnt of which teacher, and norm entropy against score."""
+"""The picture of a sweep: ranked scores, what was learned from which teacher, and norm entropy against score."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from theia.ablation.summary import ENTROPY, RowSummary, Summary
 _BAR, _REFERENCE, _FRAME = "#7ba3cc", "#e8963c", "#ff8c1a"
 _SMALL, _TITLE = 7.5, 9.5  # points
 
-# Where a label may stand around its point: direction and distance in points.
+# Where a label may be placed around its point, as offsets in points.
 _PLACES = [
     (x * distance, y * distance)
     for distance in (5, 10, 16, 24, 34, 46)
@@ -16,13 +16,13 @@ _PLACES = [
 
 
 def draw(summary: Summary) -> Any:
-    """One figure with up to three panels: those that there are data for.
+    """Draws up to three panels, those for which there are data.
 
-    Bars lie, unlike in the paper's figure 5, so that the names of thirty rows can be read; the rows of the matrix are
-    those of the bars.
+    Bars are horizontal, unlike in the paper's figure 5, so that the names of thirty rows can be read; the matrix beside
+    them has the same rows.
 
     Args:
-        summary: Of the sweep.
+        summary: What the report shows.
 
     Returns:
         A ``matplotlib.figure.Figure``; save it with ``savefig``.
@@ -46,7 +46,7 @@ def draw(summary: Summary) -> Any:
         _transfer(panels[1], summary)
     if len(points) > 1 and summary.sort_by != ENTROPY:
         _scatter(panels[-1], summary, points)
-        figure.draw_without_rendering()  # labels are placed by where things have come to stand
+        figure.draw_without_rendering()  # the labels are placed by where everything else is
         _label(figure, panels[-1], summary, points)
     return figure
 
@@ -71,7 +71,7 @@ def _bars(axes: Any, summary: Summary) -> None:
     axes.set_ylim(len(summary.rows) - 0.5, -0.5)
     low, high = _ends(summary)
     axes.set_xlim(low, high)
-    note = "" if low <= 0 <= high else "; the axis does not begin at 0"
+    note = "" if low <= 0 <= high else "; the axis does not start at 0"
     direction = "higher is better" if summary.higher_is_better(column) else "lower is better"
     axes.set_xlabel(f"{column}\n({direction}{note})", fontsize=_SMALL)
     axes.set_title("Score", fontsize=_TITLE)
@@ -80,7 +80,7 @@ def _bars(axes: Any, summary: Summary) -> None:
 
 
 def _ends(summary: Summary) -> tuple[float, float]:
-    """Ends of the axis of scores: with 0, unless all scores are so far from it that they would look alike."""
+    """Ends of the axis of scores: it includes 0, unless the scores are so far from 0 that they would look alike."""
     found = [row.columns[summary.sort_by] for row in summary.rows if row.values]
     lows = [one.mean if one.low is None else one.low for one in found]
     highs = [one.mean if one.high is None else one.high for one in found]
@@ -99,7 +99,7 @@ def _transfer(axes: Any, summary: Summary) -> None:
     from matplotlib.patches import Rectangle
 
     cells = np.array([summary.transfer(row) for row in summary.rows], float)  # None becomes NaN, a blank cell
-    # Shades are those of a column: teachers differ more in how well they can be read out at all than students do.
+    # Each column has its own shades: teachers differ more in how well they can be read out than students do.
     least, greatest = np.nanmin(cells, 0), np.nanmax(cells, 0)
     span = np.where(greatest - least > 1e-6, greatest - least, np.inf)
     shades = (cells - least) / span
@@ -142,7 +142,7 @@ def _r(summary: Summary) -> str:
 
 
 def _label(figure: Any, axes: Any, summary: Summary, points: list[RowSummary]) -> None:
-    """Names each point, where the name hides least: tried around the point, nearest first."""
+    """Labels each point where the label hides least, and near the point."""
     from matplotlib.transforms import Bbox
 
     pixels = figure.dpi / 72  # per point of the offsets
@@ -168,7 +168,7 @@ def _label(figure: Any, axes: Any, summary: Summary, points: list[RowSummary]) -
 
 
 def _hidden(box: Any, taken: list[Any], frame: Any) -> float:
-    """Square pixels of a label that lie on something, or outside the panel."""
+    """Area of a label in square pixels that hides something or, ten times as bad, lies outside the panel."""
     shared = (type(box).intersection(box, other) for other in [*taken, frame])
     *on_others, inside = (part.width * part.height if part else 0.0 for part in shared)
     return float(sum(on_others) + 10 * (box.width * box.height - inside))

@@ -1,4 +1,4 @@
-"""Which trainings a sweep consists of: named rows, sets of teachers, products of options."""
+"""The grid of a sweep: named rows, sets of teachers, and products of options, expanded to rows."""
 
 import itertools
 import json
@@ -11,10 +11,10 @@ from theia.errors import ConfigError
 
 TEACHERS = "data.teachers"
 
-# Of the sweep itself, one per run.
+# Options that the sweep itself sets for each run.
 RESERVED = ("run_folder", "seed_everything", "ckpt_path", "config", "data.seed", "trainer.default_root_dir", "scorers")
-# What a sweep's folder holds beside those of its rows.
-_TAKEN = ("hparams", "slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
+# What the folder of a sweep holds besides the folders of its rows.
+_TAKEN = ("slurm", "sweep.json", "report.md", "report.csv", "report.png", "report.json")
 _NAME = re.compile(r"[\w+=,-][\w.+=, -]*")
 
 Options = Mapping[str, Any]
@@ -23,11 +23,11 @@ TeacherSets = str | list[str | list[str]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: a training for each seed.
+    """One line of the report: a set of options, trained once for each seed.
 
     Attributes:
-        name: Unique in a sweep; also the name of a folder.
-        options: Dotted options of ``theia fit`` in which it differs from the base config.
+        name: Unique name in the sweep, and name of the folder.
+        options: Dotted options of ``theia fit`` in which the row differs from the base config.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def flat(options: Options, prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names."""
+    """Nested options by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -43,7 +43,7 @@ def flat(options: Options, prefix: str = "") -> dict[str, Any]:
 
 
 def arguments_of(options: Options) -> list[str]:
-    """Dotted options as arguments of ``theia fit``."""
+    """Arguments of ``theia fit`` for dotted options."""
     compact = json.JSONEncoder(separators=(",", ":"))
     return [f"--{name}={value if isinstance(value, str) else compact.encode(value)}" for name, value in options.items()]
 
@@ -54,19 +54,19 @@ def expand(
     product: Mapping[str, Sequence[Any]] | None = None,
     pool: Sequence[str] = (),
 ) -> list[Row]:
-    """The rows of a sweep.
+    """Expands a grid to its rows.
 
     Args:
         rows: Dotted options by name of the row.
-        teachers: Sets of teachers, each a further row; see :func:`teacher_sets`.
-        product: Values by dotted option; every row is repeated for every combination.
-        pool: Teachers that sets are made of.
+        teachers: Sets of teachers, one further row for each; see :func:`teacher_sets`.
+        product: Values by dotted option; each row is repeated for each combination.
+        pool: Names of the teachers that sets are made of.
 
     Returns:
-        Rows in the order given, names unique.
+        Rows in the given order, with unique names.
 
     Raises:
-        ConfigError: If there is no row, two have one name, or an option cannot be swept.
+        ConfigError: If there is no row, two rows have the same name, or a row sets what the sweep itself sets.
     """
     found = [Row(str(name), options) for name, options in (rows or {}).items()]
     found += [Row(name, {TEACHERS: members}) for name, members in teacher_sets(teachers, pool).items()]
@@ -81,24 +81,25 @@ def expand(
         raise ConfigError("The sweep has no rows. Name some under 'rows', 'teachers' or 'product'.")
     for row in found:
         _check(row)
-    # A disk may not tell capitals from small letters.
+    # Some file systems do not distinguish upper case from lower case.
     names = [row.name.casefold() for row in found]
     repeated = [row.name for row, name in zip(found, names, strict=True) if names.count(name) > 1]
     if repeated:
-        raise ConfigError(f"Several rows of the sweep are called {repeated[0]!r}. Give each a name of its own.")
+        raise ConfigError(f"Several rows of the sweep are called {repeated[0]!r}. Give each its own name.")
     return found
 
 
 def teacher_sets(sets: TeacherSets | None, pool: Sequence[str]) -> dict[str, list[str]]:
-    """Sets of teachers by name.
+    """Makes sets of teachers.
 
     Args:
-        sets: ``"singles"``, ``"all"``, ``"leave_one_out"`` (with all of them), ``"all_pairs"``, ``"powerset"`` (without
-            the empty one), or a list of these words and of lists of teachers.
-        pool: Teachers to choose from, whoever wrote them.
+        sets: ``"singles"``, ``"all"``, ``"leave_one_out"`` (which includes the set of all), ``"all_pairs"``,
+            ``"powerset"`` (without the empty set), or a list of these words and of lists of teachers.
+        pool: Names of the teachers to choose from.
 
     Returns:
-        Without repetitions, in the order given; names are ``all``, ``all-NAME`` and ``NAME+NAME``.
+        Teachers by name of the set, in the given order and without repetitions. The names are ``all``, ``all-NAME`` and
+        ``NAME+NAME``.
 
     Raises:
         ConfigError: If a word is unknown, or a set is empty or names a teacher twice.
@@ -107,7 +108,7 @@ def teacher_sets(sets: TeacherSets | None, pool: Sequence[str]) -> dict[str, lis
     for item in [sets] if isinstance(sets, str) else sets or []:
         if isinstance(item, str):
             if item not in SETS:
-                hint = f" A set of teachers is a list in this list: [[{item}]]." if item in pool else ""
+                hint = f" A set of your own is a list inside the list: [[{item}]]." if item in pool else ""
                 raise ConfigError(
                     f"There are no sets of teachers called {item!r}. Choose from: {', '.join(SETS)}.{hint}"
                 )
@@ -116,7 +117,9 @@ def teacher_sets(sets: TeacherSets | None, pool: Sequence[str]) -> dict[str, lis
             named = [("+".join(item), item)]
         for name, members in named:
             if not members or len(set(members)) < len(members):
-                raise ConfigError(f"{members} is no set of teachers: it is empty, or names one twice.")
+                raise ConfigError(
+                    f"{members} is not a set of teachers: it is empty, or has a teacher twice. Correct it."
+                )
             found.setdefault(frozenset(members), (name, members))
     return dict(found.values())
 
@@ -150,7 +153,7 @@ def _name(members: list[str], pool: Sequence[str]) -> str:
 def _combine(row: Row, options: Options) -> Row:
     twice = row.options.keys() & options.keys()
     if twice:
-        raise ConfigError(f"Row {row.name!r} and the product both set {sorted(twice)[0]}. Leave it to one of them.")
+        raise ConfigError(f"Row {row.name!r} and the product both set {sorted(twice)[0]}. Let one of them set it.")
     values = ",".join(f"{name.rsplit('.', 1)[-1]}={_text(value)}" for name, value in options.items())
     return Row(f"{row.name},{values}" if row.name else values, {**row.options, **options})
 
@@ -162,42 +165,42 @@ def _text(value: Any) -> str:
 def _check(row: Row) -> None:
     if not _NAME.fullmatch(row.name):
         raise ConfigError(
-            f"A row cannot be called {row.name!r}: the name is that of a folder too. Use letters, digits, blanks and "
-            "any of + - _ . = , and name rows yourself, under 'rows', where values are no names."
+            f"A row cannot be called {row.name!r}, since a folder is called the same. Use letters, digits, blanks and "
+            "any of + - _ . = , and name rows yourself, under 'rows', where values cannot serve as names."
         )
     if not isinstance(row.options, Mapping):
-        raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must be options of 'theia fit' with their values.")
+        raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must map options of 'theia fit' to their values.")
     if row.name.casefold() in _TAKEN:
-        raise ConfigError(f"A row cannot be called {row.name!r}: the sweep has a file of that name. Rename it.")
+        raise ConfigError(f"A row cannot be called {row.name!r}: the sweep has a file of that name. Rename the row.")
     refuse_reserved(row.options, f"Row {row.name!r}")
 
 
 def refuse_idle(names: Iterable[str], rows: Sequence[Row]) -> None:
-    """An option for all rows that every row sets itself would be said in vain.
+    """Refuses options for all rows that have no effect, since every row sets them itself.
 
     Args:
-        names: Dotted options for all rows.
-        rows: Of the grid.
+        names: Dotted names of the options for all rows.
+        rows: Rows of the grid.
 
     Raises:
-        ConfigError: Names the first.
+        ConfigError: Names the first such option.
     """
     for name in names:
         if all(name in flat(row.options) for row in rows):
             raise ConfigError(
-                f"Every row of the sweep sets {name} itself, so that for all rows it has no use. Leave it out."
+                f"Every row of the sweep sets {name} itself, so setting it for all rows has no effect. Leave it out."
             )
 
 
 def refuse_reserved(names: Iterable[str], who: str) -> None:
-    """Options that are the sweep's own cannot be set for a row, nor for all of them.
+    """Refuses options that the sweep itself sets.
 
     Args:
-        names: Dotted options.
-        who: Sets them, for the message.
+        names: Dotted names of options.
+        who: What sets them, as the message says: a row, or the sweep as a whole.
 
     Raises:
-        ConfigError: Names the first.
+        ConfigError: Names the first such option.
     """
     reserved = [name for name in names if name in RESERVED]
     if reserved:

@@ -1,4 +1,4 @@
-"""Launchers: the same jobs as processes of this machine, or as an array of SLURM jobs."""
+"""Jobs, one for each run, and two ways to launch them: as processes on this machine, or as an array of SLURM jobs."""
 
 import importlib.util
 import logging
@@ -17,8 +17,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-import torch
-
 from theia.ablation.run import CHECKPOINT, Run, lock
 from theia.errors import ConfigError
 from theia.scoring.contract import scorer_names
@@ -27,19 +25,49 @@ from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+Launcher = Literal["local", "slurm"]
+Watch = Callable[[], None]
+
 # How long a training may take to write its checkpoint when it is asked to stop.
 _GRACE_S = 60.0
+_POLL_S = 1.0
 _POLL_OF_PROCESSES_S = 0.5
+# How often SLURM may run out of time on a job: each time, its training resumes from a checkpoint.
+_TIMEOUTS = 1000
+# SLURM's accounting hears of a job some time after its submission.
+_UNKNOWN_S = 300.0
+
+
+def check_launcher(launcher: Launcher, jobs: int) -> None:
+    """Checks before anything starts whether it can be started.
+
+    Args:
+        launcher: Where to run.
+        jobs: Number of runs at a time.
+
+    Raises:
+        ConfigError: If SLURM or submitit is missing here, or the number of jobs is out of range.
+    """
+    check_number("jobs", jobs, 1, MOST_PROCESSES)
+    if launcher != "slurm":
+        return
+    if importlib.util.find_spec("submitit") is None:
+        raise ConfigError("The launcher 'slurm' needs submitit. Install it: pip install 'theia[slurm]'.")
+    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+        raise ConfigError(
+            "There is no SLURM here: srun and sbatch are not found. Start the sweep on a login node of the cluster, or "
+            "give --launcher local."
+        )
 
 
 @dataclass(eq=False)
 class Job:
-    """One run, from where it is to its scores. Can be carried out again at any time, on any machine.
+    """What is left to do for one run. A job can be repeated at any time, on any machine that sees the folder.
 
     Attributes:
-        run: What to train and test.
-        environment: Variables beside those of the process.
-        program: How to start ``theia``.
+        run: The run to train and test.
+        environment: Environment variables to add to those of this process.
+        program: The command that starts ``theia``.
     """
 
     run: Run
@@ -52,21 +80,21 @@ class Job:
         self._kill_at = float("inf")
 
     def __call__(self) -> int:
-        """Does what is left to do.
+        """Trains and tests, as far as that is left to do.
 
         Returns:
-            Exit status of the first command that failed; 0 if all is done.
+            Exit status of the first command that failed; 0 if none did.
         """
         while not self._stop.is_set():
             with lock(self.run.lock) as held:
                 if held is not None:
                     return self._work(held)
-            # A sweep that was killed left its training behind, which holds the lock until it has come to its end.
+            # The training of a sweep that was killed may still run; it holds the lock until it ends.
             time.sleep(_POLL_OF_PROCESSES_S)
         return 128 + signal.SIGTERM
 
     def stop(self) -> None:
-        """Asks the command that is running to write its checkpoint and end, and starts no other."""
+        """Asks the running command to write its checkpoint and end, and starts no other."""
         self._stop.set()
         child = self._child
         if child is not None and child.poll() is None:
@@ -74,7 +102,7 @@ class Job:
             self._kill_at = time.monotonic() + _GRACE_S
 
     def checkpoint(self) -> Any:
-        """What submitit does when a job is preempted or out of time: stop, and put it into the queue again."""
+        """Stops, and returns what submitit puts into the queue again; it calls this on preemption and on timeout."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
@@ -83,14 +111,14 @@ class Job:
         return DelayedSubmission(Job(self.run, self.environment, self.program))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For other machines: made anew there, as an event and a process are of this one."""
+        """Pickles a job without its event and process, which belong to this machine."""
         return type(self), (self.run, self.environment, self.program)
 
     def commands(self) -> list[list[str]]:
-        """Arguments of ``theia``, one list per command."""
+        """Arguments of ``theia`` for the training and for the test."""
         options = ["--config", str(self.run.config_file), "--ckpt_path"]
         test = ["test", *options, CHECKPOINT, "--compare_untrained", "false"]
-        # A test writes its report anew: what was scored before must be scored again.
+        # A test replaces its report, so that all scorers of the earlier one have to run again.
         report = self.run.report or {"scorers": []}
         earlier = [name for name in report["scorers"] if name in scorer_names()]
         scorers = dict.fromkeys([*self.run.scorers, *earlier])
@@ -124,15 +152,15 @@ class Job:
                 stderr=subprocess.STDOUT,
                 env={**_environment(), **self.environment},
                 pass_fds=[held],
-                # Ctrl-C reaches this process alone, which then ends its children one after the other.
+                # Ctrl-C must reach this process alone, which then stops its children.
                 start_new_session=True,
             )
-        if self._stop.is_set():  # set while the child was being started
+        if self._stop.is_set():  # it was set while the child started
             self.stop()
         return self._wait(self._child)
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:
-        # Not child.wait(): it holds a lock, and a signal may bring a second wait into the very same thread.
+        # Not child.wait(): it holds a lock, for which a signal handler in the same thread would wait forever.
         while (code := child.poll()) is None:
             if time.monotonic() > self._kill_at:
                 child.kill()
@@ -141,45 +169,21 @@ class Job:
 
 
 def _environment() -> dict[str, str]:
-    """Without SLURM's variables: Lightning would take the job for one that SLURM starts once for each device."""
+    """This process's environment without SLURM's variables, which would have Lightning expect one task per device."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
 
 
-Launcher = Literal["local", "slurm"]
 Ended = Callable[[Job, int], None]  # a job and its exit status
-Watch = Callable[[], None]
-
-_POLL_S = 1.0
-_TIMEOUTS = 1000
-_UNKNOWN_S = 300.0
-
-
-def check_launcher(launcher: Launcher, jobs: int) -> None:
-    """Says before anything starts what could not be started.
-
-    Raises:
-        ConfigError: If there is no SLURM or no submitit here, or the number of jobs is none.
-    """
-    check_number("jobs", jobs, 1, MOST_PROCESSES)
-    if launcher != "slurm":
-        return
-    if importlib.util.find_spec("submitit") is None:
-        raise ConfigError("The launcher 'slurm' needs submitit. Install it: pip install 'theia[slurm]'.")
-    if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise ConfigError(
-            "There is no SLURM here: srun and sbatch are not found. Start the sweep on a login node of the cluster, or "
-            "take --launcher local."
-        )
 
 
 def run_locally(jobs: Sequence[Job], parallel: int, watch: Watch, ended: Ended) -> None:
-    """Carries out jobs on this machine, so many at a time; Ctrl-C ends those that are running.
+    """Carries out jobs on this machine; Ctrl-C stops those that are running.
 
     Args:
-        jobs: What to do.
-        parallel: How many at a time. They share the GPUs and cores evenly.
+        jobs: Jobs to carry out.
+        parallel: Number of jobs at a time. They share the GPUs and cores evenly.
         watch: Called about every second.
-        ended: Called for each job that came to an end.
+        ended: Called for each job that has ended.
     """
     slots: SimpleQueue[Mapping[str, str]] = SimpleQueue()
     for share in _shares(parallel):
@@ -219,23 +223,22 @@ def run_on_slurm(
 ) -> None:
     """Submits jobs as one array and follows it; Ctrl-C cancels it.
 
-    A job that is preempted or out of time writes its checkpoint and goes into the queue again, as submitit does it.
+    submitit puts a job that is preempted or out of time into the queue again, after it has written its checkpoint.
 
     Args:
-        jobs: What to do.
-        parallel: How many of the array may run at a time.
+        jobs: Jobs to carry out.
+        parallel: Number of jobs of the array that may run at a time.
         watch: Called about every second.
-        ended: Called for each job that came to an end.
-        folder: For submitit's files.
-        options: Of ``submitit.AutoExecutor.update_parameters``: partition, time, GPUs.
-        cluster: Of submitit: ``"debug"`` and ``"local"`` need no SLURM.
+        ended: Called for each job that has ended.
+        folder: Folder for submitit's files.
+        options: Options of ``submitit.AutoExecutor.update_parameters``, such as partition, time and GPUs.
+        cluster: Kind of submitit's executor; ``"debug"`` and ``"local"`` need no SLURM.
 
     Raises:
-        ConfigError: If submitit knows no such option.
+        ConfigError: If submitit refuses the options.
     """
     import submitit
 
-    # As often as need be: every time the training goes on from its checkpoint.
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=_TIMEOUTS)
     try:
         executor.update_parameters(name="theia-ablate", slurm_array_parallelism=parallel, **options)
@@ -266,24 +269,24 @@ def run_on_slurm(
 
 
 def _be_patient() -> None:
-    """Further signals would only interrupt the cleaning up."""
+    """Ignores further signals, which would only interrupt the cleaning up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _submitted(job: Job) -> Path:
+    """A file with the id of the SLURM job that was submitted for a run."""
     return job.run.folder / "slurm_job"
 
 
 def _still_queued(job: Job, folder: Path) -> Any:
-    """The job that a sweep which is no more has submitted for the same run."""
+    """Handle of the SLURM job that an earlier sweep submitted for the same run, if it has not ended."""
     import submitit
 
     if not _submitted(job).exists():
         return None
     handle: Any = submitit.SlurmJob(folder, _submitted(job).read_text())
     queued = {"PENDING", "RUNNING", "REQUEUED", "COMPLETING", "SUSPENDED", "RESIZING"}
-    # The accounting hears of a job some time after its submission.
     if time.time() - _submitted(job).stat().st_mtime < _UNKNOWN_S:
         queued.add("UNKNOWN")
     return handle if handle.state in queued else None
@@ -293,7 +296,7 @@ def _status(handle: Any, job: Job) -> int:
     try:
         return int(handle.result())
     except Exception as error:
-        # A node that failed, a limit, an import: whatever it was must stand in the log of the run.
+        # Whatever it was, a failed node, a limit or an import, belongs in the log of the run.
         with job.run.log.open("a") as log:
             log.write(f"{type(error).__name__}: {error}\n")
         return 1
@@ -309,7 +312,9 @@ def _follow(futures: Mapping[Future[int], Job], watch: Watch, ended: Ended) -> N
 
 
 def _shares(parallel: int) -> list[dict[str, str]]:
-    """Environment of each of so many jobs at a time: its part of the GPUs and cores."""
+    """Environment variables for each of several jobs at a time: its share of the GPUs and cores."""
+    import torch  # takes seconds, and only this needs it
+
     if parallel == 1:
         return [{}]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""The files of a report: a page to read, a picture, a table for spreadsheets, and everything as JSON."""
+"""The report of a sweep: a page to read, a picture, a table for spreadsheets, and everything as JSON."""
 
 import csv
 import io
@@ -15,96 +15,35 @@ from theia.ablation.figure import draw
 from theia.ablation.summary import ENTROPY, RowSummary, Summary
 from theia.utils.estimates import Correlation, Estimate
 from theia.utils.files import write_whole
-
-
-def write_report(folder: Path, summary: Summary, statement: Mapping[str, Any]) -> list[Path]:
-    """Writes ``report.md``, ``report.csv``, ``report.png`` and ``report.json``, each whole or not at all.
-
-    Args:
-        folder: Of the sweep; made if need be.
-        summary: What the runs gave.
-        statement: What was run, as plain values. ``store`` (``manifest_sha256`` and, by name, ``teachers`` with
-            ``weights``, ``revision`` and ``licence``), ``versions``, and the lists ``caveats``, ``failed``,
-            ``unfinished`` and ``lost`` are shown each in a way of its own; whatever else there is, by its name.
-
-    Returns:
-        The files, the page first.
-
-    Raises:
-        FileError: If one cannot be written, for instance on a full disk; those before it are there.
-    """
-    picture = io.BytesIO()
-    draw(summary).savefig(picture, format="png", metadata={"Software": None})  # the same scores, the same bytes
-    contents = {
-        "report.md": page(summary, statement).encode(),
-        "report.csv": _csv(summary).encode(),
-        PICTURE: picture.getvalue(),
-        "report.json": _json(summary, statement).encode(),
-    }
-    for name, content in contents.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _csv(summary: Summary) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ends = ("mean", "low", "high")
-    writer.writerow(["row", "teachers", "seeds", *(f"{name} {end}" for name in summary.columns for end in ends)])
-    for row in summary.rows:
-        found = [row.columns.get(name) for name in summary.columns]
-        figures = [getattr(one, end) if one else None for one in found for end in ends]
-        writer.writerow([row.name, "+".join(row.teachers), " ".join(map(str, row.seeds)), *figures])
-    return text.getvalue()
-
-
-def _json(summary: Summary, statement: Mapping[str, Any]) -> str:
-    content = asdict(summary)
-    runs = content.pop("scored")
-    for row, found in zip(content["rows"], summary.rows, strict=True):
-        # Names of JSON are strings, and a value of the whole row has no seed.
-        row["values"] = [{"seed": seed, "value": value} for seed, value in found.values.items()]
-        row["transfer"] = dict(zip(summary.readable, summary.transfer(found), strict=True))
-    plain = _plain(
-        {**content, "higher_is_better": summary.higher_is_better(summary.sort_by), "runs": runs, "statement": statement}
-    )
-    return json.dumps(plain, indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Without what JSON has no name for: figures that are not finite, tuples, paths."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
-
+from theia.utils.json import jsonable
 
 PICTURE = "report.png"
 _ABSENT = "–"
 _LACKING = ("failed", "unfinished", "lost")
 
-# Beside the score, as far as there are any; a wider table is hard to read. All others follow in a second one.
+# The main table has these beside the score; a wider one is hard to read. All other scores are in a second table.
 _HEADLINES = (
     "readout/explained_variance",
     "classification/linear_probe_accuracy",
     "classification/knn_accuracy",
 )
 
-_AID = """Each row is a student that was distilled from other teachers or with other options, each seed one training.
-`{score}` ranks the rows ({direction}; {chosen}). The figure after ± is half of the 95 % interval of the
-mean over seeds (Student's t): the spread of trainings, not that of images or tasks.
+_AID = """Each row is a set of teachers and options; each seed is one student that was trained with them.
+`{score}` ranks the rows ({direction}; {chosen}). The figure after ± is half of the 95 % confidence interval of the
+mean over seeds (Student's t). It reflects the spread of trainings, not that of images or tasks.
+"""
+
+_TRANSFER = """How well a linear map reads each teacher's features out of the frozen student: explained variance on
+held-out images, mean over seeds. Bold means that the student was distilled from that teacher.
 """
 
 
 def main_table(summary: Summary, style: str = "simple") -> str:
-    """Ranks, scores, differences to the reference and the most telling other scores.
+    """Table of ranks, scores, differences from the reference and the most telling other scores.
 
     Args:
-        summary: What the runs gave.
-        style: Name of a format of tabulate: ``"simple"`` for a terminal, ``"github"`` for Markdown.
+        summary: What the report shows.
+        style: Table format of tabulate: ``"simple"`` for a terminal, ``"github"`` for Markdown.
     """
     others = [name for name in _headlines(summary) if name != summary.sort_by]
     headers = [
@@ -130,11 +69,11 @@ def main_table(summary: Summary, style: str = "simple") -> str:
     return _table(rows, [*headers, *others], style)
 
 
-def page(summary: Summary, statement: Mapping[str, Any]) -> str:
-    """The report in Markdown; arguments as in :func:`theia.ablation.report.write_report`."""
+def page(summary: Summary, provenance: Mapping[str, Any]) -> str:
+    """The report in Markdown; for the arguments see :func:`write_report`."""
     direction = "higher is better" if summary.higher_is_better(summary.sort_by) else "lower is better"
     aid = _AID.format(score=summary.sort_by, direction=direction, chosen=summary.chosen)
-    parts = ["# Sweep\n", _random(statement), aid, main_table(summary, "github"), *_notes(summary, statement)]
+    parts = ["# Sweep\n", _random(provenance), aid, main_table(summary, "github"), *_notes(summary, provenance)]
     parts.append(f"![Scores, transfer and norm entropy]({PICTURE})\n")
     if summary.readable:
         parts += ["## Transfer\n", _TRANSFER, _transfer(summary)]
@@ -143,37 +82,41 @@ def page(summary: Summary, statement: Mapping[str, Any]) -> str:
     others = _others(summary)
     if others:
         rows = [[row.name, *(_estimate(row.columns.get(name)) for name in others)] for row in summary.rows]
-        parts += ["## Other scores\n", _table(rows, ["row", *others], "github"), "Figures per teacher: `report.csv`.\n"]
-    return "\n".join(part for part in [*parts, "## What was run\n", *_what_was_run(statement)] if part)
+        parts += [
+            "## Other scores\n",
+            _table(rows, ["row", *others], "github"),
+            "Scores for each teacher are in `report.csv`.\n",
+        ]
+    return "\n".join(part for part in [*parts, "## What was run\n", *_what_was_run(provenance)] if part)
 
 
-def _random(statement: Mapping[str, Any]) -> str:
-    names = [name for name, teacher in _teachers(statement).items() if teacher.get("weights") == "random"]
+def _random(provenance: Mapping[str, Any]) -> str:
+    names = [name for name, teacher in _teachers(provenance).items() if teacher.get("weights") == "random"]
     if not names:
         return ""
     return (
         f"**Teachers with random weights: {', '.join(names)}. They carry no knowledge, so the figures below only "
-        "show that the sweep works, not which teachers are good ones.**\n"
+        "show that the sweep works, not which teachers are good.**\n"
     )
 
 
-def _notes(summary: Summary, statement: Mapping[str, Any]) -> list[str]:
+def _notes(summary: Summary, provenance: Mapping[str, Any]) -> list[str]:
     notes = []
     if summary.reference is not None:
-        holm = "; Holm's correction is for the number of these tests" if _corrected(summary) else ""
+        holm = "; Holm's correction allows for the number of these tests" if _corrected(summary) else ""
         notes.append(
-            f"Differences are to `{summary.reference}`, over the seeds that both have; p is that of a paired t test, "
-            f"and missing where there is one such seed or all differences are equal{holm}."
+            f"Differences are from `{summary.reference}`, over the seeds that both rows have; p is that of a paired t "
+            f"test, and missing with only one such seed or where all differences are equal{holm}."
         )
-    elif statement.get("reference"):
-        notes.append(f"No run of the reference `{statement['reference']}` is finished, so nothing is compared with it.")
+    elif provenance.get("reference"):
+        notes.append(f"No run of the reference `{provenance['reference']}` is finished, so no row is compared with it.")
     if not any(len(row.values) > 1 or None in row.values for row in summary.rows):
         notes.append(
-            "**With one value per row no intervals can be given, and a difference may be chance.** Train further seeds "
-            "into the same folder: `--seeds 0,1,2`; finished runs are kept."
+            "**One value per row gives no confidence intervals, so a difference may be chance.** Train more seeds into "
+            "the same folder, with `--seeds 0,1,2`; finished runs are kept."
         )
     if not all(row.values for row in summary.rows):
-        notes.append(f"Rows without a rank have no `{summary.sort_by}`.")
+        notes.append(f"Rows without a rank lack the score `{summary.sort_by}`.")
     if (
         summary.sort_by.startswith("test/")
         and summary.sort_by != ENTROPY
@@ -187,16 +130,11 @@ def _notes(summary: Summary, statement: Mapping[str, Any]) -> list[str]:
            if not math.isfinite(value)]  # fmt: skip
     if odd:
         notes.append(f"Not finite, and left out: {'; '.join(odd)}.")
-    notes += statement.get("caveats", [])
+    notes += provenance.get("caveats", [])
     for key in _LACKING:
-        if statement.get(key):
-            notes.append(f"Not in here, since {key}: {'; '.join(map(str, statement[key]))}.")
+        if provenance.get(key):
+            notes.append(f"Not in this report, since {key}: {'; '.join(map(str, provenance[key]))}.")
     return [f"{note}\n" for note in notes]
-
-
-_TRANSFER = """How well each teacher can be read out of the frozen student by a linear map: explained variance on
-held-out images, mean over seeds. Bold: the student was distilled from that teacher.
-"""
 
 
 def _transfer(summary: Summary) -> str:
@@ -209,24 +147,24 @@ def _transfer(summary: Summary) -> str:
 
 
 def _correlation(found: Correlation | None, score: str, direction: str) -> str:
-    over = f"Norm entropy of patch tokens with `{score}` ({direction}), over means of rows: "
+    over = f"Correlation of the norm entropy of patch tokens with `{score}` ({direction}), over means of rows: "
     if found is None:
-        return over + "no correlation can be given; it needs three rows whose values are not all the same.\n"
+        return over + "undefined; it takes three rows whose values are not all the same.\n"
     interval = "no interval with fewer than four rows"
     if found.low is not None and found.high is not None:
         interval = f"95 % interval {found.low:.2f} to {found.high:.2f}"
     return f"{over}Pearson's r = {found.r:.2f} ({interval}; {found.n} rows).\n"
 
 
-def _what_was_run(statement: Mapping[str, Any]) -> list[str]:
-    shown = [(name, value) for name, value in statement.items() if name not in ("store", "caveats", *_LACKING)]
+def _what_was_run(provenance: Mapping[str, Any]) -> list[str]:
+    shown = [(name, value) for name, value in provenance.items() if name not in ("store", "caveats", *_LACKING)]
     facts = [(name.replace("_", " "), _list(value)) for name, value in shown if value not in (None, "", [], {})]
-    digest = (statement.get("store") or {}).get("manifest_sha256")
-    facts += [("store, manifest's sha256", str(digest))] if digest else []
-    facts += [(key, str(len(statement[key]))) for key in _LACKING if key in statement]
+    digest = (provenance.get("store") or {}).get("manifest_sha256")
+    facts += [("sha256 of the store's manifest", str(digest))] if digest else []
+    facts += [(key, str(len(provenance[key]))) for key in _LACKING if key in provenance]
     teachers = [
         [name, *(_list(teacher.get(key) or _ABSENT) for key in ("weights", "revision", "licence"))]
-        for name, teacher in _teachers(statement).items()
+        for name, teacher in _teachers(provenance).items()
     ]
     return [
         _table(facts, ["", ""], "github") if facts else "Nothing was recorded.\n",
@@ -234,8 +172,8 @@ def _what_was_run(statement: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _teachers(statement: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    teachers: Mapping[str, Mapping[str, Any]] = (statement.get("store") or {}).get("teachers") or {}
+def _teachers(provenance: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    teachers: Mapping[str, Mapping[str, Any]] = (provenance.get("store") or {}).get("teachers") or {}
     return teachers
 
 
@@ -245,7 +183,7 @@ def _headlines(summary: Summary) -> list[str]:
 
 
 def _others(summary: Summary) -> list[str]:
-    """Names of scores that are no teacher's and stand in no other table."""
+    """Names of scores that belong to no teacher and are in no other table."""
     shown = {*_headlines(summary), summary.sort_by, ENTROPY}
     return [name for name in summary.columns if name.count("/") < 2 and name not in shown]
 
@@ -275,7 +213,7 @@ def _estimate(found: Estimate | None, sign: str = "") -> str:
 
 
 def _digits(size: float) -> str:
-    """How to write figures of a size: as many decimals as can be read, and never a small one as 0."""
+    """Format of figures of a size: no more decimals than can be read, and never a small one as 0."""
     return ",.0f" if size >= 1000 else ".1e" if 0 < size < 0.0005 else ".3f"
 
 
@@ -286,6 +224,66 @@ def _list(value: Any) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], headers: Sequence[str], style: str) -> str:
-    # A bar inside a cell would end it.
+    # A vertical bar inside a cell would end the cell.
     cells = [[cell.replace("|", "\\|") if style == "github" else cell for cell in row] for row in rows]
     return str(tabulate(cells, headers, tablefmt=style, disable_numparse=True)) + "\n"
+
+
+def write_report(folder: Path, summary: Summary, provenance: Mapping[str, Any]) -> list[Path]:
+    """Writes ``report.md``, ``report.csv``, ``report.png`` and ``report.json``, each whole or not at all.
+
+    Args:
+        folder: Folder of the sweep, made if need be.
+        summary: What the report shows.
+        provenance: Where the figures come from, as plain values. These have their own place in the report: ``store``
+            (``manifest_sha256`` and, by name, ``teachers`` with ``weights``, ``revision`` and ``licence``),
+            ``versions``, and the lists ``caveats``, ``failed``, ``unfinished`` and ``lost``. Anything else is listed
+            by its name.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        FileError: If one cannot be written, for instance on a full disk; those before it are written.
+    """
+    picture = io.BytesIO()
+    draw(summary).savefig(picture, format="png", metadata={"Software": None})  # the same scores, the same bytes
+    contents = {
+        "report.md": page(summary, provenance).encode(),
+        "report.csv": _csv(summary).encode(),
+        PICTURE: picture.getvalue(),
+        "report.json": _json(summary, provenance).encode(),
+    }
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _csv(summary: Summary) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ends = ("mean", "low", "high")
+    writer.writerow(["row", "teachers", "seeds", *(f"{name} {end}" for name in summary.columns for end in ends)])
+    for row in summary.rows:
+        found = [row.columns.get(name) for name in summary.columns]
+        figures = [getattr(one, end) if one else None for one in found for end in ends]
+        writer.writerow([row.name, "+".join(row.teachers), " ".join(map(str, row.seeds)), *figures])
+    return text.getvalue()
+
+
+def _json(summary: Summary, provenance: Mapping[str, Any]) -> str:
+    content = asdict(summary)
+    runs = content.pop("scored")
+    for row, found in zip(content["rows"], summary.rows, strict=True):
+        # Names of JSON are strings, and a value of the whole row has no seed.
+        row["values"] = [{"seed": seed, "value": value} for seed, value in found.values.items()]
+        row["transfer"] = dict(zip(summary.readable, summary.transfer(found), strict=True))
+    plain = jsonable(
+        {
+            **content,
+            "higher_is_better": summary.higher_is_better(summary.sort_by),
+            "runs": runs,
+            "provenance": provenance,
+        }
+    )
+    return json.dumps(plain, indent=1, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""One run of a sweep: its folder, how far it is, and what is left of it to do."""
+"""One run of a sweep in its folder: how far it is and what is left to do; and the record of all runs of a sweep."""
 
 import csv
 import fcntl
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -19,12 +19,13 @@ from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-State = Literal["waiting", "running", "finished", "failed"]
+# The checkpoint that is scored: choosing one by held-out images would spoil what is compared on them.
+CHECKPOINT = "last"
 
-CHECKPOINT = "last"  # no choice by held-out figures, which are what is compared
+_RECORD = "sweep.json"
 _TAIL_BYTES = 1 << 16
 
-# Options that do not change what is trained: where, how often it is written down, and how the data are read.
+# Options that do not change what is trained, only where it goes, how often it is logged, and how data are read.
 _HARMLESS = frozenset({
     "run_folder", "ckpt_path", "checkpoint_every", "compare_untrained", "scorers", "scorer_images", "data.workers",
     "data.val_batch_size", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary",
@@ -34,17 +35,17 @@ _HARMLESS = frozenset({
 
 @dataclass(frozen=True)
 class Run:
-    """A row with a seed.
+    """One training and its test: a row with one seed.
 
     Attributes:
         row: Name of the row.
-        seed: Of the training.
+        seed: Seed of the training.
         folder: Run folder.
         options: Dotted options in which the row differs from the base config.
         config: All options of ``theia fit``, resolved.
         steps: Optimisation steps of the whole training.
-        scorers: What is to be scored beside the translators.
-        store_sha256: Of the store's manifest: scores of another state of the store are not to be compared.
+        scorers: Names of the scorers to run beyond the student's own translators.
+        store_sha256: Digest of the store's manifest; scores on another state of the store are not comparable.
     """
 
     row: str
@@ -58,12 +59,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Row and seed, as messages name the run."""
         return f"{self.row}, seed {self.seed}"
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Distilled from."""
+        """Names of the teachers that the student is distilled from."""
         return tuple(self.config["data"]["teachers"])
 
     @property
@@ -73,12 +74,12 @@ class Run:
 
     @property
     def config_file(self) -> Path:
-        """What ``theia fit`` and ``theia test`` are given."""
+        """The config for ``theia fit`` and ``theia test``."""
         return self.folder / "fit.yaml"
 
     @property
     def log(self) -> Path:
-        """What both said."""
+        """The output of both commands."""
         return self.folder / "log.txt"
 
     @property
@@ -88,31 +89,25 @@ class Run:
 
     @property
     def trained(self) -> Path:
-        """A mark that training came to its end."""
+        """An empty file that says that training is complete."""
         return self.folder / "trained"
 
     @property
+    def lock(self) -> Path:
+        """A file that whoever works on the run holds with :func:`lock`."""
+        return self.folder / ".lock"
+
+    @property
     def running(self) -> bool:
-        """Whether a process is at work on it, here or on another machine that shares the folder."""
+        """Whether a process works on the run, on this machine or on another that shares the folder."""
         if not self.lock.exists():
             return False
         with lock(self.lock) as held:
             return held is None
 
     @property
-    def lock(self) -> Path:
-        """Held by whoever works on it."""
-        return self.folder / ".lock"
-
-    @property
-    def finished(self) -> bool:
-        """Whether all scores are there."""
-        report = self.report
-        return report is not None and set(self.scorers) <= set(report["scorers"])
-
-    @property
     def report(self) -> dict[str, Any] | None:
-        """What ``theia test`` wrote, if it is of the store as it is; it may lack the scores of a scorer."""
+        """What ``theia test`` wrote, if the store is still the same; scores of some scorers may be missing."""
         try:
             report = json.loads((self.folder / f"test_{CHECKPOINT}.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -120,22 +115,37 @@ class Run:
         whole = isinstance(report, dict) and {"after", "scores", "scorers", "store"} <= report.keys()
         return report if whole and report["store"]["manifest_sha256"] == self.store_sha256 else None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its scores."""
+        report = self.report
+        return report is not None and set(self.scorers) <= set(report["scorers"])
+
     def prepare(self) -> None:
         """Writes the config."""
         write_whole(self.config_file, yaml.safe_dump(dict(self.config), sort_keys=False))
 
     def progress(self) -> tuple[int, float | None]:
-        """Optimisation steps so far and the last training loss that was logged."""
+        """Optimisation steps so far, and the training loss that was logged last."""
         if self.trained.exists():
             return self.steps, None
         step, loss = 0, None
         for row in _rows(self.folder / "metrics.csv", _TAIL_BYTES):
-            step = max(step, int(_number(row, "step") or 0) + 1)
-            loss = _number(row, "train/loss") or loss
+            step = max(step, int(_cell(row, "step") or 0) + 1)
+            loss = _cell(row, "train/loss") or loss
         return min(step, self.steps), loss
 
+    def speed(self) -> dict[str, float]:
+        """Median of the logged images per second, and hours of all devices together for the whole training."""
+        rates = [rate for row in _rows(self.folder / "metrics.csv") if (rate := _cell(row, "train/images_per_s"))]
+        if not rates:
+            return {}
+        rate = sorted(rates)[len(rates) // 2]
+        processes = self.environment().get("processes", 1)
+        return {"images_per_s": rate, "device_hours": processes * self.steps * self.batch / rate / 3600}
+
     def environment(self) -> dict[str, Any]:
-        """What the training ran with; empty if that is lost."""
+        """Versions and hardware of the training; empty if the file is lost."""
         try:
             found = json.loads((self.folder / "environment.json").read_text())
         except (OSError, ValueError):
@@ -148,34 +158,25 @@ class Run:
             return ""
         return "\n".join(_tail(self.log, _TAIL_BYTES)[-count:])
 
-    def speed(self) -> dict[str, float]:
-        """Images per second, the median of what was logged, and hours of the devices together for the whole run."""
-        rates = [rate for row in _rows(self.folder / "metrics.csv") if (rate := _number(row, "train/images_per_s"))]
-        if not rates:
-            return {}
-        rate = sorted(rates)[len(rates) // 2]
-        processes = self.environment().get("processes", 1)
-        return {"images_per_s": rate, "device_hours": processes * self.steps * self.batch / rate / 3600}
-
     def check(self) -> None:
-        """Sees that the folder is of this very run, if it is there.
+        """Checks that what was trained in the folder, if anything, is this run.
 
         Raises:
-            ConfigError: If it holds a run with other options.
+            ConfigError: If it was trained with other options, or with options that cannot be read.
         """
         if not (self.folder / "checkpoints").exists() and not self.trained.exists():
-            return  # nothing was trained
-        # A training by hand has only what 'theia fit' wrote.
+            return
+        # A folder trained by hand has only what 'theia fit' writes.
         path = self.config_file if self.config_file.exists() else self.folder / "config.yaml"
         try:
             content = yaml.safe_load(path.read_text()) or {}
             there, here = _comparable(content), _comparable(self.config)
         except (OSError, AttributeError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"{path} cannot be read ({type(error).__name__}), so nobody knows what was trained there. Remove that "
-                f"folder, or restore the file."
+                f"{path} cannot be read ({type(error).__name__}), so it is unknown what was trained there. Remove that "
+                "folder, or restore the file."
             ) from error
-        # What an earlier version did not know had its default.
+        # An option that the earlier version did not have had its default.
         different = [name for name in here if name in there and there[name] != here[name]]
         if different:
             lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
@@ -185,14 +186,30 @@ class Run:
             )
 
 
+def check_runs(runs: Sequence[Run]) -> None:
+    """Checks that what was trained in the folders of runs is these runs.
+
+    Raises:
+        ConfigError: Lists all folders for which it is not.
+    """
+    problems = []
+    for run in runs:
+        try:
+            run.check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that make a training what it is, flat."""
+    """The options that make a training what it is, by dotted name."""
     found = {name: value for name, value in flat(config).items() if name not in _HARMLESS}
     return {**found, "data.store": str(Path(found["data.store"]).resolve())} if "data.store" in found else found
 
 
 def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, str]]:
-    """Rows of a CSV file, or those of its end: a long run's file is not read as a whole every second."""
+    """Rows of a CSV file, or only those at its end: the progress looks at the files of long runs every second."""
     if not path.exists():
         return []
     with path.open(newline="", errors="replace") as file:
@@ -209,129 +226,59 @@ def _tail(path: Path, count: int | None) -> list[str]:
         return file.read().decode(errors="replace").splitlines()
 
 
-def _number(row: Mapping[str, str], column: str) -> float | None:
+def _cell(row: Mapping[str, str], column: str) -> float | None:
+    """A number in a row of metrics; ``None`` for an empty cell, or one that was being written."""
     try:
         return float(row.get(column) or "")
     except ValueError:
         return None
 
 
-_FILE = "sweep.json"
-
-
 @dataclass(frozen=True)
 class Record:
-    """What was started in a folder, in one go or in several.
+    """What ``sweep.json`` says of a sweep, which may have been started several times.
 
     Attributes:
-        runs: Those whose folders are there.
-        lost: Names of those whose folders are gone or damaged.
-        planned: Seeds of each row of the grid, run or not.
-        statement: Where it comes from, as plain values.
+        runs: The runs whose folders are there.
+        lost: Names of the runs whose folders are gone or damaged.
+        planned: Seeds of each row of the grid, whether they were run or not.
+        provenance: Where the figures come from, as plain values: command line, base config, choices for the report,
+            and provenance of the stores.
     """
 
     runs: Sequence[Run] = ()
     lost: Sequence[str] = ()
     planned: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    statement: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def with_planned(self, rows: Sequence[str], seeds: Sequence[int]) -> dict[str, list[int]]:
-        """Seeds of each row, with those of further rows."""
+        """Seeds of each row, after further rows with their seeds are added."""
         added = {row: list(seeds) for row in rows}
         every = dict.fromkeys([*self.planned, *added])
         return {row: sorted({*self.planned.get(row, ()), *added.get(row, ())}) for row in every}
 
 
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keeps other sweeps out of a folder, which is made if need be.
-
-    Raises:
-        ConfigError: If one is at work there, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise ConfigError(f"Nothing can be written into {folder}: {error.strerror}. Choose another --out.") from error
-    with lock(folder / ".lock") as descriptor:
-        if descriptor is None:
-            raise ConfigError(f"Another sweep is at work in {folder}. Wait for it, or choose another --out.")
-        yield
-
-
 def earlier_record(folder: Path) -> Record:
-    """What is in a folder already; an empty record if there is nothing, or nothing that can be read."""
-    if not (folder / _FILE).exists():
+    """The record of a folder that is about to be used; empty if there is none, or none that can be read."""
+    if not (folder / _RECORD).exists():
         return Record()
     try:
         return read_record(folder)
     except ConfigError as error:
-        logger.warning("%s It is written anew, without rows that are not asked for now.", error)
+        logger.warning("%s It is written anew, with the rows of this sweep only.", error)
         return Record()
 
 
-def write_record(
-    folder: Path,
-    runs: Sequence[Run],
-    kept: Sequence[Run],
-    planned: Mapping[str, Sequence[int]],
-    statement: Mapping[str, Any],
-) -> None:
-    """Writes down what the sweep consists of, and the config of each run.
+def read_record(folder: Path) -> Record:
+    """Reads the record of a sweep.
 
     Args:
-        folder: Of the sweep.
-        runs: To do now.
-        kept: In the folder from before; those among ``runs`` are described anew.
-        planned: Seeds of each row of the grid.
-        statement: Where it comes from, as plain values.
+        folder: Folder of the sweep.
 
     Raises:
-        ConfigError: If a folder of a run holds one with other options.
-        FileError: If something cannot be written, for instance on a full disk.
+        ConfigError: If the folder is not that of a sweep, or the record is damaged.
     """
-    check_runs(runs)
-    asked = {(run.row, run.seed) for run in runs}
-    for run in runs:
-        run.prepare()
-    content = {
-        "statement": statement,
-        "planned": planned,
-        "runs": [
-            {
-                "row": run.row, "seed": run.seed, "folder": str(run.folder.relative_to(folder)),
-                "options": run.options, "steps": run.steps, "scorers": run.scorers, "store_sha256": run.store_sha256,
-            }
-            for run in [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
-        ],
-    }  # fmt: skip
-    write_whole(folder / _FILE, json.dumps(content, indent=2) + "\n")
-
-
-def check_runs(runs: Sequence[Run]) -> None:
-    """Sees that the folders of runs are theirs.
-
-    Raises:
-        ConfigError: Lists all that hold a run with other options.
-    """
-    problems = []
-    for run in runs:
-        try:
-            run.check()
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def read_record(folder: Path) -> Record:
-    """What a folder says of its sweep.
-
-    Raises:
-        ConfigError: If the folder holds none, or its description is damaged.
-    """
-    path = folder / _FILE
+    path = folder / _RECORD
     try:
         content = json.loads(path.read_text())
         runs, lost = [], []
@@ -345,7 +292,9 @@ def read_record(folder: Path) -> Record:
                 lost.append(f"{one['row']}, seed {one['seed']}")
             else:
                 runs.append(run)
-        return Record(runs, lost, planned, content["statement"])
+        # An earlier version called it a statement.
+        provenance = content["provenance"] if "provenance" in content else content["statement"]
+        return Record(runs, lost, planned, provenance)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{folder} is not the folder of a sweep: there is no {error.filename}. Give the --out of 'theia ablate'."
@@ -358,12 +307,12 @@ def _run(folder: Path, one: Mapping[str, Any]) -> Run | None:
     path = folder / one["folder"] / "fit.yaml"
     try:
         config = yaml.safe_load(path.read_text())
-        reason = "is no config" if not isinstance(config, dict) else ""
+        reason = "" if isinstance(config, dict) else "is not a config"
     except (OSError, ValueError, yaml.YAMLError) as error:
         config, reason = None, f"cannot be read ({type(error).__name__})"
     if reason:
         logger.warning(
-            "The run %s, seed %d is lost: %s %s. Start the sweep again to have it.", one["row"], one["seed"], path,
+            "The run %s, seed %d is lost: %s %s. Start the sweep again to repeat it.", one["row"], one["seed"], path,
             reason,
         )  # fmt: skip
         return None
@@ -373,22 +322,82 @@ def _run(folder: Path, one: Mapping[str, Any]) -> Run | None:
     )  # fmt: skip
 
 
-@contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[int | None]:
-    """Holds a file for one process, and for those of its children that are given the descriptor.
+def write_record(
+    folder: Path,
+    runs: Sequence[Run],
+    kept: Sequence[Run],
+    planned: Mapping[str, Sequence[int]],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes the record of a sweep, and the config of each run.
 
     Args:
-        path: Of the file, which stays.
-        wait: Until whoever holds it lets go.
+        folder: Folder of the sweep.
+        runs: Runs to do now.
+        kept: Runs that the folder had before; those that are among ``runs`` are replaced.
+        planned: Seeds of each row of the grid.
+        provenance: See :class:`Record`.
+
+    Raises:
+        ConfigError: If a run's folder holds a run with other options.
+        FileError: If something cannot be written, for instance on a full disk.
+    """
+    check_runs(runs)
+    asked = {(run.row, run.seed) for run in runs}
+    for run in runs:
+        run.prepare()
+    content = {
+        "provenance": provenance,
+        "planned": planned,
+        "runs": [
+            {
+                "row": run.row, "seed": run.seed, "folder": str(run.folder.relative_to(folder)),
+                "options": run.options, "steps": run.steps, "scorers": run.scorers, "store_sha256": run.store_sha256,
+            }
+            for run in [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
+        ],
+    }  # fmt: skip
+    write_whole(folder / _RECORD, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other sweeps out of a folder, which is made if need be.
+
+    Raises:
+        ConfigError: If another sweep works there, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Choose another --out.") from error
+    with lock(folder / ".lock") as descriptor:
+        if descriptor is None:
+            raise ConfigError(f"Another sweep works in {folder}. Wait for it, or choose another --out.")
+        yield
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[int | None]:
+    """Holds a lock file for this process, and for those of its children that inherit the descriptor.
+
+    A training inherits it, so that it keeps the lock when the sweep that started it is killed; filelock cannot do that.
+
+    Args:
+        path: The lock file, which stays.
 
     Yields:
-        The descriptor, or ``None`` if somebody else holds it.
+        The descriptor, or ``None`` if another process holds the lock.
+
+    Raises:
+        ConfigError: If the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
         except OSError as error:

@@ -1,4 +1,4 @@
-"""From the scores of finished runs to what a report shows: ranks, differences, transfer and entropy."""
+"""What a report shows, from the scores of finished runs and from elsewhere: ranks, differences, and caveats."""
 
 import csv
 import io
@@ -15,10 +15,10 @@ from theia.utils.estimates import Correlation, Difference, Estimate, correlation
 ENTROPY = "test/norm_entropy"
 TRANSFER = "readout/explained_variance/"
 
-# Of every other metric, more is better.
+# For every other metric, more is better.
 _LOWER_IS_BETTER = ("loss", "mse", "smooth_l1", "device_hours")
 
-# Of the same teachers or images in every row, the broadest first. The loss is each row's own.
+# The first three use the same teachers or images in every row, the broadest first. The loss is each row's own.
 _DEFAULTS = (
     "readout/explained_variance",
     "readout/cosine",
@@ -27,16 +27,24 @@ _DEFAULTS = (
     "test/loss",
 )
 
+# Options that decide, within one store, which images a student is scored on.
+_HELD_OUT = ("val_split", "holdout")
+_RUNS_SHOWN = 4
+
+_Key = tuple[str, int | None]
+External = Mapping[_Key, Mapping[str, float]]
+"""Scores measured elsewhere, by row and seed, named ``external/<name>``; seed ``None`` is for a row as a whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A finished run.
+    """A finished run with its scores.
 
     Attributes:
-        row: Line of the report.
-        seed: Of the training; ``None`` for scores of a row as a whole, which are one observation.
-        teachers: Distilled from.
-        scores: By name, ``split/metric`` or ``split/metric/teacher``.
+        row: Name of the row.
+        seed: Seed of the training; ``None`` for scores of a row as a whole, which are one observation.
+        teachers: Names of the teachers that the student is distilled from.
+        scores: Values by name, ``split/metric`` or ``split/metric/teacher``.
         options: Dotted options in which the row differs from the base config.
     """
 
@@ -52,13 +60,14 @@ class RowSummary:
     """One line of the report.
 
     Attributes:
-        name: Of the row.
-        teachers: Distilled from.
-        seeds: Of its runs, ascending.
-        options: As in its runs.
-        values: The score that rows are sorted by, by seed; empty where the row lacks it.
-        columns: All its scores by name, over seeds.
-        difference: Of ``values`` to the reference; ``None`` for the reference itself and without common seeds.
+        name: Name of the row.
+        teachers: Names of the teachers that its students are distilled from.
+        seeds: Seeds of its runs, ascending.
+        options: Dotted options in which the row differs from the base config.
+        values: By seed, the score that rows are sorted by; empty if the row lacks it.
+        columns: By name, each score's mean and interval over seeds.
+        difference: Difference of ``values`` from the reference; ``None`` for the reference itself, and without common
+            seeds.
     """
 
     name: str
@@ -75,16 +84,16 @@ class Summary:
     """What a report shows.
 
     Attributes:
-        scored: The runs.
-        sort_by: Name of the score that rows are compared by.
+        scored: The finished runs.
+        sort_by: Name of the score that ranks the rows.
         chosen: Why that score, in a few words.
-        reference: Row that others are compared with, if any.
-        rows: Best first; rows without the score come last.
+        reference: Row that the others are compared with, if any.
+        rows: The rows, best first; those without the score come last.
         columns: Names of all scores.
-        readable: Teachers that were read out of the frozen students, whoever these were distilled from.
-        entropy: Of norm entropy with the score, over means of rows.
-        holm: p values of the differences to the reference by row, corrected for their number.
-        lower_is_better: Names of scores of which less is better, beside the losses and costs that are known to be so.
+        readable: Teachers that were read out of the frozen students, whether or not these were distilled from them.
+        entropy: Correlation of norm entropy with the score, over means of rows.
+        holm: By row, p value of the difference from the reference, corrected for the number of differences.
+        lower_is_better: Names of scores for which less is better, beside the known losses and costs.
     """
 
     scored: tuple[Scored, ...]
@@ -99,24 +108,24 @@ class Summary:
     lower_is_better: tuple[str, ...] = ()
 
     def higher_is_better(self, column: str) -> bool:
-        """Whether more of a score is better."""
+        """Whether more is better for a score."""
         return column not in self.lower_is_better and higher_is_better(column)
 
     def rank(self, row: RowSummary) -> int | None:
-        """One more than there are better rows, so that equals share a rank; ``None`` without the score."""
+        """Place of a row, which equal rows share; ``None`` if it lacks the score."""
         if not row.values:
             return None
         ranks = [_rank(other, self.sort_by, self.lower_is_better) for other in self.rows]
         return 1 + sum(rank < _rank(row, self.sort_by, self.lower_is_better) for rank in ranks)
 
     def transfer(self, row: RowSummary) -> list[float | None]:
-        """Mean explained variance of each readable teacher in a row."""
+        """Mean explained variance in a row, one value for each teacher in ``readable``."""
         cells = [row.columns.get(TRANSFER + teacher) for teacher in self.readable]
         return [cell.mean if cell else None for cell in cells]
 
 
 def higher_is_better(column: str) -> bool:
-    """Whether more of a score is better; its metric, which is the second part of its name or the whole, decides."""
+    """Whether more is better for a score; its metric, the second part of the name or else the whole, decides."""
     parts = column.split("/")
     return parts[min(1, len(parts) - 1)] not in _LOWER_IS_BETTER
 
@@ -127,29 +136,31 @@ def summarise(
     reference: str | None = None,
     lower_is_better: Sequence[str] = (),
 ) -> Summary:
-    """Puts runs together by row. Scores that are not finite count as missing.
+    """Groups runs by row, ranks the rows and compares them. Scores that are not finite count as missing.
 
     Args:
         scored: Finished runs.
-        sort_by: Name of the score to compare rows by; by default a score of the readout, if all rows have one, or the
+        sort_by: Name of the score that ranks the rows; by default a score of the readout, if all rows have one, or the
             next best that all rows have.
-        reference: Row to compare the others with.
-        lower_is_better: Scores of which less is better, beside losses and costs.
+        reference: Row that the others are compared with.
+        lower_is_better: Names of scores for which less is better, beside losses and costs.
 
     Raises:
-        ConfigError: If there is no score at all, or no score or row of that name.
+        ConfigError: If there is no score at all, or none of that name, or no such row.
     """
     columns = tuple(dict.fromkeys(name for run in scored for name, value in run.scores.items() if math.isfinite(value)))
     names = tuple(dict.fromkeys(run.row for run in scored))
     if not columns:
-        raise ConfigError("No run of the sweep is finished, so there is nothing to report. Let at least one finish.")
+        raise ConfigError("No run of the sweep has a score, so there is nothing to report. Wait until one is finished.")
     if reference is not None and reference not in names:
-        raise ConfigError(f"No finished run of a row {reference!r} to compare with. Rows: {'; '.join(names)}.")
+        raise ConfigError(
+            f"No run of the reference {reference!r} is finished. Rows with finished runs: {'; '.join(names)}."
+        )
     for name in [*([] if sort_by is None else [sort_by]), *lower_is_better]:
         if name not in columns:
             raise ConfigError(f"No finished run has a score {name!r}. Scores: {', '.join(columns)}.")
     by_row = {name: [run for run in scored if run.row == name] for name in names}
-    chosen = "as was asked for"
+    chosen = "as asked for"
     if sort_by is None:
         sort_by, chosen = _default(columns, by_row.values())
     base = _values(by_row[reference], sort_by) if reference is not None else {}
@@ -196,7 +207,7 @@ def _default(columns: Sequence[str], rows: Collection[Sequence[Scored]]) -> tupl
     for name in _DEFAULTS:
         if name in shared:
             return name, "the default, since all rows have it"
-    return (shared or columns)[0], "for want of a usual score that all rows have"
+    return (shared or columns)[0], "since no usual score is one that all rows have"
 
 
 def _rank(row: RowSummary, column: str, lower_is_better: Collection[str]) -> float:
@@ -206,36 +217,31 @@ def _rank(row: RowSummary, column: str, lower_is_better: Collection[str]) -> flo
     return -mean if column not in lower_is_better and higher_is_better(column) else mean
 
 
-_Key = tuple[str, int | None]
-External = Mapping[_Key, Mapping[str, float]]
-"""By row and seed, scores by ``external/<name>``; the seed is ``None`` for scores of a row as a whole."""
-
-
 def read_external(path: Path, planned: Mapping[str, Collection[int]]) -> External:
-    """Scores of a CSV file.
+    """Reads scores measured elsewhere from a CSV file.
 
-    The header is ``row,seed,<name>,...``; an empty cell is a score that there is not. Without a seed, a line holds for
-    the row as a whole.
+    The header is ``row,seed,<name>,...``. An empty cell is a missing score; a line without a seed is for the row as a
+    whole.
 
     Args:
         path: CSV file with a header.
-        planned: Seeds of each row of the sweep, finished or not.
+        planned: Seeds of each row of the sweep, whether they are finished or not.
 
     Raises:
-        ConfigError: If the file cannot be read or lacks a column, or a line names an unknown row or seed, repeats
-            another, or holds something that is no number.
+        ConfigError: If the file cannot be read or lacks a column, or a line has an unknown row or seed, repeats
+            another line, or holds something that is not a number.
     """
     added: dict[_Key, dict[str, float]] = {}
     lines: dict[tuple[_Key, str], int] = {}
-    for number, key, scores in _lines(path, planned):
+    for number, key, scores in _read_lines(path, planned):
         row, seed = key
         for name, value in scores.items():
-            # Means over seeds would mix with what is a mean already.
+            # A score of the row is a mean already, and cannot be averaged with scores of its seeds.
             rivals = [key] + [other for other in added if other[0] == row and (other[1] is None) != (seed is None)]
             for rival in rivals:
                 if (rival, name) in lines:
                     raise ConfigError(
-                        f"{path}, line {number}: {name!r} of row {row!r} was given in line {lines[rival, name]} already"
+                        f"{path}, line {number}: line {lines[rival, name]} has {name!r} of row {row!r} already"
                         f"{'' if rival == key else ', once with a seed and once without'}. Keep one."
                     )
             lines[key, name] = number
@@ -244,15 +250,15 @@ def read_external(path: Path, planned: Mapping[str, Collection[int]]) -> Externa
 
 
 def merge_external(scored: Sequence[Scored], external: External) -> tuple[list[Scored], list[str]]:
-    """Adds scores from elsewhere to runs.
+    """Adds scores measured elsewhere to runs.
 
     Args:
         scored: Finished runs.
-        external: As :func:`read` gives them.
+        external: What :func:`read_external` returns.
 
     Returns:
-        The runs with their scores, then one more for each row that was scored as a whole: that is one observation,
-        without a seed, and has no interval. Second, names of the scored runs and rows of which none is finished.
+        First the runs with these scores, then one more without a seed for each row that was scored as a whole, which is
+        one observation and has no interval. Second, names of scored runs and rows that are not finished.
     """
     merged = [replace(run, scores={**run.scores, **external.get((run.row, run.seed), {})}) for run in scored]
     first = {run.row: run for run in reversed(scored)}
@@ -266,9 +272,9 @@ def merge_external(scored: Sequence[Scored], external: External) -> tuple[list[S
     return merged, waiting
 
 
-def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple[int, _Key, dict[str, float]]]:
+def _read_lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple[int, _Key, dict[str, float]]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin the file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Give a CSV file in UTF-8.") from error
     reader = csv.reader(io.StringIO(text))
@@ -276,7 +282,7 @@ def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple
     names = [name for name in header if name not in ("row", "seed")]
     if "row" not in header or not all(names) or not names or len(set(header)) < len(header):
         raise ConfigError(
-            f"{path}, line 1: the columns are {','.join(header) or 'missing'}; they must be row, seed (or none) and "
+            f"{path}, line 1: the columns are {','.join(header) or 'missing'}; they must be row, seed (optional) and "
             "one or more names of scores, each once, separated by commas."
         )
     empty = True
@@ -286,13 +292,15 @@ def _lines(path: Path, planned: Mapping[str, Collection[int]]) -> Iterator[tuple
         empty = False
         where = f"{path}, line {reader.line_num}"
         if len(cells) != len(header):
-            raise ConfigError(f"{where}: {len(cells)} cells under {len(header)} columns. Quote names with commas.")
+            raise ConfigError(
+                f"{where}: {len(cells)} cells under {len(header)} columns. Put names that have commas in quotes."
+            )
         line = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
         key = line["row"], _seed(line, where)
-        _check(key, planned, where)
-        yield reader.line_num, key, {name: _number(line[name], name, where) for name in names if line[name]}
+        _check_planned(key, planned, where)
+        yield reader.line_num, key, {name: _score(line[name], name, where) for name in names if line[name]}
     if empty:
-        raise ConfigError(f"{path} has no line below its header. Add one for each row, or for each run.")
+        raise ConfigError(f"{path} has no line below its header. Add one for each row or each run.")
 
 
 def _seed(line: dict[str, str], where: str) -> int | None:
@@ -302,7 +310,7 @@ def _seed(line: dict[str, str], where: str) -> int | None:
     return int(text) if text else None
 
 
-def _check(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> None:
+def _check_planned(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> None:
     row, seed = key
     if row not in planned:
         raise ConfigError(f"{where}: the sweep has no row {row!r}. Rows: {'; '.join(planned)}.")
@@ -312,41 +320,38 @@ def _check(key: _Key, planned: Mapping[str, Collection[int]], where: str) -> Non
         )
 
 
-def _number(text: str, name: str, where: str) -> float:
+def _score(text: str, name: str, where: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"{where}: {name} is {text!r}, which is not a number. Leave it empty where there is none.")
+        raise ConfigError(
+            f"{where}: {name} is {text!r}, which is not a number. Leave the cell empty for a missing score."
+        )
     return value
 
 
-# Options that decide which images a student is scored on, where the store is one and the same.
-_HELD_OUT = ("val_split", "holdout")
-_SHOWN = 4
-
-
 def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
-    """Sentences for a reader of the figures.
+    """Sentences about what makes figures of a report hard to compare.
 
     Args:
-        tested: Runs with what ``theia test`` wrote of each.
+        tested: Finished runs, each with what ``theia test`` wrote.
 
     Returns:
-        One for each thing that differs between runs and should not, or that some lack.
+        One for each condition that differs between runs and should not, and for each run that lacks scores.
     """
     found = []
     stores = {run.name: report["store"]["manifest_sha256"][:12] for run, report in tested}
     if _differ(stores):
         found.append(
-            f"**Scored on different stores, or on different states of one, so not to be compared: {_groups(stores)}. "
-            "Start the sweep again with all rows: what is trained is only tested anew.**"
+            f"**Scored on different stores, or on different states of one, so not comparable: {_groups(stores)}. "
+            "Start the sweep again with all rows: trained runs are only tested again.**"
         )
     for name in _HELD_OUT:
         values = {run.name: run.config["data"].get(name) for run, _ in tested}
         if _differ(values):
-            found.append(f"**Scored on different images, so not to be compared: `data.{name}` is {_groups(values)}.**")
+            found.append(f"**Scored on different images, so not comparable: `data.{name}` is {_groups(values)}.**")
     for name in ("scorer_images", "device", "precision"):
         values = {run.name: report.get(name) for run, report in tested}
         if _differ(values):
@@ -359,12 +364,12 @@ def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
     for run, report in tested:
         lacking = [name for name in run.scorers if name not in report["scorers"]]
         if lacking:
-            found.append(f"{run.name} has no scores of {', '.join(lacking)} yet; the others of it are shown.")
+            found.append(f"{run.name} has no scores of {', '.join(lacking)} yet; its other scores are shown.")
     return found
 
 
 def _conditions(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and the rest, without the store and the images, which are options."""
+    """Conditions of a training: versions and hardware, but not store and images, which depend on its options."""
     plain = {name: value for name, value in environment.items() if name not in ("store", "images", "versions")}
     return {**environment.get("versions", {}), **plain}
 
@@ -374,13 +379,13 @@ def _differ(values: Mapping[str, Any]) -> bool:
 
 
 def _groups(values: Mapping[str, Any]) -> str:
-    """Which run has which value, the most usual first."""
+    """Text that says which runs have which value, beginning with the most frequent."""
     by_value: dict[str, list[str]] = {}
     for run, value in values.items():
         by_value.setdefault(str(value), []).append(run)
     usual, *others = sorted(by_value.items(), key=lambda group: -len(group[1]))
     parts = [f"{usual[0]} in {len(usual[1])} run{'s' * (len(usual[1]) != 1)}"]
     for value, names in others:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        parts.append(f"{value} in {'; '.join(names[:_SHOWN])}{more}")
+        more = f" and {len(names) - _RUNS_SHOWN} more" if len(names) > _RUNS_SHOWN else ""
+        parts.append(f"{value} in {'; '.join(names[:_RUNS_SHOWN])}{more}")
     return ", ".join(parts)

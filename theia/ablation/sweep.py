@@ -1,4 +1,4 @@
-"""A sweep carried out, and its report."""
+"""A sweep from its runs to its report: carried out, with its progress; forecast; and reported on."""
 
 import logging
 import math
@@ -9,30 +9,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tabulate import tabulate
 from tqdm import tqdm
 
 from theia.ablation.grid import arguments_of
-from theia.ablation.hparams import write_hparams
 from theia.ablation.launch import Job, Launcher, run_locally, run_on_slurm
 from theia.ablation.report import write_report
-from theia.ablation.run import Run, lock, read_record
+from theia.ablation.run import Run, read_record
 from theia.ablation.summary import Scored, Summary, caveats, merge_external, read_external, summarise
 from theia.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_RUNS_SHOWN = 3
+_SECONDS_BETWEEN_LINES = 30.0
+
 
 def carry_out(
     folder: Path, runs: Sequence[Run], launcher: Launcher, parallel: int, slurm: Mapping[str, Any]
 ) -> list[Run]:
-    """Trains and tests what is not finished.
+    """Trains and tests the runs that are not finished.
 
     Args:
-        folder: Of the sweep.
-        runs: All of it.
-        launcher: Where.
-        parallel: How many at a time.
+        folder: Folder of the sweep.
+        runs: All runs of the sweep.
+        launcher: Where to run.
+        parallel: Number of runs at a time.
         slurm: Options of submitit.
 
     Returns:
@@ -47,7 +50,7 @@ def carry_out(
                 return
             failed.append(job.run)
             progress.fail(job.run)
-            how = f"exit status {status}" if status else "scores are missing: the same command goes on"
+            how = f"exit status {status}" if status else "scores are missing: the same command tries again"
             progress.say(f"{job.run.name} failed ({how}); the end of {job.run.log}:")
             progress.say(job.run.last_lines())
 
@@ -58,123 +61,11 @@ def carry_out(
     return failed
 
 
-def report(
-    folder: Path,
-    sort_by: str | None = None,
-    scores: Path | None = None,
-    reference: str | None = None,
-    lower_is_better: Sequence[str] = (),
-) -> Summary | None:
-    """Writes table, picture and the rest from what is finished.
-
-    What is not given is as it was when the sweep was started; then a lack is told, not an error.
-
-    Args:
-        folder: Of the sweep.
-        sort_by: Column that ranks the rows.
-        scores: CSV of external scores.
-        reference: Row to compare the others with.
-        lower_is_better: Scores of which less is better, beside losses and costs.
-
-    Returns:
-        What was written; ``None`` if no run has scores.
-
-    Raises:
-        ConfigError: If the folder holds no sweep, or a score or row that is given is unknown.
-    """
-    found = read_record(folder)
-    statement = found.statement
-    # Read once: a run may end meanwhile.
-    shown = [(run, tested) for run in found.runs if (tested := run.report) is not None]
-    if not shown:
-        return None
-    scored, notes = [_scored(run, tested) for run, tested in shown], caveats(shown)
-    scored, more, scores = _with_external(scored, found.planned, scores, statement.get("scores"))
-    notes += more
-    names = {name for run in scored for name, value in run.scores.items() if math.isfinite(value)}
-    asked = reference or statement.get("reference")
-    if reference is None and asked in {run.row for run in scored}:
-        reference = asked
-    if sort_by is None and (wanted := statement.get("sort_by")) is not None:
-        if wanted in names:
-            sort_by = wanted
-        else:
-            notes.append(f"No run has the score `{wanted}`, so rows are ranked by another.")
-    lower = list(lower_is_better)
-    for name in statement.get("lower_is_better", []):
-        if name in names:
-            lower.append(name)
-        else:
-            notes.append(f"No run has the score `{name}`, of which less was said to be better.")
-    summary = summarise(scored, sort_by, reference, list(dict.fromkeys(lower)))
-    lacking: dict[str, list[str]] = {"failed": [], "unfinished": [], "lost": list(found.lost)}
-    there = {run.folder for run, _ in shown}
-    for run in found.runs:
-        if run.folder not in there:
-            lacking["failed" if run.failed.exists() else "unfinished"].append(run.name)
-    for note in notes:
-        logger.warning("%s", note.replace("*", ""))
-    what = {
-        **_environment(shown[0][0]), **statement, "reference": asked, "sort_by": sort_by, "lower_is_better": lower,
-        "scores": scores and str(scores), "seeds": sorted({run.seed for run, _ in shown}),
-        "store": _store(statement, [tested["store"] for _, tested in shown]), **lacking, "caveats": notes,
-    }  # fmt: skip
-    with lock(folder / ".report.lock", wait=True):
-        write_report(folder, summary, what)
-        write_hparams(folder, scored)
-    return summary
-
-
-def _with_external(
-    scored: list[Scored], planned: Mapping[str, Sequence[int]], given: Path | None, remembered: str | None
-) -> tuple[list[Scored], list[str], Path | None]:
-    """Runs with their scores from elsewhere, what is to be said of these, and where they come from."""
-    path = given or (Path(remembered) if remembered else None)
-    if path is None:
-        return scored, [], None
-    try:
-        found = read_external(path, planned)
-    except ConfigError as error:
-        if given is not None:
-            raise
-        return scored, [f"Without scores from elsewhere: {error}"], None
-    merged, waiting = merge_external(scored, found)
-    notes = [f"Scores in {path} of runs that are not finished: {'; '.join(waiting)}."] if waiting else []
-    return merged, notes, path
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    # An environment knows the teachers and images of one row.
-    return {name: value for name, value in run.environment().items() if name not in ("store", "images")}
-
-
-def _store(statement: Mapping[str, Any], tested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The features behind the figures: those of the statement, and of runs that were made before it."""
-    store = statement.get("store") or {}
-    teachers = dict(store.get("teachers") or {})
-    for name, teacher in [pair for one in tested for pair in one.get("teachers", {}).items()]:
-        # A warning must not get lost behind a record of the same name.
-        if name not in teachers or teacher["weights"] == "random":
-            teachers[name] = teacher
-    return {**store, "teachers": teachers}
-
-
-def _scored(run: Run, tested: Mapping[str, Any]) -> Scored:
-    return Scored(
-        row=run.row, seed=run.seed, teachers=run.teachers, options=run.options,
-        scores={**tested["after"], **tested["scores"], **run.speed()},
-    )  # fmt: skip
-
-
-_SHOWN = 3
-_SECONDS_BETWEEN_LINES = 30.0
-
-
 class Progress:
-    """A bar over the optimisation steps of all runs; elsewhere than on a terminal, a line every half minute.
+    """Shows the optimisation steps of all runs: as a bar on a terminal, elsewhere as a line every half minute.
 
     Args:
-        runs: All of the sweep, the finished ones too.
+        runs: All runs of the sweep, those that are finished included.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -202,11 +93,11 @@ class Progress:
         self._failed.add(run.name)
 
     def say(self, line: str) -> None:
-        """Writes a line above the bar."""
+        """Writes a line, above the bar if there is one."""
         tqdm.write(line, file=sys.stderr)
 
     def update(self) -> None:
-        """Looks at the run folders."""
+        """Reads the progress from the run folders."""
         if not self._terminal and time.monotonic() - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
@@ -214,7 +105,7 @@ class Progress:
         for run in self._runs:
             step, loss = run.progress()
             steps += step
-            total += step if run.name in self._failed else run.steps  # what failed is no longer waited for
+            total += step if run.name in self._failed else run.steps  # the rest of a failed run will not come
             if run.finished:
                 finished += 1
             elif run.running:
@@ -223,9 +114,9 @@ class Progress:
         parts = [f"{finished} of {len(self._runs)} runs done"]
         if self._failed:
             parts.append(f"{len(self._failed)} failed")
-        parts += running[:_SHOWN]
-        if len(running) > _SHOWN:
-            parts.append(f"{len(running) - _SHOWN} more running")
+        parts += running[:_RUNS_SHOWN]
+        if len(running) > _RUNS_SHOWN:
+            parts.append(f"{len(running) - _RUNS_SHOWN} more running")
         text = "; ".join(parts)
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
@@ -234,18 +125,18 @@ class Progress:
             self._bar.refresh()
         else:
             elapsed = time.monotonic() - self._started
-            # Steps that were there before are no measure of the time left.
+            # The steps of earlier sweeps say nothing about the time left.
             logger.info("%s", tqdm.format_meter(
                 steps, total, elapsed, prefix="sweep", unit="step", postfix=text, initial=self._initial, ncols=0,
             ))  # fmt: skip
 
 
 def forecast(runs: Sequence[Run], arguments: Sequence[str]) -> str:
-    """The runs, their commands, what is finished, and the cost, for people.
+    """Text about what a sweep would do: its runs, their commands, which are finished, and the cost.
 
     Args:
-        runs: Of the sweep, at least one.
-        arguments: Of ``theia fit``, for all rows.
+        runs: All runs of the sweep, at least one.
+        arguments: Arguments of ``theia fit`` for all rows.
     """
     lines = [
         tabulate(
@@ -253,11 +144,11 @@ def forecast(runs: Sequence[Run], arguments: Sequence[str]) -> str:
             ("row", "seed", "state", "steps", "teachers"),
         )
     ]
-    lines += ["", "Each is trained, then tested; trained by:"]
+    lines += ["", "Each run is trained, then tested. Trained by:"]
     for run in runs:
         own = [*arguments_of(run.options), f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
         lines.append(shlex.join(["theia", "fit", *arguments, *own, f"--run_folder={run.folder}"]))
-    lines += ["", "The first one is tested by this, the others alike:"]
+    lines += ["", "The first run is tested by this command, the others likewise:"]
     lines.append(shlex.join(["theia", *Job(runs[0]).commands()[1]]))
     return "\n".join([*lines, "", _cost(runs)])
 
@@ -278,16 +169,16 @@ def _cost(runs: Sequence[Run]) -> str:
         f"{sum(steps for _, steps in left):,} steps, {images:,} images"
     )
     if any(run.config["trainer"].get("max_time") for run, _ in left):
-        line += " (at most: trainer.max_time may end them before)"
+        line += " (at most: trainer.max_time may end them earlier)"
     rates = [rate for run in finished if (rate := run.speed().get("images_per_s"))]
     if not left:
         return line + "."
     if not rates:
-        return line + ". How long that takes is known after the first run."
+        return line + ". The time that takes is known after the first run."
     rate = sum(rates) / len(rates)
     return (
-        f"{line}: {_duration(images / rate)} of training, one run after the other, at {rate:,.0f} images/s as in those "
-        "that are finished; the tests come on top."
+        f"{line}: {_duration(images / rate)} of training, one run after the other, at {rate:,.0f} images/s as in the "
+        "finished runs. The tests come on top."
     )
 
 
@@ -295,3 +186,112 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def report(
+    folder: Path,
+    sort_by: str | None = None,
+    scores: Path | None = None,
+    reference: str | None = None,
+    lower_is_better: Sequence[str] = (),
+) -> Summary | None:
+    """Writes the report from the runs that are finished.
+
+    A choice that is not given is the one in the sweep's record. If that cannot be kept, for instance because no run has
+    such a score yet, the report says so; it is not an error.
+
+    Args:
+        folder: Folder of the sweep.
+        sort_by: Score that ranks the rows.
+        scores: CSV file with scores measured elsewhere.
+        reference: Row that the others are compared with.
+        lower_is_better: Scores for which less is better, beside losses and costs.
+
+    Returns:
+        What was written; ``None`` if no run has scores.
+
+    Raises:
+        ConfigError: If the folder is not that of a sweep, or a score or row that is given is unknown.
+        FileError: If something cannot be written, for instance on a full disk.
+    """
+    record = read_record(folder)
+    kept = record.provenance
+    # Each is read once: a run may end meanwhile.
+    shown = [(run, tested) for run in record.runs if (tested := run.report) is not None]
+    if not shown:
+        return None
+    scored, notes = [_scored(run, tested) for run, tested in shown], caveats(shown)
+    scored, more, scores = _with_external(scored, record.planned, scores, kept.get("scores"))
+    notes += more
+    names = {name for run in scored for name, value in run.scores.items() if math.isfinite(value)}
+    asked = reference or kept.get("reference")
+    if reference is None and asked in {run.row for run in scored}:
+        reference = asked
+    if sort_by is None and (wanted := kept.get("sort_by")) is not None:
+        if wanted in names:
+            sort_by = wanted
+        else:
+            notes.append(f"No run has the score `{wanted}`, so rows are ranked by another.")
+    lower = list(lower_is_better)
+    for name in kept.get("lower_is_better", []):
+        if name in names:
+            lower.append(name)
+        else:
+            notes.append(f"No run has the score `{name}`, for which less is better.")
+    summary = summarise(scored, sort_by, reference, list(dict.fromkeys(lower)))
+    lacking: dict[str, list[str]] = {"failed": [], "unfinished": [], "lost": list(record.lost)}
+    there = {run.folder for run, _ in shown}
+    for run in record.runs:
+        if run.folder not in there:
+            lacking["failed" if run.failed.exists() else "unfinished"].append(run.name)
+    for note in notes:
+        logger.warning("%s", note.replace("*", ""))
+    provenance = {
+        **_environment(shown[0][0]), **kept, "reference": asked, "sort_by": sort_by, "lower_is_better": lower,
+        "scores": scores and str(scores), "seeds": sorted({run.seed for run, _ in shown}),
+        "store": _store(kept, [tested["store"] for _, tested in shown]), **lacking, "caveats": notes,
+    }  # fmt: skip
+    with FileLock(folder / ".report.lock"):
+        write_report(folder, summary, provenance)
+    return summary
+
+
+def _scored(run: Run, tested: Mapping[str, Any]) -> Scored:
+    return Scored(
+        row=run.row, seed=run.seed, teachers=run.teachers, options=run.options,
+        scores={**tested["after"], **tested["scores"], **run.speed()},
+    )  # fmt: skip
+
+
+def _with_external(
+    scored: list[Scored], planned: Mapping[str, Sequence[int]], given: Path | None, remembered: str | None
+) -> tuple[list[Scored], list[str], Path | None]:
+    """Adds scores measured elsewhere; also gives notes on them, and the file they come from."""
+    path = given or (Path(remembered) if remembered else None)
+    if path is None:
+        return scored, [], None
+    try:
+        found = read_external(path, planned)
+    except ConfigError as error:
+        if given is not None:
+            raise
+        return scored, [f"Without the scores measured elsewhere: {error}"], None
+    merged, waiting = merge_external(scored, found)
+    notes = [f"{path} has scores of runs that are not finished: {'; '.join(waiting)}."] if waiting else []
+    return merged, notes, path
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    # Of the store and the images it knows what this run used, and another row may differ in that.
+    return {name: value for name, value in run.environment().items() if name not in ("store", "images")}
+
+
+def _store(provenance: Mapping[str, Any], tested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Provenance of the features: of those in the record, and of runs that were tested before it was written."""
+    store = provenance.get("store") or {}
+    teachers = dict(store.get("teachers") or {})
+    for name, teacher in [pair for one in tested for pair in one.get("teachers", {}).items()]:
+        # Random weights must not go unnoticed behind another teacher of the same name.
+        if name not in teachers or teacher["weights"] == "random":
+            teachers[name] = teacher
+    return {**store, "teachers": teachers}

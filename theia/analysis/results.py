@@ -11,6 +11,7 @@ from theia.analysis.norms import CONFIDENCE, OUTLIER_FACTOR, REPLICATES
 from theia.analysis.scores import DISTILLED, REGULAR, PearsonR, Score, correlations
 from theia.analysis.similarity import MIN_IMAGES, MINIBATCH, noise
 from theia.training.metrics import NORM_BINS, NORM_RANGE
+from theia.utils.json import jsonable
 from theia.utils.pictures import short_labels
 
 SCHEMA = 1
@@ -114,7 +115,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "correlations": [vars(one) for one in analysis.correlations],
         "notes": analysis.notes,
     }
-    plain: dict[str, Any] = _plain(content)
+    plain: dict[str, Any] = jsonable(content)
     return plain
 
 
@@ -211,14 +212,3 @@ def _change_places(a: EncoderFigures, b: EncoderFigures) -> bool:
     """Whether the encoder with the higher norm entropy is not the same with every number of bins."""
     differences = [a.entropy.by_bins[bins] - b.entropy.by_bins[bins] for bins in a.entropy.by_bins]
     return min(differences) < -_SHOWN and max(differences) > _SHOWN
-
-
-def _plain(value: Any) -> Any:
-    """Without what JSON has no name for: figures that are not finite, keys that are no strings, tuples."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

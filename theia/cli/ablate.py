@@ -1,19 +1,20 @@
-"""``theia ablate``: a grid of trainings, and a report of them."""
+"""``theia ablate``: trains and scores a student for every row and seed of a sweep, and reports on them."""
 
 import logging
 import shlex
 import signal
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
 from jsonargparse import auto_cli
 
-from theia.ablation.grid import arguments_of, expand, flat, refuse_idle, refuse_reserved
-from theia.cli.parser import Parser
-from theia.cli.sweep_options import only_of, refuse_unclear_keys, seeds_of, split
+from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, parse_seeds, select_rows, split_arguments
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
 from theia.errors import ConfigError
 from theia.scoring.contract import find_scorer, scorer_names
 from theia.utils.arguments import comma_list
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What stands in these are options of 'theia fit', which says itself what may be empty.
+# These hold options of 'theia fit', which says itself what may be empty.
 _OF_FIT = ("rows", "product", "options")
 
-_DESCRIPTION = """Train a student for every row and seed of a grid, score all, and write a table and a picture.
+_DESCRIPTION = """Train and score a student for every row and seed of a sweep, and write a table and a picture.
 
-The paper's grids are in configs/ablations: theia ablate --config configs/ablations/teachers.yaml --data.store STORE.
+The paper's sweeps are in configs/ablations: theia ablate --config configs/ablations/teachers.yaml --data.store STORE.
 Options with a dot, such as --data.store or --trainer.max_epochs, are those of 'theia fit' and hold for all rows; for
-those without a dot write --options.checkpoint_every 100. The same command again goes on where it was interrupted.
-'theia ablate report FOLDER' writes the report anew. Scorers that are installed: {scorers}."""
+its options without a dot write --options.checkpoint_every 100. The same command again resumes an interrupted sweep.
+'theia ablate report FOLDER' writes the report again. Installed scorers: {scorers}."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,13 +53,13 @@ def main(argv: list[str]) -> int:
         return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(scorer_names())))
     parser.may_be_empty = ("scorers", *_OF_FIT)
-    parser.add_argument("--config", action="config", help="YAML file of these options: the sweep.")
+    parser.add_argument("--config", action="config", help="Sweep file: YAML with these options.")
     parser.add_function_arguments(ablate, skip={"fit_options", "command"})
-    own, fit_options = split(argv, {action.dest for action in parser._actions})
+    own, fit_options = split_arguments(argv, {action.dest for action in parser._actions})
     arguments = parser.parse_args(own)
     for path in arguments.pop("config") or []:
         if path is not None:  # options in place of a file
-            refuse_unclear_keys(Path(str(path)))
+            check_sweep_file(Path(str(path)))
     command = shlex.join(["theia", "ablate", *argv])
     return ablate(**arguments.as_dict(), fit_options=fit_options, command=command)
 
@@ -88,76 +89,66 @@ def ablate(
     """Trains, scores and reports.
 
     Args:
-        out: Folder of the sweep.
+        out: Folder for the runs and the report.
         base: Config of 'theia fit' that all rows start from.
-        rows: Named rows, each with its options of 'theia fit': {NAME: {data.teachers: [clip]}}.
-        teachers: Sets of teachers, each a row: singles, all, leave_one_out, all_pairs, powerset of those in the store,
-            or a list of these words and of lists of teachers.
-        product: Values by option of 'theia fit'; every row for every combination: {model.registers: [0, 4]}.
+        rows: Options of 'theia fit' by name of the row: {NAME: {data.teachers: [clip]}}.
+        teachers: Sets of teachers, one row for each: singles, all, leave_one_out, all_pairs or powerset of the store's
+            teachers, or a list of these words and of lists of teachers.
+        product: Values by option of 'theia fit'; each row is repeated for each combination: {model.registers: [0, 4]}.
         options: Options of 'theia fit' for all rows.
-        seeds: One or some, with commas between them; intervals need two or more.
+        seeds: Seeds of each row, comma-separated or a YAML list. Confidence intervals need two or more.
         reference: Row that the others are compared with.
-        scorers: What is scored beside each student's own translators, with commas between them.
+        scorers: What to score beyond each student's own translators, comma-separated or a YAML list.
         sort_by: Score that ranks the rows.
-        scores: CSV of further scores (row,seed,NAME...), such as those of a robot, for the report.
-        lower_is_better: Scores of which less is better, such as external/seconds, with commas between them. Losses are
-            known to be.
-        only: Rows to run now, of those of the sweep: a name, or a list of names.
-        jobs: Runs at a time. On this machine they share GPUs and cores.
-        launcher: local: processes of this machine. slurm: an array of jobs, through submitit.
+        scores: CSV file (row,seed,NAME...) with scores measured elsewhere, such as a robot's, to add to the report.
+        lower_is_better: Scores for which less is better, such as external/seconds, comma-separated or a YAML list.
+            Losses and costs are known to be.
+        only: Rows to run now, by name, comma-separated or a YAML list; all by default.
+        jobs: Number of runs at a time. Those on this machine share its GPUs and cores.
+        launcher: Where to run. local means processes on this machine, slurm an array of jobs through submitit.
         slurm: Options of submitit: {timeout_min: 600, slurm_partition: NAME, gpus_per_node: 1}.
-        dry_run: Only show the runs, their commands, what is finished, and the cost.
+        dry_run: Only show the runs, their commands, which of them are finished, and the cost.
         fit_options: Arguments of 'theia fit' for all rows.
-        command: What was typed.
+        command: The command line as it was typed.
     """
-    # torch takes seconds to import; --help does not need it.
+    # They import torch, which takes seconds; --help does without.
     from theia.ablation import sweep
     from theia.ablation.launch import check_launcher
     from theia.ablation.run import check_runs, earlier_record, hold, write_record
-    from theia.ablation.summary import read_external as read_scores
-    from theia.ablation.sweep import forecast
-    from theia.cli import plan
+    from theia.ablation.summary import read_external
 
     check_launcher(launcher, jobs)
     if slurm and launcher != "slurm":
         raise ConfigError(
-            "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave it out."
+            "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave them out."
         )
     check_folder(out, "--out")
-    wanted = comma_list(scorers)
-    for name in wanted:
+    names = comma_list(scorers)
+    for name in names:
         find_scorer(name)
-    numbers = seeds_of(seeds)
-    arguments = [*(["--config", base] if base else []), *arguments_of(options or {}), *fit_options]
-    typed = [argument[2:].partition("=")[0] for argument in fit_options if argument.startswith("--")]
-    refuse_reserved([*(options or {}), *typed], "The sweep")
-    stores = plan.Stores()
-    common = plan.resolve(arguments, "the base of the sweep")
-    if common["ckpt_path"] is not None:
-        raise ConfigError(f"The base {base} sets ckpt_path, which the sweep itself sets. Leave it out.")
-    # Only sets of teachers need to know which there are; rows may all have stores of their own.
-    found = expand(rows, teachers, product, list(stores.open(common["data"]).teacher_specs) if teachers else [])
-    refuse_idle([*flat(options or {}), *typed], found)
+    numbers = parse_seeds(seeds)
+    stores = Stores()
+    planner = Planner(_fit_parser(), stores, base, options or {}, fit_options)
+    grid = planner.rows(rows, teachers, product)
     earlier = earlier_record(out)
-    planned = earlier.with_planned([row.name for row in found], numbers)
+    planned = earlier.with_planned([row.name for row in grid], numbers)
     if reference is not None and reference not in planned:
-        raise ConfigError(f"The reference {reference!r} is no row. There are: {'; '.join(planned)}.")
+        raise ConfigError(f"--reference: there is no row {reference!r}. Rows: {'; '.join(planned)}.")
     if scores is not None:
-        read_scores(scores, planned)
-    runs = plan.plan(only_of(found, only), numbers, arguments, out, tuple(wanted), stores)
+        read_external(scores, planned)
+    runs = planner.runs(select_rows(grid, only), numbers, out, tuple(names))
     if dry_run:
         check_runs(runs)
-        print(forecast(runs, arguments))
+        print(sweep.forecast(runs, planner.arguments))
         return 0
     with hold(out):
-        now = {
+        choices = {
             "reference": reference, "sort_by": sort_by, "scores": scores and str(scores.resolve()),
             "lower_is_better": comma_list(lower_is_better),
         }  # fmt: skip
-        # What is not said now is as it was said before.
-        chosen = {name: value or earlier.statement.get(name, value) for name, value in now.items()}
-        statement = {"command": command, "base": base, **chosen, "store": stores.provenance()}
-        write_record(out, runs, earlier.runs, planned, statement)
+        kept = {name: value or earlier.provenance.get(name, value) for name, value in choices.items()}
+        provenance = {"command": command, "base": base, **kept, "store": stores.provenance()}
+        write_record(out, runs, earlier.runs, planned, provenance)
         for line in stores.caveats():
             logger.warning("%s", line)
         interrupted = 0
@@ -172,7 +163,7 @@ def ablate(
         summary = sweep.report(out)
     _print(out, summary, failed)
     if interrupted:
-        print("Stopped. Every run keeps its checkpoint: the same command goes on.", file=sys.stderr)
+        print("Stopped. Every run keeps its checkpoint: the same command resumes the sweep.", file=sys.stderr)
     return interrupted or (1 if failed else 0)
 
 
@@ -183,24 +174,46 @@ def report(
     reference: str | None = None,
     lower_is_better: str | list[str] | None = None,
 ) -> int:
-    """Write the report of a sweep anew, from the runs that are finished. What is not given is as in the sweep.
+    """Write the report of a sweep again, from the runs that are finished. By default, with the sweep's own choices.
 
     Args:
-        folder: Of the sweep.
+        folder: Folder of the sweep.
         sort_by: Score that ranks the rows.
-        scores: CSV of further scores (row,seed,NAME...), such as those of a robot.
+        scores: CSV file (row,seed,NAME...) with scores measured elsewhere, such as a robot's, to add to the report.
         reference: Row that the others are compared with.
-        lower_is_better: Scores of which less is better, such as external/seconds, with commas between them.
+        lower_is_better: Scores for which less is better, such as external/seconds, comma-separated or a YAML list.
     """
     from theia.ablation import sweep
 
     summary = sweep.report(folder, sort_by, scores, reference, comma_list(lower_is_better))
     if summary is None:
         raise ConfigError(
-            f"No run of {folder} is finished, so there is nothing to report. Wait for one, or start the sweep again."
+            f"No run in {folder} is finished, so there is nothing to report. Wait for one, or start the sweep again."
         )
     _print(folder, summary, [])
     return 0
+
+
+def _fit_parser() -> Parse:
+    """Parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
+    from theia.cli.lightning import fit_parser
+    from theia.cli.options import check_used
+    from theia.cli.run import check_trainer
+
+    parser = fit_parser()
+
+    def parse(arguments: Sequence[str]) -> dict[str, Any]:
+        check_used("fit", arguments)
+        try:
+            options = settle(parser.parse_args(arguments), OF_FIT_MAY_BE_EMPTY)
+        except ArgumentError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+        check_trainer(options)
+        # With options that are None. Their parameter has one name before jsonargparse 4.49, another since.
+        config: dict[str, Any] = yaml.safe_load(parser.dump(options, "yaml", False))
+        return config
+
+    return parse
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

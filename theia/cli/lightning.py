@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import SUPPRESS, Namespace
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, capture_parser
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -388,6 +388,15 @@ def main(argv: Sequence[str]) -> int:
             raise KeyboardInterrupt from stop
         raise
     return 0
+
+
+def fit_parser() -> ArgumentParser:
+    """The parser of ``theia fit`` by itself, which raises argparse's ArgumentError where it would end the process."""
+    whole = capture_parser(main, ["fit"])
+    commands: Any = next(action.choices for action in whole._actions if action.dest == "subcommand")
+    parser: ArgumentParser = commands["fit"]
+    parser.exit_on_error = False
+    return parser
 
 
 class _Stopped(KeyboardInterrupt):

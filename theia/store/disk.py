@@ -1,9 +1,10 @@
 """What the store adds to files that are whole or absent: its errors, its lock, and files that hold this content."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from theia.errors import StoreError
 from theia.utils import files
@@ -39,12 +40,15 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock file, so that two jobs on one store take turns with its manifest."""
     with writing(path):
-        file = path.open("a")
-    with file:
-        # Some network file systems have no locks; a single job per store needs none.
-        with suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)
+        path.touch()
+    lock = FileLock(path)
+    # Some network file systems have no locks; a single job per store needs none.
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
