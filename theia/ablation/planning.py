@@ -148,8 +148,8 @@ class Stores:
 
         if "class_path" in data:
             raise ConfigError(
-                f"A sweep needs a feature store, but data is {data['class_path']}. Leave the class out: FeatureData reads "
-                "one."
+                f"A sweep needs a feature store, but data is {data['class_path']}. Leave the class out: FeatureData "
+                "reads one."
             )
         key = tuple(data[name] for name in _OF_IMAGES)
         if key not in self._opened:
