@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from theia.cli.main import main
 
@@ -41,7 +40,7 @@ def test_a_report_of_three_encoders_with_scores(
 ) -> None:
     (tmp_path / "scores.csv").write_text('encoder,score\nteacher:hog,1\nteacher:color,2\n"concat:hog,color",4\n')
     out = tmp_path / "out"
-    options = ["--images", folder, "--out", out, "--scores", tmp_path / "scores.csv", "--tensorboard"]
+    options = ["--images", folder, "--out", out, "--scores", tmp_path / "scores.csv"]
     assert analyze("--encoders", *ENCODERS, *options) == 0
 
     assert capsys.readouterr().out.rstrip().endswith(str(out / "report.md"))
@@ -58,19 +57,20 @@ def test_a_report_of_three_encoders_with_scores(
     for name in ("norms", "norm_maps", "pca", "similarity", "cka", "scores"):
         assert f"({name}.png)" in report
         assert Image.open(out / f"{name}.png").width > 300
-    events = EventAccumulator(str(out / "tensorboard"), {"images": 0})
-    events.Reload()
-    assert len(events.Tags()["images"]) == 6
 
 
-def test_an_earlier_analysis_is_replaced_and_other_files_stay(folder: Path, tmp_path: Path) -> None:
-    assert analyze("--encoders", *ENCODERS, "--images", folder, "--out", tmp_path / "out", "--tensorboard") == 0
+def test_an_earlier_analysis_is_replaced_on_request_and_other_files_stay(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analyze("--encoders", *ENCODERS, "--images", folder, "--out", tmp_path / "out") == 0
     (tmp_path / "out/mine.txt").write_text("a note")
-    assert analyze("--encoders", "teacher:hog", "--images", folder, "--out", tmp_path / "out", "--pictures=0") == 0
+    again = ["--encoders", "teacher:hog", "--images", folder, "--out", tmp_path / "out", "--pictures=0"]
+    assert analyze(*again) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert analyze(*again, "--overwrite") == 0
 
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["analysis.json", "mine.txt", "norms.png", "pca.png", "report.md", "similarity.png", "tensorboard"]
-    assert not [*(tmp_path / "out/tensorboard").iterdir()]
+    assert names == ["analysis.json", "mine.txt", "norms.png", "pca.png", "report.md", "similarity.png"]
     assert len(read(tmp_path / "out")["encoders"]) == 1
 
 
@@ -154,7 +154,7 @@ def test_an_analysis_that_fails_leaves_the_earlier_one_as_it_was(folder: Path, t
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/a.png").write_bytes(b"no image")
-    assert analyze("--encoders", "teacher:color", "--images", tmp_path / "torn", "--out", out) == 1
+    assert analyze("--encoders", "teacher:color", "--images", tmp_path / "torn", "--out", out, "--overwrite") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

@@ -16,39 +16,47 @@ from theia.errors import ConfigError
 from theia.training.metrics import NORM_BINS, NORM_RANGE
 from theia.utils.files import check_folder, write_whole, writing
 
-JSON, REPORT, TENSORBOARD = "analysis.json", "report.md", "tensorboard"
+JSON, REPORT = "analysis.json", "report.md"
 _PICTURES = ("norms.png", "norm_maps.png", "pca.png", "similarity.png", "cka.png", "scores.png")
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path, overwrite: bool) -> None:
     """Makes sure that an analysis can be written there, before hours are spent on it; leaves no trace.
 
+    Args:
+        folder: Where it is to go.
+        overwrite: Whether an earlier analysis may be replaced.
+
     Raises:
-        ConfigError: If something lies there that is no analysis, or nothing can be written.
+        ConfigError: If the folder holds something else, or an analysis that is not to be replaced, or cannot be
+            written.
     """
     check_folder(folder, "--out")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_analysis(folder / JSON):
-        raise ConfigError(f"{folder} holds something that is no analysis. Choose another folder with --out.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not _is_analysis(folder / JSON):
+            raise ConfigError(f"{folder} holds something that is no analysis. Choose another folder with --out.")
+        # The page is written last: without it, an analysis was interrupted.
+        if (folder / REPORT).exists() and not overwrite:
+            raise ConfigError(
+                f"{folder} holds an analysis already. Replace it with --overwrite, or choose another folder with --out."
+            )
 
 
-def write_report(folder: Path, analysis: Analysis, tensorboard: bool = False) -> list[Path]:
+def write_report(folder: Path, analysis: Analysis) -> list[Path]:
     """Writes ``report.md``, its pictures and ``analysis.json``, each whole or not at all.
 
     The files of an earlier analysis are replaced; others in the folder are left alone.
 
     Args:
-        folder: Made if need be.
+        folder: Where to write; see :func:`check_free`.
         analysis: What to write.
-        tensorboard: Write pictures and numbers for TensorBoard, too, into ``tensorboard/``.
 
     Returns:
         The files, the page last.
 
     Raises:
-        ConfigError: If the folder holds something else.
         FileError: If it cannot be written, for instance on a full disk.
     """
-    check_free(folder)
     pictures = _draw(analysis)
     contents = {
         # First: it says that the folder is an analysis, which may be written again after a kill.
@@ -59,9 +67,8 @@ def write_report(folder: Path, analysis: Analysis, tensorboard: bool = False) ->
     for name, content in contents.items():
         write_whole(folder / name, content)
     with writing(folder):
-        for name in {*_PICTURES} - {*pictures}:
+        for name in {*_PICTURES}.difference(pictures):
             (folder / name).unlink(missing_ok=True)
-        _write_events(folder / TENSORBOARD, analysis, pictures, tensorboard)
     return [folder / name for name in contents]
 
 
@@ -86,25 +93,6 @@ def _png(figure: Any) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})  # the same figures, the same bytes
     return content.getvalue()
-
-
-def _write_events(folder: Path, analysis: Analysis, pictures: dict[str, bytes], wanted: bool) -> None:
-    for path in folder.glob("events.out.tfevents.*"):
-        path.unlink()  # of an earlier analysis: TensorBoard would show both
-    if not wanted:
-        return
-    import numpy as np
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for name, content in pictures.items():
-            pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            writer.add_image(f"analysis/{name.removesuffix('.png')}", pixels, dataformats="HWC")
-        for figure, values in scalars(analysis.measured.encoders).items():
-            for encoder, value in values.items():
-                if value is not None:
-                    writer.add_scalar(f"{figure}/{analysis.labels[encoder]}", value)
 
 
 def _is_analysis(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""``theia analyze``: what makes a representation good, measured on any encoders side by side."""
+"""``theia analyze``: figures of the representations of any encoders, side by side."""
 
 import logging
 import resource
@@ -27,17 +27,6 @@ logger = logging.getLogger(__name__)
 _PICTURES = 6
 
 
-class _Parser(Parser):
-    """Takes several words after these options: a comma may be part of an encoder's name, or of a file's."""
-
-    def add_argument(self, *args: Any, **options: Any) -> Any:
-        """See ``argparse``."""
-        if args[0] not in ("--encoders", "--picture_ids"):
-            return super().add_argument(*args, **options)
-        options.pop("action", None)
-        return super().add_argument(args[0], type=str, nargs="+", **options)
-
-
 def main(argv: list[str]) -> int:
     """Runs ``theia analyze``.
 
@@ -50,7 +39,7 @@ def main(argv: list[str]) -> int:
     Raises:
         TheiaError: See :func:`analyze`.
     """
-    return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=_Parser))
+    return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=Parser))
 
 
 def analyze(
@@ -64,27 +53,24 @@ def analyze(
     device: Device = "auto",
     pictures: int | None = None,
     picture_ids: list[str] | None = None,
-    tensorboard: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Compare the representations of encoders: norm entropy and maps, PCA, similarity of tokens, CKA.
 
     Args:
-        encoders: Names with blanks between them: a folder, checkpoint or hub id of a Theia model, teacher:NAME,
-            timm:NAME, concat:NAME,NAME, random:vit_tiny; FOLDER@random, timm:NAME@random and teacher:NAME@random are
-            untrained, teacher:NAME@PATH has weights from there. concat puts features side by side as they are, so that
-            those of the largest scale count most. All are in memory together.
+        encoders: Encoders to compare.
         images: A folder of images, one image, a .tar file or a folder of them, or sample:COUNT for held-out sample
             photographs.
-        out: Folder to write; an earlier analysis there is replaced without asking, when the new one is complete.
-        scores: CSV file with the columns encoder,score and maybe group: correlates figures with scores.
-        max_images: Look at so many images, drawn at random, the same each time. All by default.
-        image_size: Images are resized to a square of so many pixels, as in an extraction; a multiple of 16 for Theia
-            models.
-        batch_size: Images at a time; figures do not depend on it.
+        out: Folder to write: report.md, its pictures, and analysis.json.
+        scores: CSV file with the columns encoder,score and maybe group; figures are correlated with the scores.
+        max_images: How many images to look at, drawn at random but the same each time; all by default.
+        image_size: Width and height, in pixels, that images are resized to, as in an extraction; a multiple of 16 for
+            Theia models.
+        batch_size: How many images are encoded together; figures do not depend on it.
         device: Where encoders run; auto takes a GPU if there is one.
-        pictures: Show norm maps of so many images; 6 by default.
+        pictures: How many images to show norm maps of; 6 by default.
         picture_ids: Show norm maps of these images instead: their paths below --images, with blanks between them.
-        tensorboard: Write pictures and figures for TensorBoard, too.
+        overwrite: Replace an earlier analysis in the folder, when the new one is complete.
     """
     _check(encoders, max_images, image_size, batch_size, pictures, picture_ids)
     shown = picture_ids or (_PICTURES if pictures is None else pictures)
@@ -96,7 +82,7 @@ def analyze(
     from theia.encoder.encoder import Encoder
     from theia.extraction.stream import ImageStream, open_images
 
-    check_free(out)
+    check_free(out, overwrite)
     read = read_scores(scores, encoders) if scores is not None else {}
     source = open_images(images)
     stream = ImageStream(source, image_size, batch_size, max_images, picture_ids or ())
@@ -118,7 +104,7 @@ def analyze(
         name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
     }
     analysis = assemble(measured, distilled, read, stream.skipped, statement)
-    files = write_report(out, analysis, tensorboard)
+    files = write_report(out, analysis)
     _say(analysis, files[-1])
     return 0
 

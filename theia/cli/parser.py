@@ -51,8 +51,8 @@ class Parser(ArgumentParser):
             options |= {"type": str, "nargs": "+"}
         if args[0] == "--encoders":
             options["help"] = _ENCODERS
-        aliases = [other for (command, option), other in _ALIASES.items() if (self.prog, args[0]) == (command, option)]
-        action = super().add_argument(*args, *aliases, **options)
+        alias = _ALIASES.get((getattr(self, "prog", ""), args[0]))  # a group of options has no name of a command
+        action = super().add_argument(*args, *([alias] if alias else []), **options)
         if options.get("type") is bool:
             action.nargs, action.const = "?", True
         return action
