@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere in the repository, so that nothing is said in two places."""
+"""Files from elsewhere in the repository that are part of the site: the notebook, and what the pages link to."""
 
 import base64
 import json
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _ROOT = Path(__file__).parents[1]
-_README = _ROOT / "README.md"
 _NOTEBOOK = "look_inside"
+_CONTRIBUTING = "CONTRIBUTING.md"
 
-_INCLUDE = re.compile(r"^\{readme: (.+)\}$", re.MULTILINE)
-_LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+# Pages lie in docs/, from where the rest of the repository is one folder up; in the site, all have one root.
+_OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)")
+_INSIDE = re.compile(r"\]\(docs/")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the notebook, as a page and as a file, and the files that the README links to."""
-    for target in sorted(set(_LINK.findall(_README.read_text()))):
-        if not target.startswith("docs/"):
-            files.append(File.generated(config, target, abs_src_path=str(_ROOT / target)))
+    """Adds the notebook, as a page and as a file, CONTRIBUTING.md as a page, and the files that the pages link to."""
+    linked = {target for page in (_ROOT / "docs").glob("*.md") for target in _OUTSIDE.findall(page.read_text())}
+    for target in sorted(linked | {_CONTRIBUTING}):
+        files.append(File.generated(config, target, abs_src_path=str(_ROOT / target)))
     path = _ROOT / "notebooks" / f"{_NOTEBOOK}.ipynb"
     files.append(File.generated(config, path.name, abs_src_path=str(path)))
     page, pictures = _notebook(json.loads(path.read_text())["cells"])
@@ -34,16 +34,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Puts a section of the README in the place of ``{readme: HEADING}``; its first words stand under its title."""
-    return _INCLUDE.sub(lambda found: _section(found[1].strip(), page.file.src_uri), markdown)
-
-
-def _section(heading: str, page: str) -> str:
-    parts = re.split(r"(?:\A#|^##) (.+)$", _README.read_text(), flags=re.MULTILINE)
-    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    if heading not in sections:
-        raise PluginError(f"{page}: README.md has no section {heading!r}. It has: {', '.join(sections)}.")
-    return _LINK.sub(lambda link: f"]({link[1].removeprefix('docs/')})", sections[heading]).strip()
+    """Makes links that hold in the repository hold in the site."""
+    if page.file.src_uri == _CONTRIBUTING:
+        return _INSIDE.sub("](", markdown)
+    return _OUTSIDE.sub(r"](\1", markdown) if "/" not in page.file.src_uri else markdown
 
 
 def _notebook(cells: list[dict[str, Any]]) -> tuple[str, dict[str, bytes]]:

@@ -1,4 +1,4 @@
-"""The README's tutorial, installed and used as a stranger would: one class in a distribution of its own."""
+"""The tutorial of docs/teachers.md, installed and used as a stranger would: one class in a distribution of its own."""
 
 import json
 import re
@@ -11,15 +11,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-README = Path(__file__).parents[1] / "README.md"
+TUTORIAL = Path(__file__).parents[1] / "docs" / "teachers.md"
 STUDENT = ["--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=4", "--data.workers=0"]
 
 
 def tutorial() -> dict[str, str]:
-    """Python module and packaging file: the first two blocks of code below 'Adding a teacher', by language."""
-    parts = re.split(r"^#+ Adding a teacher$", README.read_text(), maxsplit=1, flags=re.MULTILINE)
-    assert len(parts) == 2, "README.md has no section 'Adding a teacher'"
-    blocks = re.findall(r"^```(python|toml)\n(.*?)^```$", parts[1], re.MULTILINE | re.DOTALL)[:2]
+    """Python module and packaging file: the first two blocks of code, by language."""
+    blocks = re.findall(r"^```(python|toml)\n(.*?)^```$", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)[:2]
     assert [language for language, _ in blocks] == ["python", "toml"]
     return dict(blocks)
 
@@ -68,7 +66,7 @@ def test_it_is_listed_with_what_it_gives(site: Path) -> None:
 def test_its_options_are_in_the_help(site: Path) -> None:
     shown = " ".join(theia(site, "extract", "--help").split())
 
-    assert "--edges.wavelength WAVELENGTH Of the finer filters, in pixels" in shown
+    assert "--edges.wavelength WAVELENGTH Wavelength of the finer filters, in pixels" in shown
 
 
 def test_its_features_are_stored_with_its_spec(site: Path, store: Path) -> None:

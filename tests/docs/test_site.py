@@ -20,7 +20,7 @@ from theia.cli.main import main
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "theia.load", "theia.Encoder.translate", "theia.Teacher.forward", "theia.types.TeacherSpec",
-    "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureData", "theia.errors.ConfigError",
+    "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureDataModule", "theia.errors.ConfigError",
     "theia.training.distillation.Distillation", "theia.training.losses.cosine_loss", "theia.store.reader.FeatureStore",
     "theia.training.metrics.NormEntropy", "theia.analysis.measure.measure", "theia.utils.pictures.pca_colours",
     "theia.probing.metrics.depth_metrics",
@@ -82,16 +82,28 @@ def test_every_page_is_there(site: Site) -> None:
     assert {path.with_suffix(".html") for path in sources} | {Path("look_inside.html")} <= site.pages.keys()
 
 
-def test_sections_of_the_readme_are_on_their_pages(site: Site) -> None:
-    for page, sentence in {
-        "index": "Photographs that the student never saw",
-        "training": "The disk that ImageNet-1k takes",
-        "teachers": "A teacher is one class in a distribution of its own.",
-        "models": "Images may have any size that is a multiple of 16",
-    }.items():
-        assert sentence in site.pages[Path(f"{page}.html")].text
-        assert sentence in (ROOT / "README.md").read_text()
-        assert sentence not in (ROOT / "docs" / f"{page}.md").read_text()
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_pages_outside_the_site_resolve(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).is_file()]
+
+
+def test_contributing_names_what_is_there(site: Site) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert "To change X, touch Y" in site.pages[Path("CONTRIBUTING.html")].text
+    rooms = {f"theia/{path.parent.name}" for path in (ROOT / "theia").glob("*/__init__.py")}
+    named = set(re.findall(r"`((?:theia|teachers|benchmarks|examples|configs|docs|tests)(?:/[\w./]+)?)`", text))
+    assert not rooms - named
+    assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+    # A file, and in brackets behind it what stands in it.
+    for path, names in re.findall(r"`([\w/]+\.py)`(?: \(|: )([^;.]*`[^;.]*)", text):
+        for name in re.findall(r"`(_?[A-Za-z]\w+)`", names):
+            assert name in (ROOT / path).read_text(), f"{path} has no {name}"
 
 
 def test_the_reference_has_the_public_names_with_their_docstrings(site: Site) -> None:
@@ -127,9 +139,10 @@ def test_nothing_is_fetched_by_a_reader(site: Site) -> None:
 
 
 def _commands() -> list[str]:
-    """Commands of ``theia`` in the code of the pages and the README, with continued lines joined."""
+    """Commands of ``theia`` in the code of the pages and READMEs, with continued lines joined."""
     found = []
-    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
+    others = ("README.md", "CONTRIBUTING.md", "examples/lerobot_policy_theia/README.md")
+    for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / other for other in others)]:
         text = path.read_text().replace("\\\n", " ")
         code = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
         lines = [line.strip() for block in code for line in block.splitlines()]
@@ -147,17 +160,28 @@ def _help(command: str) -> str:
 
 @pytest.mark.parametrize("line", _commands())
 def test_commands_have_the_options_that_the_pages_name(line: str) -> None:
-    words = shlex.split(line[line.index("theia ") :], comments=True)
-    command = " ".join(words[1:3]) if words[1] == "probe" or words[1:3] == ["ablate", "report"] else words[1]
+    words = shlex.split(line[line.index("theia ") :], comments=True)[1:]
+    two = words[0] in ("store", "probe") or words[:2] == ["ablate", "report"]
+    command = " ".join(words[: 1 + two])
     known = set(re.findall(r"--([\w.]+)", _help(command))) | {"help"}
-    assert len(known) > 1, f"{words[0]} {command} --help names no options"
+    assert len(known) > 1, f"theia {command} --help names no options"
     for option in (word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")):
-        if option.startswith(
-            ("images.", "edges.")
-        ):  # splits; the plugin that the README writes, which is not installed
+        # Splits of the images, and the plugin of the tutorial, which is not installed.
+        if option.startswith(("images.", "edges.")):
             continue
         # What a sweep passes on to its runs.
         passed_on = command == "ablate" and option.partition(".")[0] in ("data", "model", "trainer", "slurm", "options")
-        assert option in known or passed_on, f"{words[0]} {command} has no --{option}"
+        assert option in known or passed_on, f"theia {command} has no --{option}"
         if passed_on and option.partition(".")[0] in ("data", "model", "trainer"):
             assert option in re.findall(r"--([\w.]+)", _help("fit")), f"theia fit has no --{option}"
+
+
+def _options() -> list[str]:
+    """Options of a training that the pages name by themselves, such as ``--model.registers``."""
+    texts = [path.read_text() for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]]
+    return sorted({name for text in texts for name in re.findall(r"--((?:model|trainer)\.\w+)", text)})
+
+
+@pytest.mark.parametrize("option", _options())
+def test_a_training_has_the_options_that_the_pages_name(option: str) -> None:
+    assert option in re.findall(r"--([\w.]+)", _help("fit"))
