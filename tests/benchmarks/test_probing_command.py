@@ -10,7 +10,7 @@ from PIL import Image
 
 from theia.cli import probe
 from theia.encoder.from_name import NamedEncoder
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 from theia.probing import features, probes, scenes
 from theia.probing.cameras import Camera
 from theia.probing.classifiers import Schedule

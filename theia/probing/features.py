@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from theia.encoder.from_name import NamedEncoder, open_encoder
 from theia.errors import ConfigError, FeatureError
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 from theia.probing.datasets import IMAGE_SIZE, Storage, fingerprint
 
 Device = Literal["auto", "cpu", "cuda"]
