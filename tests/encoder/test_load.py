@@ -102,11 +102,11 @@ def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
             _change_tensors(
                 lambda tensors: tensors.update({"distiller.student.backbone.model.norm.bias": torch.ones(7)})
             ),
-            r"vit.norm.bias has shape \(7,\), not \(32,\)",
+            r"model.norm.bias has shape \(7,\), not \(32,\)",
         ),
         (
             _change_tensors(lambda tensors: tensors["distiller.student.backbone.model.norm.bias"].fill_(torch.nan)),
-            "vit.norm.bias is not finite",
+            "model.norm.bias is not finite",
         ),
         (
             _change_tensors(lambda tensors: tensors.update({"distiller.scalers.odd.std": torch.zeros(5)})),

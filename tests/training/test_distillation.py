@@ -53,7 +53,8 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
     "options",
     [
         {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
-        {"registers": 0}, {"registers": 4}, {"distill_cls": True}, {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
+        {"registers": 0}, {"registers": 4}, {"distill_cls": True},
+        {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],
     ids=lambda options: next(iter(options)),
