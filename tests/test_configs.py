@@ -145,16 +145,15 @@ def test_the_recipes_are_the_papers(path: Path, capsys: pytest.CaptureFixture[st
     assert config["data"]["fraction"] == 1
     assert set(config["data"]["teachers"]) == {"clip", "dinov2", "vit"}
     paper = {
-        "size": path.stem.removeprefix("cdiv_"),
+        "backbone": path.stem.replace("cdiv_", "theia_"),
+        "backbone_stage": None,
         "registers": 1,
         "weights": "scratch",
         "width": None,
         "depth": None,
         "heads": None,
         "translator": "cnn",
-        "loss": "cosine_smooth_l1",
-        "cosine_weight": 0.9,
-        "per_token": False,
+        "loss": {"cosine": 0.9, "smooth_l1": 0.1},
         "teacher_weights": None,
         "distill_cls": False,
         "learning_rate": 5e-4,
@@ -197,7 +196,7 @@ def test_of_several_configs_the_later_wins_and_the_command_line_over_all(
 
     assert config["model"]["learning_rate"] == 2e-3
     assert config["model"]["warmup"] == 0.4
-    assert config["model"]["size"] == "small"
+    assert config["model"]["backbone"] == "theia_small"
     assert config["data"]["teachers"] == ["sam"]  # a list replaces a list
     assert config["data"]["batch_size"] == 128
 
@@ -230,7 +229,7 @@ def test_help_of_fit_explains_the_options_of_model_and_data(capsys: pytest.Captu
 
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--model.cosine_weight COSINE_WEIGHT Share of the cosine term" in shown
+    assert "--model.backbone BACKBONE Backbone of the student: theia_tiny" in shown
     assert "--data.store STORE Folder of the feature store" in shown
     assert "--trainer.max_epochs" in shown
     # The store gives these.

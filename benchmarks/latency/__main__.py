@@ -4,7 +4,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from theia.cli.parser import Parser
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load
 from theia.export.onnx import photographs
-from theia.models.student import Size
+from theia.models.backbone import THEIA_SHAPES, TIMM
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
 from theia.utils.provenance import machine, versions
 
@@ -31,7 +31,7 @@ _MOST_IMAGES = 65536  # of a batch: ten gigabytes
 
 def bench(
     encoder: str | None = None,
-    sizes: str | None = None,
+    backbones: str | None = None,
     batches: str = "1,32",
     pairs: int = 5,
     threads: int = 1,
@@ -41,8 +41,8 @@ def bench(
 
     Args:
         encoder: A model of your own to measure instead: what theia.load takes.
-        sizes: Some of tiny, small and base, separated by commas; all by default. Tiny gets a training of about a minute
-            first; the others have random weights.
+        backbones: Backbones, as in 'theia fit', separated by commas; theia_tiny, theia_small and theia_base by default.
+            theia_tiny gets a training of about a minute first; the others have random weights.
         batches: Batch sizes, separated by commas.
         pairs: Counted turns of every runtime.
         threads: Of every runtime.
@@ -53,24 +53,28 @@ def bench(
 
     Raises:
         ConfigError: If a number is out of its range, or nothing can be written into the folder.
-        BenchmarkError: If there is no such size or batch, or a runtime does not do what the others do.
+        BenchmarkError: If there is no such backbone or batch, or a runtime does not do what the others do.
         TheiaError: If the encoder cannot be loaded.
     """
-    if encoder is not None and sizes is not None:
-        raise BenchmarkError("--sizes are of models that are built here, --encoder is your own. Give one of the two.")
-    chosen = [] if encoder is not None else [*get_args(Size)] if sizes is None else comma_list(sizes)
+    if encoder is not None and backbones is not None:
+        raise BenchmarkError(
+            "--backbones are of models that are built here, --encoder is your own. Give one of the two."
+        )
+    chosen = [] if encoder is not None else [*THEIA_SHAPES] if backbones is None else comma_list(backbones)
     counts = comma_list(batches)
     check_number("pairs", pairs, 1, MOST_PAIRS)
     check_number("threads", threads, 1, MOST_PROCESSES)
     _check(chosen, counts)
     check_folders(results)
-    settings = {"sizes": chosen, "batches": counts, "pairs": pairs, "threads": threads, "own_encoder": bool(encoder)}
+    settings = {
+        "backbones": chosen, "batches": counts, "pairs": pairs, "threads": threads, "own_encoder": bool(encoder)
+    }  # fmt: skip
     record: dict[str, Any] = {"versions": versions(), "machine": machine(), "settings": settings, "training": {}}
     rows: list[Row] = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for name, weights, model in _models(encoder, cast(list[Size], chosen), record["training"]):
+        for name, weights, model in _models(encoder, chosen, record["training"]):
             with tempfile.TemporaryDirectory(prefix="theia-bench-") as folder:
                 for count in counts:
                     _say(f"{name}, batch {count} ...")
@@ -100,19 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return carry_out("benchmarks.latency", lambda: bench(**parser.parse_args(argv).as_dict()))
 
 
-def _models(own: str | None, sizes: list[Size], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:
+def _models(own: str | None, backbones: list[str], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:
     """Name, origin of the weights, and the encoder; what a training did goes into ``training``."""
     if own is not None:
         # The last part alone: where it lies is nobody else's business.
         yield Path(own).name, "given", load(own)
         return
-    for size in sizes:
-        if size == "tiny":
-            _say("training tiny, about a minute ...")
-            encoder, training["losses"] = trained_encoder(size)
-            yield size, "trained", encoder
+    for name in backbones:
+        if name == "theia_tiny":
+            _say("training theia_tiny, about a minute ...")
+            encoder, training["losses"] = trained_encoder(name)
+            yield name, "trained", encoder
         else:
-            yield size, "random", random_encoder(size)
+            yield name, "random", random_encoder(name)
 
 
 def _on_all_devices(case: runtimes.Case, pairs: int, model: str, weights: str) -> list[Row]:
@@ -123,10 +127,12 @@ def _on_all_devices(case: runtimes.Case, pairs: int, model: str, weights: str) -
     return rows
 
 
-def _check(sizes: list[str], batches: list[str]) -> None:
-    unknown = [size for size in sizes if size not in get_args(Size)]
+def _check(backbones: list[str], batches: list[str]) -> None:
+    unknown = [name for name in backbones if name not in THEIA_SHAPES and not name.startswith(TIMM)]
     if unknown:
-        raise BenchmarkError(f"There is no size {', '.join(unknown)!r}. Choose from: {', '.join(get_args(Size))}.")
+        raise BenchmarkError(
+            f"There is no backbone {', '.join(unknown)!r}. Choose from: {', '.join(THEIA_SHAPES)}, timm:NAME."
+        )
     if not batches or not all(count.isdecimal() and 0 < int(count) <= _MOST_IMAGES for count in batches):
         raise BenchmarkError(
             f"--batches is {','.join(batches)!r}; give whole numbers above 0 and up to {_MOST_IMAGES}, such as 1,32."

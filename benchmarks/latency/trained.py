@@ -9,8 +9,7 @@ from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.extraction.sources import SampleSource
 from theia.models.architecture import Architecture
-from theia.models.student import Size
-from theia.training.losses import feature_loss, teacher_weights, weighted_mean
+from theia.training.losses import FeatureLoss, teacher_weights, weighted_mean
 from theia.training.objective import Objective
 from theia.training.optim import build_optimizer, warmup_then_constant
 from theia.types import FeatureBatch
@@ -21,27 +20,27 @@ _PIXELS = 224
 _LEARNING_RATE = 1e-3
 
 
-def random_encoder(size: Size, **student: Any) -> Encoder:
+def random_encoder(backbone: str, **student: Any) -> Encoder:
     """An untrained encoder, from a fixed seed.
 
     Args:
-        size: Of the student.
+        backbone: Backbone of the student, as in ``theia fit``.
         student: Further options of the architecture.
     """
     torch.manual_seed(0)
     shapes = {"color": {"channels": 6, "grid_hw": [16, 16], "has_cls": False}}
-    return Encoder(Architecture(teachers=shapes, size=size, translator="linear", **student))
+    return Encoder(Architecture(teachers=shapes, backbone=backbone, translator="linear", **student))
 
 
 def trained_encoder(
-    size: Size = "tiny", steps: int = 100, images: int = 64, batch_size: int = 4, **student: Any
+    backbone: str = "theia_tiny", steps: int = 100, images: int = 64, batch_size: int = 4, **student: Any
 ) -> tuple[Encoder, dict[str, list[float]]]:
     """An encoder trained on crops of sample photographs, from a fixed seed; about a minute on one core.
 
     Long enough that the tokens differ from place to place as a teacher's features do; too short for a good model.
 
     Args:
-        size: Of the student.
+        backbone: Backbone of the student, as in ``theia fit``.
         steps: Optimisation steps.
         images: Crops.
         batch_size: Of a step.
@@ -60,12 +59,12 @@ def trained_encoder(
         name: {"channels": teacher.spec.channels, "grid_hw": list(teacher.spec.grid_hw), "has_cls": False}
         for name, teacher in teachers.items()
     }
-    encoder = Encoder(Architecture(teachers=shapes, size=size, translator="linear", **student))
+    encoder = Encoder(Architecture(teachers=shapes, backbone=backbone, translator="linear", **student))
     encoder.distiller.translators.requires_grad_()
     distiller = encoder.distiller
     for name, values in features.items():
         distiller.set_statistics(name, values.mean((0, 1)), values.std((0, 1)))
-    objective, weights = Objective(distiller, feature_loss), teacher_weights(_TEACHERS)
+    objective, weights = Objective(distiller, FeatureLoss()), teacher_weights(_TEACHERS)
     optimizer = build_optimizer(distiller, _LEARNING_RATE)
     schedule = warmup_then_constant(optimizer, steps // 10)
     losses: dict[str, list[float]] = {name: [] for name in _TEACHERS}

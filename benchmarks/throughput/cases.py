@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.throughput.measure import ParityError
 from benchmarks.throughput.plain import PlainDistiller
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
-from theia.models.student import Size, Student
-from theia.training.losses import feature_loss, teacher_weights, weighted_mean
+from theia.models.student import Student
+from theia.training.losses import FeatureLoss, teacher_weights, weighted_mean
 from theia.training.objective import Objective
 from theia.training.optim import build_optimizer
 from theia.types import FeatureBatch
@@ -50,20 +51,20 @@ class Case:
 
 
 def make_case(
-    teachers: dict[str, tuple[int, int]], size: Size, batch_size: int, device: str = "cpu", **student: Any
+    teachers: dict[str, tuple[int, int]], size: str, batch_size: int, device: str = "cpu", **student: Any
 ) -> Case:
     """A model and a batch, from a fixed seed.
 
     Args:
         teachers: Channels and rows of the grid by name.
-        size: Student.
+        size: Size of the student: "tiny", "small" or "base".
         batch_size: Images.
         device: Where both are.
         student: Further options of the student.
     """
     torch.manual_seed(0)
     shapes = {name: {"channels": c, "grid_hw": (rows, rows), "has_cls": False} for name, (c, rows) in teachers.items()}
-    distiller = Distiller(Student(size, **student), shapes)
+    distiller = Distiller(Student(StudentOptions(backbone=f"theia_{size}", **student)), shapes)
     patches = {}
     for name, (channels, rows) in teachers.items():
         mean, std = torch.randn(channels), torch.rand(channels) + 0.5
@@ -86,7 +87,7 @@ class OurStep:
     def __init__(self, case: Case, bfloat16: bool = False, compiled: bool = True) -> None:
         self.model = copy.deepcopy(case.distiller)
         self.batch = case.batch
-        self.objective = Objective(self.model, feature_loss)
+        self.objective = Objective(self.model, FeatureLoss())
         device = case.batch.images.device
         if compiled:
             self.objective.compile(device)

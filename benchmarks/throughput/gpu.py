@@ -22,11 +22,10 @@ from benchmarks.throughput.measure import (
     repeated,
 )
 from benchmarks.throughput.step import kept_for_backward
-from theia.models.student import Size
 
 IMAGENET, EPOCHS = 1_281_167, 50
 _BATCH = 128  # the paper's global batch, on one GPU
-_AGAINST_PLAIN: dict[Size, float] = {"tiny": 6, "base": 5}
+_AGAINST_PLAIN: dict[str, float] = {"tiny": 6, "base": 5}
 # Bytes that an optimisation step moves for each parameter beside the activations: forward and backward read it, its
 # gradient is written; AdamW reads parameter, gradient and two moments, and writes three of them back. All float32.
 _BYTES_PER_PARAMETER = 4 * (3 + 4 + 3)
@@ -108,7 +107,7 @@ def hours(images_per_s: float) -> float:
 
 
 def _at_full_batch(
-    size: Size,
+    size: str,
     teachers: dict[str, tuple[int, int]],
     matrix_rate: float,
     copy_rate: float,

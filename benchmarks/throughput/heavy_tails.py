@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from theia.extraction.config import ExtractConfig
 from theia.extraction.extract import extract
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.store.reader import FeatureStore, Split
 from theia.store.writer import SplitWriter
-from theia.training.losses import cosine_loss, feature_loss
+from theia.training.losses import FeatureLoss, cosine_loss
 from theia.training.optim import build_optimizer, warmup_then_constant
 from theia.types import TeacherSpec
 
@@ -83,7 +84,7 @@ def train(store: Path, seed: int, steps: int) -> Distiller:
     split = FeatureStore(store).open_split("train")
     columns = read(split)
     spec = split.teachers[TEACHER]
-    student = Student(image_size=_IMAGE_SIZE, width=96, depth=3, heads=3)
+    student = Student(StudentOptions(image_size=_IMAGE_SIZE, width=96, depth=3, heads=3))
     shape = {"channels": spec.channels, "grid_hw": list(spec.grid_hw), "has_cls": False}
     distiller = Distiller(student, {TEACHER: shape})
     statistics = FeatureStore(store).statistics(TEACHER)
@@ -93,7 +94,7 @@ def train(store: Path, seed: int, steps: int) -> Distiller:
     for _ in range(steps):
         rows = order.choice(len(split), min(_BATCH, len(split)), replace=False)
         _, predictions, _ = distiller(torch.from_numpy(columns["image"][rows]))
-        loss = feature_loss(predictions[TEACHER], targets(distiller, TEACHER, columns, rows))
+        loss = FeatureLoss()(predictions[TEACHER], targets(distiller, TEACHER, columns, rows))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -116,7 +117,7 @@ def score(distiller: Distiller, store: Path) -> dict[str, float]:
     prediction = (distiller.denormalize(TEACHER, predictions[TEACHER]) - mean) / std
     target = (torch.from_numpy(columns[TEACHER]).float() - mean) / std
     return {
-        "loss": float(feature_loss(prediction, target)),
+        "loss": float(FeatureLoss()(prediction, target)),
         "cosine": float(1 - cosine_loss(prediction, target)),
     }
 

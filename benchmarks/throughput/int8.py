@@ -12,6 +12,7 @@ from benchmarks.throughput import heavy_tails
 from benchmarks.throughput.heavy_tails import Columns, Dtype, targets
 from benchmarks.throughput.measure import Measure, ParityError, Result, Settings, interleave, ratios
 from theia import registry
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.store.reader import FeatureStore, Split
@@ -127,7 +128,7 @@ def _untrained(root: Path) -> Distiller:
     shapes = {
         name: {"channels": spec.channels, "grid_hw": spec.grid_hw, "has_cls": False} for name, spec in specs.items()
     }
-    distiller = Distiller(Student(width=3, depth=1, heads=1), shapes)
+    distiller = Distiller(Student(StudentOptions(width=3, depth=1, heads=1)), shapes)
     for name in specs:
         statistics = store.statistics(name)
         distiller.set_statistics(name, statistics.mean, statistics.std)

@@ -26,7 +26,7 @@ class PlainDistiller(nn.Module):
     def __init__(self, ours: Distiller) -> None:
         super().__init__()
         self.processor = ViTImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        self.vit = copy.deepcopy(ours.student.vit)
+        self.vit = copy.deepcopy(ours.student.backbone.model)
         self.heads = nn.ModuleDict()
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         for name in ours.teachers:

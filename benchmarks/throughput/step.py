@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.throughput.cases import ALL_FIVE, CDIV, NAMES, Case, OurStep, PlainStep, check_parity, make_case
 from benchmarks.throughput.fed import fed_and_resident
 from benchmarks.throughput.measure import Cost, Measure, Result, Settings, interleave, ratios, repeated
-from theia.training.losses import feature_loss
+from theia.training.losses import FeatureLoss
 from theia.training.objective import Objective
 
 _BATCH = 16
@@ -110,7 +110,7 @@ def _loss_alone(case: Case, plain: PlainStep, settings: Settings) -> dict[str, l
     with torch.no_grad():
         _, predictions, _ = case.distiller(case.batch.images)
     predictions = {name: value.contiguous().requires_grad_() for name, value in predictions.items()}
-    objective = Objective(case.distiller, feature_loss)
+    objective = Objective(case.distiller, FeatureLoss())
     objective.compile(torch.device("cpu"))
 
     def compiled() -> None:

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from theia.analysis.figures import draw_norms, draw_similarity, draw_spectra
 from theia.analysis.measure import EncoderFigures, ImageBatch, measure
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 
 LABELS = {"random": "random", "zero": "zero"}
 

@@ -10,7 +10,7 @@ from theia.analysis.measure import ImageBatch, measure
 from theia.analysis.report import page
 from theia.analysis.results import as_json, assemble
 from theia.errors import FeatureError
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 from theia.training.metrics import NormEntropy
 
 

@@ -221,7 +221,12 @@ def test_the_command_prints_the_table_and_writes_everything(
     quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    assert command.main(["--sizes=tiny,small", "--batches=1,2", "--pairs=3", f"--results={tmp_path / 'new'}"]) == 0
+    assert (
+        command.main(
+            ["--backbones=theia_tiny,theia_small", "--batches=1,2", "--pairs=3", f"--results={tmp_path / 'new'}"]
+        )
+        == 0
+    )
 
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
@@ -235,10 +240,13 @@ def test_the_command_prints_the_table_and_writes_everything(
     assert written["versions"]["onnxruntime"]
     assert written["machine"]["cores"] >= 1
     assert written["settings"] == {
-        "sizes": ["tiny", "small"], "batches": ["1", "2"], "pairs": 3, "threads": 1, "own_encoder": False,
+        "backbones": ["theia_tiny", "theia_small"], "batches": ["1", "2"], "pairs": 3, "threads": 1,
+        "own_encoder": False,
     }  # fmt: skip
     assert [len(losses) for losses in written["training"]["losses"].values()] == [2, 2]
-    assert list(written["suites"]) == [f"{size}, cpu, batch {batch}" for size in ("tiny", "small") for batch in (1, 2)]
+    assert list(written["suites"]) == [
+        f"{size}, cpu, batch {batch}" for size in ("theia_tiny", "theia_small") for batch in (1, 2)
+    ]
     rows = written["suites"]["small, cpu, batch 1"]["details"]["rows"]
     assert [row["runtime"] for row in rows] == [BASELINE, "ONNX Runtime", DEFAULT]
     assert {len(row["costs"]) for row in rows} == {3}
@@ -263,7 +271,7 @@ def test_a_model_of_ones_own_is_shown_without_its_folder(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--sizes=tiny,huge", "'huge'"),
+        ("--backbones=theia_tiny,huge", "'huge'"),
         ("--batches=1,0", "'1,0'"),
         ("--pairs=0", "--pairs is 0"),
         ("--threads=0", "--threads is 0"),

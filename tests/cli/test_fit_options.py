@@ -119,9 +119,9 @@ def test_a_report_goes_where_the_command_line_says(config: Path, run: Path, tmp_
 
 # Another value of each option of the model and the data.
 OTHER: dict[str, Any] = {
-    "model.size": "small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32, "model.depth": 2,
-    "model.heads": 4, "model.translator": "linear", "model.loss": "mse", "model.cosine_weight": 0.5,
-    "model.per_token": True, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
+    "model.backbone": "theia_small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32,
+    "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
+    "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.compile": False, "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,

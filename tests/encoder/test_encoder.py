@@ -87,7 +87,7 @@ def test_pooling(encoder: Encoder) -> None:
 @torch.no_grad()
 def test_intermediates_are_the_blocks_own_outputs(encoder: Encoder) -> None:
     seen = {}
-    for number, block in enumerate(encoder.distiller.student.vit.blocks):
+    for number, block in enumerate(encoder.distiller.student.backbone.model.blocks):
         block.register_forward_hook(lambda _, __, output, number=number: seen.__setitem__(number, output))
     tokens = encoder.forward_features(images())
     found = encoder.forward_intermediates(images(), indices=[2, 0, -2])
@@ -149,7 +149,7 @@ def test_the_nearest_size(encoder: Encoder) -> None:
 
 def test_freezing_leaves_what_was_asked_for(encoder: Encoder) -> None:
     def free() -> set[str]:
-        return {name.split("student.vit.")[-1] for name, p in encoder.named_parameters() if p.requires_grad}
+        return {name.split("student.backbone.model.")[-1] for name, p in encoder.named_parameters() if p.requires_grad}
 
     assert encoder.freeze() is encoder
     assert not free()
@@ -184,13 +184,13 @@ def train_in_parallel(rank: int, world: int, folder: Path) -> None:
         encoder = Encoder(small(registers=4, distill_cls=True))
         model = DistributedDataParallel(encoder)
         optimizer = torch.optim.SGD(encoder.distiller.student.parameters(), 0.1)
-        before = encoder.distiller.student.vit.pos_embed.clone()
+        before = encoder.distiller.student.backbone.model.pos_embed.clone()
         # What a parameter lacks after one step is found out in the next one.
         for step in range(2):
             optimizer.zero_grad()
             torch.autograd.backward(model(images(32, 32)[rank:] / (step + 1) / 255, pool="mean").square().mean())
             optimizer.step()
-        assert not torch.equal(encoder.distiller.student.vit.pos_embed, before)
+        assert not torch.equal(encoder.distiller.student.backbone.model.pos_embed, before)
         torch.save(encoder.state_dict(), folder / f"{rank}-of-{world}.pt")
     finally:
         dist.destroy_process_group()
@@ -242,14 +242,14 @@ def test_parameters_of_other_types(encoder: Encoder, dtype: torch.dtype) -> None
 @torch.no_grad()
 def test_a_copy_is_independent(encoder: Encoder) -> None:
     other = copy.deepcopy(encoder)
-    other.distiller.student.vit.norm.bias.add_(1)
+    other.distiller.student.backbone.model.norm.bias.add_(1)
     assert not torch.equal(other(images()), encoder(images()))
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_encoder_gives_the_same(encoder: Encoder) -> None:
-    del encoder.distiller.student.vit.blocks[1:]  # they are alike, and take long to compile
+    del encoder.distiller.student.backbone.model.blocks[1:]  # they are alike, and take long to compile
     expected = encoder(images())
     encoder.compile()
     torch.testing.assert_close(encoder(images()), expected, atol=1e-4, rtol=0)
@@ -260,7 +260,7 @@ def test_half_precision_and_gradients(encoder: Encoder) -> None:
     features = encoder(images(), pool="mean")
     assert features.dtype == torch.bfloat16
     features.float().square().sum().backward()
-    assert encoder.distiller.student.vit.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert encoder.distiller.student.backbone.model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
 def test_numpy_images_are_not_changed(encoder: Encoder) -> None:

@@ -55,8 +55,8 @@ def test_gradients_of_each_sample(encoder: Encoder) -> None:
         return functional_call(encoder, given, (image[None],), {"pool": "mean"}).square().sum()
 
     gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, photos())
-    positions = encoder.distiller.student.vit.pos_embed
-    for image, given in zip(photos(), gradients["distiller.student.vit.pos_embed"], strict=True):
+    positions = encoder.distiller.student.backbone.model.pos_embed
+    for image, given in zip(photos(), gradients["distiller.student.backbone.model.pos_embed"], strict=True):
         encoder.zero_grad()
         loss(parameters, image).backward()
         torch.testing.assert_close(given, positions.grad, atol=1e-4, rtol=1e-4)

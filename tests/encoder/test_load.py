@@ -49,7 +49,7 @@ def test_a_students_start_is_kept_without_the_path_of_it(encoder: Encoder, check
     state = {f"distiller.{name}": value for name, value in encoder.distiller.state_dict().items()}
     loaded = theia.load(checkpoint(hyper_parameters=options, state_dict=state))
     assert loaded.architecture.weights == "pretrained"
-    assert loaded.distiller.student.vit.norm.eps == 1e-6
+    assert loaded.distiller.student.backbone.model.norm.eps == 1e-6
 
 
 def _truncate(folder: Path) -> None:
@@ -93,15 +93,20 @@ def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
         (_change_config(pool="median"), "no pooling 'median'"),
         (_change_config(architecture={"teachers": {}}), "No teachers"),
         (_change_config(architecture={"teachers": {"clip": {}}}), "clip"),
-        (_change_tensors(lambda tensors: tensors.pop("distiller.student.vit.norm.bias")), "vit.norm.bias is missing"),
+        (
+            _change_tensors(lambda tensors: tensors.pop("distiller.student.backbone.model.norm.bias")),
+            "model.norm.bias is missing",
+        ),
         (_change_tensors(lambda tensors: tensors.update(more=torch.ones(1))), "more is left over"),
         (
-            _change_tensors(lambda tensors: tensors.update({"distiller.student.vit.norm.bias": torch.ones(7)})),
-            r"vit.norm.bias has shape \(7,\), not \(32,\)",
+            _change_tensors(
+                lambda tensors: tensors.update({"distiller.student.backbone.model.norm.bias": torch.ones(7)})
+            ),
+            r"model.norm.bias has shape \(7,\), not \(32,\)",
         ),
         (
-            _change_tensors(lambda tensors: tensors["distiller.student.vit.norm.bias"].fill_(torch.nan)),
-            "vit.norm.bias is not finite",
+            _change_tensors(lambda tensors: tensors["distiller.student.backbone.model.norm.bias"].fill_(torch.nan)),
+            "model.norm.bias is not finite",
         ),
         (
             _change_tensors(lambda tensors: tensors.update({"distiller.scalers.odd.std": torch.zeros(5)})),

@@ -26,7 +26,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = Encoder(small(registers=4, positions=request.param))
-        torch.nn.init.normal_(encoder.distiller.student.vit.pos_embed)
+        torch.nn.init.normal_(encoder.distiller.student.backbone.model.pos_embed)
     onnx.write_graph(encoder, path)
     return encoder, onnx.start_session(path)
 
@@ -51,7 +51,7 @@ def test_a_graph_refuses_what_is_no_multiple_of_its_patches(exported: tuple[Enco
 def test_parity_looks_at_every_output(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "SIZES", ((96, 96),))
     encoder = Encoder(small(registers=4, depth=1))
-    vit = encoder.distiller.student.vit
+    vit = encoder.distiller.student.backbone.model
     # A layer later than this token's would not change the others.
     monkeypatch.setattr(vit.blocks[0].attn, "forward", lambda tokens, **_: torch.zeros_like(tokens))
     onnx.write_graph(encoder, tmp_path / "graph.onnx")

@@ -19,6 +19,7 @@ from extraction.tiny_plugin import pooled, write_images
 from theia import registry
 from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
 from theia.extraction.extract import extract
+from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 
 
@@ -299,7 +300,7 @@ def test_a_size_that_no_student_takes_is_refused_before_anything_is_written(
     config, tmp_path: Path, size: int, nearest: str
 ) -> None:
     with pytest.raises(ShapeError):
-        Student(image_size=size, width=8, depth=1, heads=1)
+        Student(StudentOptions(image_size=size, width=8, depth=1, heads=1))
     with pytest.raises(ConfigError, match=rf"--size is {size}.*16x16.*{nearest}"):
         extract(config(size=size))
     assert not (tmp_path / "store").exists()

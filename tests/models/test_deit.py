@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from theia.errors import WeightsError
+from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet
@@ -22,7 +23,7 @@ def small_deit(**options):
 
 
 def small_student(weights, **options):
-    return Student(width=32, depth=2, heads=2, weights=str(weights), **options).eval()
+    return Student(StudentOptions(width=32, depth=2, heads=2, weights=str(weights), **options)).eval()
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_only_registers_and_their_positions_start_new(checkpoint, registers, cap
     given = small_deit().state_dict()
     with caplog.at_level(logging.INFO):
         student = small_student(checkpoint, registers=registers)
-    own = student.vit.state_dict()
+    own = student.backbone.model.state_dict()
     for name in own.keys() - {"pos_embed", "reg_token"}:
         assert torch.equal(own[name], given[name]), name
     assert torch.equal(own["pos_embed"][:, registers:], given["pos_embed"][:, 1:])
@@ -141,7 +142,7 @@ def test_unreachable_hub_names_model_cause_and_alternative(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(WeightsError, match=r"deit_small_patch16_224.*Error.*weights=PATH"):
-        Student("small", weights="pretrained")
+        Student(StudentOptions(backbone="theia_small", weights="pretrained"))
 
 
 def test_pretrained_takes_weights_and_normalisation_of_the_hubs_model(monkeypatch):

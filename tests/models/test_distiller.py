@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from theia.errors import ConfigError, ShapeError
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.training.losses import feature_loss, weighted_mean
+from theia.training.losses import FeatureLoss, weighted_mean
 
 TEACHERS = {
     "odd": {"channels": 48, "grid_hw": [10, 10], "has_cls": False},
@@ -17,7 +18,7 @@ TEACHERS = {
 
 def small_distiller(teachers=TEACHERS, registers=1, image_size=224, **options):
     torch.manual_seed(0)
-    student = Student(width=32, depth=2, heads=2, registers=registers, image_size=image_size)
+    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size))
     return Distiller(student, teachers, **options)
 
 
@@ -31,7 +32,7 @@ def test_parameters_of_the_default_teachers_total_those_of_the_paper(size, milli
     channels = {"clip": 1024, "dinov2": 1024, "vit": 1280}
     teachers = {name: {"channels": count, "grid_hw": [16, 16], "has_cls": True} for name, count in channels.items()}
     with torch.device("meta"):
-        distiller = Distiller(Student(size), teachers)
+        distiller = Distiller(Student(StudentOptions(backbone=f"theia_{size}")), teachers)
     assert round(sum(p.numel() for p in distiller.parameters()) / 1e6, 2) == millions
 
 
@@ -158,8 +159,8 @@ def test_the_loss_falls_on_a_tiny_fit():
     history = []
     for _ in range(60):
         _, patches, cls = distiller(images(4, 64))
-        losses = {name: feature_loss(patches[name], target) for name, target in targets.items()}
-        loss = weighted_mean(losses) + feature_loss(cls["a"], cls_target)
+        losses = {name: FeatureLoss()(patches[name], target) for name, target in targets.items()}
+        loss = weighted_mean(losses) + FeatureLoss()(cls["a"], cls_target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

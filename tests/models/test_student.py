@@ -4,11 +4,12 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from theia.errors import ConfigError, ShapeError
+from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 
 
 def small_student(**options):
-    return Student(**{"width": 32, "depth": 2, "heads": 2, **options}).eval()
+    return Student(StudentOptions(**{"width": 32, "depth": 2, "heads": 2, **options})).eval()
 
 
 def images(height=224, width=224, count=2):
@@ -19,7 +20,7 @@ def images(height=224, width=224, count=2):
 @pytest.mark.parametrize(("size", "count"), [("tiny", 5_524_416), ("small", 21_665_664), ("base", 85_798_656)])
 def test_parameter_count_is_that_of_the_paper(size, count):
     with torch.device("meta"):
-        student = Student(size)
+        student = Student(StudentOptions(backbone=f"theia_{size}"))
     assert sum(p.numel() for p in student.parameters()) == count
 
 
@@ -37,7 +38,7 @@ def test_tokens_equal_those_of_transformers_vit():
     generator = torch.Generator().manual_seed(0)
     for parameter in upstream.parameters():  # norms and biases too, or their order would not show
         nn.init.normal_(parameter, std=0.2, generator=generator)
-    student.vit.load_state_dict(to_timm(upstream.state_dict()))
+    student.backbone.model.load_state_dict(to_timm(upstream.state_dict()))
 
     with torch.no_grad():
         tokens = student(images())
@@ -78,7 +79,7 @@ def test_cls_counts_as_one_of_the_registers(registers, has_cls, others):
     assert (tokens.cls.shape == (2, 32)) if has_cls else tokens.cls is None
     assert tokens.registers.shape == (2, others, 32)
     assert tokens.patches.shape == (2, 196, 32)
-    assert student.vit.pos_embed.shape[1] == registers + 196
+    assert student.backbone.model.pos_embed.shape[1] == registers + 196
 
 
 @pytest.mark.parametrize("registers", [0, 1, 4])
@@ -90,7 +91,7 @@ def test_tokens_are_sliced_in_the_order_cls_registers_patches(registers):
         if registers == 0
         else [tokens.cls[:, None], tokens.registers, tokens.patches]
     )
-    every = student.vit.forward_features(images() / 127.5 - 1)
+    every = student.backbone.model.forward_features(images() / 127.5 - 1)
     torch.testing.assert_close(torch.cat(parts, dim=1), every)
     mean = every.mean(dim=-1)  # the final norm, of offset 0, has been applied to all of them
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
@@ -99,7 +100,7 @@ def test_tokens_are_sliced_in_the_order_cls_registers_patches(registers):
 @pytest.mark.parametrize("registers", [0, 1, 4, 8])
 def test_every_variant_starts_from_the_same_distribution(registers):
     torch.manual_seed(0)
-    for name, parameter in Student(registers=registers, depth=1).vit.named_parameters():
+    for name, parameter in Student(StudentOptions(registers=registers, depth=1)).backbone.model.named_parameters():
         if parameter.ndim > 1:
             # cls_token has 192 values: three standard errors of their deviation are 15 %
             tolerance = 0.15 if parameter.numel() < 2000 else 0.05
@@ -120,12 +121,12 @@ def test_other_image_sizes_give_their_own_grid(registers, height, width):
 def test_training_size_sets_the_grid():
     student = small_student(image_size=96)
     assert student.grid_hw == (6, 6)
-    assert student.vit.pos_embed.shape == (1, 37, 32)
+    assert student.backbone.model.pos_embed.shape == (1, 37, 32)
 
 
 def test_patches_run_row_by_row():
     student = small_student(depth=1)
-    student.vit.pos_embed.data.zero_()
+    student.backbone.model.pos_embed.data.zero_()
     dark = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
     bright = dark.clone()
     bright[:, :, 16:32, 48:64] = 255  # row 1, column 3
@@ -150,11 +151,11 @@ def test_images_of_another_kind_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "options", [{"size": "huge"}, {"registers": 2}, {"width": 33, "heads": 2}, {"depth": 0}], ids=str
+    "options", [{"backbone": "huge"}, {"registers": 2}, {"width": 33, "heads": 2}, {"depth": 0}], ids=str
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError):
-        Student(**options)
+        Student(StudentOptions(**options))
 
 
 def test_every_parameter_learns_from_the_patches_alone():

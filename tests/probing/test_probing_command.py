@@ -11,7 +11,7 @@ from PIL import Image
 
 from theia.cli.main import main
 from theia.encoder.from_name import NamedEncoder
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 from theia.probing import features, probes, scenes
 from theia.probing import run as probing
 from theia.probing.cameras import Camera

@@ -105,7 +105,7 @@ def test_teachers_share_a_pass_and_are_averaged(make_trained: Make, images: torc
 def test_tokens_that_do_not_move_predict_the_mean(
     make_trained: Make, student: Encoder, images: torch.Tensor, scale: float, shift: float
 ) -> None:
-    norm: Any = student.distiller.student.vit.norm
+    norm: Any = student.distiller.student.backbone.model.norm
     norm.weight.fill_(scale)
     norm.bias.fill_(shift)
     raw = features(images, (4, 4), 5)
@@ -117,7 +117,7 @@ def test_tokens_that_do_not_move_predict_the_mean(
 
 
 def test_tokens_in_a_subspace_are_no_obstacle(make_trained: Make, student: Encoder, images: torch.Tensor) -> None:
-    norm: Any = student.distiller.student.vit.norm
+    norm: Any = student.distiller.student.backbone.model.norm
     norm.weight[::2] = 0
     norm.weight[1] = 1e3  # an outlier, beside channels that do not move
     raw = features(images, (4, 4), 5)

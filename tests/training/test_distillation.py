@@ -52,8 +52,9 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "mse"}, {"per_token": True}, {"translator": "linear"}, {"registers": 0}, {"registers": 4},
-        {"distill_cls": True}, {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
+        {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
+        {"registers": 0}, {"registers": 4}, {"distill_cls": True},
+        {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],
     ids=lambda options: next(iter(options)),
@@ -119,7 +120,9 @@ def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(stor
 
     trainer().test(later, data, ckpt_path=tmp_path / "run.ckpt", verbose=False)
 
-    torch.testing.assert_close(later.distiller.student.vit.patch_embed.proj.weight, deit.patch_embed.proj.weight)
+    torch.testing.assert_close(
+        later.distiller.student.backbone.model.patch_embed.proj.weight, deit.patch_embed.proj.weight
+    )
 
 
 def test_a_step_that_does_not_log_asks_the_device_for_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from theia.errors import ConfigError, ShapeError
 from theia.training.losses import (
+    PAPER,
+    FeatureLoss,
     cosine_loss,
-    feature_loss,
     mse_loss,
     smooth_l1_loss,
     teacher_weights,
@@ -53,15 +54,20 @@ def test_smooth_l1_and_mse_equal_their_closed_forms(pair):
     torch.testing.assert_close(mse_loss(*pair), error.square().mean())
 
 
-def test_feature_loss_weighs_cosine_and_smooth_l1(pair):
+def test_a_loss_is_the_weighted_sum_of_its_terms(pair):
     cosine = 1 - F.cosine_similarity(pair[0].flatten(1), pair[1].flatten(1)).mean()
+    per_token = 1 - F.cosine_similarity(*pair, dim=-1).mean()
     smooth_l1 = F.smooth_l1_loss(*pair)
-    torch.testing.assert_close(feature_loss(*pair), 0.9 * cosine + 0.1 * smooth_l1)
-    torch.testing.assert_close(feature_loss(*pair, cosine_weight=0.25), 0.25 * cosine + 0.75 * smooth_l1)
-    torch.testing.assert_close(feature_loss(*pair, loss="mse"), F.mse_loss(*pair))
+    for weights, expected in (
+        (PAPER, 0.9 * cosine + 0.1 * smooth_l1),
+        ({"cosine": 0.25, "smooth_l1": 2}, 0.25 * cosine + 2 * smooth_l1),
+        ({"cosine_per_token": 1, "cosine": 0}, per_token),
+        ({"mse": 1}, F.mse_loss(*pair)),
+    ):
+        torch.testing.assert_close(FeatureLoss(weights)(*pair), expected)
 
 
-@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, feature_loss])
+@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, FeatureLoss()])
 def test_losses_are_float32_inside_autocast(loss, pair):
     rounded = [tensor.bfloat16() for tensor in pair]
     with torch.autocast("cpu", torch.bfloat16):
@@ -70,18 +76,26 @@ def test_losses_are_float32_inside_autocast(loss, pair):
     torch.testing.assert_close(result, loss(*(tensor.float() for tensor in rounded)), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, feature_loss])
+@pytest.mark.parametrize("loss", [cosine_loss, smooth_l1_loss, mse_loss, FeatureLoss()])
 def test_losses_take_cls_tokens_and_refuse_shapes_that_would_broadcast(loss):
     assert loss(torch.randn(4, 8), torch.randn(4, 8)).ndim == 0
     with pytest.raises(ShapeError, match=r"\(4, 16, 8\).*\(4, 1, 8\)"):
         loss(torch.randn(4, 16, 8), torch.randn(4, 1, 8))
 
 
-def test_unknown_loss_and_weight_out_of_range_are_refused(pair):
-    with pytest.raises(ConfigError, match="cosine_smooth_l1, mse"):
-        feature_loss(*pair, loss="huber")
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        feature_loss(*pair, cosine_weight=1.5)
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"huber": 1.0}, "huber.*cosine, cosine_per_token, smooth_l1, mse"),
+        ({"cosine": -0.5}, "cosine is -0.5"),
+        ({"mse": float("nan")}, "mse is nan"),
+        ({"mse": 0.0}, "nothing to learn"),
+        ({}, "nothing to learn"),
+    ],
+)
+def test_unknown_terms_and_weights_out_of_range_are_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        FeatureLoss(weights)
 
 
 def test_teachers_count_equally_by_default():

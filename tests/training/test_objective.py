@@ -7,6 +7,7 @@ import torch
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.training.distillation import Distillation
@@ -28,7 +29,7 @@ def fit(store: Path, **options: Any) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("options", [{}, {"distill_cls": True}, {"loss": "mse"}], ids=["default", "cls", "mse"])
+@pytest.mark.parametrize("options", [{}, {"distill_cls": True}, {"loss": {"mse": 1.0}}], ids=["default", "cls", "mse"])
 def test_compiled_training_ends_with_the_weights_of_plain_training(store: Path, options: dict[str, Any]) -> None:
     plain, compiled = (fit(store, compile=on, **options) for on in (False, True))
 
@@ -49,12 +50,14 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", broken)
 
     with pytest.raises(ConfigError, match=r"No working C\+\+ compiler found.*model.compile false"):
-        Objective(Distiller(Student(width=16, depth=1, heads=2), TEACHERS), mse_loss).compile(torch.device("cpu"))
+        Objective(Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), TEACHERS), mse_loss).compile(
+            torch.device("cpu")
+        )
 
 
 def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
     torch.manual_seed(0)
-    distiller = Distiller(Student(image_size=32, width=16, depth=1, heads=2), TEACHERS)
+    distiller = Distiller(Student(StudentOptions(image_size=32, width=16, depth=1, heads=2)), TEACHERS)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 
     tokens, patches, _ = torch.compile(distiller.forward, dynamic=False, fullgraph=True)(images)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from theia.errors import ConfigError
+from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.training.optim import build_optimizer, parameter_groups, scale_learning_rate, warmup_then_constant
@@ -15,7 +16,7 @@ def model():
         "sam": {"channels": 5, "grid_hw": [64, 64], "has_cls": False},
         "odd": {"channels": 5, "grid_hw": [10, 10], "has_cls": False},
     }
-    return Distiller(Student(width=8, depth=1, heads=1, registers=4), teachers, distill_cls=True)
+    return Distiller(Student(StudentOptions(width=8, depth=1, heads=1, registers=4)), teachers, distill_cls=True)
 
 
 def split_names(model, groups):
@@ -25,7 +26,7 @@ def split_names(model, groups):
 
 @pytest.mark.parametrize("rule", ["matrices", "authors"])
 def test_every_trainable_parameter_is_in_one_group(model, rule):
-    model.student.vit.pos_embed.requires_grad_(False)
+    model.student.backbone.model.pos_embed.requires_grad_(False)
     decayed, kept = split_names(model, parameter_groups(model, 0.01, rule))
     assert decayed | kept == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not decayed & kept
@@ -36,9 +37,9 @@ def test_matrices_decay_and_nothing_else(model):
     decayed, kept = split_names(model, groups)
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     assert decayed >= {
-        "student.vit.patch_embed.proj.weight",
-        "student.vit.blocks.0.attn.qkv.weight",
-        "student.vit.blocks.0.mlp.fc2.weight",
+        "student.backbone.model.patch_embed.proj.weight",
+        "student.backbone.model.blocks.0.attn.qkv.weight",
+        "student.backbone.model.blocks.0.mlp.fc2.weight",
         "translators.clip.pad.weight",
         "translators.clip.adapter.8.weight",
         "translators.sam.adapter.4.weight",
@@ -46,10 +47,10 @@ def test_matrices_decay_and_nothing_else(model):
     }
     assert all(name.endswith(".weight") for name in decayed)
     assert kept >= {
-        "student.vit.pos_embed",
-        "student.vit.cls_token",
-        "student.vit.reg_token",
-        "student.vit.norm.weight",
+        "student.backbone.model.pos_embed",
+        "student.backbone.model.cls_token",
+        "student.backbone.model.reg_token",
+        "student.backbone.model.norm.weight",
         "translators.clip.adapter.0.weight",
         "translators.odd.adapter.4.weight",
     }
@@ -59,7 +60,11 @@ def test_authors_rule_goes_by_dimensions_and_name(model):
     decayed, _ = split_names(model, parameter_groups(model, 0.01, "authors"))
     expected = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".bias")}
     assert decayed == expected
-    assert decayed >= {"student.vit.pos_embed", "student.vit.cls_token", "translators.clip.adapter.0.weight"}
+    assert decayed >= {
+        "student.backbone.model.pos_embed",
+        "student.backbone.model.cls_token",
+        "translators.clip.adapter.0.weight",
+    }
     assert "translators.clip.adapter.0.bias" not in decayed
 
 

@@ -11,7 +11,7 @@ from theia.analysis.norms import EntropyFigures, EntropyOfNorms, NormSketch, Rel
 from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean
 from theia.analysis.spectrum import Spectrum, SpectrumFigures
 from theia.errors import FeatureError
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measure(
     What is held is, per encoder, its weights, a covariance matrix of its width, and histograms.
 
     Args:
-        encoders: By name; each gives :class:`~theia.models.student.StudentTokens` for uint8 images.
+        encoders: By name; each gives :class:`~theia.models.backbone.StudentTokens` for uint8 images.
         batches: At least one image, in random order for the sake of :class:`~theia.analysis.similarity.CKA`.
         shown: Ids of images to make norm maps of, or how many of the first ones.
         device: Where encoders are and images go.

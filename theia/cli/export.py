@@ -22,8 +22,8 @@ _RECIPE = {
     "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
     "data": ("batch_size", "fraction"),
     "model": (
-        "learning_rate", "weight_decay", "decay_rule", "warmup", "loss", "cosine_weight", "per_token",
-        "teacher_weights", "translator", "distill_cls", "registers",
+        "learning_rate", "weight_decay", "decay_rule", "warmup", "loss", "teacher_weights", "backbone",
+        "backbone_stage", "translator", "distill_cls", "registers",
     ),
 }  # fmt: skip
 _METRICS = ("cosine", "explained_variance")
@@ -93,9 +93,10 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
         See :func:`theia.export.card.write`. What the folder lacks is left out.
     """
     from theia.cli.data import flat
+    from theia.models import older
     from theia.models.checkpoint import file_sha256  # late, as it imports torch
 
-    config = _read(run / "config.yaml")
+    config = older.config(_read(run / "config.yaml"))
     if "data" in config:
         config["data"] = flat(config["data"])
     environment = _read(run / "environment.json")

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace, capture_parser
+import yaml
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, capture_parser, get_loader, set_loader
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -39,6 +40,7 @@ from theia.cli.run import (
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import CheckpointError, ConfigError
+from theia.models import older
 from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
 from theia.scoring.contract import scorer_names
 from theia.scoring.run import find_scorers, run_scorers, scores_table, translators_table, write_report
@@ -51,6 +53,10 @@ from theia.utils.files import check_folder
 logger = logging.getLogger(__name__)
 
 _RENAMED = {"FeatureDataModule": FeatureData.__qualname__}  # in checkpoints of earlier versions
+# Options of an earlier version are read as those of today, in every config that is given.
+_read_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: older.config(_read_yaml(text)), (yaml.YAMLError,))
+
 _SIGNALLED = 128  # and the number of the signal: what a shell reports of a program that it ended
 
 
@@ -126,8 +132,7 @@ class TheiaCLI(LightningCLI):
         Raises:
             ConfigError: If an option was typed that the command does not use, or a number is out of its range.
         """
-        words: list[str] = list(args)  # type: ignore[arg-type]  # this command line passes lists only
-        words = data_last(words)
+        words = data_last(older.arguments(list(args)))  # type: ignore[arg-type]  # this command line passes lists only
         self.arguments = words[1:]
         if words and words[0] in self.subcommands():
             check_used(words[0], self.arguments)

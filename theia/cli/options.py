@@ -38,8 +38,8 @@ def _table(commands: tuple[str, ...], resumed: Resumed, part: str, names: str) -
 
 OPTIONS: dict[str, Option] = {
     # What the student and its translators are, and what the held-out loss is.
-    **_table(_ALL, "same", "model.", "size registers width depth heads translator distill_cls weights"),
-    **_table(_ALL, "same", "model.", "loss cosine_weight per_token teacher_weights"),
+    **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
+    **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     # The optimiser and its schedule, which a checkpoint brings along.
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
     **_table(_FIT, "free", "model.", "compile"),
@@ -220,6 +220,6 @@ def _plain(name: str, value: Any) -> Any:
         return {str(key): _plain(str(key), inner) for key, inner in items.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner) for inner in value]
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float) or name == "model.backbone":
         return value
     return Path(str(value)).name  # of a path, nothing that lies on this machine only

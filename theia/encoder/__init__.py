@@ -8,5 +8,5 @@ FORMS = {
     "teacher:NAME@{OPTION: VALUE, ...}": "a teacher with any of its options, as in 'theia extract --help'",
     "timm:NAME[@random]": "a model of timm, pretrained or untrained",
     "concat:NAME,NAME,...": "teachers, maybe with @WEIGHTS, side by side on the grid of the first, unscaled",
-    "random:vit_tiny": "an untrained student: vit_tiny, vit_small or vit_base",
+    "random:theia_tiny": "an untrained student: theia_tiny, theia_small or theia_base",
 }

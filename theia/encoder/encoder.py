@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from theia.errors import ConfigError, ImageError, ShapeError, UnknownTeacherError
 from theia.models.architecture import Architecture
-from theia.models.student import PATCH, StudentTokens
+from theia.models.backbone import StudentTokens
 
 Pool = Literal["none", "mean", "max", "cls"]
 Images = Tensor | NDArray[Any]
@@ -21,8 +21,8 @@ class Encoder(nn.Module):
     """A trained student with its translators.
 
     Images are RGB, ``(B, H, W, 3)`` or ``(B, 3, H, W)``, as tensor or numpy array, uint8 from 0 to 255 or floating
-    point from 0 to 1. Both sides must be multiples of 16 pixels; the size need not be that of training, but for
-    :meth:`translate`. The encoder normalises them itself.
+    point from 0 to 1. Both sides must be multiples of the backbone's stride, 16 pixels for the paper's; the size need
+    not be that of training, but for :meth:`translate` and a few backbones of timm. The encoder normalises them itself.
 
     The range of floating-point images is looked at in every plain call, and that of uint8 images never. On a GPU the
     look makes the host wait for the GPU: a control loop gives uint8, or what is compiled. It is left out where values
@@ -58,13 +58,13 @@ class Encoder(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of transformer blocks."""
-        return len(self.distiller.student.vit.blocks)
+        """Number of transformer blocks; of stages, for a backbone of another kind."""
+        return len(self.distiller.student.backbone.blocks())
 
     @property
     def image_size(self) -> int:
         """Pixels along each side of a training image."""
-        return self.distiller.student.grid_hw[0] * PATCH
+        return self.distiller.student.backbone.image_hw[0]
 
     @property
     def teachers(self) -> list[str]:
@@ -184,11 +184,7 @@ class Encoder(nn.Module):
             height: Height of an image, in pixels.
             width: Width of it.
         """
-
-        def nearest(side: int) -> int:
-            return max(1, int(side / PATCH + 0.5)) * PATCH
-
-        return nearest(height), nearest(width)
+        return self.distiller.student.backbone.nearest_size(height, width)
 
     def compile(self, **options: Any) -> None:
         """Compiles the student at its first use, anew for each size of a batch.
@@ -214,21 +210,21 @@ class Encoder(nn.Module):
         return self
 
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
-        """Lets a training change the student's transformer; gives the encoder back.
+        """Lets a training change the student's backbone; gives the encoder back.
 
         A new or loaded encoder is so already: :meth:`freeze` it first to free a part alone. Translators stay as they
         are: ``encoder.distiller.translators.requires_grad_()`` frees them.
 
         Args:
-            last_n_blocks: Only so many blocks before the output, and the final layer norm. All by default, with patch
-                embedding, positions and tokens. What was free before stays free.
+            last_n_blocks: Only so many blocks (stages, for a backbone of another kind) before the output, and the final
+                norm. All by default, with patch embedding, positions and tokens. What was free before stays free.
 
         Raises:
             ConfigError: If there are not so many blocks.
         """
-        vit = self.distiller.student.vit
+        backbone = self.distiller.student.backbone
         if last_n_blocks is None:
-            vit.requires_grad_(True)
+            backbone.unfreeze()
             return self
         try:
             count = operator.index(last_n_blocks)
@@ -236,9 +232,7 @@ class Encoder(nn.Module):
             count = -1
         if not 0 <= count <= self.depth:
             raise ConfigError(f"last_n_blocks is {last_n_blocks!r}; this encoder has {self.depth} blocks.")
-        for block in list(vit.blocks)[self.depth - count :]:
-            block.requires_grad_(True)
-        vit.norm.requires_grad_(True)
+        backbone.unfreeze(count)
         return self
 
     def _prepared(self, images: Images) -> Tensor:

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -21,11 +20,12 @@ from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
 from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models.architecture import Architecture
-from theia.models.student import StudentTokens
+from theia.models.backbone import THEIA_SHAPES, StudentTokens
+from theia.models.timm_backbone import TimmBackbone
 from theia.teacher import Teacher
 from theia.utils.files import at_home
 
-_STUDENTS = {"vit_tiny": "tiny", "vit_small": "small", "vit_base": "base"}
+_STUDENTS = {name: name for name in THEIA_SHAPES} | {name.replace("theia", "vit"): name for name in THEIA_SHAPES}
 _SEED = 0
 # None that a closing brace follows, with whole pairs of braces at most before it: it is one between options.
 _OUTER_COMMA = re.compile(r",(?![^{}]*(?:{[^{}]*}[^{}]*)*})")
@@ -36,7 +36,7 @@ class NamedEncoder(nn.Module):
 
     Args:
         name: As it was given.
-        inner: Gives :class:`~theia.models.student.StudentTokens` for uint8 images ``(B, 3, H, W)``.
+        inner: Gives :class:`~theia.models.backbone.StudentTokens` for uint8 images ``(B, 3, H, W)``.
 
     Attributes:
         name: For reports.
@@ -58,8 +58,8 @@ class NamedEncoder(nn.Module):
         """Spatial tokens, float32.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides multiples of 16; the
-                others resize them to their own size.
+            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, with sides that are multiples
+                of their stride; the others resize them to their own size.
 
         Returns:
             ``patches`` of shape ``(B, N, C)`` row by row, ``grid`` ``(H, W)``, ``cls`` if there is one.
@@ -130,52 +130,23 @@ class _OfTimm(nn.Module):
     mean: Tensor  # (3, 1, 1), of values in 0..1
     std: Tensor
 
-    def __init__(self, inner: Any, name: str) -> None:
+    def __init__(self, inner: nn.Module, name: str) -> None:
         super().__init__()
-        self.inner = inner
-        self._name = name
         config = resolve_model_data_config(inner)  # type: ignore[no-untyped-call]
         self._size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        self._backbone = TimmBackbone(name, inner, self._size)
+        self.register_buffer("mean", torch.tensor(self._backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self._backbone.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def inner(self) -> nn.Module:
+        return self._backbone.model  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> StudentTokens:
         pixels = images.float()
         if tuple(pixels.shape[2:]) != self._size:
             pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 255)
-        features = self.inner.forward_features((pixels / 255 - self.mean) / self.std)
-        if isinstance(features, Tensor) and features.ndim == 4:
-            last = getattr(self.inner, "output_fmt", "NCHW") == "NHWC"
-            maps = features if last else features.permute(0, 2, 3, 1)
-            return _tokens(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), None)
-        prefix = getattr(self.inner, "num_prefix_tokens", None)
-        if isinstance(features, Tensor) and features.ndim == 3 and prefix is None:
-            raise ConfigError(
-                f"timm's {self._name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
-                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
-            )
-        if not isinstance(features, Tensor) or features.ndim != 3 or prefix is None:
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigError(f"timm's {self._name} gives no spatial features, but {shape}. Take another.")
-        patches = features[:, prefix:]
-        return _tokens(patches, self._grid(patches.shape[1]), features[:, 0] if self._has_cls(prefix) else None)
-
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns: of the patch embedding if the model keeps its grid, a square otherwise."""
-        grid = getattr(getattr(self.inner, "patch_embed", None), "grid_size", None)
-        if grid is not None and grid[0] * grid[1] == tokens:
-            return grid[0], grid[1]
-        side = math.isqrt(tokens)
-        if side * side != tokens or self._size[0] != self._size[1]:
-            raise ConfigError(
-                f"timm's {self._name} gives {tokens} tokens on a grid that it does not tell. Take another."
-            )
-        return side, side
-
-    def _has_cls(self, prefix: int) -> bool:
-        # Not all of timm's transformers say so, but all that have one call it alike and put it first.
-        told = getattr(self.inner, "has_class_token", getattr(self.inner, "cls_token", None) is not None)
-        return prefix > 0 and bool(told)
+        return self._backbone.tokens((pixels / 255 - self.mean) / self.std)
 
 
 class _Concatenation(nn.Module):
@@ -270,10 +241,9 @@ def _concat(text: str) -> nn.Module:
 
 def _random(text: str) -> nn.Module:
     if text not in _STUDENTS:
-        raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(_STUDENTS)}.")
+        raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(THEIA_SHAPES)}.")
     teachers = {"none": {"channels": 1, "grid_hw": [1, 1], "has_cls": False}}  # a model needs one
-    size: Any = _STUDENTS[text]
-    return _OfTheia(_untrained(Architecture(teachers=teachers, size=size, translator="linear")))
+    return _OfTheia(_untrained(Architecture(teachers=teachers, backbone=_STUDENTS[text], translator="linear")))
 
 
 def _untrained(architecture: Architecture) -> Encoder:

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from theia.encoder.encoder import Encoder, check_pool
 from theia.encoder.hf_config import TheiaConfig
+from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.scaler import FeatureScaler
 
@@ -40,7 +41,7 @@ class TheiaModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As of transformers, which makes every parameter anew; what can be trained is as in an :class:`Encoder`."""
-        loaded = super().from_pretrained(*args, **options)
+        loaded = super().from_pretrained(*args, **{"key_mapping": older.KEY_MAPPING, **options})
         model: TheiaModel = loaded[0] if isinstance(loaded, tuple) else loaded  # with or without a report of it
         model.encoder.freeze_translators()
         return loaded

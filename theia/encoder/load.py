@@ -16,6 +16,7 @@ from theia.encoder import published
 from theia.encoder.encoder import FLOATS, Encoder, check_pool
 from theia.errors import CheckpointError, ConfigError, TheiaError, WeightsError
 from theia.hub import known_to_answer
+from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
 from theia.models.strict import load_strictly
@@ -210,6 +211,7 @@ def _build_ours(config: dict[str, Any], origin: str) -> Encoder:
     options = config.get("architecture")
     if not isinstance(options, dict):
         raise WeightsError(f"The {CONFIG} of {origin} has no architecture. Export the model again.")
+    options = older.options(options)
     unknown = set(options) - {field.name for field in fields(Architecture)}
     if unknown:
         raise WeightsError(
@@ -234,7 +236,7 @@ def _read_tensors(folder: Path, origin: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"The model {origin} has no {WEIGHTS}. Fetch or export it again.")
     try:
-        return load_file(path)
+        return older.tensors(load_file(path))
     except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} cannot be read ({error}): it is cut short, damaged or of another kind. Fetch or export it again."

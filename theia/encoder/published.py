@@ -14,6 +14,7 @@ from torch import Tensor
 from theia.encoder.encoder import Pool
 from theia.errors import WeightsError
 from theia.models.architecture import Architecture
+from theia.models.backbone import THEIA_SHAPES
 from theia.models.positions import PositionRule
 from theia.models.strict import refuse_unless_equal
 
@@ -49,7 +50,7 @@ _BLOCK = {
     "mlp.fc2": "output.dense",
 }
 _QKV = [f"attention.attention.{part}" for part in ("query", "key", "value")]
-_VIT = "student.vit."
+_VIT = "student.backbone.model."
 _THEIR_VIT = "backbone.model."
 _THEIR_HEADS = "translator.translator_heads."
 
@@ -109,7 +110,7 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
                 "translators are for 16x16 and 64x64."
             )
         teachers[hub_id] = {"channels": channels, "grid_hw": [rows, columns], "has_cls": False}
-    architecture = Architecture(teachers=teachers, size=match[1], positions=POSITIONS)  # type: ignore[arg-type]
+    architecture = Architecture(teachers=teachers, backbone=f"theia_{match[1]}", positions=POSITIONS)
     return architecture, _POOLS[pooled]
 
 
@@ -126,7 +127,7 @@ def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
     _check_can_be_published(architecture)
     return {
         "architectures": ["TheiaModel"],
-        "backbone": f"facebook/deit-{architecture.size}-patch16-224",
+        "backbone": f"facebook/deit-{architecture.backbone.removeprefix('theia_')}-patch16-224",
         "feature_neck": False,
         "feature_neck_hidden_dim": 256,
         "feature_neck_nonlinearity": "relu",
@@ -203,7 +204,9 @@ def _flat(name: str) -> str:
 def _check_can_be_published(architecture: Architecture) -> None:
     a = architecture
     problems = []
-    if (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
+    if a.backbone not in THEIA_SHAPES:
+        problems.append(f"its student is {a.backbone}, not a DeiT-Tiny, -Small or -Base")
+    elif (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
         problems.append("its student is not a DeiT-Tiny, -Small or -Base of 224 pixels with a CLS token")
     if a.translator != "cnn" or a.distill_cls:
         problems.append("its translators are not those of the paper")

@@ -7,6 +7,7 @@ from tabulate import tabulate
 
 from theia.encoder.encoder import Encoder
 from theia.models.architecture import Architecture
+from theia.models.backbone import THEIA_SHAPES, TIMM
 
 _ORIGIN = """## Origin
 
@@ -37,7 +38,8 @@ license: {licence}
 
 # {title}
 
-A vision transformer that was distilled from {teachers}. It turns an image into spatial tokens for a robot policy.
+A visual encoder, {backbone}, that was distilled from {teachers}. It turns an image into spatial tokens for a robot
+policy.
 
 ## Use
 
@@ -45,8 +47,8 @@ A vision transformer that was distilled from {teachers}. It turns an image into 
 import theia
 
 encoder = theia.load("PATH_OR_ID")
-features = encoder.forward_features(images)  # uint8 (B, H, W, 3); sides are multiples of 16
-features.patches  # (B, N, {width}), N = H/16 * W/16
+features = encoder.forward_features(images)  # uint8 (B, H, W, 3); {sizes}
+features.patches  # (B, N, {width}), N = H/{stride} * W/{stride}
 encoder(images, pool="mean")  # (B, {width})
 encoder.translate(images)  # the teachers' features as the student predicts them
 ```
@@ -81,6 +83,7 @@ def text(
             )
         )  # fmt: skip
     student = encoder.distiller.student
+    backbone = student.backbone
     strictest = strictest_licence([row[-1] for row in rows])
     origin = record.get("origin")
     parts = [
@@ -90,16 +93,27 @@ def text(
             title=f"Theia {_size(architecture)}",
             teachers=", ".join(architecture.teachers) or _UNKNOWN,
             width=encoder.width,
+            backbone=_backbone(architecture),
+            stride=backbone.stride,
+            sizes=(
+                f"sides are multiples of {backbone.stride}"
+                if backbone.any_size
+                else "of {} x {} pixels".format(*backbone.image_hw)
+            ),
         ),
         _others(formats or {}),
         "## Student\n",
         _table(
             [
+                ("backbone", _backbone(architecture)),
                 ("parameters", f"{sum(p.numel() for p in student.parameters()):,}"),
                 ("width, blocks", f"{encoder.width}, {encoder.depth}"),
-                ("trained at", f"{architecture.image_size} x {architecture.image_size} pixels, patches of 16"),
-                ("tokens beside the patches", architecture.registers),
-                ("began as", "random weights" if architecture.weights == "scratch" else "a pretrained DeiT"),
+                (
+                    "trained at",
+                    f"{architecture.image_size} x {architecture.image_size} pixels, patches of {backbone.stride}",
+                ),
+                ("tokens beside the patches", backbone.prefix),
+                ("began as", _start(architecture)),
             ],
             ("", ""),
         ),
@@ -135,10 +149,25 @@ def strictest_licence(licences: list[str]) -> str:
 
 def _size(architecture: Architecture) -> str:
     return (
-        "custom"
+        architecture.backbone.removeprefix(TIMM)
+        if architecture.backbone.startswith(TIMM)
+        else "custom"
         if any((architecture.width, architecture.depth, architecture.heads))
-        else architecture.size.capitalize()
+        else architecture.backbone.removeprefix("theia_").capitalize()
     )
+
+
+def _backbone(architecture: Architecture) -> str:
+    if architecture.backbone in THEIA_SHAPES:
+        return "a vision transformer"
+    stage = "" if architecture.backbone_stage is None else f", stage {architecture.backbone_stage}"
+    return f"timm's {architecture.backbone.removeprefix(TIMM)}{stage}"
+
+
+def _start(architecture: Architecture) -> str:
+    if architecture.weights == "scratch":
+        return "random weights"
+    return "a pretrained DeiT" if architecture.backbone in THEIA_SHAPES else "timm's pretrained weights"
 
 
 def _table(rows: list[Any], headers: tuple[str, ...]) -> str:

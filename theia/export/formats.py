@@ -17,6 +17,7 @@ from theia.encoder.load import CONFIG, MODEL_TYPE, PREFIX, WEIGHTS
 from theia.errors import ConfigError, ExportError, WeightsError
 from theia.export import card, onnx
 from theia.models.architecture import Architecture
+from theia.models.backbone import THEIA_SHAPES
 from theia.types import Json
 from theia.version import __version__
 
@@ -84,7 +85,7 @@ def write_timm(model: Exported, folder: Path) -> list[str]:
     name = _timm_name(model.architecture)
     width = model.encoder.width
     tensors = {
-        **model.encoder.distiller.student.vit.state_dict(),
+        **model.encoder.distiller.student.backbone.model.state_dict(),
         "head.weight": torch.zeros(_TIMM_CLASSES, width),
         "head.bias": torch.zeros(_TIMM_CLASSES),
     }
@@ -146,12 +147,12 @@ def check(model: Exported, formats: list[str]) -> None:
 
 def _timm_name(architecture: Architecture) -> str:
     a = architecture
-    if (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
+    if a.backbone not in THEIA_SHAPES or (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
         raise ExportError(
             "timm has no model for this student: only DeiT-Tiny, -Small and -Base of 224 pixels with a CLS token. "
             "Leave out the format 'timm'."
         )
-    return f"deit_{a.size}_patch16_224"
+    return f"deit_{a.backbone.removeprefix('theia_')}_patch16_224"
 
 
 def _pixels(model: Exported) -> str:

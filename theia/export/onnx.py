@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch.nn.functional import cosine_similarity
 from theia.encoder.encoder import Encoder
 from theia.errors import ConfigError, ExportError
 from theia.extraction.sources import HELD_OUT_PHOTOS, SampleSource
-from theia.models.student import PATCH
 from theia.utils.files import mount_of
 
 logger = logging.getLogger(__name__)
 
 MODEL = "encoder.onnx"
 INT8_MODEL = "encoder.int8.onnx"
-# Height and width in pixels at which a graph is checked: that of training, a smaller oblong and a larger one.
+# Height and width in pixels at which a graph is checked: that of training, a smaller oblong and a larger one; or what
+# is nearest to them for the backbone.
 SIZES = ((224, 224), (160, 240), (320, 256))
 LEAST_COSINE = 0.99999
 LEAST_INT8_COSINE = 0.999
@@ -49,9 +49,9 @@ def check_installed() -> None:
 def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Parity]:
     """Writes a graph, and compares what it gives for photographs with what the encoder gives.
 
-    The graph has one input, ``images``, uint8 ``(batch, height, width, 3)`` from 0 to 255, both sides multiples of 16,
-    and the outputs ``patches`` ``(batch, N, C)``, ``cls`` ``(batch, C)`` and ``registers`` ``(batch, R, C)``, the last
-    two if the model has them.
+    The graph has one input, ``images``, uint8 ``(batch, height, width, 3)`` from 0 to 255, both sides multiples of the
+    stride, and the outputs ``patches`` ``(batch, N, C)``, ``cls`` ``(batch, C)`` and ``registers`` ``(batch, R, C)``,
+    the last two if the model has them. Of a few backbones of timm it is for the training size alone.
 
     Args:
         encoder: On a CPU, in float32.
@@ -85,9 +85,14 @@ def write_graph(encoder: Encoder, path: Path) -> None:
         path: Of the file.
     """
     graph = _Graph(encoder)
-    # Neither square nor of the size of training, so that nothing is taken for a constant.
-    example = torch.zeros(2, 15 * PATCH, 13 * PATCH, 3, dtype=torch.uint8)
+    backbone = encoder.distiller.student.backbone
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    # Neither square nor of the size of training, so that nothing is taken for a constant.
+    height, width = (15 * backbone.stride, 13 * backbone.stride) if backbone.any_size_exported else backbone.image_hw
+    shape = {0: batch}
+    if backbone.any_size_exported:
+        shape |= {1: backbone.stride * rows, 2: backbone.stride * columns}
+    example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -99,7 +104,7 @@ def write_graph(encoder: Encoder, path: Path) -> None:
             verbose=False,
             input_names=["images"],
             output_names=graph.outputs,
-            dynamic_shapes={"images": {0: batch, 1: PATCH * rows, 2: PATCH * columns}},
+            dynamic_shapes={"images": shape},
         )
     if program is None:
         raise ExportError("torch.onnx.export gave no program. Export without 'onnx'.")
@@ -157,7 +162,7 @@ def parity(encoder: Encoder, path: Path) -> Parity:
     """
     session = start_session(path)
     found = {}
-    for height, width in SIZES:
+    for height, width in _sizes(encoder):
         images = photographs(height, width)
         given = dict(zip(_names(session), session.run(None, {"images": images}), strict=True))
         with torch.inference_mode():
@@ -169,6 +174,13 @@ def parity(encoder: Encoder, path: Path) -> Parity:
         ]
         found[f"{height}x{width}"] = {"largest_difference": max(differences), "least_cosine": min(cosines)}
     return found
+
+
+def _sizes(encoder: Encoder) -> Iterable[tuple[int, int]]:
+    backbone = encoder.distiller.student.backbone
+    if not backbone.any_size_exported:
+        return [backbone.image_hw]
+    return dict.fromkeys(backbone.nearest_size(*size) for size in SIZES)
 
 
 def start_session(path: Path, threads: int = 0) -> Any:
@@ -199,16 +211,17 @@ class _Graph(nn.Module):
         has = {
             "patches": True,
             "cls": encoder.distiller.student.has_cls,
-            "registers": encoder.distiller.student.vit.num_prefix_tokens > 1,
+            "registers": encoder.distiller.student.backbone.prefix > int(encoder.distiller.student.has_cls),
         }
         self.outputs = [name for name in _OUTPUTS if has[name]]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         batch, height, width, _ = images.shape
-        rows, columns = height // PATCH, width // PATCH
+        side = self.encoder.distiller.student.backbone.stride
+        rows, columns = height // side, width // side
         # Cut into patches and put together again only so that a runtime refuses a size that is no multiple of them: the
         # patch embedding alone would cut off what is left over.
-        pieces = images.reshape(batch, rows, PATCH, columns, PATCH, 3).permute(0, 5, 1, 2, 3, 4)
+        pieces = images.reshape(batch, rows, side, columns, side, 3).permute(0, 5, 1, 2, 3, 4)
         found = _outputs(self.encoder, pieces.reshape(batch, 3, height, width))
         return tuple(found[name] for name in self.outputs)
 

@@ -20,7 +20,8 @@ class ExtractConfig:
         store: Folder of the feature store. An existing one is continued or gets the new teachers and splits.
         split: Name of the split where ``images`` is a single place; train by default.
         labels: Keep class labels: the first level of sub-folders, or the ``.cls`` members of tar shards.
-        size: Height and width, in pixels, that every image is brought to; a multiple of 16, the student's patch.
+        size: Height and width, in pixels, that every image is brought to; a multiple of 16, the patch of the
+            paper's students, or of 14.
         resize: Squash the whole image to a square, or cut out its centre.
         batch_size: Images per forward of a teacher.
         workers: Decoding processes beside each extracting one.

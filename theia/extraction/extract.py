@@ -18,7 +18,7 @@ from theia.extraction.decode import RESIZE_FILTER
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
-from theia.models.student import PATCH
+from theia.models.backbone import PATCHES
 from theia.store.schema import IMAGE, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
@@ -67,12 +67,13 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
         FeatureError: If it gives features of a wrong shape, or values that cannot be stored.
         StoreError: If the store disagrees with the options, or the disk is too small or full.
     """
-    if config.size % PATCH:
-        below = config.size - config.size % PATCH
-        nearest = " or ".join(str(size) for size in (below, below + PATCH) if size)
+    if all(config.size % patch for patch in PATCHES):
+        usual = PATCHES[0]
+        below = config.size - config.size % usual
+        nearest = " or ".join(str(size) for size in (below, below + usual) if size)
         raise ConfigError(
-            f"--size is {config.size}, which does not divide into the student's patches of {PATCH}x{PATCH} pixels: no "
-            f"student could be trained on these images. Give {nearest}."
+            f"--size is {config.size}, which does not divide into patches of {usual}x{usual} pixels: no usual student "
+            f"could be trained on these images. Give {nearest}."
         )
     try:
         fabric = Fabric(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from theia.errors import CheckpointError
+from theia.models import older
 from theia.models.architecture import Architecture
 
 
@@ -34,7 +35,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint that 'theia fit' wrote.")
-    return checkpoint
+    return older.checkpoint(checkpoint)
 
 
 def file_sha256(path: Path) -> str:

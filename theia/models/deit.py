@@ -71,9 +71,7 @@ def read(path: str | os.PathLike[str]) -> PretrainedWeights:
     Raises:
         WeightsError: If the file is missing or cannot be read.
     """
-    path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own raises where there is no such user)
-    if not path.is_file():
-        raise WeightsError(f"No weights file {str(path)!r}. Give 'scratch', 'pretrained' or the path of a checkpoint.")
+    path = existing_file(path)
     try:
         parameters = load_state_dict(str(path), weights_only=True)
     except Exception as error:
@@ -82,6 +80,18 @@ def read(path: str | os.PathLike[str]) -> PretrainedWeights:
             f"Cannot read the weights in {str(path)!r}: {type(error).__name__}: {error}. Fetch the file again."
         ) from error
     return PretrainedWeights(str(path), parameters)
+
+
+def existing_file(path: str | os.PathLike[str]) -> Path:
+    """The file behind a path, whose leading ``~`` is the home folder.
+
+    Raises:
+        WeightsError: If there is none.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own raises where there is no such user)
+    if not path.is_file():
+        raise WeightsError(f"No weights file {str(path)!r}. Give 'scratch', 'pretrained' or the path of a checkpoint.")
+    return path
 
 
 @torch.no_grad()

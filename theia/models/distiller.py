@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
+from theia.models.backbone import StudentTokens
 from theia.models.scaler import FeatureScaler, Statistic
-from theia.models.student import Student, StudentTokens
+from theia.models.student import Student
 from theia.models.translators import Translator, TranslatorKind
 
 
@@ -41,7 +42,10 @@ class Distiller(nn.Module):
             raise ConfigError("No teachers to distil from. Name at least one that is in the feature store.")
         cls_channels = {name: channels for name, (channels, _, has_cls) in specs.items() if distill_cls and has_cls}
         if distill_cls and not student.has_cls:
-            raise ConfigError("distill_cls needs a student with a CLS token: registers must be 1, 4 or 8.")
+            raise ConfigError(
+                "distill_cls needs a student with a CLS token: registers must be 1, 4 or 8, or the backbone one of "
+                "timm that has it."
+            )
         if distill_cls and not cls_channels:
             raise ConfigError(
                 f"distill_cls is on, but none of these teachers gives a CLS token: {', '.join(specs)}. "

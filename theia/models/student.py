@@ -1,139 +1,65 @@
-"""The student: a small ViT whose tokens are what a robot uses."""
+"""The student: a backbone that takes images as they are stored, and whose tokens are what a robot uses."""
 
-import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
+import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
-from theia.models import deit
-from theia.models.positions import PositionRule, resize_positions
+from theia.models import older
+from theia.models.backbone import THEIA_SHAPES, TIMM, Backbone, StudentOptions, StudentTokens
 from theia.models.scaler import keep_float32
-
-PATCH = 16  # pixels along each side
-MLP_RATIO = 4
-
-Size = Literal["tiny", "small", "base"]
-Registers = Literal[0, 1, 4, 8]
-
-_SHAPES: dict[str, tuple[int, int, int]] = {  # width, depth, heads: DeiT
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-}
-_SCRATCH_EPS = 1e-12  # of the released models
-
-
-@dataclass(frozen=True)
-class StudentTokens:
-    """What the student gives for a batch.
-
-    Attributes:
-        cls: CLS token, shape ``(B, C)``, or ``None`` for a student without one.
-        registers: The other register tokens, shape ``(B, R, C)``; ``R`` may be 0.
-        patches: Spatial tokens, row by row, shape ``(B, N, C)``.
-        grid: Rows and columns of ``patches``, ``N = H * W``.
-    """
-
-    cls: Tensor | None
-    registers: Tensor
-    patches: Tensor
-    grid: tuple[int, int]
-
-    def as_map(self) -> Tensor:
-        """The patch tokens as a feature map, shape ``(B, C, H, W)``: a view that lies channels last in memory."""
-        return self.patches.reshape(len(self.patches), *self.grid, self.patches.shape[-1]).permute(0, 3, 1, 2)
+from theia.models.timm_backbone import TimmBackbone
+from theia.models.vit import TheiaBackbone
 
 
 class Student(nn.Module):
-    """A DeiT-shaped vision transformer with register tokens.
+    """A backbone, and the normalisation of the pixels that go into it.
 
-    Every student starts alike, with or without registers: weights, position embedding and tokens from a
-    normal distribution of standard deviation 0.02, biases zero. Training is at ``image_size``; images of any
-    other size that is a multiple of the patch work too, with the position embedding resized.
+    Training is at one image size; images of any other size that divides into the backbone's stride work too, if the
+    backbone takes them.
 
     Args:
-        size: Width, depth and heads of DeiT-Tiny, -Small or -Base.
-        image_size: Pixels along each side of a training image.
-        registers: Tokens beside the patches. The CLS token is the first of them, as nothing supervises it; 0
-            removes it.
-        weights: ``"scratch"``, ``"pretrained"`` (DeiT from timm's hub) or the path of a timm DeiT checkpoint.
-            Pretrained weights bring their input normalisation and their layer-norm epsilon, 1e-6; from
-            scratch it is mean and standard deviation 0.5, and 1e-12.
-        load_weights: Whether to load them now; not for a student whose state a checkpoint is about to bring.
-        width: Overrides the width of ``size``; for small experiments, as the next two.
-        depth: Overrides the number of blocks.
-        heads: Overrides the number of attention heads.
-        positions: How the position embedding is resized; the published models have a rule of their own.
+        options: Which backbone, and its options; tiny, from scratch, by default.
+        load_weights: Whether to load pretrained weights now; not for a student whose state a checkpoint is about to
+            bring.
 
     Raises:
-        ConfigError: If an option is out of its range, or the width is not a multiple of the heads.
-        ShapeError: If ``image_size`` is not a multiple of the patch.
+        ConfigError: If there is no such backbone, or an option is out of its range.
+        ShapeError: If the image size is none for the backbone.
         WeightsError: If the weights cannot be had or do not fit.
-
-    Source: Theia, section 3 and Table 3b; DeiT, Table 1.
     """
 
     pixel_mean: Tensor  # (3, 1, 1), of values in 0..1
     pixel_std: Tensor  # (3, 1, 1)
 
-    def __init__(
-        self,
-        size: Size = "tiny",
-        *,
-        image_size: int = 224,
-        registers: Registers = 1,
-        weights: str = "scratch",
-        load_weights: bool = True,
-        width: int | None = None,
-        depth: int | None = None,
-        heads: int | None = None,
-        positions: PositionRule = "size",
-    ) -> None:
+    def __init__(self, options: StudentOptions | None = None, *, load_weights: bool = True) -> None:
         super().__init__()
-        if size not in _SHAPES:
-            raise ConfigError(f"No student of size {size!r}. Choose one of: {', '.join(_SHAPES)}.")
-        if registers not in get_args(Registers):
-            raise ConfigError(f"A student cannot have {registers} registers. Choose 0 (no CLS), 1 (CLS), 4 or 8.")
-        _check_image_size(image_size, image_size)
-        overrides = zip((width, depth, heads), _SHAPES[size], strict=True)
-        self.width, depth, heads = (default if given is None else given for given, default in overrides)
-        if min(self.width, depth, heads) < 1 or self.width % heads:
-            raise ConfigError(
-                f"A student of width {self.width}, depth {depth} and {heads} heads cannot be built: all must "
-                "be positive, and the width a multiple of the heads."
-            )
-        self.has_cls = registers > 0
-        self.grid_hw = (image_size // PATCH, image_size // PATCH)
-
-        scratch = weights == "scratch"
-        self.vit = VisionTransformer(
-            img_size=image_size,
-            patch_size=PATCH,
-            num_classes=0,
-            global_pool="",  # all tokens; any pooling would move the final norm or need a CLS token
-            embed_dim=self.width,
-            depth=depth,
-            num_heads=heads,
-            mlp_ratio=MLP_RATIO,
-            class_token=self.has_cls,
-            reg_tokens=max(registers - 1, 0),
-            dynamic_img_size=True,
-            weight_init="skip",
-            norm_layer=partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else deit.LAYER_NORM_EPS),
-        )
-        _initialise(self.vit)
-        mean, std = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) if scratch else (deit.PIXEL_MEAN, deit.PIXEL_STD)
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
-        self._size, self._weights, self._positions = size, weights, positions
+        options = options or StudentOptions()
+        self.backbone = build_backbone(options)
+        self.register_buffer("pixel_mean", torch.tensor(self.backbone.mean).view(3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(self.backbone.std).view(3, 1, 1))
+        self._weights = options.weights
+        self.register_load_state_dict_pre_hook(_rename_older)  # type: ignore[no-untyped-call]
         if load_weights:
             self.load_weights()
+
+    @property
+    def width(self) -> int:
+        """Channels ``C`` of a token."""
+        return self.backbone.width
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of patch tokens of a training image."""
+        return self.backbone.grid_hw
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a CLS token."""
+        return self.backbone.has_cls
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Student":
         keep_float32(self, ("pixel_mean", "pixel_std"), lambda: super(Student, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -146,14 +72,13 @@ class Student(nn.Module):
             WeightsError: If they cannot be had or do not fit.
         """
         if self._weights != "scratch":
-            pretrained = self._weights == "pretrained"
-            deit.copy_into(self.vit, deit.fetch(self._size) if pretrained else deit.read(self._weights))
+            self.backbone.load_weights(self._weights)
 
     def forward(self, images: Tensor) -> StudentTokens:
-        """Tokens of a batch as it is stored, after the final layer norm.
+        """Tokens of a batch as it is stored, after the last layer.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``, both sides multiples of 16.
+            images: RGB, uint8, shape ``(B, 3, H, W)``, of a size that the backbone takes.
 
         Raises:
             ShapeError: If the images are of another shape or type.
@@ -168,15 +93,13 @@ class Student(nn.Module):
         """The same, of images that may be scaled already. Their range is for the caller to check.
 
         Args:
-            images: RGB, shape ``(B, 3, H, W)``, both sides multiples of 16; uint8, or floating point from 0 to 1.
+            images: RGB, shape ``(B, 3, H, W)``, of a size that the backbone takes; uint8, or floating point from 0
+                to 1.
 
         Raises:
             ShapeError: If the images are of another shape.
         """
-        tokens, grid = self._embed(images)
-        for block in self.vit.blocks:
-            tokens = block(tokens)
-        return self._split(self.vit.norm(tokens), grid)
+        return self.backbone.tokens(self._pixels(images))
 
     def forward_intermediates(self, images: Tensor, indices: Iterable[int], norm: bool = False) -> list[StudentTokens]:
         """Tokens after some of the blocks.
@@ -184,7 +107,7 @@ class Student(nn.Module):
         Args:
             images: See :meth:`encode`.
             indices: Blocks, from 0; negative ones count from the end.
-            norm: Whether to apply the final layer norm to each.
+            norm: Whether to apply the final norm to each.
 
         Returns:
             In the order of the indices, one for each.
@@ -193,87 +116,43 @@ class Student(nn.Module):
             ShapeError: If the images are of another shape.
             ConfigError: If there is no such block.
         """
-        wanted = [self._number(index) for index in indices]
-        tokens, grid = self._embed(images)
-        found = {}
-        for number, block in enumerate(self.vit.blocks[: max(wanted, default=-1) + 1]):
-            tokens = block(tokens)
-            if number in wanted:
-                found[number] = self._split(self.vit.norm(tokens) if norm else tokens, grid)
-        return [found[number] for number in wanted]
+        return self.backbone.intermediates(self._pixels(images), indices, norm)
 
-    def _number(self, index: int) -> int:
-        """The number of a block, counted from the first one."""
-        depth = len(self.vit.blocks)
-        try:
-            number = operator.index(index)
-        except TypeError:
-            number = depth
-        if not -depth <= number < depth:
-            raise ConfigError(f"There is no block {index!r}; this student has {depth}, numbered from 0.")
-        return number % depth
-
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """What goes into the first block: ``(B, prefix + N, C)``, and the grid of the patches."""
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Normalised, in the type of the parameters."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(f"Images of shape {tuple(images.shape)}; a student takes uint8 (B, 3, H, W).")
-        height, width = images.shape[-2:]
-        _check_image_size(height, width)
-        vit = self.vit
-        precision = vit.patch_embed.proj.weight.dtype
+        self.backbone.check_size(*images.shape[-2:])
+        precision = self.backbone.dtype
         # In float32 at least, whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
         scaled = images.to(torch.promote_types(precision, torch.float32))
         if images.dtype == torch.uint8:
             scaled = scaled / 255
-        pixels = (scaled - self.pixel_mean) / self.pixel_std
-        patches = vit.patch_embed(pixels.to(precision))  # (B, rows, columns, C)
-        grid = (height // PATCH, width // PATCH)
-        prefix = [
-            token.expand(images.shape[0], -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None
-        ]
-        tokens = torch.cat([*prefix, patches.flatten(1, 2)], dim=1)
-        return tokens + self._positions_for(grid), grid
-
-    def _positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding ``(1, prefix + N, C)``."""
-        positions: Tensor = self.vit.pos_embed  # type: ignore[assignment]  # a parameter, or what torch.func puts in its place
-        # An exported graph is for any size.
-        if not torch.compiler.is_exporting() and grid == self.grid_hw:
-            return positions
-        prefix = self.vit.num_prefix_tokens
-        trained = positions[0, prefix:].reshape(*self.grid_hw, -1)
-        resized = resize_positions(trained, *grid, self._positions)
-        return torch.cat([positions[:, :prefix], resized.flatten(0, 1)[None]], dim=1)
-
-    def _split(self, tokens: Tensor, grid: tuple[int, int]) -> StudentTokens:
-        prefix = self.vit.num_prefix_tokens
-        return StudentTokens(
-            cls=tokens[:, 0] if self.has_cls else None,
-            registers=tokens[:, int(self.has_cls) : prefix],
-            patches=tokens[:, prefix:],
-            grid=grid,
-        )
+        return ((scaled - self.pixel_mean) / self.pixel_std).to(precision)
 
 
-@torch.no_grad()
-def _initialise(vit: nn.Module) -> None:
-    """Sets every parameter, so that no variant of the student starts from anything of its own."""
-    for name, parameter in vit.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:  # scales of layer norms
-            nn.init.ones_(parameter)
+def build_backbone(options: StudentOptions) -> Backbone:
+    """The backbone of a student, before any pretrained weights.
 
+    Args:
+        options: Which one.
 
-def _check_image_size(height: int, width: int) -> None:
-    if height % PATCH == 0 and width % PATCH == 0 and min(height, width) > 0:
-        return
-    below = (height // PATCH, width // PATCH)
-    above = (-(-height // PATCH), -(-width // PATCH))
-    nearest = dict.fromkeys(f"{max(rows, 1) * PATCH}x{max(cols, 1) * PATCH}" for rows, cols in (below, above))
-    raise ShapeError(
-        f"Images of {height}x{width} pixels do not divide into patches of {PATCH}x{PATCH}. Resize them; the "
-        f"nearest sizes: {', '.join(nearest)}."
+    Raises:
+        ConfigError: If there is none of that name, or an option is out of its range or not for this one.
+        ShapeError: If the image size does not divide into its patches.
+    """
+    if options.backbone in THEIA_SHAPES:
+        return TheiaBackbone(options)
+    if options.backbone.startswith(TIMM):
+        return TimmBackbone.build(options)
+    instead = f" timm:{options.backbone} is one." if timm.is_model(options.backbone) else ""
+    raise ConfigError(
+        f"No backbone named {options.backbone!r}. Choose one of: {', '.join(THEIA_SHAPES)}, or timm:NAME, a model of "
+        f"timm.{instead}"
     )
+
+
+def _rename_older(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    """Where a state is loaded straight into a module, as by policies that hold a student."""
+    for name in [name for name in state if name.startswith(prefix + older.VIT)]:
+        state[name.replace(prefix + older.VIT, prefix + older.BACKBONE, 1)] = state.pop(name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from theia.encoder.from_name import NamedEncoder, open_encoder
 from theia.errors import ConfigError, FeatureError
-from theia.models.student import StudentTokens
+from theia.models.backbone import StudentTokens
 from theia.probing.datasets import IMAGE_SIZE, Storage, fingerprint
 from theia.utils.progress import Progress
 

@@ -1,7 +1,6 @@
 """The LightningModule: wires student, translators, losses and metrics to the trainer, and logs; nothing else."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from theia.errors import DivergenceError, WeightsError
+from theia.models import older
 from theia.models.architecture import Architecture
-from theia.models.student import Registers, Size
-from theia.models.translators import TranslatorKind
 from theia.training import losses
-from theia.training.losses import LossKind, feature_loss
+from theia.training.losses import PAPER, FeatureLoss
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
@@ -44,19 +42,9 @@ class Distillation(L.LightningModule):
 
     Args:
         teachers: By name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``; from the store.
-        image_size: Height and width of the images in pixels; from the store.
-        size: Student: DeiT-Tiny, -Small or -Base.
-        registers: Register tokens, of which CLS is the first; 0 removes CLS too.
-        weights: Start of the student: "scratch", "pretrained" (DeiT from timm's hub) or a local timm checkpoint.
-        width: Overrides the width of `size`, for small experiments.
-        depth: Overrides the number of blocks.
-        heads: Overrides the number of attention heads.
-        translator: "cnn" as in the paper, or "linear", its ablation.
-        loss: "cosine_smooth_l1" as in the paper, or "mse", its ablation.
-        cosine_weight: Share of the cosine term; smooth-L1 has the rest.
-        per_token: Cosine per token instead of over each sample's whole feature map.
+        loss: Terms of the loss and their weights: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1}
+            for its ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
         teacher_weights: Weight of each teacher in the loss, by name; equal by default.
-        distill_cls: Also distil the CLS token of the teachers that have one.
         learning_rate: Learning rate after the warm-up, for a global batch of 128.
         scale_learning_rate: Scale the learning rate linearly with the global batch.
         weight_decay: Weight decay of AdamW.
@@ -65,52 +53,47 @@ class Distillation(L.LightningModule):
         warmup: Share of all steps in which the learning rate rises linearly from 1 % to its full value.
         compile: Compile the training step with torch.compile: on a GPU all of it, about a minute before the first
             step; on a CPU the loss, some seconds. By default on a GPU only.
+        options: Options of the student and its translators, as :class:`~theia.models.architecture.Architecture` names
+            them.
     """
 
     def __init__(
         self,
         teachers: dict[str, dict[str, Any]],
-        image_size: int = 224,
-        size: Size = "tiny",
-        registers: Registers = 1,
-        weights: str = "scratch",
-        width: int | None = None,
-        depth: int | None = None,
-        heads: int | None = None,
-        translator: TranslatorKind = "cnn",
-        loss: LossKind = "cosine_smooth_l1",
-        cosine_weight: float = 0.9,
-        per_token: bool = False,
+        loss: dict[str, float] = PAPER,
         teacher_weights: dict[str, float] | None = None,
-        distill_cls: bool = False,
         learning_rate: float = 5e-4,
         scale_learning_rate: bool = False,
         weight_decay: float = 0.01,
         decay_rule: DecayRule = "matrices",
         warmup: float = 0.1,
         compile: bool | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
+        # jsonargparse finds the options of the command line in this call; the position rule is none of them.
+        architecture = Architecture(teachers=teachers, positions="size", **options)
+        self.feature_loss = FeatureLoss(loss)
         self.save_hyperparameters()
+        self.hparams.update({**architecture.as_dict(), "loss": self.feature_loss.weights})
         check_number("model.warmup", warmup, 0, 1, below=True)  # a share of all steps
-        check_number("model.cosine_weight", cosine_weight, 0, 1)
         check_number("model.learning_rate", learning_rate, 0, above=True)
         check_number("model.weight_decay", weight_decay, 0)
-        for name, value in (("width", width), ("depth", depth), ("heads", heads)):
-            check_number(f"model.{name}", value, 1)
-        self.distiller = Architecture.of(self.hparams).build(
-            weights
-        )  # loaded in setup: a checkpoint makes them needless
+        for name in ("width", "depth", "heads"):
+            check_number(f"model.{name}", getattr(architecture, name), 1)
+        # Pretrained weights are loaded when a training starts: a checkpoint makes them needless.
+        self.distiller = architecture.build()
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
-        self.loss = partial(feature_loss, loss=loss, cosine_weight=cosine_weight, per_token=per_token)
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
         )
-        self.held_out_loss = MetricCollection({name: SampleMean(self.loss) for name in teachers}, compute_groups=False)
+        self.held_out_loss = MetricCollection(
+            {name: SampleMean(self.feature_loss) for name in teachers}, compute_groups=False
+        )
         self.norm_entropy = NormEntropy()
         self._first_bad_step: dict[str, Tensor] = {}
         self._prepared = False
-        self.objective = Objective(self.distiller, self.loss)
+        self.objective = Objective(self.distiller, self.feature_loss)
 
     def on_fit_start(self) -> None:
         """Makes a new model ready; so does the start of a validation or test of one."""
@@ -121,7 +104,8 @@ class Distillation(L.LightningModule):
             self.objective.compile(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that pretrained weights and statistics come from a checkpoint."""
+        """Notes that pretrained weights and statistics come from a checkpoint, of an earlier version maybe."""
+        older.checkpoint(checkpoint)
         self._prepared = True
 
     def configure_optimizers(self) -> Any:

@@ -1,8 +1,8 @@
 """Distillation losses: pure functions of translated student features and normalised teacher features."""
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from theia.errors import ConfigError, ShapeError
 
-LossKind = Literal["cosine_smooth_l1", "mse"]
+PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
 
 _TINY = 1e-16  # a map whose squares sum to less has no direction
 
@@ -77,39 +77,59 @@ def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction, target)
 
 
-def feature_loss(
-    prediction: Tensor,
-    target: Tensor,
-    loss: LossKind = "cosine_smooth_l1",
-    cosine_weight: float = 0.9,
-    per_token: bool = False,
-) -> Tensor:
-    """The loss of one teacher: ``w * cosine + (1 - w) * smooth L1``, or the mean squared error.
+Term = Callable[[Tensor, Tensor], Tensor]
+
+TERMS: dict[str, Term] = {
+    "cosine": cosine_loss,
+    "cosine_per_token": partial(cosine_loss, per_token=True),
+    "smooth_l1": smooth_l1_loss,
+    "mse": mse_loss,
+}
+"""What a loss can be made of: ``(prediction, target) -> scalar``. Another term is a function and a line here."""
+
+
+class FeatureLoss:
+    """The loss of one teacher: a weighted sum of terms.
 
     Args:
-        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
-        target: Normalised teacher features, same shape.
-        loss: Which of the two.
-        cosine_weight: ``w``, in ``[0, 1]``.
-        per_token: See :func:`cosine_loss`.
-
-    Returns:
-        A float32 scalar.
+        weights: Weight of each term, by a name of :data:`TERMS`; the paper's by default, cosine 0.9 and smooth L1 0.1.
 
     Raises:
-        ShapeError: If the shapes differ.
-        ConfigError: If the loss is unknown or the weight out of range.
+        ConfigError: If a term is unknown, a weight is negative or not finite, or all are 0.
 
     Source: Theia, eq. (1).
     """
-    if loss == "mse":
-        return mse_loss(prediction, target)
-    if loss != "cosine_smooth_l1":
-        raise ConfigError(f"No loss named {loss!r}. Choose one of: cosine_smooth_l1, mse.")
-    if not 0 <= cosine_weight <= 1:
-        raise ConfigError(f"cosine_weight is {cosine_weight}; it must be between 0 and 1.")
-    cosine = cosine_loss(prediction, target, per_token)
-    return cosine_weight * cosine + (1 - cosine_weight) * smooth_l1_loss(prediction, target)
+
+    def __init__(self, weights: Mapping[str, float] = PAPER) -> None:
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        unknown = sorted(self.weights.keys() - TERMS.keys())
+        if unknown:
+            raise ConfigError(f"No loss term named {', '.join(unknown)}. Choose from: {', '.join(TERMS)}.")
+        wrong = {name: weight for name, weight in self.weights.items() if not (math.isfinite(weight) and weight >= 0)}
+        for name, weight in wrong.items():
+            raise ConfigError(f"The weight of the loss term {name} is {weight}; it must be 0 or a positive number.")
+        if not any(self.weights.values()):
+            raise ConfigError("There is nothing to learn: no loss term has a weight above 0. Set model.loss.")
+        self._terms = [(weight, TERMS[name]) for name, weight in self.weights.items() if weight]
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+            target: Normalised teacher features, same shape.
+
+        Returns:
+            A float32 scalar.
+
+        Raises:
+            ShapeError: If the shapes differ.
+        """
+        (weight, term), *others = self._terms
+        total = weight * term(prediction, target)
+        for weight, term in others:
+            total = total + weight * term(prediction, target)
+        return total
 
 
 def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -16,7 +16,8 @@ class TheiaConfig(PreTrainedConfig):
         encoder: For a new policy, what ``theia.load`` takes: an exported folder, a training checkpoint, a hub id.
         architecture: Of the encoder, as JSON. A saved policy has it instead of ``encoder``: it holds the weights.
         unfreeze_blocks: Blocks of the encoder to train, counted from the output; 0 keeps it frozen.
-        image_size: Pixels along each side that images are resized to; a multiple of 16.
+        image_size: Pixels along each side that images are resized to; a multiple of the encoder's stride, 16 for
+            the paper's.
         chunk_size: Actions predicted at once.
         n_action_steps: How many of them are carried out before the next look.
         dim: Channels of the decoder.

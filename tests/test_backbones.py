@@ -1,0 +1,109 @@
+"""The whole way with backbones of several kinds, and with what was written before they could be chosen."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import theia
+from theia.cli.main import main
+from theia.export import onnx
+
+# Written by the version before: a student of size small with width 8, depth 1 and 2 heads; what it gives for IMAGES.
+OLDER = Path(__file__).parent / "older"
+IMAGES = torch.arange(2 * 32 * 32 * 3).remainder(251).to(torch.uint8).reshape(2, 32, 32, 3)
+
+# By kind: options, stride and width of a token.
+BACKBONES = {
+    "vit": (["--model.backbone=timm:test_vit"], 16, 64),
+    "convnext": (["--model.backbone=timm:test_convnext"], 32, 64),
+    "mobilenet": (["--model.backbone=timm:mobilenetv4_conv_small", "--model.backbone_stage=3"], 16, 96),
+}
+
+
+def fit(store: Path, run: Path, options: Sequence[str]) -> int:
+    return main([
+        "fit", f"--data.store={store}", f"--run_folder={run}", "--data.batch_size=16", "--data.workers=0",
+        "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
+        "--trainer.log_every_n_steps=1", "--model.translator=linear", *options,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_backbone_goes_the_whole_way(kind: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, stride, width = BACKBONES[kind]
+    run, exported = tmp_path / "run", tmp_path / "run" / "exported"
+    monkeypatch.setattr(onnx, "SIZES", ((32, 32), (96, 64)))
+
+    assert fit(store, run, options) == 0
+    last = run / "checkpoints" / "last.ckpt"
+    assert main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=last", "--trainer.accelerator=cpu"]) == 0
+    assert main(["export", f"--ckpt={last}", "--formats=safetensors,onnx"]) == 0
+
+    trained, loaded = theia.load(last), theia.load(exported)
+    expected = trained.forward_features(IMAGES)
+    assert expected.patches.shape == (2, (32 // stride) ** 2, width)
+    assert torch.equal(loaded.forward_features(IMAGES).patches, expected.patches)
+    assert torch.equal(AutoModel.from_pretrained(exported).encoder.forward_features(IMAGES).patches, expected.patches)
+    assert {name: tokens.shape[1] for name, tokens in loaded.translate(IMAGES).items()} == {"alpha": 16, "beta": 18}
+    parity = json.loads((exported / "onnx" / "parity.json").read_text())[onnx.MODEL]
+    assert len(parity) == 2
+    assert all(size["least_cosine"] > 0.99999 for size in parity.values())
+    for wanted in ("timm", "authors"):
+        assert main(["export", f"--ckpt={last}", f"--formats={wanted}", f"--out={tmp_path / wanted}"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.backbone=convnext_atto"], "timm:convnext_atto"),
+        (["--model.backbone=timm:convnext_nothing"], "no model 'convnext_nothing'"),
+        (["--model.backbone=timm:test_convnext", "--model.width=32"], "model.width"),
+        (["--model.backbone=timm:test_convnext", "--model.registers=4"], "model.registers"),
+        (["--model.backbone=timm:test_convnext", "--model.backbone_stage=9"], "no block 9"),
+        (["--model.backbone=timm:test_convnext", "--model.distill_cls=true"], "CLS token"),
+        (["--model.backbone_stage=1"], "no stages"),
+        (["--model.backbone=timm:test_vit", "--model.weights=nothing.pth"], "No weights file"),
+    ],
+)
+def test_what_does_not_go_with_a_backbone_is_said(
+    options: list[str], message: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(store, tmp_path / "run", options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_models_of_the_version_before_give_the_same() -> None:
+    expected = torch.load(OLDER / "features.pt")
+    exported = OLDER / "exported"
+    encoders = [theia.load(exported), theia.load(OLDER / "run" / "checkpoints" / "last.ckpt")]
+    for encoder in [*encoders, AutoModel.from_pretrained(exported).encoder]:
+        found = encoder.forward_features(IMAGES)
+        torch.testing.assert_close(found.patches, expected["patches"])
+        torch.testing.assert_close(found.cls, expected["cls"])
+        assert encoder.architecture.backbone == "theia_small"
+
+
+def test_a_run_of_the_version_before_goes_on(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(OLDER / "run", run)
+    config = [f"--config={run / 'config.yaml'}", f"--data.store={store}", "--ckpt_path=last"]
+
+    assert main(["test", *config, "--compare_untrained=false"]) == 0
+    assert main(["fit", *config, "--trainer.max_epochs=2"]) == 0
+
+    assert "cosine_per_token: 0.75" in (run / "config.yaml").read_text()
+
+
+def test_options_of_the_version_before_mean_what_they_meant(store: Path, tmp_path: Path) -> None:
+    older = ["--model.size=small", "--model.loss", "mse", "--model.width=16", "--model.depth=1", "--model.heads=2"]
+
+    assert fit(store, tmp_path / "run", [*older, "--trainer.max_steps=1"]) == 0
+
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert "backbone: theia_small" in written
+    assert "mse: 1.0" in written

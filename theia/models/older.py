@@ -1,0 +1,112 @@
+"""What earlier versions wrote, in today's words: read where it enters, so that the rest knows today's alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Until backbones could be chosen, the student held its transformer under a name of its own.
+VIT, BACKBONE = "vit.", "backbone.model."
+# The same for AutoModel, which renames by pattern.
+KEY_MAPPING = {r"student\.vit\.": f"student.{BACKBONE}"}
+
+
+_LOSSES = ("mse", "cosine_smooth_l1")
+_REPLACED = ("--model.size", "--model.cosine_weight", "--model.per_token", "--model.loss")
+
+
+def tensors(given: Mapping[str, T]) -> dict[str, T]:
+    """Parameters, or anything else by the names of parameters.
+
+    Args:
+        given: Of a checkpoint or an exported folder, with any prefix.
+    """
+    return {name.replace(f"student.{VIT}", f"student.{BACKBONE}"): value for name, value in given.items()}
+
+
+def options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a model, of ``theia fit`` or an architecture alone.
+
+    ``size`` has become ``backbone``; ``loss``, ``cosine_weight`` and ``per_token`` have become the weights of ``loss``.
+
+    Args:
+        given: By name; those of today stay as they are.
+    """
+    now = dict(given)
+    size = now.pop("size", None)
+    if size is not None:
+        now.setdefault("backbone", f"theia_{size}")
+    weight, per_token = now.pop("cosine_weight", None), now.pop("per_token", None)
+    loss = now.get("loss")
+    if loss == "mse":
+        now["loss"] = {"mse": 1.0}
+    elif loss == "cosine_smooth_l1" or (loss is None and (weight is not None or per_token is not None)):
+        share = 0.9 if weight is None else weight
+        terms = {"cosine_per_token" if per_token else "cosine": share, "smooth_l1": round(1 - share, 12)}
+        now["loss"] = {name: float(value) for name, value in terms.items() if value}
+    return now
+
+
+def checkpoint(given: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of ``theia fit``: parameters, options and what its callbacks keep.
+
+    Args:
+        given: As it was read; it is changed.
+    """
+    given["state_dict"] = tensors(given["state_dict"])
+    given["hyper_parameters"] = options(given["hyper_parameters"])
+    for state in given.get("callbacks", {}).values():
+        if isinstance(state, dict) and isinstance(state.get("options"), dict):
+            state["options"] = dotted(state["options"])
+    return given
+
+
+def dotted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run whose names have ``model.`` in front.
+
+    Args:
+        given: By name, with those of other parts.
+    """
+    of_model = {name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
+    others = {name: value for name, value in given.items() if not name.startswith("model.")}
+    return {**others, **{f"model.{name}": value for name, value in options(of_model).items()}}
+
+
+def config(given: Any) -> Any:
+    """A config of ``theia fit``, whose options of the model are those of an earlier version.
+
+    Args:
+        given: As YAML gives it; anything else stays as it is.
+    """
+    if isinstance(given, dict) and isinstance(given.get("model"), dict):
+        return {**given, "model": options(given["model"])}
+    return given
+
+
+def arguments(words: Sequence[str]) -> list[str]:
+    """A command line of ``theia fit`` that names options of an earlier version.
+
+    Args:
+        words: What was typed.
+    """
+    typed: dict[str, Any] = {}
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in _REPLACED and not equals:
+            value = next(rest, "")
+        if name in _REPLACED and (name != "--model.loss" or value in _LOSSES):
+            typed[name.removeprefix("--model.")] = value
+        else:
+            others += [name, value] if name in _REPLACED and not equals else [word]
+    if "cosine_weight" in typed:
+        typed["cosine_weight"] = float(typed["cosine_weight"])
+    if "per_token" in typed:
+        typed["per_token"] = typed["per_token"].lower() in ("true", "yes", "on", "1")
+    return [*others, *(f"--model.{name}={_word(value)}" for name, value in options(typed).items())]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,204 @@
+"""Any model of timm that gives spatial features, as the backbone of a student."""
+
+import inspect
+import math
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from theia.errors import ConfigError, WeightsError
+from theia.models import deit
+from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens
+from theia.models.strict import load_strictly
+from theia.models.vit import ViT
+
+
+class TimmBackbone(Backbone):
+    """A model of timm that gives spatial features, with its own normalisation of the pixels.
+
+    Layers that its features do not pass, such as a classifier, are dropped; so are stages behind the one that is used.
+
+    Args:
+        name: Name of the model in timm, for messages and its weights.
+        model: The model.
+        image_hw: Height and width of a training image, in pixels.
+        stage: The stage whose features are used; the last by default.
+        any_size: Whether the model takes images of other sizes.
+
+    Raises:
+        ConfigError: If it gives no spatial features, has no such stage, or does not take such images.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, image_hw: tuple[int, int], stage: int | None = None, any_size: bool = True
+    ) -> None:
+        if type(model) is VisionTransformer and model.pos_embed is not None and model.dynamic_img_size:
+            # The same parameters; other positions would not be the same in ONNX.
+            model.__class__ = ViT
+        super().__init__(model)
+        self.name, self.image_hw, self.stage = name, image_hw, stage
+        config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.any_size = any_size
+        self.any_size_exported = any_size and (isinstance(model, ViT) or not hasattr(model, "pos_embed"))
+        if stage is not None:
+            self.stage = self._number(stage)
+        self._survey()
+
+    @classmethod
+    def build(cls, options: StudentOptions) -> "TimmBackbone":
+        """The backbone of a student, with random weights.
+
+        Args:
+            options: Which one.
+
+        Raises:
+            ConfigError: See the class; also if timm has no such model or cannot build it, or an option is for others.
+        """
+        fixed = [name for name in ("width", "depth", "heads") if getattr(options, name) is not None]
+        fixed += ["registers"] if options.registers != StudentOptions.registers else []
+        if fixed:
+            raise ConfigError(
+                f"{options.backbone} has its own {' and '.join(fixed)}: only theia_* backbones have a choice. Leave "
+                f"out {', '.join(f'model.{name}' for name in fixed)}."
+            )
+        name, size = options.backbone.removeprefix(TIMM), options.image_size
+        model, any_size = _create(name, size)
+        return cls(name, model, (size, size), options.backbone_stage, any_size)
+
+    def load_weights(self, weights: str) -> None:
+        """See :class:`Backbone`."""
+        source: dict[str, Any] = {}
+        if weights != "pretrained":
+            source = {"pretrained_cfg_overlay": {"file": str(deit.existing_file(weights))}}
+        try:
+            model, _ = _create(self.name, self.image_hw[0], pretrained=True, **source)
+        except Exception as error:
+            # Between here and the weights are three libraries, each with its own exceptions.
+            what = f"timm's weights of {self.name}" if weights == "pretrained" else f"the weights in {weights!r}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise WeightsError(
+                f"Cannot get {what}: {reason}. A checkpoint of timm's model on disk works too: weights=PATH."
+            ) from error
+        own = self.model.state_dict().keys()
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+        load_strictly(self.model, tensors, self.name if weights == "pretrained" else weights)
+
+    def blocks(self) -> list[nn.Module]:
+        """See :class:`Backbone`."""
+        every = super().blocks()
+        return every if self.stage is None else every[: self.stage + 1]
+
+    def tokens(self, pixels: Tensor) -> StudentTokens:
+        """See :class:`Backbone`."""
+        if self.stage is not None:
+            return self.intermediates(pixels, [self.stage], norm=self._is_transformer)[0]
+        return super().tokens(pixels)
+
+    def _survey(self) -> None:
+        """Passes one image, to see what the features are and which parameters they come from."""
+        was_training = self.training
+        self.eval()
+        parameter = next(self.parameters())
+        pixels = torch.zeros(1, 3, *self.image_hw, device=parameter.device, dtype=parameter.dtype)
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                self._look_at(self.model.forward_features(pixels))
+                tokens = self.tokens(pixels)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                size = "{}x{}".format(*self.image_hw)
+                raise ConfigError(f"timm's {self.name} does not take images of {size} pixels: {reason}") from error
+            self.width = tokens.patches.shape[-1]
+            self.stride = self.image_hw[0] // tokens.grid[0]
+            if self.grid_hw != tokens.grid:
+                size, grid = ("{}x{}".format(*pair) for pair in (self.image_hw, tokens.grid))
+                raise ConfigError(
+                    f"timm's {self.name} gives a grid of {grid} for images of {size} pixels, which do not divide into "
+                    f"squares of {self.stride} pixels. Take images of another size."
+                )
+            parameters = list(self.parameters())
+            by_patches = _unused(tokens.patches, parameters)
+            others = [tokens.registers, *([] if tokens.cls is None else [tokens.cls])]
+            by_any = set.intersection(by_patches, *(_unused(other, parameters) for other in others))
+        _drop(self.model, by_any)
+        # Distributed training would wait for gradients that never come.
+        self._never = frozenset(name for name, parameter in self.named_parameters() if id(parameter) in by_patches)
+        self.unfreeze()
+        self.train(was_training)
+
+    def _look_at(self, features: Any) -> None:
+        """Sees how features are laid out, and refuses those that are none of places in the image."""
+        self.prefix, self.has_cls = 0, False
+        if isinstance(features, Tensor) and features.ndim == 4:
+            return
+        if not isinstance(features, Tensor) or features.ndim != 3:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigError(f"timm's {self.name} gives no spatial features, but {shape}. Take another.")
+        prefix = getattr(self.model, "num_prefix_tokens", None)
+        if prefix is None:
+            raise ConfigError(
+                f"timm's {self.name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
+            )
+        # Not all of timm's transformers say so, but all that have one call it alike and put it first.
+        told = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
+        self.prefix, self.has_cls = prefix, prefix > 0 and bool(told)
+        self.stride = self.image_hw[0] // self._grid(features.shape[1] - prefix)[0]
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns: of the patch embedding if the model keeps its grid, a square otherwise."""
+        grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        if grid is not None and grid[0] * grid[1] == tokens:
+            return grid[0], grid[1]
+        side = math.isqrt(tokens)
+        if side == 0 or side * side != tokens or self.image_hw[0] != self.image_hw[1]:
+            raise ConfigError(
+                f"timm's {self.name} gives {tokens} tokens on a grid that it does not tell. Take another."
+            )
+        return side, side
+
+
+def _create(name: str, size: int, pretrained: bool = False, **options: Any) -> tuple[nn.Module, bool]:
+    """A model of timm for images of a size, and whether it takes others, too."""
+    if not pretrained and not name.startswith("hf-hub:") and not timm.is_model(name):
+        near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
+        raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
+    # Only transformers have to know the size, and only some of them can change it.
+    ways: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}]
+    for way in ways:
+        try:
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **way, **options)
+        except TypeError as error:
+            if way and "unexpected keyword argument" in str(error):
+                continue
+            raise ConfigError(f"timm cannot build {name}: {error}") from error
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if pretrained:
+                raise
+            raise ConfigError(f"timm cannot build {name} for images of {size} pixels: {error}") from error
+        break
+    asks = inspect.signature(type(model)).parameters
+    return model, "img_size" not in asks or "dynamic_img_size" in asks
+
+
+def _unused(features: Tensor, parameters: list[nn.Parameter]) -> set[int]:
+    """Ids of the parameters that features do not depend on."""
+    if not features.requires_grad or features.numel() == 0:
+        return {id(parameter) for parameter in parameters}
+    gradients = torch.autograd.grad(features.sum(), parameters, retain_graph=True, allow_unused=True)
+    return {id(parameter) for parameter, given in zip(parameters, gradients, strict=True) if given is None}
+
+
+def _drop(module: nn.Module, unused: set[int]) -> None:
+    """Replaces layers none of whose parameters is used."""
+    for name, child in module.named_children():
+        own = {id(parameter) for parameter in child.parameters()}
+        if own and own <= unused:
+            setattr(module, name, nn.Identity())
+        else:
+            _drop(child, unused)

@@ -1,0 +1,128 @@
+"""The paper's backbone: a DeiT-shaped vision transformer with register tokens."""
+
+from functools import partial
+from typing import cast, get_args
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from theia.errors import ConfigError
+from theia.models import deit
+from theia.models.backbone import PATCHES, THEIA_SHAPES, Backbone, Registers, StudentOptions, check_divides
+from theia.models.positions import PositionRule, resize_positions
+
+_PATCH = PATCHES[0]
+_MLP_RATIO = 4
+_SCRATCH_EPS = 1e-12  # of the released models
+_SCRATCH_PIXELS = (0.5, 0.5, 0.5)  # mean and standard deviation
+
+
+class ViT(VisionTransformer):
+    """timm's vision transformer, but for how its position embedding is resized: by two rules, and the same in ONNX."""
+
+    positions: PositionRule = "size"
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """What goes into the first block.
+
+        Args:
+            x: Embedded patches, shape ``(B, rows, columns, C)``.
+        """
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        positions = self._positions_for((x.shape[1], x.shape[2]))
+        patches = x.flatten(1, 2)
+        if self.no_embed_class:
+            tokens = torch.cat([*prefix, patches + positions], dim=1)
+        else:
+            tokens = torch.cat([*prefix, patches], dim=1) + positions
+        return cast(Tensor, self.pos_drop(tokens))
+
+    def _positions_for(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding ``(1, N, C)``, with the prefix if it has positions."""
+        positions: Tensor = self.pos_embed  # type: ignore[assignment]  # a parameter, or what torch.func puts in its place
+        # An exported graph is for any size.
+        if not torch.compiler.is_exporting() and grid == self.patch_embed.grid_size:
+            return positions
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        trained = positions[0, prefix:].reshape(*self.patch_embed.grid_size, -1)
+        resized = resize_positions(trained, *grid, self.positions)
+        return torch.cat([positions[:, :prefix], resized.flatten(0, 1)[None]], dim=1)
+
+
+class TheiaBackbone(Backbone):
+    """The paper's: a DeiT-shaped vision transformer with register tokens.
+
+    It always starts alike, with or without registers: weights, position embedding and tokens from a normal distribution
+    of standard deviation 0.02, biases zero. The CLS token is the first of the registers, as nothing supervises it.
+    Pretrained weights (DeiT's) bring their input normalisation and their layer-norm epsilon, 1e-6; from scratch it is
+    mean and standard deviation 0.5, and 1e-12.
+
+    Args:
+        options: Which one.
+
+    Raises:
+        ConfigError: If an option is out of its range, or the width is not a multiple of the heads.
+        ShapeError: If the image size is not a multiple of the patch.
+
+    Source: Theia, section 3 and Table 3b; DeiT, Table 1.
+    """
+
+    def __init__(self, options: StudentOptions) -> None:
+        registers, size = options.registers, options.image_size
+        if registers not in get_args(Registers):
+            raise ConfigError(f"A student cannot have {registers} registers. Choose 0 (no CLS), 1 (CLS), 4 or 8.")
+        if options.backbone_stage is not None:
+            raise ConfigError(
+                f"{options.backbone} has no stages: backbone_stage is for backbones of timm. Leave it out."
+            )
+        check_divides(size, size, _PATCH)
+        overrides = zip((options.width, options.depth, options.heads), THEIA_SHAPES[options.backbone], strict=True)
+        width, depth, heads = (default if given is None else given for given, default in overrides)
+        if min(width, depth, heads) < 1 or width % heads:
+            raise ConfigError(
+                f"A student of width {width}, depth {depth} and {heads} heads cannot be built: all must "
+                "be positive, and the width a multiple of the heads."
+            )
+        scratch = options.weights == "scratch"
+        vit = ViT(
+            img_size=size,
+            patch_size=_PATCH,
+            num_classes=0,
+            global_pool="",  # all tokens; any pooling would move the final norm or need a CLS token
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=_MLP_RATIO,
+            class_token=registers > 0,
+            reg_tokens=max(registers - 1, 0),
+            dynamic_img_size=True,
+            weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else deit.LAYER_NORM_EPS),
+        )
+        vit.positions = options.positions
+        _initialise(vit)
+        super().__init__(vit)
+        self.name = options.backbone
+        self.image_hw, self.stride, self.width = (size, size), _PATCH, width
+        self.prefix, self.has_cls = registers, registers > 0
+        self.mean = _SCRATCH_PIXELS if scratch else deit.PIXEL_MEAN
+        self.std = _SCRATCH_PIXELS if scratch else deit.PIXEL_STD
+        self.any_size = self.any_size_exported = True
+
+    def load_weights(self, weights: str) -> None:
+        """See :class:`Backbone`."""
+        size = self.name.removeprefix("theia_")
+        deit.copy_into(self.model, deit.fetch(size) if weights == "pretrained" else deit.read(weights))
+
+
+@torch.no_grad()
+def _initialise(vit: nn.Module) -> None:
+    """Sets every parameter, so that no variant of the student starts from anything of its own."""
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:  # scales of layer norms
+            nn.init.ones_(parameter)
