@@ -58,7 +58,7 @@ class NamedEncoder(nn.Module):
         """Spatial tokens, float32.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, with sides that are multiples
+            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides that are multiples
                 of their stride; the others resize them to their own size.
 
         Returns:
