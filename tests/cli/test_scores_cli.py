@@ -229,7 +229,7 @@ def test_a_table_holds_every_score_once() -> None:
         "owl/speed": 9,
     }
 
-    shown = run.scores_table("fox", given, ["alpha", "beta"], ["beta"])
+    shown = scoring_run.scores_table("fox", given, ["alpha", "beta"], ["beta"])
 
     assert [line.split() for line in shown.splitlines() if "--" not in line] == [
         ["fox", "distilled", "speed", "height", "depth/unknown"],
