@@ -6,29 +6,31 @@ EXTRACT_CONFIG ?= configs/extract/cdiv.yaml
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/installed
-# Of a sweep. Without STORE or BASE it shows itself on sample photographs.
+# Options of a sweep. Without STORE or BASE, it runs on sample photographs, to show that it works.
 STORE ?=
 BASE ?=
 SEEDS ?= 0
 JOBS ?= $(if $(STORE)$(BASE),1,2)
 LAUNCHER ?= local
-# Set where a quickstart was interrupted or is repeated: it goes on from its last checkpoint.
+# Set if a quickstart was interrupted or is repeated: it then goes on from its last checkpoint.
 RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
 
 .PHONY: help install quickstart extract fit ablate-teachers bench bench-gpu docs lint format test
 
 help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
-	@echo "make test         format, lint, types, import contracts, tests"
-	@echo "make install      virtual environment in $(VENV)"
+	@echo "make test         check format, lint, types and import contracts, then run the tests"
+	@echo "make install      make a virtual environment in $(VENV), with everything that the checks need"
 	@echo "make extract      theia extract --config EXTRACT_CONFIG=$(EXTRACT_CONFIG) --images IMAGES=DIR"
 	@echo "make fit          theia fit --config CONFIG=$(CONFIG)"
-	@echo "make ablate-teachers   the paper's 13 sets of teachers: STORE=FOLDER BASE=CONFIG SEEDS=0,1,2 JOBS=1 LAUNCHER=local;"
-	@echo "                  with nothing set: on sample photographs, to see it work (offline, about 10 minutes)"
-	@echo "make bench        how fast it is on this machine, beside other ways to do the same (CPU, about 5 minutes)"
+	@echo "make ablate-teachers"
+	@echo "                  compare the paper's 13 sets of teachers: STORE=FOLDER BASE=CONFIG SEEDS=0,1,2 JOBS=1 LAUNCHER=local;"
+	@echo "                  with nothing set, on sample photographs, to see it work (offline, about 10 minutes)"
+	@echo "make bench        measure how fast it is here, beside other ways to do the same (CPU, about 5 minutes)"
 	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
-	@echo "make docs         the documentation as a site: site/index.html"
-	@echo "make lint, format what 'make test' checks first; rewrite the code to pass it"
+	@echo "make docs         build the documentation as a site: site/index.html"
+	@echo "make lint         what 'make test' checks first: format, lint, types, import contracts"
+	@echo "make format       rewrite the code to pass ruff"
 
 install: $(INSTALLED)
 
@@ -51,8 +53,8 @@ fit: $(INSTALLED)
 
 ablate-teachers: $(INSTALLED)
 ifeq ($(STORE)$(BASE),)
-	@echo "No STORE= is given: small teachers with random weights on sample photographs. They carry no knowledge;"
-	@echo "this only shows that the sweep works."
+	@echo "No STORE= is given, so this uses small teachers with random weights on sample photographs. They carry no"
+	@echo "knowledge; it only shows that the sweep works."
 	theia extract --config configs/extract/samples.yaml
 	theia ablate --config configs/ablations/teachers.yaml --base configs/samples.yaml --out runs/ablations/samples \
 	  --seeds $(SEEDS) --jobs $(JOBS) --launcher $(LAUNCHER)
