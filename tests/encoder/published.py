@@ -53,7 +53,9 @@ class Published:
         pixels = images / 127.5 - 1
         patches = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
         hidden = torch.cat([embeddings.cls_token.expand(len(images), -1, -1), patches], dim=1) + positions
-        for layer in self.vit.layers:
+        # transformers has renamed them since.
+        layers = self.vit.layers if hasattr(self.vit, "layers") else self.vit.encoder.layer
+        for layer in layers:
             hidden = layer(hidden)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return self.vit.layernorm(hidden)

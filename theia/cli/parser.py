@@ -105,7 +105,8 @@ def _to_path(text: str) -> Path:
     return _EmptyPath() if _is_empty(text) else Path(text)
 
 
-register_type(Path, str, _to_path, type_check=isinstance)
+# jsonargparse has one of its own, which older releases only replace where they are told to.
+register_type(Path, str, _to_path, type_check=isinstance, fail_already_registered=False)
 
 
 def _settled(value: Any, name: str, may_be_empty: Collection[str], positional: Collection[str]) -> Any:

@@ -40,10 +40,13 @@ class TheiaModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As of transformers, which makes every parameter anew; what can be trained is as in an :class:`Encoder`."""
+        """As of transformers; what no file holds, and what can be trained, is as in an :class:`Encoder`."""
         loaded = super().from_pretrained(*args, **{"key_mapping": older.KEY_MAPPING, **options})
         model: TheiaModel = loaded[0] if isinstance(loaded, tuple) else loaded  # with or without a report of it
         model.encoder.freeze_translators()
+        for module in model.modules():
+            if isinstance(module, FeatureScaler):
+                module.refresh()
         return loaded
 
     def forward(
@@ -73,9 +76,7 @@ class TheiaModel(PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What a file does not hold: transformers builds a model without values and fills in those of the file."""
-        if isinstance(module, FeatureScaler):
-            module.refresh()
+        """Nothing: the file has every parameter."""
 
 
 def register() -> None:
