@@ -95,3 +95,13 @@ def test_what_was_planned_earlier_stays_planned(tmp_path: Path) -> None:
     assert earlier.with_planned(["a", "c"], [0, 2]) == {"a": [0, 2], "b": [0], "c": [0, 2]}
     (tmp_path / "sweep.json").write_text("{")
     assert earlier_record(tmp_path).runs == ()
+
+
+def test_a_sweep_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    write(tmp_path, finished(tmp_path, "a", {"x": 1}), finished(tmp_path, "b", {"x": 2}), reference="a")
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    record["statement"] = record.pop("provenance")
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    summary = sweep.report(tmp_path)
+    assert summary is not None
+    assert summary.reference == "a"
