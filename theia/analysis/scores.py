@@ -33,8 +33,8 @@ class PearsonR:
         figure: Name of the figure.
         group: Group of the encoders, or ``"all"``.
         n: Number of encoders.
-        r: The coefficient, in ``[-1, 1]``; ``None`` if either side is constant, or with fewer than three encoders: through
-            two there is always a line.
+        r: The coefficient, in ``[-1, 1]``; ``None`` if either side is constant, or with fewer than three encoders, as
+            there is always a line through two.
         low: Lower end of its 95 % interval (Fisher's transformation); ``None`` with fewer than four.
         high: Upper end.
     """
