@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from extraction.tiny_plugin import write_images
 
-from theia.decoding.video import Video
+from theia.decoding.frames import Video
 from theia.errors import ImageError
 from theia.extraction.decode import UnreadableImageError, read_image
 from theia.extraction.files import open_regular

@@ -21,8 +21,8 @@ def draw_norms(figures: Mapping[str, EncoderFigures], labels: Mapping[str, str])
     """Histograms of token norms, a row per encoder: in the unit that all share, and in that of its own median.
 
     Args:
-        figures: By encoder.
-        labels: By encoder, what to call it.
+        figures: Figures of each encoder, by name.
+        labels: What to call each encoder, by name.
 
     Returns:
         A ``matplotlib.figure.Figure``, as all functions here; save it with ``savefig``.
@@ -121,10 +121,10 @@ def draw_scores(
 
     Args:
         figure_name: What is on the horizontal axis.
-        values: By encoder; those without a value or a score are left out.
-        scores: By encoder.
-        groups: By encoder.
-        labels: By encoder.
+        values: Value of the figure for each encoder; those without a value or a score are left out.
+        scores: Score of each encoder.
+        groups: Group of each encoder.
+        labels: What to call each encoder.
         found: Correlations; those of this figure are put into the legend.
     """
     figure = _figure(6.4, 4.6)

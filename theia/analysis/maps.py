@@ -22,8 +22,8 @@ class NormMaps:
     """The images that are shown, and the norms of each encoder's patch tokens on them.
 
     Attributes:
-        images: By sample id.
-        norms: By encoder, one map per image, in the same order.
+        images: Pictures by sample id.
+        norms: Maps by encoder, one per image in the same order.
     """
 
     images: dict[str, Picture] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class NormMaps:
 
         Args:
             encoder: Its name.
-            norms: Shape ``(N,)``, row by row.
+            norms: Norms of the tokens, shape ``(N,)``, row by row.
             grid: Rows and columns, ``N = H * W``.
         """
         self.norms.setdefault(encoder, []).append(norms.double().cpu().numpy().reshape(grid))
@@ -66,8 +66,8 @@ def board(maps: NormMaps, labels: Mapping[str, str]) -> Any:
     """All norm maps side by side: a column per image, and below it two rows per encoder, plain and clipped.
 
     Args:
-        maps: With at least one image.
-        labels: By encoder, what to call it.
+        maps: Maps of at least one image.
+        labels: What to call each encoder, by name.
 
     Returns:
         A ``matplotlib.figure.Figure``; save it with ``savefig``.

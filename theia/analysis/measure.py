@@ -19,7 +19,7 @@ class ImageBatch:
     """A few images.
 
     Attributes:
-        ids: Of the images.
+        ids: Sample ids of the images.
         images: RGB, uint8, shape ``(B, 3, H, W)``.
     """
 
@@ -34,10 +34,10 @@ class EncoderFigures:
     Attributes:
         width: Channels of a token.
         grid: Rows and columns of tokens.
-        entropy: Of norms in units of the root of the width.
+        entropy: Entropy of norms, in units of the root of the width.
         relative: Norms in units of their median.
-        spectrum: Of the principal components.
-        similarity: Of tokens to the mean token of their image.
+        spectrum: Variance that the principal components explain.
+        similarity: Cosine of tokens to the mean token of their image.
     """
 
     width: int
@@ -53,9 +53,9 @@ class Measured:
     """What a pass gave.
 
     Attributes:
-        images: How many there were.
+        images: Number of images.
         encoders: Figures by name.
-        cka: Of all pairs, in the order of ``encoders``; ``None`` where it is not defined.
+        cka: CKA of all pairs, in the order of ``encoders``; ``None`` where it is not defined.
         maps: Norm maps of the images that were to be shown.
     """
 
@@ -77,10 +77,10 @@ def measure(
     What is held is, per encoder, its weights, a covariance matrix of its width, and histograms.
 
     Args:
-        encoders: By name; each gives :class:`~theia.models.backbone.StudentTokens` for uint8 images.
+        encoders: Encoders by name; each gives :class:`~theia.models.backbone.StudentTokens` for uint8 images.
         batches: At least one image, in random order for the sake of :class:`~theia.analysis.similarity.CKA`.
         shown: Ids of images to make norm maps of, or how many of the first ones.
-        device: Where encoders are and images go.
+        device: Where the encoders are; images are moved there.
 
     Raises:
         FeatureError: If an encoder gives values that are not finite.

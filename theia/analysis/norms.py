@@ -50,7 +50,7 @@ class EntropyOfNorms:
     value as their mean. The interval says how the value would vary over other image sets of this size.
 
     Args:
-        seed: Of the bootstrap: encoders with the same seed see the same resampled images.
+        seed: Seed of the bootstrap: encoders with the same seed see the same resampled images.
 
     Source: Theia, section 5 and appendix G; Hanley and MacGibbon, "Creating non-parametric bootstrap samples using
     Poisson frequencies", 2006.

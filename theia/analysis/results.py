@@ -28,10 +28,10 @@ class Analysis:
 
     Attributes:
         measured: Figures.
-        labels: By encoder, a short name.
-        groups: By encoder, ``"distilled"``, ``"regular"`` or a group of the user's.
-        scores: By encoder, those that there are.
-        correlations: Of figures with scores.
+        labels: Short name of each encoder.
+        groups: Group of each encoder: ``"distilled"``, ``"regular"`` or one that the user gave.
+        scores: Scores that the user gave, by encoder.
+        correlations: Correlations of figures with scores.
         skipped: Id of each unreadable image and why.
         statement: What was run, as plain values.
     """
@@ -61,8 +61,8 @@ def assemble(
 
     Args:
         measured: Figures.
-        distilled: By encoder, whether it is a trained Theia model.
-        scores: By encoder, those that there are.
+        distilled: Whether each encoder is a trained Theia model.
+        scores: Scores that the user gave, by encoder.
         skipped: Id of each unreadable image and why.
         statement: What was run, as plain values.
     """

@@ -31,10 +31,10 @@ class PearsonR:
 
     Attributes:
         figure: Name of the figure.
-        group: Of the encoders, or ``"all"``.
-        n: Encoders.
-        r: In ``[-1, 1]``; ``None`` with fewer than three encoders, through two of which there is always a line, or if
-            either side is constant.
+        group: Group of the encoders, or ``"all"``.
+        n: Number of encoders.
+        r: The coefficient, in ``[-1, 1]``; ``None`` if either side is constant, or with fewer than three encoders, as
+            there is always a line through two.
         low: Lower end of its 95 % interval (Fisher's transformation); ``None`` with fewer than four.
         high: Upper end.
     """
@@ -96,9 +96,9 @@ def correlations(
     """Correlation of each figure with the score, over all encoders and over each group.
 
     Args:
-        figures: By name, the value for each encoder; ``None`` where it is not defined.
-        scores: By encoder; those without one are left out.
-        groups: By encoder.
+        figures: By name of the figure, its value for each encoder; ``None`` where it is not defined.
+        scores: Score of each encoder; those without one are left out.
+        groups: Group of each encoder.
 
     Source: Theia, figures 7 and 11, which correlate distilled and regular models apart.
     """

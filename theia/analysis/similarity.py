@@ -85,7 +85,7 @@ class CKA:
     near 0, and may be below.
 
     Args:
-        names: Of the encoders.
+        names: Names of the encoders.
         minibatch: Images of one minibatch, apart from how they arrive.
 
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019; Nguyen et al., "Do Wide
@@ -103,8 +103,8 @@ class CKA:
         """Adds a batch.
 
         Args:
-            features: By encoder, one vector per image, such as the mean of its patch tokens, shape ``(B, C)``. Widths
-                may differ.
+            features: For each encoder, one vector per image, such as the mean of its patch tokens, shape
+                ``(B, C)``; widths may differ.
         """
         for name in self._names:
             rows = features[name].double().cpu().numpy()
@@ -160,7 +160,7 @@ def noise(images: int) -> float:
     With few images it is not small: 0.71 with 4, 0.22 with 8, 0.098 with 16, 0.022 with 64.
 
     Args:
-        images: How many there are, at least 4 and at most one minibatch.
+        images: Number of images, at least 4 and at most one minibatch.
 
     Source: Székely and Rizzo, "The distance correlation t-test of independence in high dimension", 2013: there are
     ``n (n - 3) / 2`` degrees of freedom.

@@ -43,7 +43,7 @@ class Spectrum:
 
     Args:
         channels: Width ``C`` of a token.
-        device: Where the tokens lie: they are summed up there.
+        device: Where the tokens are; they are summed up there.
 
     Source: Theia, appendix G, figures 15 and 16; the area's scale is ours, since the paper gives none.
     """

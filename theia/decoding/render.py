@@ -26,7 +26,7 @@ class Tokens:
     """Features that are shown as colours of their principal components.
 
     Attributes:
-        patches: Shape ``(1, N, C)``.
+        patches: Features, shape ``(1, N, C)``.
         grid_hw: Rows and columns, ``N = H * W``.
     """
 
@@ -43,7 +43,7 @@ class Colours:
     """What colours stand for.
 
     Attributes:
-        basis: Of tokens.
+        basis: Axes that the colours of tokens stand for.
         depth: Lowest and highest depth.
     """
 
@@ -55,7 +55,7 @@ def fit_colours(shown: Sequence[Shown]) -> Colours:
     """One basis of tokens, one range of depths.
 
     Args:
-        shown: Of several images.
+        shown: What is shown of several images.
     """
     tokens = [item.patches.flatten(0, 1) for item in shown if isinstance(item, Tokens)]
     depths = [item.maps.flatten() for item in shown if isinstance(item, Depth)]
@@ -73,7 +73,7 @@ def paint(shown: Shown, colours: Colours, image: Picture) -> Picture:
     """The picture of one image.
 
     Args:
-        shown: Of this image alone.
+        shown: What is shown of the image.
         colours: From :func:`fit_colours` of the same kind.
         image: Shown below masks.
 
@@ -97,7 +97,7 @@ def depth_colours(depth: Array, span: tuple[float, float]) -> Picture:
     """Depth from dark (low) to bright (high), in the inferno colour map.
 
     Args:
-        depth: Shape ``(H, W)``.
+        depth: Depth map, shape ``(H, W)``.
         span: Depths shown as the darkest and the brightest colour.
     """
     from matplotlib import colormaps
@@ -116,7 +116,7 @@ def mask_colours(masks: Bools, image: Picture) -> Picture:
 
     Args:
         masks: bool, shape ``(M, H, W)``.
-        image: Shape ``(H, W, 3)``, of the masks' size.
+        image: RGB, shape ``(H, W, 3)``, of the masks' size.
     """
     from skimage.color import lab2rgb
 
@@ -174,7 +174,7 @@ def row(groups: Sequence[Group], aspect: float) -> Picture:
     """Draws groups from left to right; of the same size whatever the titles say.
 
     Args:
-        groups: At least one.
+        groups: What to draw, at least one group.
         aspect: Width by height of the image that all panels show.
 
     Returns:

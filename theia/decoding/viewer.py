@@ -240,7 +240,7 @@ def depth_error(prediction: Array, target: Array) -> float:
     is ``sqrt(1 - r^2)`` with Pearson's correlation ``r``, or 1 where ``r < 0``: near and far must not be exchanged.
 
     Args:
-        prediction: Shape ``(H, W)``, any scale and shift.
+        prediction: Depth map, shape ``(H, W)``, of any scale and shift.
         target: Same shape.
 
     Returns:

@@ -13,9 +13,9 @@ class Camera:
     """Axes as in OpenCV: x to the right, y down, z into the picture. The centre of the first pixel is (0.5, 0.5).
 
     Attributes:
-        intrinsics: In pixels, shape ``(3, 3)``.
+        intrinsics: Focal lengths and centre in pixels, shape ``(3, 3)``.
         to_world: Rotation and position of the camera, shape ``(4, 4)``.
-        width: Of the picture, in pixels.
+        width: Width of the picture, in pixels.
         height: The same.
     """
 
@@ -28,7 +28,7 @@ class Camera:
         """World directions through the centres of a grid of cells, of one unit of depth each.
 
         Args:
-            rows: Of cells over the whole picture.
+            rows: Rows of cells over the whole picture.
             columns: The same.
 
         Returns:
@@ -55,7 +55,7 @@ class Camera:
         """Where world points lie in the picture.
 
         Args:
-            points: Shape ``(..., 3)``.
+            points: Points, shape ``(..., 3)``.
 
         Returns:
             x and y in pixels, shape ``(..., 2)``; infinite for points that are not in front of the camera.

@@ -92,7 +92,7 @@ class DenseData:
         train: Heads are fitted here.
         val: Figures are of these.
         classes: Names of the classes of ``labels``, or as many numbers.
-        description: Of the data, for the record.
+        description: What the record says of the data.
     """
 
     train: DenseSplit
@@ -238,7 +238,7 @@ def check_maps(split: Path, names: Sequence[str], maps: Sequence[str]) -> None:
     Args:
         split: Folder that holds ``rgb`` and the folders of maps.
         names: File names of the pictures.
-        maps: Of ``depth``, ``normals`` and ``labels``.
+        maps: Kinds of maps: any of ``depth``, ``normals`` and ``labels``.
 
     Raises:
         ImageError: If one is missing, cannot be read, or is of another size than its picture,

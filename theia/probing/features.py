@@ -61,7 +61,7 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
 
     Args:
         encoders: All that are to be probed.
-        images: Shape ``(n, 3, H, W)``; a few spread over all are looked at.
+        images: Images, shape ``(n, 3, H, W)``; a few spread over all are looked at.
         spatial: Whether more than one token is needed.
 
     Returns:
@@ -89,10 +89,10 @@ def token_features(encoder: NamedEncoder, images: NDArray[np.uint8], storage: St
     """All patch tokens of all images.
 
     Args:
-        encoder: Frozen.
-        images: Shape ``(n, 3, H, W)``.
+        encoder: The frozen encoder.
+        images: Images, shape ``(n, 3, H, W)``.
         storage: Where to keep them.
-        what: For the progress bar.
+        what: What the progress bar says.
 
     Raises:
         FeatureError: If features are not finite.
@@ -115,11 +115,11 @@ def pooled_features(
     """One vector per image, the mean of its patch tokens.
 
     Args:
-        encoder: Frozen.
+        encoder: The frozen encoder.
         batches: Images, uint8 of shape ``(B, 3, H, W)``.
         count: How many images there are.
         storage: Where to keep the vectors.
-        what: For the progress bar.
+        what: What the progress bar says.
 
     Returns:
         Shape ``(count, C)``.

@@ -67,8 +67,8 @@ class LinearHead(nn.Module):
     interpolation add up to one.
 
     Args:
-        mean: Of each channel, shape ``(C,)``.
-        whitening: By which tokens without their mean are multiplied from the right, shape ``(C, C)``.
+        mean: Mean of each channel, shape ``(C,)``.
+        whitening: Matrix that centred tokens are multiplied by from the right, shape ``(C, C)``.
         out: Channels that it gives.
     """
 
@@ -85,7 +85,7 @@ class LinearHead(nn.Module):
         """Gives maps four times as large as the grid, but not larger than pictures.
 
         Args:
-            tokens: Shape ``(B, N, C)``.
+            tokens: Patch tokens, shape ``(B, N, C)``.
             grid: Their rows and columns.
             size: Height and width of pictures, in pixels.
 
@@ -170,7 +170,7 @@ def apply_head(head: LinearHead, features: Features, size: int, batch_size: int)
 
     Args:
         head: Fitted.
-        features: Of the images.
+        features: Features of the images.
         size: Height and width of pictures, in pixels.
         batch_size: Images at a time.
 
@@ -190,7 +190,7 @@ def whitening(tokens: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
     the root of its variance plus a thousandth.
 
     Args:
-        tokens: Shape ``(n, N, C)``.
+        tokens: Patch tokens, shape ``(n, N, C)``.
 
     Returns:
         Mean of each channel, shape ``(C,)``, and the matrix, shape ``(C, C)``.
@@ -337,7 +337,7 @@ class SegmentationTask:
     """Classes of pixels, with cross-entropy.
 
     Args:
-        classes: How many.
+        classes: Number of classes.
     """
 
     def __init__(self, classes: int) -> None:

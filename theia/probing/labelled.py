@@ -28,10 +28,10 @@ class Labelled:
     """Some images of a source.
 
     Attributes:
-        source: Where they come from.
-        places: Which of its images.
-        labels: Class index of each, shape ``(n,)``.
-        classes: Names by index.
+        source: Where the images come from.
+        places: Indices of the images in the source.
+        labels: Class index of each image, shape ``(n,)``.
+        classes: Names of the classes, by index.
     """
 
     source: ImageSource

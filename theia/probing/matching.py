@@ -85,9 +85,9 @@ def match(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The most distinct matches from one set of features to another.
 
     Args:
-        first: Shape ``(n, C)``.
-        second: Shape ``(m, C)``, ``m`` at least 2.
-        count: How many at most.
+        first: Features of the first view, shape ``(n, C)``.
+        second: Features of the second view, shape ``(m, C)``, ``m`` at least 2.
+        count: How many matches to give at most.
 
     Returns:
         Places in both, shape ``(min(n, count),)`` each, the most distinct first.
@@ -103,7 +103,7 @@ def reprojection_error(points: Floats, matched: Floats, camera: Camera) -> Float
     """How far apart two sets of points are in a picture, in pixels of one that is 640 wide.
 
     Args:
-        points: Shape ``(n, 3)``.
+        points: Points in space, shape ``(n, 3)``.
         matched: The same.
         camera: That takes the picture.
 
@@ -121,7 +121,7 @@ def binned(angles: Iterable[float], recalls: Iterable[float]) -> dict[str, float
     """Means of recall by viewpoint; the lower end of a bin belongs to it.
 
     Args:
-        angles: Of the pairs, degrees.
+        angles: Angle between the cameras of each pair, in degrees.
         recalls: The same number.
 
     Returns:

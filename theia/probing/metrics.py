@@ -49,7 +49,7 @@ def silog(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Standard deviation of the difference of logarithms, times 100; zero for a prediction of any other scale.
 
     Args:
-        prediction: Shape ``(B, H, W)``.
+        prediction: Predicted depth, shape ``(B, H, W)``.
         target: The same.
         valid: Which pixels count, bool, the same shape.
 
@@ -68,7 +68,7 @@ def align(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Every image of the prediction times a scale plus a shift, which bring it nearest to the target in least squares.
 
     Args:
-        prediction: Shape ``(B, H, W)``. One without variation gets a shift alone.
+        prediction: Predicted depth, shape ``(B, H, W)``. One without variation gets a shift alone.
         target: The same.
         valid: Which pixels count, bool, the same shape.
 
@@ -138,7 +138,7 @@ def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     Args:
         prediction: Class indices, any shape.
         target: The same shape; pixels of 255 are left out.
-        classes: How many there are.
+        classes: Number of classes.
 
     Returns:
         int64, shape ``(classes, classes)``.

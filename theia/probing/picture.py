@@ -27,7 +27,7 @@ def draw(path: Path, data: DenseData, probed: Mapping[str, Probed]) -> None:
     Args:
         path: PNG to write.
         data: Whose val pictures were probed.
-        probed: By name of the column; the maps of each are of the same tasks.
+        probed: What was found, by name of the column; each has maps of the same tasks.
     """
     mapped = next(iter(probed.values())).maps
     tasks = [task for task in TASKS if task in mapped]

@@ -19,8 +19,8 @@ class Shape(Protocol):
         """How many times its direction each ray goes until it meets the shape.
 
         Args:
-            origins: Shape ``(..., 3)``, or one for all rays.
-            directions: Shape ``(..., 3)``, of any length.
+            origins: Origins of the rays, shape ``(..., 3)``, or one for all rays.
+            directions: Directions of the rays, shape ``(..., 3)``, of any length.
 
         Returns:
             Shape ``(...)``; infinite where it misses.
@@ -146,7 +146,7 @@ class Texture:
         pattern: Which.
         colours: RGB from 0 to 1, shape ``(2, 3)``.
         scale: Periods per metre.
-        phase: Of its waves, shape ``(3,)``, radians.
+        phase: Phase of its waves, shape ``(3,)``, radians.
     """
 
     pattern: Pattern

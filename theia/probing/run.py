@@ -294,7 +294,7 @@ def figures_table(found: Mapping[str, Probed]) -> str:
     """A row per figure, a column per encoder: the mean over seeds, and with several their standard deviation.
 
     Args:
-        found: By encoder.
+        found: What was found of each encoder.
     """
     figures = dict.fromkeys(figure for probed in found.values() for figure in probed.figures)
     rows = []
@@ -309,7 +309,7 @@ def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
     """The same for the JSON, by encoder and figure, with the value of every seed.
 
     Args:
-        found: By encoder.
+        found: What was found of each encoder.
     """
     return {
         encoder: {

@@ -17,8 +17,8 @@ def scenes(train: int, val: int, storage: Storage, seed: int = 0) -> DenseData:
     """Rooms with five views each; rooms of the two splits differ. The same numbers give the same data.
 
     Args:
-        train: How many rooms heads are fitted on.
-        val: How many they are tested on; all pairs of views of one room are matched.
+        train: Number of rooms that heads are fitted on.
+        val: Number of rooms that they are tested on; all pairs of views of one room are matched.
         storage: Where to keep the views.
         seed: Another gives other rooms.
     """
