@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a store is described without torch, which takes seconds to import
+    from torch import Tensor
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
@@ -43,8 +44,8 @@ class TeacherFeatures:
         cls: CLS token, shape ``(B, C)``, or ``None``.
     """
 
-    patches: Tensor
-    cls: Tensor | None = None
+    patches: "Tensor"
+    cls: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Depth:
             and shift.
     """
 
-    maps: Tensor
+    maps: "Tensor"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Masks:
         scores: How sure the teacher is of each, shape ``(M,)``.
     """
 
-    masks: list[Tensor]
-    scores: list[Tensor]
+    masks: "list[Tensor]"
+    scores: "list[Tensor]"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Pictures:
         pixels: RGB, uint8, shape ``(B, H, W, 3)``.
     """
 
-    pixels: Tensor
+    pixels: "Tensor"
 
 
 # What features look like to a person, of any resolution; always the same one for images of one size.
@@ -102,12 +103,12 @@ class FeatureBatch:
         rows: Row of each sample in its split of the store, int64 ``(B,)``; always on the CPU.
     """
 
-    images: Tensor
-    patches: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    cls: dict[str, Tensor]
-    labels: Tensor | None
-    rows: Tensor
+    images: "Tensor"
+    patches: "dict[str, Tensor]"
+    scales: "dict[str, Tensor]"
+    cls: "dict[str, Tensor]"
+    labels: "Tensor | None"
+    rows: "Tensor"
 
 
 class FeatureStatistics(Protocol):
