@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.utils.arguments import comma_list
-from theia.utils.files import check_folder
+from theia.utils.files import check_folder, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,6 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
     Returns:
         See :func:`theia.export.card.write`. What the folder lacks is left out, and said.
     """
-    from theia.models.checkpoint import file_sha256  # late, as it imports torch
-
     config = _read(run / "config.yaml")
     environment = _read(run / "environment.json")
     report = _read(run / f"test_{checkpoint.stem}.json")
