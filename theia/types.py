@@ -20,7 +20,7 @@ class TeacherSpec:
         grid_hw: Rows and columns of patch tokens, ``N = H * W``.
         licence: Licence of the weights, as an SPDX id or in a few words.
         weights: Hub id, local path, ``"random"``, or ``"none"`` for a teacher that has none.
-        revision: What the weights are exactly: a commit, a digest of the file, or a seed.
+        revision: Which weights exactly: a commit, a digest of the file, or a seed.
         has_cls: Whether it gives a CLS token of the same width.
         preprocessing: Everything that turns the uint8 image into its input, as plain values.
     """
@@ -116,16 +116,16 @@ class FeatureStatistics(Protocol):
 
     @property
     def mean(self) -> Any:
-        """Of the patch tokens."""
+        """Mean of each channel of the patch tokens."""
 
     @property
     def std(self) -> Any:
-        """Of the patch tokens: a standard deviation."""
+        """Standard deviation of each channel of the patch tokens, never zero."""
 
     @property
     def cls_mean(self) -> Any:
-        """Of the CLS token; ``None`` for a teacher without one."""
+        """Mean of each channel of the CLS token; ``None`` for a teacher without one."""
 
     @property
     def cls_std(self) -> Any:
-        """Likewise."""
+        """Standard deviation of each channel of the CLS token; ``None`` for a teacher without one."""

@@ -193,8 +193,8 @@ class PlannedSet:
     Attributes:
         split: Name of the split.
         name: ``"image"`` or the teacher.
-        shape: Channels and grid, for people.
-        dtype: Of the stored values, for people.
+        shape: Channels and grid, as the table shows them.
+        dtype: Type of the stored values, as the table shows it.
         image_bytes: Stored bytes per image.
         images: Listed images of the split.
         missing: Those in shards that are not there yet.
@@ -226,7 +226,7 @@ def plan(
     Args:
         writers: By split.
         image_sets: By split.
-        specs: Of the teachers.
+        specs: Specs of the teachers.
         dtype: How features are stored.
         labels: Whether image shards hold labels.
     """

@@ -1,4 +1,4 @@
-"""The first stage of an extraction: images, decoded and brought to one size, into the store."""
+"""The two stages of an extraction: images are decoded and stored, then teachers run over the stored images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait

@@ -1,4 +1,4 @@
-"""The manifest: which splits, sets and shards a store has. Written last, replaced atomically."""
+"""The manifest: which splits, sets and shards a store has, and what a new extraction must agree with."""
 
 import json
 import logging

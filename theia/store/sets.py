@@ -1,4 +1,4 @@
-"""What every file of a set must contain: written by the writer, checked by whoever opens it."""
+"""The files of one set: what each must contain, which of them are whole, and the statistics over all."""
 
 import hashlib
 import json
