@@ -28,6 +28,9 @@ from theia.version import __version__
 
 logger = logging.getLogger(__name__)
 
+# Keys, checksums and alignment, which the planned sizes leave out.
+_OVERHEAD = 1.01
+
 
 @dataclass(frozen=True)
 class ExtractedSplit:
@@ -180,10 +183,6 @@ def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
         shard_size=config.shard_size,
         classes=None if source.classes is None else tuple(source.classes),
     )
-
-
-# Keys, checksums and alignment, which the sizes below leave out.
-_OVERHEAD = 1.01
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from theia.utils.progress import Progress
 
 P = ParamSpec("P")
 
+_DECODED_TOGETHER = 16  # images
+_REASONS_SHOWN = 5
+
 
 class Handover:
     """Does what it is given in one thread, in order, and is never more than one piece of work behind.
@@ -95,10 +98,6 @@ class Handover:
         # Not forgotten before it is done, whatever interrupts the waiting; its error is raised once.
         last, self._last = self._last, None
         last.result()
-
-
-_DECODED_TOGETHER = 16
-_REASONS_SHOWN = 5
 
 
 class DecodedImages(NamedTuple):

@@ -43,6 +43,8 @@ SKIPPED = "skipped"
 PATCH_SUMS = ("sum", "sumsq")
 CLS_SUMS = ("cls_sum", "cls_sumsq")
 
+_SHOWN = 8  # missing shards in a message
+
 
 @dataclass(frozen=True)
 class SetLayout:
@@ -164,9 +166,6 @@ def read_skipped(images: Shard) -> list[tuple[str, str]]:
     """What :func:`encode_skipped` stored in an image shard."""
     texts = decode(images.read(SKIPPED).reshape(-1))
     return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-_SHOWN = 8
 
 
 class WholeShards:

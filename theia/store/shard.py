@@ -31,6 +31,8 @@ CRC32 = "crc32"
 # Datasets whose rows the checksum of a sample covers, in its order.
 CHECKED = ("data", "scale", "cls", "label")
 
+_ALIGNMENT = 4096  # bytes
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -186,9 +188,6 @@ def _read_whole(file: int, values: NDArray[Any], offset: int) -> int:
     while done < len(view) and (count := os.preadv(file, (view[done:],), offset + done)):
         done += count
     return done
-
-
-_ALIGNMENT = 4096
 
 
 class NewShard:
