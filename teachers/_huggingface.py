@@ -1,4 +1,4 @@
-"""What the teachers that come through transformers share: how their weights and their pixels get in."""
+"""The base of the teachers that come through transformers: how their weights and their pixels get in."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from theia.errors import ConfigError, ShapeError, WeightsError
-from theia.teacher import RANDOM_SEED, random_weights
-from theia.types import Json
+from theia.teacher import RANDOM_SEED, Teacher, random_weights
+from theia.types import Json, TeacherFeatures
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,7 +34,7 @@ class Preprocessing:
     Attributes:
         size: Side of the square input, in pixels.
         interpolation: Filter of the resize, with antialiasing.
-        mean: Of each channel, for pixels in ``[0, 1]``.
+        mean: Mean of each channel, for pixels in ``[0, 1]``.
         std: Standard deviation of each channel, for pixels in ``[0, 1]``.
         short_edge: If given, the short edge is resized to it and the centre is cut out; otherwise the whole
             image is squashed to ``size``.
@@ -89,7 +89,57 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def load(
+class HuggingFaceTeacher(Teacher):
+    """A vision transformer of transformers: its CLS is the first token, its patches are all others.
+
+    Attributes:
+        model: The model, in float32.
+        preprocess: What turns images into its input.
+    """
+
+    model: Any
+    preprocess: Preprocessing
+
+    def load(self, model_class: Any, *, weights: str, preprocess: Preprocessing, **options: Any) -> None:
+        """Builds the model and writes down in the spec what its weights and its input are.
+
+        Args:
+            model_class: Subclass of ``transformers.PreTrainedModel``.
+            weights: Hub id, local folder in the upstream format, or ``"random"``.
+            preprocess: What turns images into its input.
+            **options: Further arguments of :func:`load_model`.
+
+        Raises:
+            ConfigError: If the options do not fit together.
+            WeightsError: If the weights cannot be had or do not fit the architecture completely.
+        """
+        self.model, found = load_model(self.spec.name, model_class, weights=weights, **options)
+        self.preprocess = preprocess
+        self.spec = replace(self.spec, weights=weights, revision=found, preprocessing=preprocess.record())
+
+    def take_squares(self, size: int, short_edge: int | None = None) -> None:
+        """Takes images of another size than the published model, and writes down the grid and width that follow.
+
+        Args:
+            size: Side of the square input, in pixels.
+            short_edge: See :class:`Preprocessing`.
+        """
+        config = self.model.config
+        self.preprocess = replace(self.preprocess, size=size, short_edge=short_edge)
+        self.spec = replace(
+            self.spec,
+            channels=config.hidden_size,
+            grid_hw=(size // config.patch_size,) * 2,
+            preprocessing=self.preprocess.record(),
+        )
+
+    def forward(self, images: Tensor) -> TeacherFeatures:
+        """See :meth:`theia.teacher.Teacher.forward`."""
+        tokens = self.model(pixel_values=self.preprocess(images)).last_hidden_state
+        return TeacherFeatures(patches=tokens[:, 1:], cls=tokens[:, 0])
+
+
+def load_model(
     teacher: str,
     model_class: Any,
     *,

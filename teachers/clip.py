@@ -1,13 +1,8 @@
 """CLIP's image tower, through transformers."""
 
-from dataclasses import replace
+from theia.types import TeacherSpec
 
-from torch import Tensor
-
-from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
-
-from ._huggingface import Preprocessing, load
+from ._huggingface import HuggingFaceTeacher, Preprocessing
 
 _PREPROCESSING = Preprocessing(
     size=224,
@@ -25,7 +20,7 @@ _LARGE = {
 }
 
 
-class CLIP(Teacher):
+class CLIP(HuggingFaceTeacher):
     """Patch tokens and CLS of the last block, before the final layer norm.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -62,28 +57,14 @@ class CLIP(Teacher):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        self.model, found = load(
-            self.spec.name,
+        self.load(
             CLIPVisionModel,
             model_types=("clip", "clip_vision_model"),
             weights=weights,
+            preprocess=_PREPROCESSING,
             revision=revision,
             architecture=architecture,
             build_config=CLIPVisionConfig,
             sizes=_LARGE,
         )
-        config = self.model.config
-        self.preprocess = replace(_PREPROCESSING, size=config.image_size)
-        self.spec = replace(
-            self.spec,
-            channels=config.hidden_size,
-            grid_hw=(config.image_size // config.patch_size,) * 2,
-            weights=weights,
-            revision=found,
-            preprocessing=self.preprocess.record(),
-        )
-
-    def forward(self, images: Tensor) -> TeacherFeatures:
-        """See :meth:`theia.teacher.Teacher.forward`."""
-        tokens = self.model(pixel_values=self.preprocess(images)).last_hidden_state
-        return TeacherFeatures(patches=tokens[:, 1:], cls=tokens[:, 0])
+        self.take_squares(self.model.config.image_size)

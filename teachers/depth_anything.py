@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from theia.errors import ConfigError
-from theia.teacher import Teacher
 from theia.types import Depth, TeacherFeatures, TeacherSpec
 
-from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load
+from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, HuggingFaceTeacher, Preprocessing
 
 _PREPROCESSING = Preprocessing(size=518, interpolation="bicubic", mean=IMAGENET_MEAN, std=IMAGENET_STD)
 _GRID = 64
@@ -24,7 +23,7 @@ _LARGE = {
 }
 
 
-class DepthAnything(Teacher):
+class DepthAnything(HuggingFaceTeacher):
     """Output of the head's second convolution at 518x518, before its ReLU, at 64x64 points.
 
     Source: Yang et al., "Depth Anything: Unleashing the Power of Large-Scale Unlabeled Data", 2024.
@@ -61,18 +60,17 @@ class DepthAnything(Teacher):
         super().__init__()
         from transformers import DepthAnythingForDepthEstimation
 
-        self.model, found = load(
-            self.spec.name,
+        self.load(
             DepthAnythingForDepthEstimation,
             model_types=("depth_anything",),
             weights=weights,
+            preprocess=_PREPROCESSING,
             revision=revision,
             architecture=architecture,
             build_config=_config,
             sizes=_LARGE,
         )
-        self.preprocess = _PREPROCESSING
-        self.spec = replace(self.spec, channels=self.model.config.head_hidden_size, weights=weights, revision=found)
+        self.spec = replace(self.spec, channels=self.model.config.head_hidden_size)
 
     def forward(self, images: Tensor) -> TeacherFeatures:
         """See :meth:`theia.teacher.Teacher.forward`."""

@@ -1,15 +1,11 @@
 """DINOv2, through transformers."""
 
-from dataclasses import replace
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from theia.errors import ConfigError
-from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import TeacherSpec
 
-from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load
+from ._huggingface import IMAGENET_MEAN, IMAGENET_STD, HuggingFaceTeacher, Preprocessing
 
 _PREPROCESSING = Preprocessing(size=224, interpolation="bicubic", mean=IMAGENET_MEAN, std=IMAGENET_STD)
 _LARGE = {
@@ -22,7 +18,7 @@ _LARGE = {
 Crop = Literal["whole", "authors"]
 
 
-class DINOv2(Teacher):
+class DINOv2(HuggingFaceTeacher):
     """Patch tokens and CLS after the final layer norm.
 
     Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2024.
@@ -66,35 +62,21 @@ class DINOv2(Teacher):
             raise ConfigError(f"Teacher {self.spec.name!r}: crop {crop!r} is not one of {', '.join(get_args(Crop))}.")
         from transformers import Dinov2Config, Dinov2Model
 
-        self.model, found = load(
-            self.spec.name,
+        self.load(
             Dinov2Model,
             model_types=("dinov2",),
             weights=weights,
+            preprocess=_PREPROCESSING,
             revision=revision,
             architecture=architecture,
             build_config=Dinov2Config,
             sizes=_LARGE,
         )
-        config = self.model.config
-        if size <= 0 or size % config.patch_size:
+        patch = self.model.config.patch_size
+        if size <= 0 or size % patch:
             raise ConfigError(
                 f"Teacher {self.spec.name!r}: size {size} is not a multiple of its patch, "
-                f"{config.patch_size} pixels. Correct --{self.spec.name}.size."
+                f"{patch} pixels. Correct --{self.spec.name}.size."
             )
         # The authors resize the short edge to 256 for an input of 224.
-        short_edge = size * 8 // 7 if crop == "authors" else None
-        self.preprocess = replace(_PREPROCESSING, size=size, short_edge=short_edge)
-        self.spec = replace(
-            self.spec,
-            channels=config.hidden_size,
-            grid_hw=(size // config.patch_size,) * 2,
-            weights=weights,
-            revision=found,
-            preprocessing=self.preprocess.record(),
-        )
-
-    def forward(self, images: Tensor) -> TeacherFeatures:
-        """See :meth:`theia.teacher.Teacher.forward`."""
-        tokens = self.model(pixel_values=self.preprocess(images)).last_hidden_state
-        return TeacherFeatures(patches=tokens[:, 1:], cls=tokens[:, 0])
+        self.take_squares(size, size * 8 // 7 if crop == "authors" else None)

@@ -1,6 +1,5 @@
 """SAM: the image encoder of Segment Anything, through the segment-anything package."""
 
-import hashlib
 import re
 import textwrap
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from theia.errors import ConfigError, WeightsError
 from theia.teacher import RANDOM_SEED, Teacher, random_weights
 from theia.types import Json, Masks, TeacherFeatures, TeacherSpec
+from theia.utils.files import file_sha256
 
 if TYPE_CHECKING:
     from segment_anything import SamPredictor
@@ -267,8 +267,7 @@ def _checkpoint(weights: str, model: str) -> Path:
 
 def _load(sam: "Sam", path: Path, model: str) -> str:
     """Loads a checkpoint of the whole SAM, strictly; returns its digest."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     if digest != SHA256.get(path.name, digest):
         raise WeightsError(
             f"Teacher 'sam': {path} has the name of Meta's checkpoint but differs from it (sha256 {digest}). "

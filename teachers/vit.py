@@ -1,13 +1,8 @@
 """ViT-H of ImageNet-21k, through transformers."""
 
-from dataclasses import replace
+from theia.types import TeacherSpec
 
-from torch import Tensor
-
-from theia.teacher import Teacher
-from theia.types import TeacherFeatures, TeacherSpec
-
-from ._huggingface import Preprocessing, load
+from ._huggingface import HuggingFaceTeacher, Preprocessing
 
 _PREPROCESSING = Preprocessing(size=224, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 _HUGE = {
@@ -20,7 +15,7 @@ _HUGE = {
 }
 
 
-class ViT(Teacher):
+class ViT(HuggingFaceTeacher):
     """Patch tokens and CLS after the final layer norm.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021.
@@ -57,29 +52,15 @@ class ViT(Teacher):
         super().__init__()
         from transformers import ViTConfig, ViTModel
 
-        self.model, found = load(
-            self.spec.name,
+        self.load(
             ViTModel,
             model_types=("vit",),
             weights=weights,
+            preprocess=_PREPROCESSING,
             revision=revision,
             architecture=architecture,
             build_config=ViTConfig,
             sizes=_HUGE,
             add_pooling_layer=False,
         )
-        config = self.model.config
-        self.preprocess = replace(_PREPROCESSING, size=config.image_size)
-        self.spec = replace(
-            self.spec,
-            channels=config.hidden_size,
-            grid_hw=(config.image_size // config.patch_size,) * 2,
-            weights=weights,
-            revision=found,
-            preprocessing=self.preprocess.record(),
-        )
-
-    def forward(self, images: Tensor) -> TeacherFeatures:
-        """See :meth:`theia.teacher.Teacher.forward`."""
-        tokens = self.model(pixel_values=self.preprocess(images)).last_hidden_state
-        return TeacherFeatures(patches=tokens[:, 1:], cls=tokens[:, 0])
+        self.take_squares(self.model.config.image_size)

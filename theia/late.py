@@ -1,11 +1,14 @@
-"""Something to do once another package is imported, without importing it for that."""
+"""Imports that are put off: something to do once a package is imported, and packages of which a part is enough."""
 
+import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def when_imported(name: str, work: Callable[[], object]) -> None:
@@ -18,13 +21,26 @@ def when_imported(name: str, work: Callable[[], object]) -> None:
     if name in sys.modules:
         work()
     else:
-        sys.meta_path.insert(0, _Finder(name, work))
+        sys.meta_path.insert(0, _Finder(name, lambda loader: _ThenLoader(loader, work)))
+
+
+def torchmetrics_in_part() -> None:
+    """Has an import of torchmetrics load the base of all metrics, which Lightning needs, and put off the rest.
+
+    The package's own ``__init__`` imports its metrics for text, images and sound, and with them transformers,
+    torchvision and scipy: seconds for every process that imports Lightning. It runs as soon as the package is asked for
+    a name that the base does not have, so that whoever uses such a metric finds it where it always was.
+    """
+    if "torchmetrics" not in sys.modules:
+        sys.meta_path.insert(0, _Finder("torchmetrics", _TorchmetricsLoader))
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, name: str, work: Callable[[], object]) -> None:
+    """Finds one module, once, and has it loaded in another way."""
+
+    def __init__(self, name: str, loader: Callable[[Loader], Loader]) -> None:
         self._name = name
-        self._work = work
+        self._loader = loader
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self._name:
@@ -32,14 +48,13 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._work)
+            spec.loader = self._loader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader, work: Callable[[], object]) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._work = work
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -47,5 +62,54 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
+
+
+class _ThenLoader(_Loader):
+    """Does some work after the module."""
+
+    def __init__(self, loader: Loader, work: Callable[[], object]) -> None:
+        super().__init__(loader)
+        self._work = work
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
         self._loader.exec_module(module)
         self._work()
+
+
+class _LaterLoader(_Loader):
+    """Runs a package's ``__init__`` when it is asked for a name that it lacks; until then its submodules are there."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+
+        def complete(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            del module.__dict__["__getattr__"]
+            self._loader.exec_module(module)
+            return getattr(module, name)
+
+        module.__dict__["__getattr__"] = complete
+
+
+class _TorchmetricsLoader(_LaterLoader):
+    """Gives the package what Lightning takes from it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        functional = _Finder("torchmetrics.functional", _LaterLoader)
+        sys.meta_path.insert(0, functional)
+        module.__dict__["_logger"] = logging.getLogger("torchmetrics")  # which its modules import from here
+        try:
+            module.__dict__["__version__"] = importlib.import_module("torchmetrics.__about__").__version__
+            importlib.import_module("torchmetrics.utilities")  # first: it and torchmetrics.metric import each other
+            for home, name in (("metric", "Metric"), ("collections", "MetricCollection")):
+                module.__dict__[name] = getattr(importlib.import_module(f"torchmetrics.{home}"), name)
+        except (ImportError, AttributeError):  # another version, whose base needs more than that
+            if functional in sys.meta_path:
+                sys.meta_path.remove(functional)
+            for name in [name for name in sys.modules if name.startswith("torchmetrics.")]:
+                del sys.modules[name]
+            module.__dict__.pop("__getattr__", None)
+            self._loader.exec_module(module)

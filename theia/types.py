@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a store is described without torch, which takes seconds to import
+    from torch import Tensor
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
@@ -19,7 +20,7 @@ class TeacherSpec:
         grid_hw: Rows and columns of patch tokens, ``N = H * W``.
         licence: Licence of the weights, as an SPDX id or in a few words.
         weights: Hub id, local path, ``"random"``, or ``"none"`` for a teacher that has none.
-        revision: What the weights are exactly: a commit, a digest of the file, or a seed.
+        revision: Which weights exactly: a commit, a digest of the file, or a seed.
         has_cls: Whether it gives a CLS token of the same width.
         preprocessing: Everything that turns the uint8 image into its input, as plain values.
     """
@@ -43,8 +44,8 @@ class TeacherFeatures:
         cls: CLS token, shape ``(B, C)``, or ``None``.
     """
 
-    patches: Tensor
-    cls: Tensor | None = None
+    patches: "Tensor"
+    cls: "Tensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Depth:
             and shift.
     """
 
-    maps: Tensor
+    maps: "Tensor"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Masks:
         scores: How sure the teacher is of each, shape ``(M,)``.
     """
 
-    masks: list[Tensor]
-    scores: list[Tensor]
+    masks: "list[Tensor]"
+    scores: "list[Tensor]"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Pictures:
         pixels: RGB, uint8, shape ``(B, H, W, 3)``.
     """
 
-    pixels: Tensor
+    pixels: "Tensor"
 
 
 # What features look like to a person, of any resolution; always the same one for images of one size.
@@ -102,12 +103,12 @@ class FeatureBatch:
         rows: Number of each sample, int64 ``(B,)``, always on the CPU; in a store, its row in the split.
     """
 
-    images: Tensor
-    patches: dict[str, Tensor]
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    cls: dict[str, Tensor] = field(default_factory=dict)
-    labels: Tensor | None = None
-    rows: Tensor | None = None
+    images: "Tensor"
+    patches: "dict[str, Tensor]"
+    scales: "dict[str, Tensor]" = field(default_factory=dict)
+    cls: "dict[str, Tensor]" = field(default_factory=dict)
+    labels: "Tensor | None" = None
+    rows: "Tensor | None" = None
 
 
 class FeatureStatistics(Protocol):
@@ -115,16 +116,16 @@ class FeatureStatistics(Protocol):
 
     @property
     def mean(self) -> Any:
-        """Of the patch tokens."""
+        """Mean of each channel of the patch tokens."""
 
     @property
     def std(self) -> Any:
-        """Of the patch tokens: a standard deviation."""
+        """Standard deviation of each channel of the patch tokens, never zero."""
 
     @property
     def cls_mean(self) -> Any:
-        """Of the CLS token; ``None`` for a teacher without one."""
+        """Mean of each channel of the CLS token; ``None`` for a teacher without one."""
 
     @property
     def cls_std(self) -> Any:
-        """Likewise."""
+        """Standard deviation of each channel of the CLS token; ``None`` for a teacher without one."""

@@ -67,5 +67,5 @@ def test_a_wrong_plugin_is_refused_with_the_reason(install: Install, name: str, 
 
 
 def test_names_imports_neither_scorers_nor_torch() -> None:
-    code = "import sys; from theia.scoring import registry; registry.names(); print('torch' in sys.modules)"
+    code = "import sys; from theia.scoring.contract import scorer_names; scorer_names(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

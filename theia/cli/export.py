@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.utils.arguments import comma_list
-from theia.utils.files import check_folder
+from theia.utils.files import check_folder, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,8 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
     Returns:
         See :func:`theia.export.card.write`. What the folder lacks is left out.
     """
-    from theia.cli.data import flat
+    from theia.cli.data import flat  # late, as these import torch
     from theia.models import older
-    from theia.models.checkpoint import file_sha256  # late, as it imports torch
 
     config = older.config(_read(run / "config.yaml"))
     if "data" in config:

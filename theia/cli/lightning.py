@@ -41,14 +41,14 @@ from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import CheckpointError, ConfigError
 from theia.models import older
-from theia.models.checkpoint import check_architecture, file_sha256, read_checkpoint
+from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.scoring.contract import scorer_names
 from theia.scoring.run import find_scorers, run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested, requeue
 from theia.training.distillation import Distillation
 from theia.training.records import METRICS, Events, MetricsCSV
-from theia.utils.files import check_folder
+from theia.utils.files import check_folder, file_sha256
 
 logger = logging.getLogger(__name__)
 

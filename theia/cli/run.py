@@ -1,12 +1,10 @@
 """The run folder: what is in it, when it may be used, and how a run is resumed."""
 
-import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from theia.training.checkpoints import LAST
 from theia.training.records import METRICS
 from theia.utils.arguments import check_number
 from theia.utils.files import write_whole
+from theia.utils.provenance import git_commit, installed
 
 logger = logging.getLogger(__name__)
 
@@ -231,9 +230,9 @@ class SaveRun(SaveConfigCallback):
         run = Path(trainer.default_root_dir)
         datamodule = getattr(trainer, "datamodule", None)
         environment: dict[str, Any] = {
-            "versions": {name: _version(name) for name in _VERSIONS},
+            "versions": installed(_VERSIONS),
             "python": platform.python_version(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "device": str(trainer.strategy.root_device),
             "processes": trainer.world_size,
             "precision": trainer.precision,
@@ -292,25 +291,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if f"{prefix}{name}" != "changes":
             flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, with a mark if it was changed; none for an installed wheel."""
-    here = Path(__file__)
-    try:
-        _git(here, "ls-files", "--error-unmatch", here.name)  # a wheel may lie inside somebody else's checkout
-        return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(file: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(file.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()

@@ -2,7 +2,6 @@
 
 from tabulate import tabulate
 
-from theia import registry
 from theia.cli.parser import Parser
 
 
@@ -17,6 +16,9 @@ def main(argv: list[str]) -> int:
     """
     parser = Parser(prog="theia teachers", description="List the installed teachers and what they give.")
     parser.parse_args(argv)
+
+    from theia import registry  # imports torch; --help does not need it
+
     found, broken = registry.find_all()
     rows = [
         (

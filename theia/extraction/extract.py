@@ -28,6 +28,9 @@ from theia.version import __version__
 
 logger = logging.getLogger(__name__)
 
+# Keys, checksums and alignment, which the planned sizes leave out.
+_OVERHEAD = 1.01
+
 
 @dataclass(frozen=True)
 class ExtractedSplit:
@@ -183,10 +186,6 @@ def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
     )
 
 
-# Keys, checksums and alignment, which the sizes below leave out.
-_OVERHEAD = 1.01
-
-
 @dataclass(frozen=True)
 class PlannedSet:
     """One set of files: the images of a split, or what one teacher gives for them.
@@ -194,8 +193,8 @@ class PlannedSet:
     Attributes:
         split: Name of the split.
         name: ``"image"`` or the teacher.
-        shape: Channels and grid, for people.
-        dtype: Of the stored values, for people.
+        shape: Channels and grid, as the table shows them.
+        dtype: Type of the stored values, as the table shows it.
         image_bytes: Stored bytes per image.
         images: Listed images of the split.
         missing: Those in shards that are not there yet.
@@ -227,7 +226,7 @@ def plan(
     Args:
         writers: By split.
         image_sets: By split.
-        specs: Of the teachers.
+        specs: Specs of the teachers.
         dtype: How features are stored.
         labels: Whether image shards hold labels.
     """

@@ -1,4 +1,4 @@
-"""Files as users keep them: which may be opened, and whose fault it is where one cannot be."""
+"""Files as users keep them: which may be opened, whose fault it is if one cannot be, and which are passed over."""
 
 import errno
 import os
@@ -136,7 +136,7 @@ _SAID: dict[PassedKind, str] = {
 
 
 class PassedOver:
-    """Counts, by ending or by the reason that a file has beside it."""
+    """Counts the files that are not read, by their ending or by the reason."""
 
     def __init__(self) -> None:
         self._endings: Counter[str] = Counter()

@@ -21,7 +21,7 @@ class Processes:
     """Rank, world size, and how the processes wait for each other.
 
     Args:
-        fabric: Launched.
+        fabric: The Fabric that launched this process.
 
     Raises:
         ConfigError: If more processes were started than Fabric knows of: each would do all of the work.
@@ -30,7 +30,7 @@ class Processes:
     dies closes its connections. Those that wait for it stop at once; those that work first finish their own shards.
 
     Attributes:
-        rank: Of this process, over all nodes.
+        rank: Number of this process among those of all nodes.
         world: Number of processes.
     """
 

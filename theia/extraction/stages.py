@@ -1,4 +1,4 @@
-"""The first stage of an extraction: images, decoded and brought to one size, into the store."""
+"""The two stages of an extraction: images are decoded and stored, then teachers run over the stored images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -27,6 +27,9 @@ from theia.types import TeacherFeatures, TeacherSpec
 from theia.utils.progress import Progress
 
 P = ParamSpec("P")
+
+_DECODED_TOGETHER = 16  # images
+_REASONS_SHOWN = 5
 
 
 class Handover:
@@ -95,10 +98,6 @@ class Handover:
         # Not forgotten before it is done, whatever interrupts the waiting; its error is raised once.
         last, self._last = self._last, None
         last.result()
-
-
-_DECODED_TOGETHER = 16
-_REASONS_SHOWN = 5
 
 
 class DecodedImages(NamedTuple):

@@ -1,6 +1,5 @@
 """Checks a checkpoint against the model that is about to load it, before any work is lost."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,6 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "hyper_parameters" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint that 'theia fit' wrote.")
     return older.checkpoint(checkpoint)
-
-
-def file_sha256(path: Path) -> str:
-    """What a checkpoint is exactly: the next one may have the same name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:

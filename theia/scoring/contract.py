@@ -23,15 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
-
-from theia.encoder.encoder import Encoder
 from theia.errors import UnknownScorerError
 from theia.plugins import NAME, NAME_RULE, Plugins
 from theia.types import FeatureBatch, FeatureStatistics
 
-if TYPE_CHECKING:  # the contract takes torch along
-    pass  # MERGED
+if TYPE_CHECKING:  # `theia ablate --help` names the scorers without torch
+    import torch
+
+    from theia.encoder.encoder import Encoder
 
 
 class Part(Protocol):
@@ -69,12 +68,12 @@ class Trained:
     """
 
     checkpoint: Path
-    encoder: Encoder
+    encoder: "Encoder"
     shapes: Mapping[str, Mapping[str, Any]]
     statistics: Mapping[str, FeatureStatistics]
     train: Part
     held_out: Part
-    device: torch.device
+    device: "torch.device"
     seed: int
 
 

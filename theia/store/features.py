@@ -141,7 +141,7 @@ def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
     hundred times that: one step for all channels of a token would leave nothing of most of them.
 
     Args:
-        tokens: Of one image, shape ``(N, C)``.
+        tokens: Patch tokens of one image, shape ``(N, C)``.
 
     Returns:
         int8 of the same shape, at most half a step off, and float32 ``(2, C)``: steps and middles; where a channel is

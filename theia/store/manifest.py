@@ -1,4 +1,4 @@
-"""The manifest: which splits, sets and shards a store has. Written last, replaced atomically."""
+"""The manifest: which splits, sets and shards a store has, and what a new extraction must agree with."""
 
 import json
 import logging
@@ -30,6 +30,8 @@ from theia.types import TeacherSpec
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
+# What messages call these fields of an image set.
+_NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images"}
 
 
 @dataclass
@@ -147,9 +149,6 @@ def _set_from(values: dict[str, Any]) -> SetRecord:
         shards=tuple(ShardRecord(**shard) for shard in values["shards"]),
         complete=values["complete"],
     )
-
-
-_NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images"}
 
 
 def check_folder(root: Path) -> None:

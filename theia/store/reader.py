@@ -1,4 +1,4 @@
-"""Opens a store: validates every file once, then hands out byte offsets."""
+"""Opens a store: validates every file once, then reads rows in any order at their byte offsets."""
 
 import hashlib
 import mmap

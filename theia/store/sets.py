@@ -1,4 +1,4 @@
-"""What every file of a set must contain: written by the writer, checked by whoever opens it."""
+"""The files of one set: what each must contain, which of them are whole, and the statistics over all."""
 
 import hashlib
 import json
@@ -42,6 +42,8 @@ SKIPPED = "skipped"
 # Sums of the stored values per channel: of patch tokens and of CLS tokens.
 PATCH_SUMS = ("sum", "sumsq")
 CLS_SUMS = ("cls_sum", "cls_sumsq")
+
+_SHOWN = 8  # missing shards in a message
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,6 @@ def read_skipped(images: Shard) -> list[tuple[str, str]]:
     """What :func:`encode_skipped` stored in an image shard."""
     texts = decode(images.read(SKIPPED).reshape(-1))
     return list(zip(texts[::2], texts[1::2], strict=True))
-
-
-_SHOWN = 8
 
 
 class WholeShards:

@@ -1,6 +1,5 @@
-"""One shard on disk: h5py validates its structure, its values are read at their byte offsets."""
+"""One shard on disk: h5py lays out and validates its structure; values are read and written at their byte offsets."""
 
-import hashlib
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from theia.errors import StoreError
 from theia.store.disk import reading, unreadable, writing
 from theia.store.schema import Field, canonical_json
 from theia.types import Json
+from theia.utils import files
 from theia.utils.files import publish, temporary_path
 
 # One JSON text holds what a file says about itself: HDF5 is slow with many attributes. The schema can be read alone.
@@ -30,6 +30,8 @@ CRC32 = "crc32"
 
 # Datasets whose rows the checksum of a sample covers, in its order.
 CHECKED = ("data", "scale", "cls", "label")
+
+_ALIGNMENT = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ def file_sha256(path: Path) -> str:
     Raises:
         UnreadableFileError: If it cannot be read.
     """
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(path):
+        return files.file_sha256(path)
 
 
 def encode(texts: Sequence[str]) -> NDArray[np.bytes_]:
@@ -186,9 +188,6 @@ def _read_whole(file: int, values: NDArray[Any], offset: int) -> int:
     while done < len(view) and (count := os.preadv(file, (view[done:],), offset + done)):
         done += count
     return done
-
-
-_ALIGNMENT = 4096
 
 
 class NewShard:

@@ -64,11 +64,11 @@ class ChannelStatistics:
     """What normalises the features of one teacher.
 
     Attributes:
-        mean: Per channel of the patch tokens, float64, shape ``(C,)``.
+        mean: Mean of each channel of the patch tokens, float64, shape ``(C,)``.
         std: Population standard deviation, same shape, never below ``STD_FLOOR``.
         count: Patch tokens that were counted.
-        cls_mean: Same of the CLS token, or ``None``.
-        cls_std: Same of the CLS token, or ``None``.
+        cls_mean: Mean of each channel of the CLS token; ``None`` for a teacher without one.
+        cls_std: Standard deviation of each channel of the CLS token; ``None`` for a teacher without one.
         floored: Standard deviations that were replaced by ``STD_FLOOR``.
     """
 

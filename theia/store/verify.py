@@ -1,4 +1,4 @@
-"""Whether all of a store is whole."""
+"""What a store holds, by its manifest; and whether every byte of it is what was written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Checked:
-    """Progress: a file was checked, well or not.
+    """Progress: a file was checked, and is whole or not.
 
     Attributes:
         path: The file.

@@ -55,7 +55,7 @@ from theia.utils.files import remove_stale
 
 
 class SplitWriter:
-    """One process's hand on one split of a store.
+    """Writes one split of a store, as one of the processes that share the work.
 
     One process calls :meth:`begin`; then any number of them, on any host, write different shards; when all are done,
     the first calls :meth:`finish`. A shard appears under its name only when it is whole, so that after an

@@ -13,7 +13,7 @@ class Estimate:
     """A mean over runs.
 
     Attributes:
-        mean: Of the values, in their unit.
+        mean: Mean of the values, in their unit.
         low: Lower end of the 95 % interval of the mean; ``None`` if there is a single value, which tells nothing about
             its own spread.
         high: Upper end.

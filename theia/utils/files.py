@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their target, synced, renamed; and what a full disk is called."""
 
 import errno
+import hashlib
 import os
 import socket
 import time
@@ -112,6 +113,16 @@ def what_was_refused(cause: OSError) -> str:
         return what_failed(cause.filename, cause) if cause.filename else "Disk full. Free space and run it again."
     where = "" if cause.filename is None else f"{os.fsdecode(cause.filename)}: "
     return f"{where}{cause.strerror or cause}. Mend that and run the same command again."
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal: which file it is, whatever it is called.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_folder(folder: Path, option: str) -> None:

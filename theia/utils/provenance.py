@@ -1,9 +1,11 @@
-"""What the figures were measured with: versions and hardware, but nothing that tells whose machine it is."""
+"""What a run or a measurement was made with: versions and hardware, but nothing that tells whose machine it is."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,26 @@ _PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter to a figure, and the commit of this checkout."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found | {"git_commit": _git_commit()}
+    return {"python": platform.python_version(), **installed(_PACKAGES), "git_commit": git_commit()}
+
+
+def installed(distributions: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each of some distributions, by name; ``None`` for one that is not installed."""
+    there: dict[str, str | None] = dict.fromkeys(distributions)
+    for name in there:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            there[name] = importlib.metadata.version(name)
+    return there
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this code runs from, marked if it was changed; ``None`` for an installed wheel."""
+    here = Path(__file__)
+    try:
+        _git(here, "ls-files", "--error-unmatch", here.name)  # a wheel may lie inside somebody else's checkout
+        return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def machine() -> dict[str, Any]:
@@ -47,9 +62,6 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(file.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
