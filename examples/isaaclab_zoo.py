@@ -81,8 +81,8 @@ def infer(
         model: The encoder.
         images: RGB, uint8, shape ``(num_envs, height, width, 3)``, on any device.
         pool: ``"mean"``, ``"max"``, ``"cls"``; or ``"none"`` for the patch tokens.
-        image_size: Height and width that images are resized to, multiples of the encoder's stride; by default the nearest to theirs.
-            Fewer pixels are faster: the cost goes with the number of patches.
+        image_size: Height and width that images are resized to, multiples of the encoder's stride; by default the
+            nearest to theirs. Fewer pixels are faster: the cost goes with the number of patches.
         batch_size: Images at once, which bounds the memory.
 
     Returns:
