@@ -107,7 +107,9 @@ class TimmBackbone(Backbone):
         pixels = torch.zeros(1, 3, *self.image_hw, device=parameter.device, dtype=parameter.dtype)
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                self._look_at(self.model.forward_features(pixels))
+                self.prefix, self.has_cls = 0, False
+                if self.stage is None or self._is_transformer:  # the stages of any other are maps
+                    self._look_at(self.model.forward_features(pixels))
                 tokens = self.tokens(pixels)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -133,7 +135,6 @@ class TimmBackbone(Backbone):
 
     def _look_at(self, features: Any) -> None:
         """Sees how features are laid out, and refuses those that are none of places in the image."""
-        self.prefix, self.has_cls = 0, False
         if isinstance(features, Tensor) and features.ndim == 4:
             return
         if not isinstance(features, Tensor) or features.ndim != 3:
@@ -143,7 +144,8 @@ class TimmBackbone(Backbone):
         if prefix is None:
             raise ConfigError(
                 f"timm's {self.name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
-                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another"
+                f"{', or one of its stages with backbone_stage' if self._has_intermediates else ''}."
             )
         # Not all of timm's transformers say so, but all that have one call it alike and put it first.
         told = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
