@@ -349,7 +349,7 @@ IDLE = [
     ("ablate --out s --slurm {timeout_min: 3}", "--slurm"),
     ("analyze --encoders a --images b --out c --pictures 3 --picture_ids d", "--pictures"),
     ("analyze --encoders a --images b --out c --max_images 1 --picture_ids d e", "--max_images"),
-    ("benchmarks.latency --encoder a --sizes tiny", "--sizes"),
+    ("benchmarks.latency --encoder a --backbones theia_tiny", "--backbones"),
     ("benchmarks.probing classification --encoders a --images b --folder .", "--folder"),
     ("benchmarks.probing classification --encoders a --images b --seeds 1", "--seeds"),
     ("benchmarks.probing dense --encoders a --data scenes --folder .", "--folder"),
