@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from theia.errors import ConfigError, WeightsError
 from theia.models import deit
-from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens
+from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens, check_divides
 from theia.models.strict import load_strictly
 from theia.models.vit import ViT
 
@@ -58,6 +58,7 @@ class TimmBackbone(Backbone):
 
         Raises:
             ConfigError: See the class; also if timm has no such model or cannot build it, or an option is for others.
+            ShapeError: If the image size does not divide into the stride.
         """
         fixed = [name for name in ("width", "depth", "heads") if getattr(options, name) is not None]
         fixed += ["registers"] if options.registers != StudentOptions.registers else []
@@ -68,7 +69,12 @@ class TimmBackbone(Backbone):
             )
         name, size = options.backbone.removeprefix(TIMM), options.image_size
         model, any_size = _create(name, size)
-        return cls(name, model, (size, size), options.backbone_stage, any_size)
+        built = cls(name, model, (size, size), options.backbone_stage, any_size)
+        # A network of convolutions takes any size and rounds its grid: images of other sizes would not lie on it.
+        stages = built._stages
+        stride = stages[-1 if built.stage is None else built.stage].get("reduction") if stages else None
+        check_divides(size, size, stride or built.stride)
+        return built
 
     def load_weights(self, weights: str) -> None:
         """See :class:`Backbone`."""
