@@ -340,7 +340,7 @@ IDLE = [
     ("ablate --out s --slurm {timeout_min: 3}", "--slurm"),
     ("analyze --encoders a --images b --out c --pictures 3 --picture_ids d", "--pictures"),
     ("analyze --encoders a --images b --out c --max_images 1 --picture_ids d e", "--max_images"),
-    ("benchmarks.latency --encoder a --sizes tiny", "--sizes"),
+    ("benchmarks.latency --encoder a --backbones theia_tiny", "--backbones"),
     ("probe classification --encoders a --images b --out c --folder .", "--folder"),
     ("probe classification --encoders a --images b --out c --seeds 1", "--seeds"),
     ("probe dense --encoders a --data scenes --out c --folder .", "--folder"),

@@ -87,6 +87,12 @@ def test_other_sizes_divide_into_the_stride():
         backbone.check_size(100, 32)
 
 
+def test_a_training_size_that_does_not_divide_into_the_stride_is_refused():
+    for name in ("test_convnext", "test_vit"):
+        with pytest.raises((ShapeError, ConfigError), match="100x100"):
+            build_backbone(StudentOptions(backbone=f"timm:{name}", image_size=100))
+
+
 def test_a_model_of_one_size_says_so():
     backbone = build_backbone(StudentOptions(backbone="timm:cait_xxs24_224", image_size=32))
     with pytest.raises(ShapeError, match="32x32 alone"):

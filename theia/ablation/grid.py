@@ -159,7 +159,9 @@ def _combine(row: Row, options: Options) -> Row:
 
 
 def _text(value: Any) -> str:
-    return "+".join(map(_text, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "+".join(map(_text, value))
+    return str(value).replace(":", "-")  # timm:NAME: a row is a folder, too
 
 
 def _check(row: Row) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from theia.ablation.grid import flat
 from theia.errors import ConfigError
+from theia.models import older
 from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class Run:
         # A folder trained by hand has only what 'theia fit' writes.
         path = self.config_file if self.config_file.exists() else self.folder / "config.yaml"
         try:
-            content = yaml.safe_load(path.read_text()) or {}
+            content = older.config(yaml.safe_load(path.read_text()) or {})
             there, here = _comparable(content), _comparable(self.config)
         except (OSError, AttributeError, yaml.YAMLError) as error:
             raise ConfigError(
@@ -306,7 +307,7 @@ def read_record(folder: Path) -> Record:
 def _run(folder: Path, one: Mapping[str, Any]) -> Run | None:
     path = folder / one["folder"] / "fit.yaml"
     try:
-        config = yaml.safe_load(path.read_text())
+        config = older.config(yaml.safe_load(path.read_text()))
         reason = "" if isinstance(config, dict) else "is not a config"
     except (OSError, ValueError, yaml.YAMLError) as error:
         config, reason = None, f"cannot be read ({type(error).__name__})"

@@ -58,8 +58,8 @@ class NamedEncoder(nn.Module):
         """Spatial tokens, float32.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides that are multiples
-                of their stride; the others resize them to their own size.
+            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides multiples of their
+                stride; the others resize them to their own size.
 
         Returns:
             ``patches`` of shape ``(B, N, C)`` row by row, ``grid`` ``(H, W)``, ``cls`` if there is one.

@@ -223,7 +223,9 @@ class Backbone(nn.Module, ABC):
             options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
         order = sorted(set(wanted))
         found = {}
-        for number, features in zip(order, self.model.forward_intermediates(pixels, order, **options), strict=True):
+        for number, features in zip(
+            order, self.model.forward_intermediates(pixels, indices=order, **options), strict=True
+        ):
             if isinstance(features, tuple):  # spatial tokens and prefix, where there is one
                 found[number] = self._of_tokens(features[1], features[0], pixels)
             elif self._is_transformer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from theia.errors import ConfigError, WeightsError
 from theia.models import deit
-from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens
+from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens, check_divides
 from theia.models.strict import load_strictly
 from theia.models.vit import ViT
 
@@ -58,6 +58,7 @@ class TimmBackbone(Backbone):
 
         Raises:
             ConfigError: See the class; also if timm has no such model or cannot build it, or an option is for others.
+            ShapeError: If the image size does not divide into the stride.
         """
         fixed = [name for name in ("width", "depth", "heads") if getattr(options, name) is not None]
         fixed += ["registers"] if options.registers != StudentOptions.registers else []
@@ -68,7 +69,12 @@ class TimmBackbone(Backbone):
             )
         name, size = options.backbone.removeprefix(TIMM), options.image_size
         model, any_size = _create(name, size)
-        return cls(name, model, (size, size), options.backbone_stage, any_size)
+        built = cls(name, model, (size, size), options.backbone_stage, any_size)
+        # A network of convolutions takes any size and rounds its grid: images of other sizes would not lie on it.
+        stages = built._stages
+        stride = stages[-1 if built.stage is None else built.stage].get("reduction") if stages else None
+        check_divides(size, size, stride or built.stride)
+        return built
 
     def load_weights(self, weights: str) -> None:
         """See :class:`Backbone`."""
@@ -107,7 +113,9 @@ class TimmBackbone(Backbone):
         pixels = torch.zeros(1, 3, *self.image_hw, device=parameter.device, dtype=parameter.dtype)
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                self._look_at(self.model.forward_features(pixels))
+                self.prefix, self.has_cls = 0, False
+                if self.stage is None or self._is_transformer:  # the stages of any other are maps
+                    self._look_at(self.model.forward_features(pixels))
                 tokens = self.tokens(pixels)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -133,7 +141,6 @@ class TimmBackbone(Backbone):
 
     def _look_at(self, features: Any) -> None:
         """Sees how features are laid out, and refuses those that are none of places in the image."""
-        self.prefix, self.has_cls = 0, False
         if isinstance(features, Tensor) and features.ndim == 4:
             return
         if not isinstance(features, Tensor) or features.ndim != 3:
@@ -143,7 +150,8 @@ class TimmBackbone(Backbone):
         if prefix is None:
             raise ConfigError(
                 f"timm's {self.name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
-                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another."
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another"
+                f"{', or one of its stages with backbone_stage' if self._has_intermediates else ''}."
             )
         # Not all of timm's transformers say so, but all that have one call it alike and put it first.
         told = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
