@@ -231,8 +231,8 @@ def test_the_command_prints_the_table_and_writes_everything(
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
     assert sum(line[:2] == ["theia_tiny", "(trained)"] for line in lines) == 6
-    assert sum(line[:2] == ["small", "(random)"] for line in lines) == 6
-    assert "Random weights: small." in shown
+    assert sum(line[:2] == ["theia_small", "(random)"] for line in lines) == 6
+    assert "Random weights: theia_small." in shown
     assert "Threads of every runtime: 1." in shown
     (path,) = (tmp_path / "new").iterdir()
     written = json.loads(path.read_text())
