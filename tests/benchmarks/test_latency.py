@@ -40,7 +40,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
-    return Case(random_encoder("tiny", **SMALL), 1, 1, tmp_path)
+    return Case(random_encoder("theia_tiny", **SMALL), 1, 1, tmp_path)
 
 
 def rows_of(case: Case, ways: dict[str, runtimes.Runtime], pairs: int = 2, **options: Any) -> list[Row]:
@@ -73,7 +73,7 @@ def test_every_runtime_gives_the_same_tokens_and_its_times(case: Case) -> None:
 
 def all_rows(folder: Path) -> list[Row]:
     torch.set_num_threads(1)
-    shallow = random_encoder("tiny", **{**SMALL, "depth": 1})  # each block takes long to compile
+    shallow = random_encoder("theia_tiny", **{**SMALL, "depth": 1})  # each block takes long to compile
     return rows_of(Case(shallow, 1, 1, folder), RUNTIMES, turn_s=0.2)
 
 
@@ -230,9 +230,9 @@ def test_the_command_prints_the_table_and_writes_everything(
 
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown.splitlines()]
-    assert sum(line[:2] == ["tiny", "(trained)"] for line in lines) == 6
-    assert sum(line[:2] == ["small", "(random)"] for line in lines) == 6
-    assert "Random weights: small." in shown
+    assert sum(line[:2] == ["theia_tiny", "(trained)"] for line in lines) == 6
+    assert sum(line[:2] == ["theia_small", "(random)"] for line in lines) == 6
+    assert "Random weights: theia_small." in shown
     assert "Threads of every runtime: 1." in shown
     (path,) = (tmp_path / "new").iterdir()
     written = json.loads(path.read_text())
@@ -257,7 +257,7 @@ def test_a_model_of_ones_own_is_shown_without_its_folder(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(command, "load", lambda source: asked.append(source) or random_encoder("tiny", **SMALL))
+    monkeypatch.setattr(command, "load", lambda source: asked.append(source) or random_encoder("theia_tiny", **SMALL))
     source = str(tmp_path / "mine")
 
     assert command.main([f"--encoder={source}", "--batches=1", "--pairs=1", f"--results={tmp_path / 'r'}"]) == 0

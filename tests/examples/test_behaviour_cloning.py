@@ -102,7 +102,7 @@ def test_unfrozen_blocks_learn_and_the_others_do_not() -> None:
     train(policy, random_demonstrations(), QUIET)
     changed = {name for name, tensor in policy.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any("blocks.1." in name for name in changed)
-    assert all("blocks.1." in name or "vit.norm." in name for name in changed)
+    assert all("blocks.1." in name or "model.norm." in name for name in changed)
 
 
 def test_fine_tuning_lowers_the_loss_further_than_a_frozen_encoder() -> None:
