@@ -1,7 +1,6 @@
-"""The whole way with backbones of several kinds, and with what was written before they could be chosen."""
+"""The whole way with backbones of several kinds."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from theia.errors import ExportError
 from theia.export import onnx
 from theia.export.formats import Exported, check
 
-# Written by the version before: a student of size small with width 8, depth 1 and 2 heads; what it gives for IMAGES.
-OLDER = Path(__file__).parent / "older"
 IMAGES = torch.arange(2 * 32 * 32 * 3).remainder(251).to(torch.uint8).reshape(2, 32, 32, 3)
 
 # By kind: options, stride and width of a token.
@@ -78,28 +75,6 @@ def test_what_does_not_go_with_a_backbone_is_said(
 ) -> None:
     assert fit(store, tmp_path / "run", options) == 1
     assert message in capsys.readouterr().err
-
-
-def test_models_of_the_version_before_give_the_same() -> None:
-    expected = torch.load(OLDER / "features.pt")
-    exported = OLDER / "exported"
-    encoders = [theia.load(exported), theia.load(OLDER / "run" / "checkpoints" / "last.ckpt")]
-    for encoder in [*encoders, AutoModel.from_pretrained(exported).encoder]:
-        found = encoder.forward_features(IMAGES)
-        torch.testing.assert_close(found.patches, expected["patches"])
-        torch.testing.assert_close(found.cls, expected["cls"])
-        assert encoder.architecture.backbone == "theia_small"
-
-
-def test_a_run_of_the_version_before_goes_on(store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(OLDER / "run", run)
-    config = [f"--config={run / 'config.yaml'}", f"--data.store={store}", "--ckpt_path=last"]
-
-    assert main(["test", *config, "--compare_untrained=false"]) == 0
-    assert main(["fit", *config, "--trainer.max_epochs=2"]) == 0
-
-    assert "cosine_per_token: 0.75" in (run / "config.yaml").read_text()
 
 
 def test_options_of_the_version_before_mean_what_they_meant(store: Path, tmp_path: Path) -> None:
