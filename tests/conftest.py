@@ -6,6 +6,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Before scikit-learn: typing gives every union of int and float the order of the first one in a process, and by it the
+# command line reads 3 as a number of batches or as a share of 3.0.
+import lightning  # isort: skip  # noqa: F401
+
 import logging
 import signal
 from collections.abc import Callable, Iterator

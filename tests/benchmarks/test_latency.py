@@ -247,7 +247,7 @@ def test_the_command_prints_the_table_and_writes_everything(
     assert list(written["suites"]) == [
         f"{size}, cpu, batch {batch}" for size in ("theia_tiny", "theia_small") for batch in (1, 2)
     ]
-    rows = written["suites"]["small, cpu, batch 1"]["details"]["rows"]
+    rows = written["suites"]["theia_small, cpu, batch 1"]["details"]["rows"]
     assert [row["runtime"] for row in rows] == [BASELINE, "ONNX Runtime", DEFAULT]
     assert {len(row["costs"]) for row in rows} == {3}
     assert torch.get_num_threads() == threads

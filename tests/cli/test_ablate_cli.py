@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "sweep").touch()
     assert ablate() == 1
-    assert "sweep is a file" in capsys.readouterr().err
+    assert "sweep is not a folder" in capsys.readouterr().err
 
 
 def test_scores_from_elsewhere_are_checked_first(

@@ -101,6 +101,7 @@ OTHERWISE = {
         "self.path.open('ab')": "a row at once; a torn one is not read", "temporary.open('wb')": "inside replacing()",
     },
     "theia/cli/ablate.py": {"parser.dump": "into memory"},
+    "theia/cli/data.py": {"super().dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
     "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
     "theia/probing/run.py": {
