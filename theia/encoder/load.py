@@ -47,7 +47,7 @@ def load(
         source: A folder that ``theia export`` wrote (or its ``config.json`` or ``model.safetensors``), a training
             checkpoint (``.ckpt``), a folder of a published model, or its id on the Hugging Face hub, such as
             ``theaiinstitute/theia-base-patch16-224-cdiv``. ``~`` is the home folder.
-        device: Where to put it.
+        device: Device of the encoder.
         dtype: Type of the parameters: float16, bfloat16, float32 or float64 of torch; float32 by default.
         compile: Compile the student at its first use, anew for each size of a batch.
         revision: For the hub: branch, tag or commit. A local folder has none.
@@ -95,7 +95,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     """Where a model is, if it is on this machine: a file of an exported folder stands for the folder.
 
     Args:
-        source: What :func:`load` takes.
+        source: Folder, file or id, as for :func:`load`.
 
     Raises:
         WeightsError: If it is empty or no path at all.

@@ -39,8 +39,8 @@ def export(
     name, ``.NAME.old``: :func:`theia.load` names it, and the next export puts it back.
 
     Args:
-        source: What :func:`theia.load` takes.
-        out: Folder to make.
+        source: Model to export, as for :func:`theia.load`.
+        out: Folder to create.
         formats: Of :data:`theia.export.formats.FORMATS`; several in one text have commas between them.
         record: What is known of its training; see :func:`theia.export.card.text`. By default what the source itself
             says.
@@ -52,7 +52,7 @@ def export(
 
     Raises:
         WeightsError: See :func:`theia.load`.
-        CheckpointError: Likewise.
+        CheckpointError: See :func:`theia.load`.
         ConfigError: If a format is unknown, or a package for it is missing.
         ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written,
             for instance on a full disk.

@@ -29,10 +29,10 @@ class Exported:
     """A model on its way out.
 
     Attributes:
-        encoder: On the CPU, in float32.
-        architecture: Of it.
+        encoder: Encoder on the CPU, in float32.
+        architecture: Architecture of the encoder.
         record: What is known of its training; see :func:`theia.export.card.text`.
-        formats: What else the folder will hold.
+        formats: Names of all formats that the folder will hold.
         int8: Whether ONNX comes in int8, too.
     """
 
