@@ -199,18 +199,18 @@ class Encoder(nn.Module):
         return {**self.__dict__, "_compiled": None}
 
     def freeze(self) -> "Encoder":
-        """Keeps every parameter, those of the translators too, as it is in a training; gives the encoder back."""
+        """Makes every parameter, also of the translators, fixed in training; returns the encoder."""
         self.requires_grad_(False)
         return self
 
     def freeze_translators(self) -> "Encoder":
-        """Keeps the translators alone as they are in a training, as from the start; gives the encoder back."""
+        """Makes only the translators fixed in training, as they are from the start; returns the encoder."""
         self.distiller.translators.requires_grad_(False)
         self.distiller.cls_translators.requires_grad_(False)
         return self
 
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
-        """Lets a training change the student's backbone; gives the encoder back.
+        """Makes the student's backbone trainable; returns the encoder.
 
         A new or loaded encoder is so already: :meth:`freeze` it first to free a part alone. Translators stay as they
         are: ``encoder.distiller.translators.requires_grad_()`` frees them.
@@ -270,8 +270,8 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
 
     Raises:
         ShapeError: If it is no batch of RGB images.
-        ImageError: If type or range is another. The range of uint8 needs no look; that of floating-point images is
-            looked at in plain calls, which on a GPU waits for the GPU, and left out where :func:`_has_values` says no.
+        ImageError: If the type or the range is wrong. The range of uint8 needs no check. That of floating-point images
+            is checked in plain calls, which makes the host wait for a GPU, unless :func:`_has_values` says no.
     """
     batch = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(batch, Tensor):

@@ -32,7 +32,7 @@ def export(
     overwrite: bool = False,
     int8: bool = False,
 ) -> list[str]:
-    """Loads a model and writes it.
+    """Loads a model and writes it in the given formats.
 
     Whatever happens at any time, a kill or a full disk included, there is the old folder or the new one, whole, and it
     survives a loss of power. Only a kill between the two renames that replace a folder leaves the old one under another
@@ -48,7 +48,7 @@ def export(
         int8: Also write ONNX in int8.
 
     Returns:
-        What was written, a line each.
+        One line of text for each thing that was written.
 
     Raises:
         WeightsError: See :func:`theia.load`.

@@ -36,10 +36,10 @@ Parity = dict[str, dict[str, float]]
 
 
 def check_installed() -> None:
-    """Says now what would be missing later.
+    """Checks that the packages for ONNX are installed.
 
     Raises:
-        ConfigError: Names the packages, and how to install them.
+        ConfigError: If packages are missing; the message names them and how to install them.
     """
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -78,7 +78,7 @@ def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Pari
 
 
 def write_graph(encoder: Encoder, path: Path) -> None:
-    """Writes the graph alone.
+    """Writes the graph without comparing it.
 
     Args:
         encoder: Encoder on the CPU.

@@ -1,4 +1,4 @@
-"""The scorers of ``theia test``: what they are given, how they are run, and what they said."""
+"""Runs the scorers of ``theia test`` and shows their scores."""
 
 import inspect
 import json
@@ -61,7 +61,7 @@ def run_scorers(
 
     Raises:
         PluginError: If a scorer fails, or gives something else than finite numbers.
-        TheiaError: Those that a scorer raises.
+        TheiaError: If a scorer raises one.
     """
     labelled = data.labels_agree()
 
