@@ -1,4 +1,4 @@
-"""The training data that come from a feature store."""
+"""Training data from a feature store."""
 
 import hashlib
 import logging
@@ -29,14 +29,14 @@ class FeatureData(TrainingData):
 
     Args:
         store: Folder of the feature store that `theia extract` wrote.
-        teachers: Teachers to use, comma-separated or a YAML list; all of the store's by default.
+        teachers: Teachers to use, comma-separated or a YAML list; all teachers in the store by default.
         batch_size: Global training batch: samples per step over all processes (and per accumulated batch).
         val_batch_size: Samples per batch and process in validation and test.
         workers: Reading processes per training process; 0 reads in the training process.
-        fraction: Fixed part of the training samples to use, in (0, 1]; the same part for every seed.
-        seed: Seed of the order of the training samples.
+        fraction: Share of the training samples to use, in (0, 1]; the same samples for every seed.
+        seed: Seed for the order of the training samples.
         val_split: Split for validation and test.
-        holdout: Share of the training split to hold out where the store has no validation split.
+        holdout: Share of the training split to hold out if the store has no validation split.
 
     Raises:
         StoreError: If the store, a split or a teacher is missing or damaged.
@@ -80,7 +80,7 @@ class FeatureData(TrainingData):
                 "For others, run: theia extract --images DIR --split %s --store %s",
                 store, val_split, 100 * holdout, val_split, shlex.quote(str(store)),
             )  # fmt: skip
-        # The splits stay closed until Lightning says which are needed; the teachers must be known before.
+        # Splits are opened when Lightning needs them, but the names of the teachers are needed now.
         splits = self.store.splits
         if "train" in splits and teachers is None:
             teachers = list(self.store.teachers("train"))
@@ -94,7 +94,7 @@ class FeatureData(TrainingData):
 
     @property
     def teacher_shapes(self) -> dict[str, dict[str, Any]]:
-        """By name, what a model must know of a teacher: channels, grid and whether it has CLS; builtins only."""
+        """Channels, grid and presence of a CLS token for each teacher, by name; builtin types only."""
         return {
             name: {"channels": spec.channels, "grid_hw": list(spec.grid_hw), "has_cls": spec.has_cls}
             for name, spec in self.teacher_specs.items()
@@ -102,11 +102,11 @@ class FeatureData(TrainingData):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the stored images in pixels."""
+        """Height and width of the stored images, in pixels."""
         return int(next(iter(self._splits.values())).image_hw[0])
 
     def statistics(self) -> dict[str, ChannelStatistics]:
-        """By teacher, per-channel mean and standard deviation over the training split.
+        """Mean and standard deviation of each channel over the training split, by teacher.
 
         Raises:
             StoreError: If no training split was extracted.
@@ -128,7 +128,7 @@ class FeatureData(TrainingData):
         return len(self._training_rows(self._open("train")))
 
     def provenance(self) -> dict[str, Any]:
-        """What the features are exactly: the store's digest and each teacher's weights and revision; builtins only."""
+        """The exact origin of the features: the store's digest and the weights of each teacher; builtin types only."""
         return {
             "manifest_sha256": self.store.manifest_sha256,
             "teachers": {
@@ -138,20 +138,20 @@ class FeatureData(TrainingData):
         }
 
     def check_training(self, world_size: int) -> None:
-        """Fails now where training would fail later.
+        """Raises errors now that training would otherwise raise later.
 
         Args:
-            world_size: Number of processes that will share the work.
+            world_size: Number of processes that share the training.
 
         Raises:
             StoreError: If the training split or its statistics are missing or damaged.
-            ConfigError: If the batch cannot be filled or shared.
+            ConfigError: If there are too few samples for a batch, or the processes cannot share it evenly.
         """
         self.statistics()
         self._training_sampler(self._open("train"), 0, world_size)
 
     def train_dataloader(self) -> FeatureLoader:
-        """Shuffled global batches; its state goes into the checkpoint."""
+        """Loader of shuffled training batches, whose state goes into the checkpoint."""
         split = self._open("train")
         sampler = self._training_sampler(split, *self._processes())
         self._training_loader = self._loader(split, sampler)
@@ -160,16 +160,16 @@ class FeatureData(TrainingData):
         return self._training_loader
 
     def val_dataloader(self) -> FeatureLoader:
-        """Held-out samples, each once, in order."""
+        """Loader of the held-out samples, each once, in order."""
         split = self._open(self.val_split or "train")
         sampler = EvaluationSampler(self._held_out_rows(), self.val_batch_size, *self._processes())
         return self._loader(split, sampler)
 
     def with_all_teachers(self) -> "FeatureData":
-        """The same store and held-out samples, with every teacher that is finished in both parts.
+        """Data with the same store and held-out samples, and every teacher whose features are complete in both parts.
 
-        It has all training samples, whatever the fraction that this one uses: students that were trained on different
-        shares of the images are scored alike.
+        They have all training samples whatever the fraction in use here, so that students trained on different shares
+        of the images are scored in the same way.
 
         Raises:
             StoreError: If the training split, or features or statistics of one of its teachers, are missing or damaged.
@@ -187,7 +187,7 @@ class FeatureData(TrainingData):
         return data
 
     def labels_agree(self) -> bool:
-        """Whether a class has the same number in both parts; a warning says if not."""
+        """Whether classes have the same numbers in both parts; logs a warning if not."""
         splits = self.store.manifest.splits
         training, held_out = (splits[name].images.classes for name in ("train", self.val_split or "train"))
         if training is None or held_out is None or training == held_out:
@@ -206,12 +206,12 @@ class FeatureData(TrainingData):
         most: int | None = None,
         features: bool = True,
     ) -> FeatureLoader:
-        """Samples of one part, each once, in order, and all of them in this process.
+        """Loader of all samples of one part in this process, each once, in order.
 
         Args:
-            part: The samples of training, or those of validation and test.
-            device: Where the batches will be used; only a CUDA device gets them from the loader itself.
-            most: Largest number of samples: a fixed part of them, contained in that of a larger number.
+            part: Training samples, or the held-out samples of validation and test.
+            device: Device on which the batches will be used; the loader copies them there only if it is a CUDA device.
+            most: Largest number of samples. The choice is fixed, and contained in the choice for any larger number.
             features: Whether to read the teachers' features, which are many times as large as the images.
 
         Raises:
@@ -225,10 +225,10 @@ class FeatureData(TrainingData):
         return self._loader(split if features else split.images_only(), sampler, device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training loader is; part of every checkpoint.
+        """Position of the training loader, kept in every checkpoint.
 
-        Lightning would keep a loader's state by itself, but gives it back only to a loader that did not exist before
-        the checkpoint was read, and computing the number of steps makes it exist.
+        Lightning would keep a loader's state by itself, but restores it only in a loader created after the checkpoint
+        was read. Computing the number of steps creates the loader before.
         """
         if self._training_loader is None:
             return {}
@@ -240,13 +240,13 @@ class FeatureData(TrainingData):
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Sees whether a run can go on with these data from where another was.
+        """Checks that a run can continue with these data from the position of another run.
 
         Args:
-            state: What :meth:`state_dict` gave then.
+            state: State of the other run's data, from :meth:`state_dict`.
 
         Raises:
-            ConfigError: If the images, the features or the order of the samples are others.
+            ConfigError: If the images, the features or the order of the samples differ.
         """
         if not state:
             return
@@ -255,7 +255,7 @@ class FeatureData(TrainingData):
                 f"The checkpoint's run drew from other training images than those of the store {self.store.root}. "
                 "Resume with its own store, or start a new run."
             )
-        then = state.get("features", {})  # an earlier version did not say
+        then = state.get("features", {})  # an earlier version did not record it
         other = [name for name, digest in self._features("train").items() if then.get(name, digest) != digest]
         if other:
             raise ConfigError(
@@ -273,12 +273,12 @@ class FeatureData(TrainingData):
         self._training_sampler(self._open("train"), 0, 1).load_state_dict(state["loader"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the sample after the last one that the checkpoint's run took.
+        """Continues at the sample after the last one that the checkpoint's run used.
 
         Raises:
-            ConfigError: See :meth:`check_state`.
+            ConfigError: If a run cannot continue with these data; see :meth:`check_state`.
         """
-        # Lightning hands it over in a test, too, which may be one on other images.
+        # Lightning also passes the state in a test, which may use other images.
         if not state or (self.trainer and self.trainer.state.fn != TrainerFn.FITTING):
             return
         self.check_state(state)
@@ -287,7 +287,7 @@ class FeatureData(TrainingData):
             self._training_loader.load_state_dict(state["loader"])
 
     def _features(self, split: str) -> dict[str, str]:
-        """By teacher, a digest of what its features in a split are: its spec, and how they are stored."""
+        """A digest of each teacher's spec and of the stored type of its features in a split, by teacher."""
         sets = self.store.manifest.splits[split].sets
         digests = {}
         for name, spec in self.teacher_specs.items():
@@ -296,7 +296,7 @@ class FeatureData(TrainingData):
         return digests
 
     def _held_out_digest(self) -> str:
-        """What validation and test are done on, wherever it lies."""
+        """A digest of the images and features of validation and test, independent of the store's path."""
         split = self.val_split or "train"
         facts = {
             "held out of the training split": self.val_split is None,
@@ -314,7 +314,7 @@ class FeatureData(TrainingData):
         self._close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """The same for a run that fails or is interrupted."""
+        """Ends the reading workers when a run fails or is interrupted."""
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Batches of a feature store: read by workers straight into shared slots, and copied to the device ahead of time."""
+"""Loads batches from a feature store: workers read into shared slots, and copies to the device run ahead."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,22 +14,22 @@ from theia.store.reader import Split
 from theia.store.schema import IMAGE
 from theia.types import FeatureBatch
 
-# Batches that a worker may fill ahead of the one in use.
+# Number of batches that each worker may fill ahead of the one in use.
 _PREFETCH = 2
 
 
 class FeatureLoader:
     """Iterates over one split of a feature store.
 
-    A batch is a view of a slot of a ring: it stays valid until ``ring.HELD`` more batches were taken. Copy what must
-    live longer. One iteration at a time: a second one ends the first. With ``state_dict`` and ``load_state_dict`` it is
-    what Lightning calls a stateful loader.
+    A batch is a view of a slot in a ring, valid until ``ring.HELD`` more batches were taken. Copy what must live
+    longer. Only one iteration runs at a time: a second one ends the first. ``state_dict`` and ``load_state_dict``
+    make this a stateful loader in Lightning's sense.
 
     Args:
-        split: Opened split of a store.
-        sampler: Which rows, in which order.
-        workers: Reading processes; 0 reads in this process. They start with the first batch.
-        device: CUDA device to copy batches to, one batch ahead; by default they stay in host memory.
+        split: Opened split of a feature store.
+        sampler: Sampler that chooses the rows and their order.
+        workers: Number of reading processes, which start with the first batch; 0 reads in this process.
+        device: CUDA device to copy batches to, one batch ahead; by default batches stay in host memory.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FeatureLoader:
     ) -> None:
         self.split = split
         self.sampler = sampler  # Lightning calls sampler.set_epoch
-        self.batch_sampler = None  # Lightning asks anything that has a sampler for it
+        self.batch_sampler = None  # Lightning expects it on every object with a sampler
         self._device = device
         self._ahead = workers * _PREFETCH
         self._ring = Ring(split, sampler.largest, self._ahead)
@@ -51,18 +51,18 @@ class FeatureLoader:
         self._iterations = 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, wherever a resumed one begins."""
+        """Number of batches in a whole epoch, even if a resumed epoch begins later."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        """Batches from the sampler's position on.
+        """Gives batches from the sampler's position to the end of the epoch.
 
         Raises:
             StoreError: If a shard changed or vanished since the store was opened.
-            WorkerError: If a worker died, of lack of memory for instance.
+            WorkerError: If a worker died, for instance because memory ran out.
         """
-        # A generator, so that the order is settled by the first batch asked for: Lightning makes the iterator first and
-        # sets the epoch afterwards.
+        # A generator, so that the order is decided only when the first batch is taken: Lightning makes the iterator
+        # first and sets the epoch afterwards.
         batches = self._in_memory()
         if self._device is not None:
             batches = self._on_device(batches, self._device)
@@ -76,7 +76,7 @@ class FeatureLoader:
         return self.sampler.state_dict() if isinstance(self.sampler, TrainingSampler) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at the sample after the last one that the state's run took.
+        """Continues at the sample after the last one that the run of this state used.
 
         Raises:
             ConfigError: If this run would draw its samples in another order.
@@ -85,7 +85,7 @@ class FeatureLoader:
             self.sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Ends the workers, the iteration and its memory on a device. Another iteration starts them again."""
+        """Ends the workers and the iteration, and frees memory on the device. A new iteration starts them again."""
         self._iterations += 1
         self._workers.close()
         if self._copies is not None:
@@ -109,14 +109,14 @@ class FeatureLoader:
             yield self._ring.batch(*self._workers.take())
 
     def _check_current(self, iteration: int) -> None:
-        # It would take the other's batches.
+        # An ended iteration would take batches of the current one.
         if iteration != self._iterations:
             raise ConfigError(
                 "This iteration over a FeatureLoader was ended by a second one, or by close(). Make a loader for each."
             )
 
     def _on_device(self, batches: Iterator[RawBatch], device: torch.device) -> Iterator[RawBatch]:
-        self._workers.start()  # a fork comes before any page-locking
+        self._workers.start()  # workers must be forked before memory is page-locked
         if self._copies is None:
             self._copies = DeviceCopies(self._ring.slots, device)
         return self._copies.ahead(batches)

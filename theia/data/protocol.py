@@ -1,4 +1,4 @@
-"""The contract of training data: what the author of a data class reads. Nothing here knows where images come from."""
+"""The contract of training data, for authors of data classes. It does not depend on where the images come from."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,13 +16,13 @@ from theia.types import FeatureBatch, FeatureStatistics
 class TrainingData(L.LightningDataModule, ABC):
     """Images with the features of several teachers, for ``theia fit``, ``validate`` and ``test``.
 
-    A subclass is chosen with ``--data my_package.MyData``; the arguments of its constructor are its options,
-    ``--data.NAME``. What has to be written is marked abstract; the rest has a default that suits data which need no
-    more. Loaders give :class:`theia.types.FeatureBatch`.
+    ``--data my_package.MyData`` chooses a subclass, and ``--data.NAME`` sets an argument of its constructor. A subclass
+    must define the abstract methods; all others have a default that suits simple data. Loaders give
+    :class:`theia.types.FeatureBatch`.
 
-    A run that is killed goes on at the very next sample if ``state_dict`` and ``load_state_dict``, which are
-    Lightning's, say where the training loader is and put it back there. By default they do nothing, and an epoch that
-    was interrupted starts with its first samples again.
+    A killed run continues at the very next sample if Lightning's ``state_dict`` and ``load_state_dict`` keep the
+    position of the training loader. By default they do nothing, and an interrupted epoch starts again with its
+    first samples.
 
     Attributes:
         batch_size: Global training batch: samples per step over all processes.
@@ -33,21 +33,21 @@ class TrainingData(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def teacher_shapes(self) -> Mapping[str, Mapping[str, Any]]:
-        """What the model must know of each teacher, by name, as plain values.
+        """Shapes of each teacher's features, by teacher name, as plain values.
 
-        ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
+        Each is ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
         """
 
     @property
     @abstractmethod
     def image_size(self) -> int:
-        """Height and width of the images in pixels."""
+        """Height and width of the images, in pixels."""
 
     @abstractmethod
     def statistics(self) -> Mapping[str, FeatureStatistics]:
-        """What each teacher's features are normalised with, by name: means and standard deviations of shape ``(C,)``.
+        """Means and standard deviations, shape ``(C,)``, to normalise each teacher's features, by teacher name.
 
-        They are asked for at the start of a training, and of a test of an untrained student.
+        They are requested at the start of a training, and at the start of a test of an untrained student.
         """
 
     @property
@@ -58,22 +58,22 @@ class TrainingData(L.LightningDataModule, ABC):
     @property
     @abstractmethod
     def held_out(self) -> int:
-        """Number of samples in validation and test, none of which training draws."""
+        """Number of samples in validation and test, which training never draws."""
 
     @abstractmethod
     def train_dataloader(self) -> Any:
-        """Batches of this process for training, in an order of their own in each epoch.
+        """Loader of this process's training batches, in a new order in each epoch.
 
-        Lightning takes any sized iterable, calls ``sampler.set_epoch`` if there is a ``sampler``, and does not cut a
-        batch among processes.
+        Lightning takes any iterable with a length, calls ``sampler.set_epoch`` if there is a ``sampler``, and does not
+        divide a batch among processes.
         """
 
     @abstractmethod
     def val_dataloader(self) -> Any:
-        """Held-out batches of this process, each sample once."""
+        """Loader of this process's held-out batches, each sample once."""
 
     def test_dataloader(self) -> Any:
-        """The held-out batches of validation."""
+        """Loader of the test batches, by default the held-out batches of validation."""
         return self.val_dataloader()
 
     def ordered_dataloader(
@@ -83,16 +83,16 @@ class TrainingData(L.LightningDataModule, ABC):
         most: int | None = None,
         features: bool = True,
     ) -> Iterable[FeatureBatch]:
-        """Samples of one part, each once, in order, and all of them in this process. Only scorers need it.
+        """Loader of all samples of one part in this process, each once, in order. Only scorers need it.
 
         Args:
-            part: The samples of training, or those of validation and test.
-            device: Where the batches will be used. They may be elsewhere: they are moved.
-            most: Largest number of samples: a fixed part of them, contained in that of a larger number.
-            features: Whether the features of the teachers are needed beside the images.
+            part: Training samples, or the held-out samples of validation and test.
+            device: Device on which the batches will be used. Batches on another device are moved by the caller.
+            most: Largest number of samples. The choice is fixed, and contained in the choice for any larger number.
+            features: Whether the teachers' features are needed in addition to the images.
 
         Raises:
-            ConfigError: If these data cannot be read in order, which is the default.
+            ConfigError: If the data cannot be read in order, as is the case by default.
         """
         raise ConfigError(
             f"{type(self).__qualname__} cannot be read in order, so scorers cannot use it: it has no "
@@ -100,42 +100,42 @@ class TrainingData(L.LightningDataModule, ABC):
         )
 
     def with_all_teachers(self) -> "TrainingData":
-        """The data that scorers are given: the same samples with every teacher there is, whole. By default, these."""
+        """Data for scorers: the same samples, with every teacher that is complete. By default, this object itself."""
         return self
 
     def labels_agree(self) -> bool:
-        """Whether a label means the same class in the training and in the held-out images."""
+        """Whether a label means the same class in the training images and in the held-out images."""
         return True
 
     def provenance(self) -> dict[str, Any]:
-        """What the features are exactly, as plain values, for ``environment.json`` and the reports of tests.
+        """The exact origin of the features, as plain values, for ``environment.json`` and test reports.
 
-        Under ``teachers``, by name: ``weights``, ``revision`` and ``licence``, which a model card shows.
+        The entry ``teachers`` holds ``weights``, ``revision`` and ``licence`` by teacher name, for the model card.
         """
         return {}
 
     def check_training(self, world_size: int) -> None:
-        """Raises now what would otherwise be raised later, before the run folder is touched.
+        """Raises errors that training would raise later, before the run folder is touched.
 
         Args:
-            world_size: Number of processes that will share the work.
+            world_size: Number of processes that share the training.
 
         Raises:
-            TheiaError: Whatever training would stop at.
+            TheiaError: If training would stop with this error.
         """
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Sees whether a run can go on with these data from where another was.
+        """Checks that a run can continue with these data from the position of another run.
 
         Args:
-            state: What ``state_dict`` gave then; empty if it gave nothing.
+            state: State of the other run's data, from ``state_dict``; empty if it keeps none.
 
         Raises:
-            ConfigError: If the samples, the features or their order are others.
+            ConfigError: If the samples, the features or the order of the samples differ.
         """
 
     def transfer_batch_to_device(self, batch: FeatureBatch, device: torch.device, dataloader_idx: int) -> FeatureBatch:
-        """Moves a batch that is not there yet; what is there already is not copied."""
+        """Moves a batch to a device, without copying tensors that are there already."""
 
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device) for name, tensor in tensors.items()}

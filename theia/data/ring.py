@@ -1,4 +1,4 @@
-"""The memory that batches pass through: slots that the training process shares with its reading workers."""
+"""The memory for batches: slots that the training process shares with its reading workers."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,26 +9,26 @@ from numpy.typing import NDArray
 from theia.data.sampler import Rows
 from theia.store.reader import Split, shared_array
 
-# A batch stays valid until so many more were taken: there are the one in use, and the one before it.
+# A batch stays valid until this many more were taken, so the batch in use and the one before it are valid.
 HELD = 2
-# Key of the labels, beside those of a split's fields.
+# Key of the labels, in addition to the names of a split's fields.
 LABELS = "labels"
 
 
 class Event(Protocol):
-    """What can be waited for, such as a ``torch.cuda.Event``."""
+    """An event that can be waited for, such as a ``torch.cuda.Event``."""
 
     def synchronize(self) -> None:
-        """Returns when it has happened."""
+        """Waits until the event has happened."""
 
 
 @dataclass
 class Slot:
-    """Memory of one batch.
+    """Memory for one batch.
 
     Attributes:
-        arrays: By field name, shape ``(largest batch, *field.shape)``.
-        copied: End of the last copy from here to a device, if there was one.
+        arrays: Arrays by field name, each of shape ``(largest batch, *field.shape)``.
+        copied: Event at the end of the last copy from this slot to a device, or ``None`` if there is no such copy.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -37,12 +37,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """A filled slot.
+    """A batch in a filled slot.
 
     Attributes:
-        slot: Where it was read into.
-        rows: Its samples.
-        tensors: By field name, cut to the batch; views of the slot, or their copies on a device.
+        slot: Slot that the batch was read into.
+        rows: Row numbers of the samples, shape ``(B,)``.
+        tensors: Tensors by field name, of shape ``(B, ...)``: views of the slot, or copies on a device.
     """
 
     slot: Slot
@@ -53,13 +53,13 @@ class RawBatch:
 class Ring:
     """Slots that are filled in turn.
 
-    What keeps a batch whole: its slot is filled again only after ``HELD`` more batches were taken *and* the copy of it
-    to a device has ended. The number of slots sees to the first, :meth:`claim` to the second.
+    A slot is filled again only after ``HELD`` more batches were taken *and* the copy of its batch to a device is done.
+    The number of slots ensures the first, :meth:`claim` the second.
 
     Args:
-        split: What the slots will hold.
-        batch_size: Samples of the largest batch.
-        ahead: How many batches are read ahead of the one in use.
+        split: Split whose samples the slots will hold.
+        batch_size: Number of samples in the largest batch.
+        ahead: Number of batches that are read ahead of the one in use.
     """
 
     def __init__(self, split: Split, batch_size: int, ahead: int) -> None:
@@ -68,10 +68,10 @@ class Ring:
         if self._labels is not None:
             for slot in self.slots:
                 slot.arrays[LABELS] = shared_array((batch_size,), self._labels.dtype)
-        self._next = 0  # goes on over epochs: the last batch of one is still held when the next begins
+        self._next = 0  # continues across epochs, as the last batch of one epoch is still valid when the next begins
 
     def claim(self) -> int:
-        """Number of the next slot, once it may be filled again."""
+        """Waits until the next slot may be filled again, and gives its number."""
         number = self._next
         self._next = (number + 1) % len(self.slots)
         slot = self.slots[number]
@@ -85,7 +85,7 @@ class Ring:
 
         Args:
             number: Number of the slot.
-            rows: Samples that were read into it.
+            rows: Row numbers of the samples in the slot.
         """
         slot = self.slots[number]
         if self._labels is not None:

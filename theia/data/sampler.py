@@ -1,4 +1,4 @@
-"""Who reads which sample at which step. The state of the training sampler is the point at which a run resumes."""
+"""Decides which process reads which sample at which step. A run resumes at the state of its training sampler."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +10,19 @@ from theia.errors import ConfigError
 
 Rows = npt.NDArray[np.int64]
 
-# Which rows are held out or kept must not change with a run's seed, or runs on "the same 10 %" would not be comparable.
+# The choice of rows must not depend on a run's seed, or runs on "the same 10 %" would not be comparable.
 _SPLIT_SEED = 0
 
 
 def hold_out(rows: int, share: float) -> tuple[Rows, Rows]:
-    """Cuts one split in two, the same way for every seed.
+    """Divides one split in two, in the same way for every seed of a run.
 
     Args:
-        rows: Samples in the split.
-        share: Share of the second part, in ``(0, 1)``; at least one sample.
+        rows: Number of samples in the split.
+        share: Share of samples to hold out, in ``(0, 1)``; at least one sample is held out.
 
     Returns:
-        Sorted row numbers to train on, and to hold out.
+        Sorted row numbers to train on, and sorted row numbers to hold out.
     """
     order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
     held = max(1, round(share * rows))
@@ -30,35 +30,35 @@ def hold_out(rows: int, share: float) -> tuple[Rows, Rows]:
 
 
 def fixed_fraction(rows: Rows, fraction: float) -> Rows:
-    """A fixed part of some rows, the same for every seed; a smaller fraction is contained in a larger one.
+    """Keeps a share of rows, the same rows for every seed; a smaller share is contained in a larger one.
 
     Args:
-        rows: Row numbers.
-        fraction: Share to keep, in ``(0, 1]``; at least one row.
+        rows: Row numbers to choose from.
+        fraction: Share of rows to keep, in ``(0, 1]``; at least one row is kept.
 
     Returns:
-        Sorted row numbers.
+        Sorted row numbers that are kept.
     """
     kept = max(1, round(fraction * len(rows)))
     return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(rows)[:kept])
 
 
 class TrainingSampler:
-    """Shuffled global batches, cut among the processes. Call :meth:`set_epoch` before each epoch but the first.
+    """Shuffled global batches, divided among the processes. Call :meth:`set_epoch` before each epoch but the first.
 
-    The order is a function of seed and epoch alone. Global step ``s`` of an epoch sees samples
-    ``[s * batch_size, (s + 1) * batch_size)`` of that order, however many processes share them and however many workers
-    read them; process ``r`` takes the ``r``-th piece. The last, incomplete batch of an epoch is left out.
+    The order depends only on seed and epoch. Global step ``s`` of an epoch uses samples
+    ``[s * batch_size, (s + 1) * batch_size)`` of that order, whatever the number of processes and workers. Process
+    ``r`` takes the ``r``-th piece. The last, incomplete batch of an epoch is left out.
 
     Args:
         rows: Row numbers to draw from.
         batch_size: Global batch: samples per step over all processes.
-        seed: Seed of the order.
-        rank: This process.
+        seed: Seed for the order of the samples.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If the batch cannot be cut evenly, or there are fewer samples than one batch.
+        ConfigError: If the batch cannot be divided evenly, or there are fewer samples than one batch.
     """
 
     def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -79,10 +79,10 @@ class TrainingSampler:
         self.world_size = world_size
         self.largest = batch_size // world_size  # samples per batch of this process
         self.epoch = 0
-        self.consumed = 0  # samples of this epoch that global steps have taken, over all processes
+        self.consumed = 0  # samples of this epoch used by global steps, over all processes
 
     def __len__(self) -> int:
-        """Global steps in an epoch."""
+        """Number of global steps in an epoch."""
         return len(self.rows) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -92,7 +92,7 @@ class TrainingSampler:
             self.consumed = 0
 
     def __iter__(self) -> Iterator[Rows]:
-        """This process's rows of each remaining step of the epoch."""
+        """Gives this process's rows for each remaining step of the epoch."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
         for step in range(self.consumed // self.batch_size, len(self)):
             start = step * self.batch_size + self.rank * self.largest
@@ -107,14 +107,14 @@ class TrainingSampler:
         return {"seed": self.seed, "rows": len(self.rows), "batch_size": self.batch_size}
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and samples consumed in it, with what decides the order. Plain numbers."""
+        """Epoch, samples used in it, and the values that decide the order, as plain numbers."""
         return {"epoch": self.epoch, "consumed": self.consumed} | self._order
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a state was taken; the number of processes may have changed since.
+        """Continues at the position of a state; the number of processes may have changed since.
 
         Raises:
-            ConfigError: If the order would be another: other data, another seed or another global batch.
+            ConfigError: If the order would differ because the data, the seed or the global batch differ.
         """
         then = {name: state[name] for name in self._order}
         if then != self._order:
@@ -127,14 +127,15 @@ class TrainingSampler:
 
 
 class EvaluationSampler:
-    """Every row once, in order, shared by the processes without padding, in equally many batches for each of them.
+    """Every row once, in order, divided among the processes without padding.
 
-    Equally many, because a process that runs out early leaves the others waiting in a collective.
+    Each process has the same number of batches, as a process that finishes early would leave the others waiting in a
+    collective operation.
 
     Args:
         rows: Row numbers to read.
-        batch_size: Samples per batch and process; one more where the last ones are fewer than the processes.
-        rank: This process.
+        batch_size: Samples per batch and process; a batch has one more if fewer samples than processes are left over.
+        rank: Number of this process, from 0.
         world_size: Number of processes.
 
     Raises:
@@ -151,9 +152,9 @@ class EvaluationSampler:
         self.largest = max(len(batch) for batch in self.batches)
 
     def __len__(self) -> int:
-        """Batches of this process."""
+        """Number of batches of this process."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Rows]:
-        """This process's rows of each batch."""
+        """Gives this process's rows for each batch."""
         return iter(self.batches)

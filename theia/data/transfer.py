@@ -1,4 +1,4 @@
-"""Batches on their way to a CUDA device: page-locked memory, and copies that run beside the training step."""
+"""Copies batches to a CUDA device from page-locked memory, while the training step runs."""
 
 import logging
 import weakref
@@ -16,35 +16,35 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceCopies:
-    """Copies batches to a CUDA device, one ahead of the one in use, on a stream of its own.
+    """Copies batches to a CUDA device, one batch ahead of the one in use, on a separate stream.
 
-    A copy waits, on the device, for the work queued before it, so it overwrites no batch that is still computed with;
-    it runs while the next step computes. That step's work waits for the copy of its own batch, begun a step before. The
-    host waits for neither.
+    A copy waits on the device for the work queued before it, so it never overwrites a batch that is still in use. It
+    runs while the next step computes, and each step waits on the device for the copy of its own batch, which began one
+    step earlier. The host waits for neither.
 
     Args:
-        slots: Slots of the host's ring. Their memory is page-locked here, so that the device can fetch it by itself.
-            Worker processes must have been forked before, while no driver knew of this memory.
-        device: A CUDA device.
+        slots: Slots of the host's ring. Their memory is page-locked here, so that the device can read it by itself.
+            Worker processes must be forked before, while the driver does not know of this memory.
+        device: CUDA device to copy to.
     """
 
     def __init__(self, slots: Sequence[Slot], device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         locked = _page_lock([array for slot in slots for array in slot.arrays.values()], device)
-        self._unlock = weakref.finalize(self, _page_unlock, locked)  # it also keeps the memory until then
+        self._unlock = weakref.finalize(self, _page_unlock, locked)  # this also keeps the memory alive until then
         whole = {name: torch.from_numpy(array) for name, array in slots[0].arrays.items()}
-        # HELD that may be in use, and the one that is being copied.
+        # HELD batches may be in use while one more is being copied.
         self._targets = [
             {name: torch.empty_like(tensor, device=device) for name, tensor in whole.items()} for _ in range(HELD + 1)
         ]
         self._next = 0
 
     def ahead(self, batches: Iterable[RawBatch]) -> Iterator[RawBatch]:
-        """The same batches on the device. Each stays valid until ``HELD`` more were taken.
+        """Gives the same batches on the device. Each stays valid until ``HELD`` more were taken.
 
         Args:
-            batches: In slots of the host's ring.
+            batches: Batches in slots of the host's ring.
         """
         started: tuple[RawBatch, torch.cuda.Event] | None = None
         for batch in batches:
@@ -56,8 +56,8 @@ class DeviceCopies:
             yield self._ready(*started)
 
     def close(self) -> None:
-        """Gives the memory back."""
-        # An iteration cut short leaves a copy that nobody waited for. A device that failed has said so already.
+        """Frees the memory on the device and unlocks the memory of the host."""
+        # An iteration that was cut short leaves a copy to wait for. A failed device has reported its error already.
         with suppress(RuntimeError):
             self._stream.synchronize()
         self._targets = []
@@ -71,7 +71,7 @@ class DeviceCopies:
             for name, tensor in batch.tensors.items():
                 target[name][: len(tensor)].copy_(tensor, non_blocking=True)
         copied = self._stream.record_event()
-        batch.slot.copied = copied  # the host's ring refills the slot after it
+        batch.slot.copied = copied  # the host's ring refills the slot only after this event
         return replace(batch, tensors={name: target[name][: len(batch.rows)] for name in batch.tensors}), copied
 
     def _ready(self, batch: RawBatch, copied: torch.cuda.Event) -> RawBatch:
@@ -80,7 +80,7 @@ class DeviceCopies:
 
 
 def _page_lock(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[NDArray[Any]]:
-    """Page-locks all arrays or, where the system refuses one, none."""
+    """Page-locks all arrays, or none if the system refuses one."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     locked: list[NDArray[Any]] = []
     try:
@@ -90,7 +90,7 @@ def _page_lock(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[NDA
             locked.append(array)
     except RuntimeError as error:
         _page_unlock(locked)
-        # CUDA keeps the error for whoever asks next, which would be an innocent kernel of the model.
+        # CUDA keeps the error for the next call that checks, which would be an unrelated kernel of the model.
         with suppress(RuntimeError):
             torch.zeros(1, device=device)
         logger.warning(
@@ -104,5 +104,5 @@ def _page_lock(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[NDA
 def _page_unlock(arrays: Sequence[NDArray[Any]]) -> None:
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for array in arrays:
-        # Its status is not asked: after a device error it can only repeat that error.
+        # The returned status is ignored: after a device error it only repeats that error.
         runtime.cudaHostUnregister(array.ctypes.data)

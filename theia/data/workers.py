@@ -1,7 +1,7 @@
-"""Processes that fill slots, asked and answered through pipes. A batch itself never passes through a pipe.
+"""Worker processes that fill slots. Requests and answers go through pipes, the batches themselves do not.
 
-Not torch's ``DataLoader``: it notices a dead worker in a signal handler, which raises a bare ``RuntimeError`` from
-whatever line the training happens to be at, and its queues need a thread in every process.
+This is not torch's ``DataLoader``, which notices a dead worker in a signal handler that raises a bare ``RuntimeError``
+from whatever line the training has reached, and whose queues need a thread in every process.
 """
 
 import gc
@@ -20,7 +20,7 @@ from theia.data.sampler import Rows
 from theia.errors import StoreError, WorkerError
 
 Fill = Callable[[int, Rows], None]
-# Those of all loaders of this process: training asks for batches while the workers of validation idle.
+# Workers of all loaders in this process: validation's workers may die while only training requests batches.
 _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
 
@@ -31,15 +31,15 @@ class _Worker:
 
 
 class Workers:
-    """Fills slots in the order in which it is asked to; the ``n``-th request goes to worker ``n`` modulo their number.
+    """Fills slots in the order of the requests; the ``n``-th request goes to worker ``n`` modulo their number.
 
-    Workers run from :meth:`start` to :meth:`close`, and no longer than this process, however it ends: their pipes close
-    with it.
+    Workers run from :meth:`start` to :meth:`close`. They never outlive this process, however it ends, because their
+    pipes close with it.
 
     Args:
-        fill: ``fill(slot, rows)`` reads samples into a slot. Called in the workers.
-        count: Number of workers; 0 fills in this process, when the slot is taken.
-        source: What is read, for messages.
+        fill: Function ``fill(slot, rows)`` that reads samples into a slot; called in the workers.
+        count: Number of workers; with 0, this process fills a slot when it is taken.
+        source: Name of the data that are read, for messages.
     """
 
     def __init__(self, fill: Fill, count: int, source: str) -> None:
@@ -48,37 +48,37 @@ class Workers:
         self._source = source
         self._workers: list[_Worker] = []
         self._asked: deque[tuple[int, Rows]] = deque()
-        self._requests = 0  # sent since the start
+        self._requests = 0  # number of requests sent since the start
         self._finalizer: Callable[[], object] | None = None
         _all.add(self)
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that were started."""
+        """Process ids of the running workers."""
         return [worker.process.pid or 0 for worker in self._workers]
 
     def start(self) -> None:
-        """Starts the workers, unless they run, and forgets what was asked before and not taken."""
+        """Starts the workers unless they are running, and drops earlier requests whose slots were not taken."""
         while self._asked and self._workers:
             self.take()
         self._asked.clear()
         if self._workers or not self._count:
             return
         self._requests = 0
-        # What this process does on a signal is not for a worker to do, not even in its first instant.
+        # A worker must not run this process's signal handlers, not even right after the fork.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             self._workers = [_start(self._fill) for _ in range(self._count)]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        # Before multiprocessing's own end of its children, which asks with the signal that they do not listen to.
+        # Runs before multiprocessing ends its children by SIGTERM, which the workers ignore.
         self._finalizer = multiprocessing.util.Finalize(self, _stop, (self._workers,), exitpriority=0)
 
     def ask(self, slot: int, rows: Rows) -> None:
-        """Has a slot filled.
+        """Requests that a slot be filled.
 
         Raises:
-            WorkerError: If a worker has died, be it one of another loader: better now than when it is needed.
+            WorkerError: If a worker has died, of this or another loader, so that the error comes before it is needed.
         """
         for workers in _all:
             workers._check()
@@ -93,11 +93,11 @@ class Workers:
             raise self._death(worker) from error
 
     def take(self) -> tuple[int, Rows]:
-        """The oldest slot asked for, with its samples; waits until it is filled.
+        """Waits until the oldest requested slot is filled, and gives its number and its row numbers.
 
         Raises:
-            StoreError: If its samples cannot be read.
-            WorkerError: If the worker that was to fill it has died.
+            StoreError: If the samples cannot be read.
+            WorkerError: If the worker for this slot has died.
         """
         slot, rows = self._asked.popleft()
         if not self._workers:
@@ -126,7 +126,7 @@ class Workers:
 
     def _death(self, worker: _Worker) -> WorkerError:
         number, pid = self._workers.index(worker), worker.process.pid
-        worker.process.join()  # its pipe closes a moment before its status is known
+        worker.process.join()  # the pipe closes a moment before the exit status is known
         status = worker.process.exitcode
         self.close()
         if status == -signal.SIGKILL:
@@ -143,23 +143,23 @@ class Workers:
 
 
 def _start(fill: Fill) -> _Worker:
-    # A fork: the slots are anonymous shared memory, which only it inherits. Unlike /dev/shm, containers do not limit
-    # such memory, and nothing of it is left behind when a process is killed.
+    # A fork, because only a forked process inherits the slots, which are anonymous shared memory. Unlike /dev/shm,
+    # containers do not limit such memory, and it is freed when the processes are killed.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(fill, theirs, ours), daemon=True)
     process.start()
-    theirs.close()  # the worker's own end must be the only one, so that its death closes the pipe
+    theirs.close()  # the worker must hold the only copy of its end, so that its death closes the pipe
     return _Worker(process, ours)
 
 
 def _serve(fill: Fill, pipe: Connection, parents: Connection) -> None:
     parents.close()
-    gc.freeze()  # what was inherited is the parent's to finalize: its workers, its device memory
+    gc.freeze()  # inherited objects, such as workers and device memory, are for the parent to finalize
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)
-    # Ctrl-C, and what a scheduler sends at the end of its time, reach all processes; the first one answers.
+    # Ctrl-C and a scheduler's signals reach all processes; only the training process answers them.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with suppress(EOFError, ConnectionError):  # the training process has ended
@@ -168,14 +168,14 @@ def _serve(fill: Fill, pipe: Connection, parents: Connection) -> None:
             try:
                 fill(slot, rows)
             except StoreError as error:
-                pipe.send(error)  # raised over there: a worker's own traceback would bury the message
+                pipe.send(error)  # raised in the training process: a worker's traceback would bury the message
             else:
                 pipe.send(None)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
     for worker in workers:
-        worker.process.kill()  # it only reads: nothing can be left half done
+        worker.process.kill()  # a worker only reads, so nothing is left half done
     for worker in workers:
         worker.process.join()
         worker.process.close()

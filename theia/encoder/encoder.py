@@ -1,4 +1,4 @@
-"""What a user of a trained model holds."""
+"""The encoder: a trained student as its user sees it."""
 
 import operator
 from collections.abc import Callable, Iterable
@@ -34,8 +34,8 @@ class Encoder(nn.Module):
     gradient of every parameter that can be trained.
 
     Args:
-        architecture: What to build, with untrained weights; :func:`theia.load` gives a trained one.
-        pool: What a call gives by default.
+        architecture: Architecture to build, with untrained weights; :func:`theia.load` gives a trained encoder.
+        pool: Pooling that a call uses by default.
 
     Attributes:
         distiller: Student, translators and the statistics of the teachers' features.
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
             norm: Whether to apply the final layer norm to each.
 
         Returns:
-            In the order of the indices, one for each.
+            One result for each index, in the order of the indices.
 
         Raises:
             ShapeError: If the images are of a wrong shape or size.
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
         Args:
             images: See the class; of the size of training.
-            teachers: Which ones, or the name of one; all by default.
+            teachers: Names of the teachers, or a single name; all by default.
             denormalize: Give them in the teacher's own scale, not normalised per channel.
 
         Returns:
@@ -178,11 +178,11 @@ class Encoder(nn.Module):
         return translations
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size nearest to one in pixels that the encoder takes.
+        """The size nearest to a given one that the encoder takes, in pixels.
 
         Args:
             height: Height of an image, in pixels.
-            width: Width of it.
+            width: Width of the image, in pixels.
         """
         return self.distiller.student.backbone.nearest_size(height, width)
 
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
         """Compiles the student at its first use, anew for each size of a batch.
 
         Args:
-            options: Of ``torch.compile``.
+            options: Options of ``torch.compile``.
         """
         self._compile, self._compiled = {"dynamic": False, **options}, None
 
@@ -199,18 +199,18 @@ class Encoder(nn.Module):
         return {**self.__dict__, "_compiled": None}
 
     def freeze(self) -> "Encoder":
-        """Keeps every parameter, those of the translators too, as it is in a training; gives the encoder back."""
+        """Makes every parameter, also of the translators, fixed in training; returns the encoder."""
         self.requires_grad_(False)
         return self
 
     def freeze_translators(self) -> "Encoder":
-        """Keeps the translators alone as they are in a training, as from the start; gives the encoder back."""
+        """Makes only the translators fixed in training, as they are from the start; returns the encoder."""
         self.distiller.translators.requires_grad_(False)
         self.distiller.cls_translators.requires_grad_(False)
         return self
 
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
-        """Lets a training change the student's backbone; gives the encoder back.
+        """Makes the student's backbone trainable; returns the encoder.
 
         A new or loaded encoder is so already: :meth:`freeze` it first to free a part alone. Translators stay as they
         are: ``encoder.distiller.translators.requires_grad_()`` frees them.
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
 
 
 def check_pool(pool: str) -> Pool:
-    """The same, if it is one.
+    """Returns the pooling, once it is known to be valid.
 
     Raises:
         ConfigError: If there is no such pooling.
@@ -263,15 +263,15 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
 
     Args:
         images: RGB, ``(B, H, W, 3)`` or ``(B, 3, H, W)``; uint8 from 0 to 255, or floating point from 0 to 1.
-        device: Where the student is.
+        device: Device of the student.
 
     Returns:
         The same values, shape ``(B, 3, H, W)``, on the device.
 
     Raises:
         ShapeError: If it is no batch of RGB images.
-        ImageError: If type or range is another. The range of uint8 needs no look; that of floating-point images is
-            looked at in plain calls, which on a GPU waits for the GPU, and left out where :func:`_has_values` says no.
+        ImageError: If the type or the range is wrong. The range of uint8 needs no check. That of floating-point images
+            is checked in plain calls, which makes the host wait for a GPU, unless :func:`_has_values` says no.
     """
     batch = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(batch, Tensor):

@@ -35,12 +35,12 @@ class NamedEncoder(nn.Module):
     """An encoder as analyses and probes see it: images in, spatial tokens out. Frozen, in evaluation mode.
 
     Args:
-        name: As it was given.
-        inner: Gives :class:`~theia.models.backbone.StudentTokens` for uint8 images ``(B, 3, H, W)``.
+        name: Name of the encoder, as the user gave it.
+        inner: Model that gives :class:`~theia.models.backbone.StudentTokens` for uint8 images ``(B, 3, H, W)``.
 
     Attributes:
-        name: For reports.
-        source: What it is: a :class:`~theia.encoder.encoder.Encoder` for Theia models.
+        name: Name of the encoder, for reports.
+        source: The model behind the name: a :class:`~theia.encoder.encoder.Encoder` for Theia models.
     """
 
     def __init__(self, name: str, inner: nn.Module) -> None:
@@ -77,7 +77,7 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
 
     Args:
         name: One of the forms in :data:`theia.encoder.FORMS`; a path will do for a folder or file.
-        device: Where to put it.
+        device: Device of the encoder.
 
     Raises:
         ConfigError: If the name has none of the forms, or a model has no spatial features.

@@ -13,9 +13,9 @@ class TheiaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
     Args:
         architecture: Options of :class:`~theia.models.architecture.Architecture`.
-        pool: What ``pooler_output`` holds; the mean of the patch tokens for ``"none"``.
-        record: What is known of the training.
-        options: Of transformers.
+        pool: Pooling of ``pooler_output``; the mean of the patch tokens for ``"none"``.
+        record: Facts about the training.
+        options: Options of ``PretrainedConfig``.
     """
 
     model_type = MODEL_TYPE
@@ -34,5 +34,5 @@ class TheiaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 def register() -> None:
-    """Tells ``AutoConfig`` of it."""
+    """Registers the config with ``AutoConfig``."""
     AutoConfig.register(MODEL_TYPE, TheiaConfig, exist_ok=True)

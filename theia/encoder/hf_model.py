@@ -80,5 +80,5 @@ class TheiaModel(PreTrainedModel):
 
 
 def register() -> None:
-    """Tells ``AutoModel`` of it."""
+    """Registers the model with ``AutoModel``."""
     AutoModel.register(TheiaConfig, TheiaModel, exist_ok=True)

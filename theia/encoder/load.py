@@ -1,4 +1,4 @@
-"""``theia.load``: an encoder from whatever holds one."""
+"""``theia.load``: loads an encoder from a folder, a checkpoint or the hub."""
 
 import json
 import os
@@ -47,10 +47,10 @@ def load(
         source: A folder that ``theia export`` wrote (or its ``config.json`` or ``model.safetensors``), a training
             checkpoint (``.ckpt``), a folder of a published model, or its id on the Hugging Face hub, such as
             ``theaiinstitute/theia-base-patch16-224-cdiv``. ``~`` is the home folder.
-        device: Where to put it.
-        dtype: Type of the parameters: float16, bfloat16, float32 or float64 of torch; float32 by default.
-        compile: Compile the student at its first use, anew for each size of a batch.
-        revision: For the hub: branch, tag or commit. A local folder has none.
+        device: Device of the encoder.
+        dtype: Type of the parameters: torch's float16, bfloat16, float32 or float64; float32 by default.
+        compile: Whether to compile the student at its first use, and again for each new batch size.
+        revision: Branch, tag or commit on the hub; a local folder has none.
 
     Returns:
         The encoder, in evaluation mode. Its student can be trained, its translators not before they are asked to; see
@@ -95,7 +95,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     """Where a model is, if it is on this machine: a file of an exported folder stands for the folder.
 
     Args:
-        source: What :func:`load` takes.
+        source: Folder, file or id, as for :func:`load`.
 
     Raises:
         WeightsError: If it is empty or no path at all.
@@ -162,7 +162,7 @@ def _models_in(folder: Path) -> list[Path]:
 
 
 def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Before the work of loading."""
+    """Checks device and type before the work of loading."""
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(
             f"The type {dtype!r} is none for parameters. Give torch.float32, torch.bfloat16 or torch.float16."

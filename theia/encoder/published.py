@@ -64,8 +64,8 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
     """Architecture and default pooling of a published model.
 
     Args:
-        config: Its ``config.json``.
-        origin: Where it lies, for messages.
+        config: Content of the model's ``config.json``.
+        origin: Path or id of the model, for messages.
 
     Raises:
         WeightsError: If it is of a variant that was never released, or incomplete.
@@ -118,8 +118,8 @@ def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
     """The ``config.json`` that a model of ours would have been published with.
 
     Args:
-        architecture: Of the model.
-        pool: Default pooling.
+        architecture: Architecture of the model.
+        pool: Default pooling of the model.
 
     Raises:
         WeightsError: If their layout cannot hold such a model.
@@ -151,9 +151,9 @@ def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str
     """Their tensors under our names.
 
     Args:
-        tensors: All of their file.
-        names: Our parameters, without statistics.
-        origin: Where the file lies, for messages.
+        tensors: All tensors of the published file, by name.
+        names: Names of our parameters, without statistics.
+        origin: Path or id of the file, for messages.
 
     Raises:
         WeightsError: If one is missing or left over; lists all of them, under their names.

@@ -63,8 +63,8 @@ def text(
     """A model card in Markdown.
 
     Args:
-        encoder: The model.
-        architecture: Of it.
+        encoder: Model that the card describes.
+        architecture: Architecture of the model.
         record: What is known of its training, all of it optional: ``teachers`` (by name: ``weights``, ``revision``,
             ``licence``), ``data`` (``name``, ``images``, ``manifest_sha256``), ``recipe`` (options of the training by
             name), ``changes`` (when the run was resumed: ``step``, ``option``, ``old``, ``new``), ``held_out`` (by

@@ -32,15 +32,15 @@ def export(
     overwrite: bool = False,
     int8: bool = False,
 ) -> list[str]:
-    """Loads a model and writes it.
+    """Loads a model and writes it in the given formats.
 
     Whatever happens at any time, a kill or a full disk included, there is the old folder or the new one, whole, and it
     survives a loss of power. Only a kill between the two renames that replace a folder leaves the old one under another
     name, ``.NAME.old``: :func:`theia.load` names it, and the next export puts it back.
 
     Args:
-        source: What :func:`theia.load` takes.
-        out: Folder to make.
+        source: Model to export, as for :func:`theia.load`.
+        out: Folder to create.
         formats: Of :data:`theia.export.formats.FORMATS`; several in one text have commas between them.
         record: What is known of its training; see :func:`theia.export.card.text`. By default what the source itself
             says.
@@ -48,11 +48,11 @@ def export(
         int8: Also write ONNX in int8.
 
     Returns:
-        What was written, a line each.
+        One line of text for each thing that was written.
 
     Raises:
         WeightsError: See :func:`theia.load`.
-        CheckpointError: Likewise.
+        CheckpointError: See :func:`theia.load`.
         ConfigError: If a format is unknown, or a package for it is missing.
         ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written,
             for instance on a full disk.

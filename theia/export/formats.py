@@ -26,13 +26,13 @@ _TIMM_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Exported:
-    """A model on its way out.
+    """A model to export, with what its folder says about it.
 
     Attributes:
-        encoder: On the CPU, in float32.
-        architecture: Of it.
+        encoder: Encoder on the CPU, in float32.
+        architecture: Architecture of the encoder.
         record: What is known of its training; see :func:`theia.export.card.text`.
-        formats: What else the folder will hold.
+        formats: Names of all formats that the folder will hold.
         int8: Whether ONNX comes in int8, too.
     """
 
@@ -123,7 +123,7 @@ def write_onnx(model: Exported, folder: Path) -> list[str]:
 
 
 def check(model: Exported, formats: list[str]) -> None:
-    """Says what cannot be written before anything is.
+    """Checks that every format can be written, before anything is written.
 
     Raises:
         ConfigError: If a format is unknown, or a package is missing for it.

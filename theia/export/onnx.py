@@ -36,10 +36,10 @@ Parity = dict[str, dict[str, float]]
 
 
 def check_installed() -> None:
-    """Says now what would be missing later.
+    """Checks that the packages for ONNX are installed.
 
     Raises:
-        ConfigError: Names the packages, and how to install them.
+        ConfigError: If packages are missing; the message names them and how to install them.
     """
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -54,8 +54,8 @@ def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Pari
     the last two if the model has them. Of a few backbones of timm it is for the training size alone.
 
     Args:
-        encoder: On a CPU, in float32.
-        folder: Where to put the files.
+        encoder: Encoder on the CPU, in float32.
+        folder: Folder for the files.
         int8: Also write a graph whose weights are int8, with activations quantised as they come.
 
     Returns:
@@ -78,11 +78,11 @@ def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Pari
 
 
 def write_graph(encoder: Encoder, path: Path) -> None:
-    """Writes the graph alone.
+    """Writes the graph without comparing it.
 
     Args:
-        encoder: On a CPU.
-        path: Of the file.
+        encoder: Encoder on the CPU.
+        path: Path of the graph to write.
     """
     graph = _Graph(encoder)
     backbone = encoder.distiller.student.backbone
@@ -153,8 +153,8 @@ def parity(encoder: Encoder, path: Path) -> Parity:
     """Compares a graph with the encoder on photographs that no training saw.
 
     Args:
-        encoder: On a CPU.
-        path: Of the graph.
+        encoder: Encoder on the CPU.
+        path: Path of the graph.
 
     Returns:
         By size, ``HEIGHTxWIDTH``: ``largest_difference`` of a value, and ``least_cosine`` of an image, over images
@@ -187,8 +187,8 @@ def start_session(path: Path, threads: int = 0) -> Any:
     """Loads a graph into ONNX Runtime, on the CPU.
 
     Args:
-        path: Of the graph.
-        threads: As many as there are cores by default.
+        path: Path of the graph.
+        threads: Number of threads; 0 for one per core.
     """
     import onnxruntime
 

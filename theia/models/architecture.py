@@ -1,4 +1,4 @@
-"""Everything that decides which parameters a model has and what they mean: plain values, from which it is built."""
+"""The options that decide which parameters a model has and what they mean, as plain values to build it from."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,7 +19,7 @@ class Architecture(StudentOptions):
     """Options of a student and of its translators.
 
     Attributes:
-        teachers: By name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
+        teachers: Feature shapes by teacher name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
         translator: "cnn" as in the paper, or "linear", its ablation.
         distill_cls: Also distil the CLS token of the teachers that have one.
     """
@@ -30,14 +30,14 @@ class Architecture(StudentOptions):
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Architecture":
-        """Picks an architecture's options out of others.
+        """Picks the options of an architecture from a larger set of options.
 
         Args:
-            options: A model's, of a training or of a file, whose version may be an earlier one. What is not there has
-                its default.
+            options: Options of a training or of a model file, which an earlier version may have written. An option
+                that is missing takes its default.
 
         Raises:
-            ConfigError: If there are no teachers, or a value is of another type or not one of its choices.
+            ConfigError: If there are no teachers, or a value has the wrong type or is not one of the choices.
         """
         options = older.options(options)
         given = {field.name: options[field.name] for field in fields(cls) if field.name in options}
@@ -51,14 +51,14 @@ class Architecture(StudentOptions):
             raise ConfigError(" ".join(str(error).split())) from error
 
     def as_dict(self) -> dict[str, Any]:
-        """Builtins only."""
+        """The options as builtin types only."""
         return asdict(self)
 
     def build(self, weights: str | None = None) -> Distiller:
         """The model, with untrained weights.
 
         Args:
-            weights: Which pretrained weights ``student.load_weights()`` is to load later, if it is called.
+            weights: Pretrained weights that a later call of ``student.load_weights()`` loads.
 
         Raises:
             ConfigError: See :class:`Student` and :class:`Distiller`.
@@ -67,5 +67,5 @@ class Architecture(StudentOptions):
         return Distiller(student, self.teachers, translator=self.translator, distill_cls=self.distill_cls)
 
     def _portable(self) -> "Architecture":
-        # Which weights it began with makes no difference, and a path of some machine belongs nowhere else.
+        # The initial weights make no difference to the architecture, and a path means nothing on another machine.
         return self if self.weights == "scratch" else replace(self, weights="pretrained")

@@ -1,7 +1,7 @@
-"""What every backbone of a student has: tokens, a stride, blocks; and the options that choose one.
+"""The interface of every student backbone (tokens, stride, blocks), and the options that choose a backbone.
 
-All backbones are models of timm, the paper's own ViT (:mod:`theia.models.vit`) and any other that gives spatial
-features (:mod:`theia.models.timm_backbone`). Nothing outside these files knows timm's models, patches and strides.
+All backbones are timm models: the paper's ViT (:mod:`theia.models.vit`), or any other that gives spatial features
+(:mod:`theia.models.timm_backbone`). Only these files deal with timm's models, patches and strides.
 """
 
 import inspect
@@ -20,31 +20,32 @@ from theia.models.positions import PositionRule
 Registers = Literal[0, 1, 4, 8]
 
 TIMM = "timm:"
-THEIA_SHAPES: dict[str, tuple[int, int, int]] = {  # width, depth, heads: DeiT
+THEIA_SHAPES: dict[str, tuple[int, int, int]] = {  # width, depth and heads, as in DeiT
     "theia_tiny": (192, 12, 3),
     "theia_small": (384, 12, 6),
     "theia_base": (768, 12, 12),
 }
 PATCHES = (16, 14)
-"""Pixels along each side of a patch: of the paper's ViT, and of DINOv2's."""
+"""Side of a patch in pixels, for the paper's ViT and for DINOv2's ViT."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentOptions:
-    """What decides which student is built. The command line, checkpoints and model cards take it from here.
+    """Options that decide which student is built. The command line, checkpoints and model cards take them from here.
 
     Attributes:
-        backbone: Backbone of the student: theia_tiny, theia_small or theia_base, the paper's ViTs; or timm:NAME, any
-            model of timm that gives spatial features.
-        backbone_stage: For a backbone of timm, the stage, from 0, whose features are used, for instance the one of
+        backbone: Backbone of the student: theia_tiny, theia_small or theia_base (the paper's ViTs), or timm:NAME for
+            any timm model that gives spatial features.
+        backbone_stage: Stage of a timm backbone, counted from 0, whose features are used, for instance the stage with
             stride 16; the last by default.
         image_size: Height and width of the training images, in pixels.
-        registers: Register tokens of a theia backbone, of which CLS is the first; 0 removes CLS too.
-        weights: Start of the student: "scratch", "pretrained" (from timm's hub) or the path of a timm checkpoint.
-        width: Overrides the width of a theia backbone, for small experiments.
-        depth: Overrides the number of blocks of a theia backbone.
-        heads: Overrides the number of attention heads of a theia backbone.
-        positions: How the position embedding of a theia backbone is resized; the published models have their own rule.
+        registers: Number of register tokens of a theia backbone. CLS is the first of them, so 0 removes CLS too.
+        weights: Initial weights of the student: "scratch", "pretrained" (from timm's hub) or the path of a timm
+            checkpoint.
+        width: Width of a theia backbone in place of its usual one, for small experiments.
+        depth: Number of blocks of a theia backbone in place of its usual one.
+        heads: Number of attention heads of a theia backbone in place of its usual one.
+        positions: Rule for resizing the position embedding of a theia backbone; the published models use their own.
     """
 
     backbone: str = "theia_tiny"
@@ -60,13 +61,13 @@ class StudentOptions:
 
 @dataclass(frozen=True)
 class StudentTokens:
-    """What the student gives for a batch.
+    """Tokens that the student gives for a batch of images.
 
     Attributes:
         cls: CLS token, shape ``(B, C)``, or ``None`` for a student without one.
         registers: The other register tokens, shape ``(B, R, C)``; ``R`` may be 0.
         patches: Spatial tokens, row by row, shape ``(B, N, C)``.
-        grid: Rows and columns of ``patches``, ``N = H * W``.
+        grid: Rows ``H`` and columns ``W`` of the patch tokens, ``N = H * W``.
     """
 
     cls: Tensor | None
@@ -75,27 +76,27 @@ class StudentTokens:
     grid: tuple[int, int]
 
     def as_map(self) -> Tensor:
-        """The patch tokens as a feature map, shape ``(B, C, H, W)``: a view that lies channels last in memory."""
+        """The patch tokens as a feature map, shape ``(B, C, H, W)``: a view in channels-last memory order."""
         return self.patches.reshape(len(self.patches), *self.grid, self.patches.shape[-1]).permute(0, 3, 1, 2)
 
 
 class Backbone(nn.Module, ABC):
-    """Normalised pixels in, tokens out: one of timm's models with one face.
+    """A timm model behind one interface: it takes normalised pixels and gives tokens.
 
     Args:
-        model: The model, whose ``forward_features`` gives tokens ``(B, prefix + N, C)`` or maps.
+        model: The timm model, whose ``forward_features`` gives tokens ``(B, prefix + N, C)`` or feature maps.
 
     Attributes:
-        model: The model.
+        model: The timm model.
         image_hw: Height and width of a training image, in pixels.
-        stride: Pixels along each side of a spatial token.
-        width: Channels of a token.
-        prefix: Tokens before the spatial ones.
-        has_cls: Whether the first of them is a CLS token.
-        mean: Mean of each colour, of values from 0 to 1, that the pixels are normalised with.
-        std: Standard deviation of each colour.
-        any_size: Whether images of other sizes than that of training can be taken.
-        any_size_exported: Whether a graph made of the model can take them.
+        stride: Side in pixels of the image square behind one spatial token.
+        width: Number of channels of a token.
+        prefix: Number of tokens before the spatial tokens.
+        has_cls: Whether the first prefix token is a CLS token.
+        mean: Mean of each colour channel for normalising pixels, on a scale from 0 to 1.
+        std: Standard deviation of each colour channel, on the same scale.
+        any_size: Whether the model takes images of other sizes than the training size.
+        any_size_exported: Whether an exported graph of the model takes images of other sizes.
     """
 
     model: Any
@@ -113,24 +114,24 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.model = model
         self._never: frozenset[str] = frozenset()  # names of parameters that spatial tokens do not depend on
-        # Of transformers alone; only they give their intermediates as tokens.
+        # Only transformers give intermediate features as tokens, and only they have this option.
         options = inspect.signature(self.model.forward_intermediates).parameters if self._has_intermediates else {}
         self._is_transformer = "return_prefix_tokens" in options
 
     @abstractmethod
     def load_weights(self, weights: str) -> None:
-        """Takes pretrained weights.
+        """Loads pretrained weights.
 
         Args:
-            weights: ``"pretrained"``, for those of timm's hub, or the path of a checkpoint of timm's model.
+            weights: ``"pretrained"`` for the weights on timm's hub, or the path of a checkpoint of the timm model.
 
         Raises:
-            WeightsError: If they cannot be had or do not fit.
+            WeightsError: If the weights cannot be fetched or read, or do not fit.
         """
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """Rows and columns of spatial tokens of a training image."""
+        """Rows and columns of the spatial tokens of a training image."""
         return self.image_hw[0] // self.stride, self.image_hw[1] // self.stride
 
     @property
@@ -139,19 +140,19 @@ class Backbone(nn.Module, ABC):
         return next(self.parameters()).dtype
 
     def blocks(self) -> list[nn.Module]:
-        """Blocks of a transformer, stages of another model, in the order in which they are passed."""
+        """Blocks of a transformer, or stages of any other model, in the order of the forward pass."""
         if self._is_transformer:
             return list(self.model.blocks)
         return [self.model.get_submodule(stage["module"]) for stage in self._stages]
 
     def unfreeze(self, last_n_blocks: int | None = None) -> None:
-        """Lets a training change the parameters that spatial tokens depend on.
+        """Makes the parameters that spatial tokens depend on trainable.
 
         Args:
-            last_n_blocks: Only so many of :meth:`blocks`, from the end, and what follows them, such as the final norm.
-                All parameters by default.
+            last_n_blocks: Number of :meth:`blocks`, counted from the end, to make trainable together with the layers
+                after them, such as the final norm. All parameters by default.
         """
-        # timm's models hold their layers in the order in which they are passed.
+        # timm's models hold their layers in the order of the forward pass.
         parameters = list(self.named_parameters())
         first = 0
         if last_n_blocks is not None:
@@ -171,10 +172,10 @@ class Backbone(nn.Module, ABC):
 
         Args:
             height: Height of the images, in pixels.
-            width: Width of them.
+            width: Width of the images, in pixels.
 
         Raises:
-            ShapeError: Names the nearest sizes.
+            ShapeError: If the size does not fit; the message names the nearest sizes.
         """
         if not self.any_size and (height, width) != self.image_hw:
             size = "{}x{}".format(*self.image_hw)
@@ -182,11 +183,11 @@ class Backbone(nn.Module, ABC):
         check_divides(height, width, self.stride)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size nearest to one in pixels that the backbone takes.
+        """The size nearest to a given one that the backbone takes, height and width in pixels.
 
         Args:
             height: Height of an image, in pixels.
-            width: Width of it.
+            width: Width of the image, in pixels.
         """
         if not self.any_size:
             return self.image_hw
@@ -197,7 +198,7 @@ class Backbone(nn.Module, ABC):
         """Tokens after the last layer.
 
         Args:
-            pixels: Normalised images, shape ``(B, 3, H, W)``, of a size that :meth:`check_size` lets pass.
+            pixels: Normalised images, shape ``(B, 3, H, W)``, of a size that :meth:`check_size` accepts.
         """
         return self._split(self.model.forward_features(pixels), pixels)
 
@@ -205,15 +206,15 @@ class Backbone(nn.Module, ABC):
         """Tokens after some of the blocks.
 
         Args:
-            pixels: See :meth:`tokens`.
-            indices: Blocks, from 0; negative ones count from the end.
-            norm: Whether to apply the final norm to each, where the model has one for them.
+            pixels: Normalised images, as for :meth:`tokens`.
+            indices: Block numbers, counted from 0; negative numbers count from the end.
+            norm: Whether to apply the final norm to each result, where the model has a norm that fits.
 
         Returns:
-            In the order of the indices, one for each.
+            One result for each index, in the order of the indices.
 
         Raises:
-            ConfigError: If there is no such block, or the model does not give any.
+            ConfigError: If there is no such block, or the model gives no intermediate features.
         """
         wanted = [self._number(index) for index in indices]
         if not wanted:
@@ -226,7 +227,7 @@ class Backbone(nn.Module, ABC):
         for number, features in zip(
             order, self.model.forward_intermediates(pixels, indices=order, **options), strict=True
         ):
-            if isinstance(features, tuple):  # spatial tokens and prefix, where there is one
+            if isinstance(features, tuple):  # spatial tokens and prefix tokens, if the model has a prefix
                 found[number] = self._of_tokens(features[1], features[0], pixels)
             elif self._is_transformer:
                 found[number] = self._of_tokens(features[:, :0], features, pixels)
@@ -243,7 +244,7 @@ class Backbone(nn.Module, ABC):
         return list(self.model.feature_info) if self._has_intermediates else []
 
     def _number(self, index: int) -> int:
-        """The number of a block, counted from the first one."""
+        """The number of a block, counted from 0 at the first block."""
         depth = len(self.blocks())
         try:
             number = operator.index(index)
@@ -273,11 +274,11 @@ def check_divides(height: int, width: int, patch: int) -> None:
 
     Args:
         height: Height of an image, in pixels.
-        width: Width of it.
-        patch: Pixels along each side of a patch.
+        width: Width of the image, in pixels.
+        patch: Side of a patch, in pixels.
 
     Raises:
-        ShapeError: Names the nearest sizes.
+        ShapeError: If the size does not fit; the message names the nearest sizes.
     """
     if height % patch == 0 and width % patch == 0 and min(height, width) > 0:
         return

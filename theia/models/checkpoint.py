@@ -15,10 +15,10 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: A ``.ckpt`` file of ``theia fit``.
-        mmap: Read tensors only when they are used; for a look at the rest.
+        mmap: Whether to read tensors only when they are used, which is faster where only other entries are needed.
 
     Raises:
-        CheckpointError: If it is missing, damaged, or no checkpoint of this project.
+        CheckpointError: If the file is missing, damaged, or not a checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
@@ -27,7 +27,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        # Damage in a pickle raises whatever the reader stumbles over.
+        # A damaged pickle can raise any exception.
         raise CheckpointError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): it is truncated, damaged or of another "
             "kind. Use another checkpoint of that run."
@@ -41,12 +41,12 @@ def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: di
     """Checks that a checkpoint's model has the architecture that this run's options ask for.
 
     Args:
-        path: Where the checkpoint is, for the message.
-        checkpoint: What :func:`read_checkpoint` gave.
-        options: The model's own options.
+        path: Path of the checkpoint, for the message.
+        checkpoint: Content of the checkpoint, from :func:`read_checkpoint`.
+        options: Options of this run's model.
 
     Raises:
-        CheckpointError: Names each option that differs.
+        CheckpointError: If an option differs; the message names each one.
     """
     theirs, ours = (Architecture.of(given).as_dict() for given in (checkpoint["hyper_parameters"], options))
     different = [name for name in ours if theirs[name] != ours[name]]

@@ -20,22 +20,22 @@ from theia.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
-# With which every DeiT was trained.
+# Every DeiT was trained with these values.
 LAYER_NORM_EPS = 1e-6
 PIXEL_MEAN = IMAGENET_DEFAULT_MEAN
 PIXEL_STD = IMAGENET_DEFAULT_STD
 
-_HEAD = ("head.weight", "head.bias")  # the classifier: of no use to a student
+_HEAD = ("head.weight", "head.bias")  # the classifier, which a student does not need
 _LOCAL_HINT = "A timm DeiT checkpoint on disk works too: weights=PATH (.safetensors or .pth)."
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Parameters under timm's names.
+    """Pretrained parameters of a DeiT under timm's names.
 
     Attributes:
-        origin: Where they come from, for messages.
-        parameters: Tensors by name; one CLS token, no registers, a square grid of positions.
+        origin: Name of the source, for messages.
+        parameters: Tensors by name, for one CLS token, no registers and a square grid of positions.
     """
 
     origin: str
@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> PretrainedWeights:
     try:
         parameters = load_state_dict(str(path), weights_only=True)
     except Exception as error:
-        # A damaged file raises whatever the reader trips over.
+        # A damaged file can raise any exception.
         raise WeightsError(
             f"Cannot read the weights in {str(path)!r}: {type(error).__name__}: {error}. Fetch the file again."
         ) from error
@@ -83,10 +83,10 @@ def read(path: str | os.PathLike[str]) -> PretrainedWeights:
 
 
 def existing_file(path: str | os.PathLike[str]) -> Path:
-    """The file behind a path, whose leading ``~`` is the home folder.
+    """The path of a file, with a leading ``~`` replaced by the home folder.
 
     Raises:
-        WeightsError: If there is none.
+        WeightsError: If there is no such file.
     """
     path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own raises where there is no such user)
     if not path.is_file():
@@ -99,13 +99,13 @@ def copy_into(vit: VisionTransformer, weights: PretrainedWeights) -> None:
     """Copies pretrained weights into a student's transformer.
 
     Patch positions are resized to the student's grid where it differs (bicubic, antialiased). A student
-    without CLS leaves out the CLS token and its position. DeiT has no registers: they and their positions
-    keep their initial values, and the log names them. Everything else must be there in the right shape, and
-    nothing may be left over.
+    without CLS leaves out the CLS token and its position. DeiT has no registers, so registers and their positions
+    keep their initial values, and the log names them. Every other parameter must be present in the right shape, and
+    no tensor may be left over.
 
     Args:
         vit: The student's transformer, initialised, without a classifier.
-        weights: What to copy.
+        weights: Pretrained weights to copy.
 
     Raises:
         WeightsError: If a tensor is missing, left over, of another shape, or not finite.

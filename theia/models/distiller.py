@@ -18,14 +18,14 @@ class Distiller(nn.Module):
 
     Args:
         student: The student.
-        teachers: By name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
-        translator: TranslatorKind of translator.
-        distill_cls: Whether the student's CLS token learns the CLS token of those teachers that have one,
-            each through a linear layer. Theia found it slightly harmful (77.3 against 78.9).
+        teachers: Feature shapes by teacher name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
+        translator: Kind of the translators, ``"cnn"`` or ``"linear"``.
+        distill_cls: Whether the student's CLS token is distilled from the CLS token of each teacher that has one,
+            through one linear layer per teacher. Theia found it slightly harmful (77.3 against 78.9).
 
     Raises:
-        ConfigError: If there are no teachers, a record of one is incomplete, or CLS tokens are asked for but
-            the student or every teacher lacks one.
+        ConfigError: If there are no teachers, the record of a teacher is incomplete, or ``distill_cls`` is on but
+            the student or every teacher lacks a CLS token.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class Distiller(nn.Module):
         return list(self.cls_translators)
 
     def forward(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
-        """Student tokens and their translations.
+        """Gives the student's tokens and their translations.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``, of the student's training size.
+            images: RGB images of the student's training size, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            The student's tokens; by teacher, predicted normalised patch tokens ``(B, N, C)``; by teacher in
-            :attr:`cls_teachers`, predicted normalised CLS tokens ``(B, C)``.
+            The student's tokens; predicted normalised patch tokens ``(B, N, C)`` by teacher; predicted normalised CLS
+            tokens ``(B, C)`` for each teacher in :attr:`cls_teachers`.
 
         Raises:
-            ShapeError: If the images are of another shape, size or type.
+            ShapeError: If the images have the wrong shape, size or type.
         """
         tokens: StudentTokens = self.student(images)
         patches = {name: head(tokens.patches, tokens.grid) for name, head in self.translators.items()}
@@ -104,19 +104,19 @@ class Distiller(nn.Module):
         cls_mean: Statistic | None = None,
         cls_std: Statistic | None = None,
     ) -> None:
-        """Sets what a teacher's features are normalised with.
+        """Sets the statistics that a teacher's features are normalised with.
 
         Args:
             name: Name of the teacher.
-            mean: Per channel, over training images and tokens, shape ``(C,)``.
-            std: Standard deviation, not variance, shape ``(C,)``.
-            cls_mean: The same of its CLS token, shape ``(C,)``; needed if that is distilled, ignored if not.
-            cls_std: Likewise.
+            mean: Mean of each channel over training images and tokens, shape ``(C,)``.
+            std: Standard deviation (not variance) of each channel, shape ``(C,)``.
+            cls_mean: Mean of each channel of the CLS token, shape ``(C,)``; needed only if the CLS token is distilled.
+            cls_std: Standard deviation of each channel of the CLS token, shape ``(C,)``; needed as ``cls_mean`` is.
 
         Raises:
             ConfigError: If the teacher is unknown, statistics of a distilled CLS token are missing, or a
                 value is unusable.
-            ShapeError: If they do not have one value per channel.
+            ShapeError: If the statistics do not have one value per channel.
         """
         self._scaler(self.scalers, name).set(mean, std)
         if name in self.cls_scalers:
@@ -128,19 +128,19 @@ class Distiller(nn.Module):
             self._scaler(self.cls_scalers, name).set(cls_mean, cls_std)
 
     def normalize(self, name: str, patches: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Stored features to training targets.
+        """Turns stored features into training targets.
 
         Args:
             name: Name of the teacher.
-            patches: As stored, shape ``(B, N, C)``, floating point or int8.
-            scale: For int8, the step and the middle of each channel, shape ``(B, 2, C)``.
+            patches: Patch tokens as stored, shape ``(B, N, C)``, floating point or int8.
+            scale: Step and middle of each channel of int8 tokens, shape ``(B, 2, C)``; ``None`` for other types.
 
         Returns:
-            Normalised features, float32, same shape.
+            Normalised features, float32, shape ``(B, N, C)``.
 
         Raises:
             ConfigError: If the teacher is unknown or its statistics are not set.
-            ShapeError: If int8 features come without steps and middles, or others with them.
+            ShapeError: If int8 features come without a scale, or features of another type with one.
         """
         scaler = self._scaler(self.scalers, name)
         if (patches.dtype == torch.int8) != (scale is not None):
@@ -160,7 +160,7 @@ class Distiller(nn.Module):
         return scaler.normalize(patches.float() * step + middle)
 
     def normalize_cls(self, name: str, cls: Tensor) -> Tensor:
-        """Stored CLS tokens ``(B, C)`` to training targets, float32.
+        """Turns stored CLS tokens ``(B, C)`` into training targets, float32.
 
         Raises:
             ConfigError: If the teacher's CLS token is not distilled or its statistics are not set.
@@ -168,7 +168,7 @@ class Distiller(nn.Module):
         return self._scaler(self.cls_scalers, name).normalize(cls)
 
     def denormalize(self, name: str, patches: Tensor) -> Tensor:
-        """Predictions ``(B, N, C)`` to what the teacher itself would give, float32.
+        """Turns predictions ``(B, N, C)`` into features on the teacher's own scale, float32.
 
         Raises:
             ConfigError: If the teacher is unknown or its statistics are not set.

@@ -1,4 +1,4 @@
-"""What earlier versions wrote, in today's words: read where it enters, so that the rest knows today's alone."""
+"""Translates what earlier versions wrote into today's names, so that the rest of the code knows only those."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Until backbones could be chosen, the student held its transformer under a name of its own.
+# The student called its transformer ``vit`` before there was a choice of backbones.
 VIT, BACKBONE = "vit.", "backbone.model."
-# The same for AutoModel, which renames by pattern.
+# The same renaming as a pattern, which AutoModel needs.
 KEY_MAPPING = {r"student\.vit\.": f"student.{BACKBONE}"}
 
 
@@ -17,21 +17,21 @@ _REPLACED = ("--model.size", "--model.cosine_weight", "--model.per_token", "--mo
 
 
 def tensors(given: Mapping[str, T]) -> dict[str, T]:
-    """Parameters, or anything else by the names of parameters.
+    """Renames parameters, or other values kept under the names of parameters.
 
     Args:
-        given: Of a checkpoint or an exported folder, with any prefix.
+        given: Values by parameter name, from a checkpoint or an exported folder, with any prefix.
     """
     return {name.replace(f"student.{VIT}", f"student.{BACKBONE}"): value for name, value in given.items()}
 
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a model, of ``theia fit`` or an architecture alone.
+    """Renames the options of a model, from ``theia fit`` or from an architecture alone.
 
-    ``size`` has become ``backbone``; ``loss``, ``cosine_weight`` and ``per_token`` have become the weights of ``loss``.
+    ``size`` is now ``backbone``; ``loss``, ``cosine_weight`` and ``per_token`` are now the weights in ``loss``.
 
     Args:
-        given: By name; those of today stay as they are.
+        given: Options by name; options with today's names stay as they are.
     """
     now = dict(given)
     size = now.pop("size", None)
@@ -49,10 +49,10 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint(given: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of ``theia fit``: parameters, options and what its callbacks keep.
+    """Renames the entries of a ``theia fit`` checkpoint: parameters, options and the state of callbacks.
 
     Args:
-        given: As it was read; it is changed.
+        given: Content of the checkpoint as it was read; it is changed in place.
     """
     given["state_dict"] = tensors(given["state_dict"])
     given["hyper_parameters"] = options(given["hyper_parameters"])
@@ -63,10 +63,10 @@ def checkpoint(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def dotted(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a run whose names have ``model.`` in front.
+    """Renames the options of a run, where those of the model begin with ``model.``.
 
     Args:
-        given: By name, with those of other parts.
+        given: Options by name, those of the trainer and the data included.
     """
     of_model = {name.removeprefix("model."): value for name, value in given.items() if name.startswith("model.")}
     others = {name: value for name, value in given.items() if not name.startswith("model.")}
@@ -74,10 +74,10 @@ def dotted(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config(given: Any) -> Any:
-    """A config of ``theia fit``, whose options of the model are those of an earlier version.
+    """Renames the model options in a config of ``theia fit``.
 
     Args:
-        given: As YAML gives it; anything else stays as it is.
+        given: Config as read from YAML; a value that is not a config stays as it is.
     """
     if isinstance(given, dict) and isinstance(given.get("model"), dict):
         return {**given, "model": options(given["model"])}
@@ -85,10 +85,10 @@ def config(given: Any) -> Any:
 
 
 def arguments(words: Sequence[str]) -> list[str]:
-    """A command line of ``theia fit`` that names options of an earlier version.
+    """Renames options of an earlier version on a command line of ``theia fit``.
 
     Args:
-        words: What was typed.
+        words: Arguments as they were typed.
     """
     typed: dict[str, Any] = {}
     others: list[str] = []

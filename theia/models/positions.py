@@ -1,44 +1,44 @@
-"""Position embeddings at another size than that of training."""
+"""Resizes position embeddings to another size than the training size."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# "size": bicubic, antialiased, from corner to corner; ours and timm's. "scale_factor": bicubic with scale factor
-# (n + 0.1) / trained, not antialiased; that of the published models.
+# "size", our rule and timm's: bicubic, antialiased, from corner to corner. "scale_factor", the rule of the published
+# models: bicubic with scale factor (n + 0.1) / trained, not antialiased.
 PositionRule = Literal["size", "scale_factor"]
 
 
 def resize_positions(grid: Tensor, rows: int, columns: int, rule: PositionRule) -> Tensor:
     """Resizes the position embedding of the patches.
 
-    Bicubic interpolation is linear in each axis, so it is two products with small matrices. That is what
-    ``torch.nn.functional.interpolate`` computes; but only as plain products does it give the same in ONNX, whose
-    exporter takes another cubic for the antialiased kind and fixes the scale factor.
+    Bicubic interpolation is linear in each axis, so two products with small matrices give the same result as
+    ``torch.nn.functional.interpolate``. Only the products give it in ONNX too: for ``interpolate``, the exporter uses
+    another cubic kernel where it antialiases, and fixes the scale factor.
 
     Args:
-        grid: Shape ``(H, W, C)``, in the trained size.
-        rows: Wanted rows.
-        columns: Wanted columns.
-        rule: Which coordinates and which cubic.
+        grid: Position embedding in the training size, shape ``(H, W, C)``.
+        rows: Number of rows to resize to.
+        columns: Number of columns to resize to.
+        rule: Rule that decides the coordinates and the cubic kernel.
 
     Returns:
-        Shape ``(rows, columns, C)``.
+        Resized position embedding, shape ``(rows, columns, C)``.
     """
     matrix = _antialiased if rule == "size" else _by_scale_factor
     axes = [(rows, grid.shape[0]), (columns, grid.shape[1])]
     vertical, horizontal = (matrix(wanted, trained, grid) for wanted, trained in axes)
     if rule == "scale_factor":
-        # Where nothing is to be resized that rule would still move everything. Not a branch of Python's: an exported
-        # graph must decide for itself.
+        # This rule would move every position even where the size stays the same. There is no Python branch here because
+        # an exported graph must decide by itself.
         same = torch.stack([_arange(wanted, grid).add(1).max() == trained for wanted, trained in axes]).all()
         vertical, horizontal = (torch.where(same, _eye(one), one) for one in (vertical, horizontal))
     return torch.einsum("rh,hwc,kw->rkc", vertical, grid.float(), horizontal).to(grid.dtype)
 
 
 def _antialiased(wanted: int, trained: int, like: Tensor) -> Tensor:
-    """Weights ``(wanted, trained)``: a cubic as wide as the step between two wanted points, Keys' (a = -0.5)."""
+    """Weights ``(wanted, trained)`` of Keys' cubic (a = -0.5), as wide as the step between two wanted points."""
     step = trained / wanted
     centre = (_arange(wanted, like) + 0.5) * step
     width = torch.clamp(torch.ones_like(centre[:1]) * step, min=1)
@@ -48,7 +48,7 @@ def _antialiased(wanted: int, trained: int, like: Tensor) -> Tensor:
 
 
 def _by_scale_factor(wanted: int, trained: int, like: Tensor) -> Tensor:
-    """Weights ``(wanted, trained)``: four taps, those beyond the edge fall on the edge, a = -0.75."""
+    """Weights ``(wanted, trained)`` of a cubic with a = -0.75 and four taps; taps beyond the edge count at the edge."""
     place = (_arange(wanted, like) + 0.5) / ((wanted + 0.1) / trained) - 0.5
     below = place.floor()
     weights = torch.zeros((), device=like.device)

@@ -14,14 +14,14 @@ Statistic = Tensor | npt.NDArray[np.floating]
 
 
 def keep_float32(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
-    """Moves or converts a module as asked, but for some of its buffers, which only move.
+    """Moves or converts a module as asked, except that some of its buffers are moved but never converted.
 
-    bfloat16 would put the statistics of an extreme channel off by a quarter of its standard deviation.
+    In bfloat16 the statistics of an extreme channel would be off by a quarter of its standard deviation.
 
     Args:
-        module: Whose buffers they are.
-        names: Of the buffers.
-        apply: What ``nn.Module._apply`` would do.
+        module: Module that has the buffers.
+        names: Names of the buffers to keep in their type.
+        apply: Function that does what ``nn.Module._apply`` would do.
     """
     before = {name: module.get_buffer(name) for name in names}
     apply()
@@ -36,18 +36,18 @@ def keep_float32(module: nn.Module, names: Sequence[str], apply: Callable[[], ob
 class FeatureScaler(nn.Module):
     """Normalises tokens of one teacher per channel, ``(x - mean) / std``, in float32.
 
-    Its statistics are buffers, so a checkpoint holds them. Until they are set it refuses to work: mean 0 and
-    standard deviation 1 would train without complaint towards another target.
+    Its statistics are buffers, so a checkpoint holds them. The scaler refuses to work until they are set: with mean 0
+    and standard deviation 1, training would silently aim at a wrong target.
 
     Args:
-        name: What is normalised, for messages.
-        channels: Width ``C`` of a token.
+        name: Name of the features, for messages.
+        channels: Number of channels ``C`` of a token.
     """
 
     mean: Tensor  # (C,)
     std: Tensor  # (C,), a standard deviation
     is_set: Tensor  # (), bool
-    reciprocal: Tensor  # (C,), of the standard deviation: dividing is what would take longest in a compiled loss
+    reciprocal: Tensor  # (C,), 1 / std: a division would be the slowest part of a compiled loss
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class FeatureScaler(nn.Module):
         self.register_buffer("is_set", torch.tensor(False))
         self.register_buffer("reciprocal", torch.ones(channels), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
-        # is_set on the host: reading the buffer in every step would make the device wait, and a compiled or captured
-        # step, or one on fake tensors, cannot.
+        # A copy of is_set on the host: reading the buffer in every step would make the host wait for the device, and is
+        # not possible in a compiled or captured step or on fake tensors.
         self._ready = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FeatureScaler":
@@ -67,11 +67,11 @@ class FeatureScaler(nn.Module):
 
     @torch.no_grad()
     def set(self, mean: Statistic, std: Statistic) -> None:
-        """Takes over statistics of shape ``(C,)``.
+        """Sets the mean and the standard deviation of each channel, both of shape ``(C,)``.
 
         Raises:
-            ShapeError: If they have another shape.
-            ConfigError: If one is not finite, or a standard deviation is not positive.
+            ShapeError: If one has another shape.
+            ConfigError: If a value is not finite, or a standard deviation is not positive.
         """
         new_mean, new_std = (torch.as_tensor(value, device=self.mean.device).float() for value in (mean, std))
         if new_mean.shape != self.mean.shape or new_std.shape != self.std.shape:
@@ -92,17 +92,17 @@ class FeatureScaler(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes what follows from the statistics; needed where they were set from outside."""
+        """Updates the values derived from the statistics; needed after the statistics were set from outside."""
         self.reciprocal = self.std.float().reciprocal()
         self._ready = not self.is_set.is_meta and bool(self.is_set)
 
     def normalize(self, tokens: Tensor) -> Tensor:
-        """Raw to normalised features, ``(..., C)``, float32."""
+        """Turns raw features ``(..., C)`` into normalised ones, float32."""
         self._check()
         return (tokens.float() - self.mean) * self.reciprocal
 
     def denormalize(self, tokens: Tensor) -> Tensor:
-        """Normalised to raw features, ``(..., C)``, float32."""
+        """Turns normalised features ``(..., C)`` into raw ones, float32."""
         self._check()
         return tokens.float() * self.std + self.mean
 

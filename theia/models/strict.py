@@ -1,4 +1,4 @@
-"""Tensors into a module: every tensor used, every parameter set, or an error that lists which not."""
+"""Loads tensors into a module: all are used and every parameter is set, or an error lists the exceptions."""
 
 from collections.abc import Collection, Mapping
 
@@ -12,17 +12,17 @@ _SHOWN = 8
 def load_strictly(
     module: nn.Module, tensors: Mapping[str, Tensor], origin: str, names: Collection[str] | None = None
 ) -> None:
-    """Copies tensors into a module of the same names and shapes.
+    """Copies tensors into a module whose tensors have the same names and shapes.
 
     Args:
-        module: Its parameters and persistent buffers are set.
-        tensors: By name.
-        origin: Where they come from, for messages.
-        names: What must be given; all of the module's by default.
+        module: Module whose parameters and persistent buffers are set.
+        tensors: Tensors to copy, by name.
+        origin: Name of the source of the tensors, for messages.
+        names: Names that must be given; by default all names of the module.
 
     Raises:
-        WeightsError: If a tensor is missing, left over, of another shape or kind of number, not finite, or a standard
-            deviation and not positive.
+        WeightsError: If a tensor is missing or left over, has another shape or kind of number, or is not finite, or if
+            a standard deviation is not positive.
     """
     own = module.state_dict()
     refuse_unless_equal(own.keys() if names is None else names, tensors.keys(), origin)
@@ -49,12 +49,12 @@ def load_strictly(
 
 
 def refuse_unless_equal(expected: Collection[str], given: Collection[str], origin: str) -> None:
-    """Compares names.
+    """Refuses a file whose tensors have other names than those of the model.
 
     Args:
-        expected: Of the model.
-        given: Of the file.
-        origin: Where the file lies, for the message.
+        expected: Names of the model's tensors.
+        given: Names of the file's tensors.
+        origin: Path or id of the file, for the message.
 
     Raises:
         WeightsError: If a name is missing or left over.

@@ -1,4 +1,4 @@
-"""The student: a backbone that takes images as they are stored, and whose tokens are what a robot uses."""
+"""The student: a backbone that takes images as they are stored and gives the tokens that a robot uses."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,23 +16,22 @@ from theia.models.vit import TheiaBackbone
 
 
 class Student(nn.Module):
-    """A backbone, and the normalisation of the pixels that go into it.
+    """A backbone together with the normalisation of its input pixels.
 
-    Training is at one image size; images of any other size that divides into the backbone's stride work too, if the
-    backbone takes them.
+    Training uses one image size. Images of another size work too if their sides are multiples of the backbone's stride
+    and the backbone takes other sizes.
 
     Args:
-        options: Which backbone, and its options; tiny, from scratch, by default.
-        load_weights: Whether to load pretrained weights now; not for a student whose state a checkpoint is about to
-            bring.
+        options: Choice of the backbone and its options; by default theia_tiny from scratch.
+        load_weights: Whether to load pretrained weights now; needless if a checkpoint is loaded afterwards.
 
     Raises:
         ConfigError: If there is no such backbone, or an option is out of its range.
-        ShapeError: If the image size is none for the backbone.
-        WeightsError: If the weights cannot be had or do not fit.
+        ShapeError: If the backbone does not take this image size.
+        WeightsError: If the weights cannot be fetched or read, or do not fit.
     """
 
-    pixel_mean: Tensor  # (3, 1, 1), of values in 0..1
+    pixel_mean: Tensor  # (3, 1, 1), for pixels from 0 to 1
     pixel_std: Tensor  # (3, 1, 1)
 
     def __init__(self, options: StudentOptions | None = None, *, load_weights: bool = True) -> None:
@@ -48,12 +47,12 @@ class Student(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels ``C`` of a token."""
+        """Number of channels ``C`` of a token."""
         return self.backbone.width
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """Rows and columns of patch tokens of a training image."""
+        """Rows and columns of the patch tokens of a training image."""
         return self.backbone.grid_hw
 
     @property
@@ -66,22 +65,22 @@ class Student(nn.Module):
         return self
 
     def load_weights(self) -> None:
-        """Starts from the pretrained weights that the constructor was given; from scratch there is nothing to do.
+        """Loads the pretrained weights that the options name; does nothing for "scratch".
 
         Raises:
-            WeightsError: If they cannot be had or do not fit.
+            WeightsError: If the weights cannot be fetched or read, or do not fit.
         """
         if self._weights != "scratch":
             self.backbone.load_weights(self._weights)
 
     def forward(self, images: Tensor) -> StudentTokens:
-        """Tokens of a batch as it is stored, after the last layer.
+        """Tokens after the last layer, for images as they are stored.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``, of a size that the backbone takes.
+            images: RGB images of a size that the backbone takes, uint8, shape ``(B, 3, H, W)``.
 
         Raises:
-            ShapeError: If the images are of another shape or type.
+            ShapeError: If the images have the wrong shape or type.
         """
         if images.dtype != torch.uint8:
             raise ShapeError(
@@ -90,14 +89,14 @@ class Student(nn.Module):
         return self.encode(images)
 
     def encode(self, images: Tensor) -> StudentTokens:
-        """The same, of images that may be scaled already. Their range is for the caller to check.
+        """Tokens after the last layer, for images that may be scaled to 0..1 already. The caller checks their range.
 
         Args:
-            images: RGB, shape ``(B, 3, H, W)``, of a size that the backbone takes; uint8, or floating point from 0
-                to 1.
+            images: RGB images of a size that the backbone takes, shape ``(B, 3, H, W)``; uint8, or floating point
+                from 0 to 1.
 
         Raises:
-            ShapeError: If the images are of another shape.
+            ShapeError: If the images have the wrong shape.
         """
         return self.backbone.tokens(self._pixels(images))
 
@@ -105,26 +104,26 @@ class Student(nn.Module):
         """Tokens after some of the blocks.
 
         Args:
-            images: See :meth:`encode`.
-            indices: Blocks, from 0; negative ones count from the end.
-            norm: Whether to apply the final norm to each.
+            images: RGB images, as for :meth:`encode`.
+            indices: Block numbers, counted from 0; negative numbers count from the end.
+            norm: Whether to apply the final norm to each result.
 
         Returns:
-            In the order of the indices, one for each.
+            One result for each index, in the order of the indices.
 
         Raises:
-            ShapeError: If the images are of another shape.
+            ShapeError: If the images have the wrong shape.
             ConfigError: If there is no such block.
         """
         return self.backbone.intermediates(self._pixels(images), indices, norm)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Normalised, in the type of the parameters."""
+        """Normalised pixels in the type of the parameters."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(f"Images of shape {tuple(images.shape)}; a student takes uint8 (B, 3, H, W).")
         self.backbone.check_size(*images.shape[-2:])
         precision = self.backbone.dtype
-        # In float32 at least, whatever the precision of the weights: the statistics themselves lose bits in bfloat16.
+        # At least float32, whatever the precision of the weights: mean and std would lose bits in bfloat16.
         scaled = images.to(torch.promote_types(precision, torch.float32))
         if images.dtype == torch.uint8:
             scaled = scaled / 255
@@ -132,14 +131,14 @@ class Student(nn.Module):
 
 
 def build_backbone(options: StudentOptions) -> Backbone:
-    """The backbone of a student, before any pretrained weights.
+    """Builds the backbone of a student, without pretrained weights.
 
     Args:
-        options: Which one.
+        options: Choice of the backbone and its options.
 
     Raises:
-        ConfigError: If there is none of that name, or an option is out of its range or not for this one.
-        ShapeError: If the image size does not divide into its patches.
+        ConfigError: If there is no such backbone, or an option is out of its range or does not apply to it.
+        ShapeError: If the image size does not divide into the backbone's patches.
     """
     if options.backbone in THEIA_SHAPES:
         return TheiaBackbone(options)
@@ -153,6 +152,6 @@ def build_backbone(options: StudentOptions) -> Backbone:
 
 
 def _rename_older(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-    """Where a state is loaded straight into a module, as by policies that hold a student."""
+    """Renames older parameters in a state that is loaded directly into a module, as policies with a student do."""
     for name in [name for name in state if name.startswith(prefix + older.VIT)]:
         state[name.replace(prefix + older.VIT, prefix + older.BACKBONE, 1)] = state.pop(name)

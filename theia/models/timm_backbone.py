@@ -1,4 +1,4 @@
-"""Any model of timm that gives spatial features, as the backbone of a student."""
+"""Any timm model that gives spatial features, as the backbone of a student."""
 
 import inspect
 import math
@@ -18,26 +18,26 @@ from theia.models.vit import ViT
 
 
 class TimmBackbone(Backbone):
-    """A model of timm that gives spatial features, with its own normalisation of the pixels.
+    """A timm model that gives spatial features, with its own normalisation of the pixels.
 
-    Layers that its features do not pass, such as a classifier, are dropped; so are stages behind the one that is used.
+    Layers that the features do not depend on are dropped, such as a classifier or stages after the one that is used.
 
     Args:
-        name: Name of the model in timm, for messages and its weights.
-        model: The model.
+        name: Name of the model in timm, for messages and to find its weights.
+        model: The timm model.
         image_hw: Height and width of a training image, in pixels.
-        stage: The stage whose features are used; the last by default.
+        stage: Number of the stage whose features are used; the last by default.
         any_size: Whether the model takes images of other sizes.
 
     Raises:
-        ConfigError: If it gives no spatial features, has no such stage, or does not take such images.
+        ConfigError: If the model gives no spatial features, has no such stage, or does not take images of this size.
     """
 
     def __init__(
         self, name: str, model: nn.Module, image_hw: tuple[int, int], stage: int | None = None, any_size: bool = True
     ) -> None:
         if type(model) is VisionTransformer and model.pos_embed is not None and model.dynamic_img_size:
-            # The same parameters; other positions would not be the same in ONNX.
+            # ViT has the same parameters, and resizes its positions in a way that gives the same result in ONNX.
             model.__class__ = ViT
         super().__init__(model)
         self.name, self.image_hw, self.stage = name, image_hw, stage
@@ -51,13 +51,14 @@ class TimmBackbone(Backbone):
 
     @classmethod
     def build(cls, options: StudentOptions) -> "TimmBackbone":
-        """The backbone of a student, with random weights.
+        """Builds the backbone of a student, with random weights.
 
         Args:
-            options: Which one.
+            options: Choice of the backbone and its options.
 
         Raises:
-            ConfigError: See the class; also if timm has no such model or cannot build it, or an option is for others.
+            ConfigError: As for the class; also if timm has no such model or cannot build it, or if an option does not
+                apply to timm backbones.
             ShapeError: If the image size does not divide into the stride.
         """
         fixed = [name for name in ("width", "depth", "heads") if getattr(options, name) is not None]
@@ -70,21 +71,21 @@ class TimmBackbone(Backbone):
         name, size = options.backbone.removeprefix(TIMM), options.image_size
         model, any_size = _create(name, size)
         built = cls(name, model, (size, size), options.backbone_stage, any_size)
-        # A network of convolutions takes any size and rounds its grid: images of other sizes would not lie on it.
+        # A convolutional network takes any size and rounds its grid, so images of other sizes would not lie on it.
         stages = built._stages
         stride = stages[-1 if built.stage is None else built.stage].get("reduction") if stages else None
         check_divides(size, size, stride or built.stride)
         return built
 
     def load_weights(self, weights: str) -> None:
-        """See :class:`Backbone`."""
+        """Does what :class:`Backbone` says."""
         source: dict[str, Any] = {}
         if weights != "pretrained":
             source = {"pretrained_cfg_overlay": {"file": str(deit.existing_file(weights))}}
         try:
             model, _ = _create(self.name, self.image_hw[0], pretrained=True, **source)
         except Exception as error:
-            # Between here and the weights are three libraries, each with its own exceptions.
+            # Three libraries take part in getting the weights, each with its own exceptions.
             what = f"timm's weights of {self.name}" if weights == "pretrained" else f"the weights in {weights!r}"
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise WeightsError(
@@ -95,18 +96,18 @@ class TimmBackbone(Backbone):
         load_strictly(self.model, tensors, self.name if weights == "pretrained" else weights)
 
     def blocks(self) -> list[nn.Module]:
-        """See :class:`Backbone`."""
+        """Does what :class:`Backbone` says."""
         every = super().blocks()
         return every if self.stage is None else every[: self.stage + 1]
 
     def tokens(self, pixels: Tensor) -> StudentTokens:
-        """See :class:`Backbone`."""
+        """Does what :class:`Backbone` says."""
         if self.stage is not None:
             return self.intermediates(pixels, [self.stage], norm=self._is_transformer)[0]
         return super().tokens(pixels)
 
     def _survey(self) -> None:
-        """Passes one image, to see what the features are and which parameters they come from."""
+        """Passes one image to find out the layout of the features and which parameters they depend on."""
         was_training = self.training
         self.eval()
         parameter = next(self.parameters())
@@ -114,7 +115,7 @@ class TimmBackbone(Backbone):
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 self.prefix, self.has_cls = 0, False
-                if self.stage is None or self._is_transformer:  # the stages of any other are maps
+                if self.stage is None or self._is_transformer:  # stages of other models give maps
                     self._look_at(self.model.forward_features(pixels))
                 tokens = self.tokens(pixels)
             except (RuntimeError, AssertionError, ValueError) as error:
@@ -140,7 +141,7 @@ class TimmBackbone(Backbone):
         self.train(was_training)
 
     def _look_at(self, features: Any) -> None:
-        """Sees how features are laid out, and refuses those that are none of places in the image."""
+        """Finds out the layout of the features, and refuses features that do not belong to places in the image."""
         if isinstance(features, Tensor) and features.ndim == 4:
             return
         if not isinstance(features, Tensor) or features.ndim != 3:
@@ -153,13 +154,14 @@ class TimmBackbone(Backbone):
                 "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another"
                 f"{', or one of its stages with backbone_stage' if self._has_intermediates else ''}."
             )
-        # Not all of timm's transformers say so, but all that have one call it alike and put it first.
+        # Not all of timm's transformers tell whether they have a CLS token, but all with one call it cls_token and put
+        # it first.
         told = getattr(self.model, "has_class_token", getattr(self.model, "cls_token", None) is not None)
         self.prefix, self.has_cls = prefix, prefix > 0 and bool(told)
         self.stride = self.image_hw[0] // self._grid(features.shape[1] - prefix)[0]
 
     def _grid(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns: of the patch embedding if the model keeps its grid, a square otherwise."""
+        """Rows and columns of the tokens: the grid of the patch embedding if it fits, otherwise a square."""
         grid = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
         if grid is not None and grid[0] * grid[1] == tokens:
             return grid[0], grid[1]
@@ -172,11 +174,11 @@ class TimmBackbone(Backbone):
 
 
 def _create(name: str, size: int, pretrained: bool = False, **options: Any) -> tuple[nn.Module, bool]:
-    """A model of timm for images of a size, and whether it takes others, too."""
+    """Creates a timm model for one image size, and tells whether it also takes other sizes."""
     if not pretrained and not name.startswith("hf-hub:") and not timm.is_model(name):
         near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
         raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
-    # Only transformers have to know the size, and only some of them can change it.
+    # Only transformers have to be told the image size, and only some of them can change it later.
     ways: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}]
     for way in ways:
         try:
@@ -195,7 +197,7 @@ def _create(name: str, size: int, pretrained: bool = False, **options: Any) -> t
 
 
 def _unused(features: Tensor, parameters: list[nn.Parameter]) -> set[int]:
-    """Ids of the parameters that features do not depend on."""
+    """Ids of the parameters that the features do not depend on."""
     if not features.requires_grad or features.numel() == 0:
         return {id(parameter) for parameter in parameters}
     gradients = torch.autograd.grad(features.sum(), parameters, retain_graph=True, allow_unused=True)
@@ -203,7 +205,7 @@ def _unused(features: Tensor, parameters: list[nn.Parameter]) -> set[int]:
 
 
 def _drop(module: nn.Module, unused: set[int]) -> None:
-    """Replaces layers none of whose parameters is used."""
+    """Replaces each layer that has only unused parameters by an identity."""
     for name, child in module.named_children():
         own = {id(parameter) for parameter in child.parameters()}
         if own and own <= unused:

@@ -15,25 +15,25 @@ GridHW = tuple[int, int]
 class Translator(nn.Module):
     """Maps patch tokens on the student's grid to a teacher's features on the teacher's grid.
 
-    ``C`` is the student's width; every layer norm is joint over channels, rows and columns. Which layers
-    follow each other depends on the two grids:
+    ``C`` is the student's width; every layer norm is joint over channels, rows and columns. The layers depend on the
+    two grids:
 
-    - 14x14 to 16x16 and to 64x64, the grids of the published models: a transposed convolution to 16x16 first
-      (``pad``), then their layers, under their names and in their shapes (``adapter``).
+    - 14x14 to 16x16 or 64x64, the grids of the published models: first a transposed convolution to 16x16 (``pad``),
+      then the layers of the published models with their names and shapes (``adapter``).
     - Any other pair: layer norm, 3x3 convolution and ReLU on the student's grid; bilinear resize; layer norm,
-      3x3 convolution, ReLU and layer norm on the teacher's grid; linear to the teacher's channels. Where both
-      grids are equal these are the layers of the 16x16 head.
-    - ``"linear"``: bilinear resize, where the grids differ, and one linear layer. It is the ablation that
-      shows what the convolutions are for.
+      3x3 convolution, ReLU and layer norm on the teacher's grid; linear to the teacher's channels. If the
+      grids are equal, these are the layers of the 16x16 head.
+    - ``"linear"``: bilinear resize if the grids differ, then one linear layer: an ablation that shows the effect of
+      the convolutions.
 
     A resize is antialiased when it shrinks, so that every student token counts.
 
     Args:
-        width: Channels of a student token.
-        student_grid_hw: Rows and columns of student tokens.
-        channels: Channels of the teacher.
-        grid_hw: Rows and columns of teacher tokens.
-        kind: ``"cnn"`` or ``"linear"``.
+        width: Number of channels of a student token.
+        student_grid_hw: Rows and columns of the student's patch tokens.
+        channels: Number of channels of a teacher token.
+        grid_hw: Rows and columns of the teacher's patch tokens.
+        kind: Kind of translator, ``"cnn"`` or ``"linear"``.
 
     Raises:
         ConfigError: If the kind is unknown.
@@ -63,11 +63,11 @@ class Translator(nn.Module):
         """Predicts a teacher's normalised features.
 
         Args:
-            patches: Student tokens, row by row, shape ``(B, N, C)``.
-            grid_hw: Their rows and columns.
+            patches: The student's patch tokens, row by row, shape ``(B, N, C)``.
+            grid_hw: Rows and columns of the patch tokens.
 
         Returns:
-            Shape ``(B, H * W, channels)`` on the teacher's grid, row by row.
+            Predicted features on the teacher's grid, row by row, shape ``(B, H * W, channels)``.
 
         Raises:
             ShapeError: If the tokens are not on the grid for which the translator was built.
@@ -81,12 +81,12 @@ class Translator(nn.Module):
         return cast(nn.Linear, self.adapter[-1])
 
     def before_last(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
-        """What goes into :attr:`last`, shape ``(B, H * W, C)``; arguments and errors as of a call."""
+        """The input of :attr:`last`, shape ``(B, H * W, C)``; arguments and errors are those of :meth:`forward`."""
         tokens: Tensor = self.adapter[:-1](self._maps(patches, grid_hw))
         return tokens
 
     def _maps(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
-        """Tokens ``(B, N, C)`` to what goes into the adapter."""
+        """Turns tokens ``(B, N, C)`` into the input of the adapter."""
         height, width = grid_hw
         if grid_hw != self.student_grid_hw or patches.shape[1] != height * width:
             raise ShapeError(
@@ -94,15 +94,15 @@ class Translator(nn.Module):
                 f"tokens was given {patches.shape[1]} tokens on {height}x{width}. Use images of the "
                 "student's training size."
             )
-        # A view, whose memory order is that of the tokens: channels last, as all maps in here.
+        # A view in the memory order of the tokens: channels last, like all maps in this file.
         maps: Tensor = self.pad(patches.reshape(len(patches), height, width, patches.shape[-1]).permute(0, 3, 1, 2))
         return maps
 
 
 class _JointNorm(nn.LayerNorm):
-    """A layer norm over channels, rows and columns of maps ``(B, C, H, W)`` that lie channels last in memory.
+    """A layer norm over channels, rows and columns of maps ``(B, C, H, W)`` in channels-last memory order.
 
-    Weight and bias have the shape (C, H, W) of the published models, and the memory order of the maps.
+    Weight and bias have the shape (C, H, W), as in the published models, and the memory order of the maps.
     """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
@@ -168,18 +168,17 @@ class _Resize(nn.Module):
         self.antialias = antialias
 
     def forward(self, maps: Tensor) -> Tensor:
-        # in float32: antialiasing in bfloat16 is not there on every device, and a layer norm or linear comes
-        # next
+        # In float32: not every device can antialias in bfloat16, and a layer norm or linear layer comes next.
         resized = F.interpolate(maps.float(), self.size_hw, mode="bilinear", antialias=self.antialias)
         return resized.to(maps.dtype)
 
 
 class _ToTokens(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, H * W, C)."""
+        """Turns maps (B, C, H, W) into tokens (B, H * W, C)."""
         return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _channels_last(parameter: Tensor) -> nn.Parameter:
-    """The same (C, H, W) values, laid out in memory as (H, W, C)."""
+    """A parameter with the same values and shape (C, H, W), laid out in memory as (H, W, C)."""
     return nn.Parameter(parameter.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1))

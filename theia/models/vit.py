@@ -14,17 +14,17 @@ from theia.models.positions import PositionRule, resize_positions
 
 _PATCH = PATCHES[0]
 _MLP_RATIO = 4
-_SCRATCH_EPS = 1e-12  # of the released models
+_SCRATCH_EPS = 1e-12  # as in the published models
 _SCRATCH_PIXELS = (0.5, 0.5, 0.5)  # mean and standard deviation
 
 
 class ViT(VisionTransformer):
-    """timm's vision transformer, but for how its position embedding is resized: by two rules, and the same in ONNX."""
+    """timm's vision transformer, with a choice of two rules for resizing positions, both the same in ONNX."""
 
     positions: PositionRule = "size"
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """What goes into the first block.
+        """Embeds positions and gives the input of the first block.
 
         Args:
             x: Embedded patches, shape ``(B, rows, columns, C)``.
@@ -39,9 +39,9 @@ class ViT(VisionTransformer):
         return cast(Tensor, self.pos_drop(tokens))
 
     def _positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding ``(1, N, C)``, with the prefix if it has positions."""
+        """Position embedding ``(1, N, C)``, with the prefix tokens if they have positions."""
         positions: Tensor = self.pos_embed  # type: ignore[assignment]  # a parameter, or what torch.func puts in its place
-        # An exported graph is for any size.
+        # An exported graph must work for any size.
         if not torch.compiler.is_exporting() and grid == self.patch_embed.grid_size:
             return positions
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
@@ -51,19 +51,19 @@ class ViT(VisionTransformer):
 
 
 class TheiaBackbone(Backbone):
-    """The paper's: a DeiT-shaped vision transformer with register tokens.
+    """The paper's backbone: a DeiT-shaped vision transformer with register tokens.
 
-    It always starts alike, with or without registers: weights, position embedding and tokens from a normal distribution
-    of standard deviation 0.02, biases zero. The CLS token is the first of the registers, as nothing supervises it.
-    Pretrained weights (DeiT's) bring their input normalisation and their layer-norm epsilon, 1e-6; from scratch it is
-    mean and standard deviation 0.5, and 1e-12.
+    The initialisation is the same with or without registers: weights, position embedding and tokens come from a normal
+    distribution with standard deviation 0.02, and biases are zero. The CLS token is the first of the registers, as
+    nothing supervises it. With pretrained (DeiT) weights, pixels are normalised as for DeiT and the layer-norm epsilon
+    is 1e-6; from scratch, pixels are normalised with mean and standard deviation 0.5 and the epsilon is 1e-12.
 
     Args:
-        options: Which one.
+        options: Choice of the backbone and its options.
 
     Raises:
-        ConfigError: If an option is out of its range, or the width is not a multiple of the heads.
-        ShapeError: If the image size is not a multiple of the patch.
+        ConfigError: If an option is out of its range, or the width is not a multiple of the number of heads.
+        ShapeError: If the image size is not a multiple of the patch size.
 
     Source: Theia, section 3 and Table 3b; DeiT, Table 1.
     """
@@ -111,14 +111,14 @@ class TheiaBackbone(Backbone):
         self.any_size = self.any_size_exported = True
 
     def load_weights(self, weights: str) -> None:
-        """See :class:`Backbone`."""
+        """Does what :class:`Backbone` says."""
         size = self.name.removeprefix("theia_")
         deit.copy_into(self.model, deit.fetch(size) if weights == "pretrained" else deit.read(weights))
 
 
 @torch.no_grad()
 def _initialise(vit: nn.Module) -> None:
-    """Sets every parameter, so that no variant of the student starts from anything of its own."""
+    """Sets every parameter by the same rules, so that all variants of the student start in the same way."""
     for name, parameter in vit.named_parameters():
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)

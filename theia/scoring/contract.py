@@ -56,15 +56,15 @@ class Trained:
     A scorer runs in one process, the others of a distributed test have ended: no collectives.
 
     Attributes:
-        checkpoint: File of the student.
-        encoder: It, in evaluation mode and frozen, on :attr:`device`; a fresh one for every scorer.
+        checkpoint: Checkpoint file of the student.
+        encoder: The student, in evaluation mode and frozen, on :attr:`device`; a fresh one for every scorer.
         shapes: By name of every teacher that the store has, ``{"channels": int, "grid_hw": [rows, columns],
             "has_cls": bool}``. The student was distilled from those in ``encoder.teachers``, perhaps not from others.
-        statistics: By the same names, what features are normalised with.
+        statistics: Statistics that each teacher's features are normalised with, by teacher name.
         train: Images to fit on, at most as many as ``--scorer_images``: a fixed part of the training split.
         held_out: Images to score on, which neither the student nor ``train`` has.
-        device: Where to compute.
-        seed: Of everything random; torch, numpy and Python are seeded with it before each scorer.
+        device: Device to compute on.
+        seed: Seed of everything random; torch, numpy and Python are seeded with it before each scorer.
     """
 
     checkpoint: Path

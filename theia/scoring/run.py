@@ -1,4 +1,4 @@
-"""The scorers of ``theia test``: what they are given, how they are run, and what they said."""
+"""Runs the scorers of ``theia test`` and shows their scores."""
 
 import inspect
 import json
@@ -49,19 +49,19 @@ def run_scorers(
     """Scores a student. To be called in one process.
 
     Args:
-        scorers: By name.
-        data: With every teacher; its workers are ended afterwards.
-        checkpoint: Of the student.
-        device: Where to compute.
-        images: Training images to fit on, at most.
-        seed: For scorers.
+        scorers: Scorers by name.
+        data: Data with every teacher; their workers are ended afterwards.
+        checkpoint: Checkpoint file of the student.
+        device: Device to compute on.
+        images: Largest number of training images to fit on.
+        seed: Seed for the scorers.
 
     Returns:
-        By ``scorer/key``, finite numbers.
+        Scores by ``scorer/key``, all finite.
 
     Raises:
         PluginError: If a scorer fails, or gives something else than finite numbers.
-        TheiaError: Those that a scorer raises.
+        TheiaError: If a scorer raises one.
     """
     labelled = data.labels_agree()
 
@@ -104,11 +104,11 @@ def run_scorers(
 def scores_table(
     scorer: str, scores: Mapping[str, float], teachers: Collection[str], distilled: Collection[str]
 ) -> str:
-    """What one scorer said, for people.
+    """A table of the scores of one scorer.
 
     Args:
-        scorer: Its name.
-        scores: Of all scorers, by ``scorer/key``.
+        scorer: Name of the scorer.
+        scores: Scores of all scorers, by ``scorer/key``.
         teachers: Names of all that the data have: a key that ends in one goes into its row.
         distilled: Those that the student was distilled from; they are marked.
 
@@ -196,7 +196,7 @@ def translators_table(teachers: list[str], before: Mapping[str, float] | None, a
     Args:
         teachers: Names, one row each.
         before: Metrics of the untrained student by logged name, ``test/<metric>/<teacher>``; ``None`` to leave out.
-        after: The same of the trained one.
+        after: Metrics of the trained student, by the same names.
 
     Returns:
         A table as text.

@@ -1,4 +1,4 @@
-"""What is shown beside training: throughput, time left, and feature pictures."""
+"""Callbacks that show throughput, time left and feature pictures during training."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from theia.utils.pictures import ColourBasis, board, colour_basis, norm_map, pca
 
 
 class Throughput(L.Callback):
-    """Logs ``train/images_per_s`` over all processes and shows the minutes left, by the time between logged steps."""
+    """Logs ``train/images_per_s`` over all processes and shows the minutes left, timed between logged steps."""
 
     def __init__(self) -> None:
         self._images = 0
@@ -26,9 +26,9 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: FeatureBatch, batch_idx: int
     ) -> None:
-        """Logs on the steps that log anyway; the wait for data is part of the time."""
+        """Logs on the steps that log anyway; the measured time includes the wait for data."""
         now, step = time.perf_counter(), trainer.global_step
-        if self._since is None:  # the first step, and the first after a validation, is none to judge by
+        if self._since is None:  # the first step of all or after a validation is not typical
             self._images, self._first_step, self._since = 0, step, now
             return
         self._images += len(batch.images) * trainer.world_size
@@ -46,15 +46,16 @@ class Throughput(L.Callback):
 
 
 class FeaturePictures(L.Callback):
-    """Shows what the student has learned: for a few held-out images, teachers and translations side by side.
+    """Shows teachers' features and the student's translations side by side, for a few held-out images.
 
-    At each validation a board goes to TensorBoard; after a test it is written to a file. Per image: the image; per
-    teacher its features and the student's translation of them, as PCA colours in one basis, which is that of the
-    teacher's features of these images and so stays the same over the run; the norms of the student's own tokens.
+    Each validation sends a board of pictures to TensorBoard; a test writes the board to a file. For each image it shows
+    the image, each teacher's features beside the student's translation, and the norms of the student's patch tokens.
+    Features are shown as PCA colours. The PCA basis comes from the teacher's features of these images, so it stays the
+    same over the run.
 
     Args:
-        path: PNG file that a test writes; ``None`` for none.
-        images: How many of the first held-out images to show.
+        path: PNG file that a test writes; ``None`` to write no file.
+        images: Number of held-out images to show, from the first on.
     """
 
     def __init__(self, path: Path | None = None, images: int = 4) -> None:
@@ -72,7 +73,7 @@ class FeaturePictures(L.Callback):
             self._keep(pl_module, batch)
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The same in a test."""
+        """Keeps a copy of the first images of a test and their features."""
         self.on_validation_batch_end(*args, **kwargs)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -80,7 +81,7 @@ class FeaturePictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self._shown is not None and not trainer.sanity_checking:
                 board = self._board(trainer, pl_module, self._shown)
-                # The number of the step just taken, as in the rows of this validation.
+                # The number of the step just taken, as in the rows of metrics for this validation.
                 logger.experiment.add_figure("val/features", board, trainer.global_step - 1)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: ``last.ckpt``, from which it resumes, and ``best.ckpt``; a kill at any time leaves both whole.
+"""Writes the checkpoints of a run, ``last.ckpt`` to resume from and ``best.ckpt``; a kill never damages them.
 
-``last.ckpt`` is written first, ``best.ckpt`` is then a copy of it, and each says its own held-out loss. So no file
-holds what another one knows better, and none holds a path: a run folder may be moved or copied.
+``last.ckpt`` is written first and ``best.ckpt`` is then a copy of it. Each holds its own held-out loss, so that no file
+repeats what another file may contradict. None holds a path, so a run folder may be moved or copied.
 """
 
 import logging
@@ -36,11 +36,11 @@ MONITORED = "val/loss"
 
 
 class StopRequested(Exception):
-    """A signal asked the run to stop; its checkpoint is written.
+    """A signal asked the run to stop, and the run has written its checkpoint.
 
     Attributes:
-        number: The signal.
-        step: Optimisation steps taken.
+        number: Number of the signal.
+        step: Number of optimisation steps taken.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -49,13 +49,13 @@ class StopRequested(Exception):
 
 
 class DurableCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and renames it.
+    """Writes a checkpoint to a temporary file beside its target, then renames it.
 
-    Lightning writes into the machine's temporary folder and copies from there if that is another file system: a kill
-    meanwhile would lose both the new checkpoint and the old one.
+    Lightning writes into the machine's temporary folder and copies from there if that is on another file system. A kill
+    during that copy would lose both the new checkpoint and the old one.
 
     Args:
-        renamed: Entries of a checkpoint that had another name in earlier versions, and what they are called now.
+        renamed: Today's names of checkpoint entries, by the names that earlier versions gave them.
     """
 
     def __init__(self, renamed: Mapping[str, str] | None = None) -> None:
@@ -71,7 +71,7 @@ class DurableCheckpoints(TorchCheckpointIO):
         """Writes a checkpoint whole or not at all.
 
         Raises:
-            FileError: If it cannot be written, for instance on a full disk.
+            FileError: If the checkpoint cannot be written, for instance on a full disk.
         """
         if storage_options is not None:
             raise TypeError("checkpoints are local files, which take no storage_options")
@@ -79,77 +79,78 @@ class DurableCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch finds that its archive is cut short, and hides why.
+                # torch reports that its archive is cut short, and hides the reason.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` every so many steps, after each validation, at the end, and when a signal asks to stop.
+    """Writes ``last.ckpt`` every few steps, after each validation, at the end, and when a signal asks to stop.
 
-    Where a validation is due at the same step the checkpoint is written after it: Lightning does not catch up on a
-    validation that was killed. After a validation with the lowest loss so far, ``best.ckpt`` is that checkpoint, too.
+    If a validation is due at the same step, the checkpoint is written after the validation, because Lightning does not
+    repeat a validation that was killed. After a validation with the lowest loss so far, the checkpoint is also copied
+    to ``best.ckpt``.
 
-    Ctrl-C, and SIGTERM and SIGUSR1, a scheduler's words for "you will be stopped", end the run after the step, or the
-    validation, that is running, with its checkpoint written. A second Ctrl-C ends it at once. After SIGUSR1 a SLURM job
-    is put into the queue again.
+    Ctrl-C ends the run after the current step or validation and writes a checkpoint. So do SIGTERM and SIGUSR1, the
+    signals by which a scheduler announces the end of a job. A second Ctrl-C ends the run at once. After SIGUSR1 a SLURM
+    job is put back into the queue.
 
     Args:
         folder: Folder of the run's checkpoints.
-        every_n_steps: Optimisation steps between two writes: the most that a killed run loses.
-        state: Further plain values to keep in every checkpoint.
+        every_n_steps: Optimisation steps between two checkpoints, which is the most that a killed run loses.
+        state: Further plain values to keep in every checkpoint, by name.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, state: Mapping[str, Any] | None = None) -> None:
         self.last, self.best = Path(folder) / LAST, Path(folder) / BEST
         self.every_n_steps = every_n_steps
         self._state = dict(state or {})
-        self._loss: float | None = None  # of the weights as they are, if they have been validated
+        self._loss: float | None = None  # held-out loss of the current weights, once they are validated
         self._lowest = math.inf
         self._step = self._saved_step = 0
         self._signal: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint says of itself."""
+        """The values that every checkpoint keeps, with the held-out loss of its weights."""
         return {**self._state, MONITORED: self._loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the loss of the checkpoint that the run goes on from."""
+        """Restores the held-out loss of the checkpoint that the run resumes from."""
         self._loss = state[MONITORED]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes where a resumed run begins, and what is the best so far; from now on signals are waited for."""
+        """Notes the step at which the run begins and the lowest loss so far, and starts to handle signals."""
         _check_accumulation(trainer)
         self._step = self._saved_step = trainer.global_step
         source = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         own = source is not None and source.resolve().parent == self.last.parent.resolve()
         if trainer.is_global_zero:
             self._lowest = lowest_loss(self.best, trainer.global_step)
-            # Killed after last.ckpt, before best.ckpt.
+            # The run may have been killed between writing last.ckpt and best.ckpt.
             if source is not None and own:
                 self._keep_if_best(source)
         if source is not None and not own:
-            # A branch of another run: killed before its first checkpoint, it goes on from here and not from nothing.
-            self._loss = None  # of a validation of the other run
+            # A branch of another run: killed before its next checkpoint, it resumes from here and not from scratch.
+            self._loss = None  # the old value is from a validation of the other run
             self._save(trainer)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._note)  # Lightning puts back what was there
+                signal.signal(number, self._note)  # Lightning restores the earlier handlers
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Saves between two optimisation steps."""
+        """Saves a checkpoint after an optimisation step if one is due, and stops if a signal asked for it."""
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step, self._loss = trainer.global_step, None
         fetcher = trainer.fit_loop._data_fetcher
-        # Lightning has no public way to ask.
+        # Lightning has no public way to ask whether a validation is due.
         if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             return
         stops = self._stops(trainer)
         if stops or trainer.global_step % self.every_n_steps == 0:
-            # The row of this step is on the disk before the checkpoint: Lightning would write it after it. Loggers of
-            # the user's would write it twice.
+            # Writes the row of this step before the checkpoint; Lightning would write it afterwards. Loggers that a
+            # user adds would write the row twice.
             if all(isinstance(records, Rows) for records in trainer.loggers):
                 trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
@@ -157,7 +158,7 @@ class Checkpoints(Checkpoint):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves after a validation, whose loss the checkpoint keeps."""
+        """Saves a checkpoint after a validation, together with the validation loss."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         loss = trainer.callback_metrics.get(MONITORED)
@@ -169,7 +170,7 @@ class Checkpoints(Checkpoint):
             self._stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of training."""
+        """Saves the last checkpoint of the training, if the last step has none yet."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
@@ -200,7 +201,7 @@ class Checkpoints(Checkpoint):
         asked = self._signal is not None
         if trainer.world_size == 1:
             return asked
-        # Several agree on the steps that log, when they wait for the device anyway.
+        # Several processes agree on the steps that log, when they wait for the device anyway.
         if not now and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
         return trainer.strategy.reduce_boolean_decision(asked, all=False)
@@ -213,14 +214,14 @@ class Checkpoints(Checkpoint):
 
 
 def lowest_loss(path: Path, steps: int) -> float:
-    """Held-out loss that a checkpoint says of itself.
+    """Reads the held-out loss that ``best.ckpt`` holds.
 
     Args:
-        path: ``best.ckpt``; it may be missing.
-        steps: Steps that the run has taken: a checkpoint of a later one belongs to steps that are taken again.
+        path: Path of ``best.ckpt``, which may be missing.
+        steps: Number of steps that the run has taken. A checkpoint of a later step is ignored, as it will be repeated.
 
     Returns:
-        Infinity if there is no such checkpoint.
+        The held-out loss, or infinity if there is no such checkpoint.
     """
     if not path.is_file():
         return math.inf
@@ -240,15 +241,15 @@ def lowest_loss(path: Path, steps: int) -> float:
 
 
 def _check_accumulation(trainer: L.Trainer) -> None:
-    """Refuses validations in the midst of a step: a checkpoint has no place for gradients that are being summed.
+    """Refuses validations in the middle of a step, because a checkpoint cannot hold partly summed gradients.
 
     Raises:
-        ConfigError: Names the options.
+        ConfigError: If the interval of validations does not fit; the message names the options.
     """
     summed, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
     if summed == 1 or not isinstance(interval, int) or interval == trainer.num_training_batches:
         return  # the last batch of an epoch always ends a step
-    # Without a number of epochs, batches are counted on from one epoch to the next.
+    # If check_val_every_n_epoch is None, Lightning counts batches across epochs.
     aligned = trainer.check_val_every_n_epoch is not None or trainer.num_training_batches % summed == 0
     if interval % summed == 0 and aligned:
         return
@@ -260,7 +261,7 @@ def _check_accumulation(trainer: L.Trainer) -> None:
 
 @rank_zero_only
 def requeue() -> None:
-    """Puts a SLURM job into the queue again; it goes on with ``--ckpt_path last``."""
+    """Puts the SLURM job back into the queue; it resumes with ``--ckpt_path last``."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return

@@ -1,4 +1,4 @@
-"""The LightningModule: wires student, translators, losses and metrics to the trainer, and logs; nothing else."""
+"""The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,16 +21,16 @@ from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
-_NEVER = 2**62  # step of a loss that was always finite
+_NEVER = 2**62  # stands for a loss that was always finite
 
 
 def weights_name(weights: str) -> str:
-    """Which weights a student began with, without the folder that a file of them lay in."""
+    """The name of a student's initial weights; for a weights file, its name without the folder."""
     return weights if weights in ("scratch", "pretrained") else Path(weights).name
 
 
 class _FeatureData(Protocol):
-    """What this module asks of the trainer's datamodule."""
+    """The part of the trainer's datamodule that this module uses."""
 
     batch_size: int
 
@@ -41,18 +41,19 @@ class Distillation(L.LightningModule):
     """Distils the spatial features of several teachers into one student.
 
     Args:
-        teachers: By name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``; from the store.
-        loss: Terms of the loss and their weights: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1}
-            for its ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
-        teacher_weights: Weight of each teacher in the loss, by name; equal by default.
+        teachers: Feature shapes by teacher name, as the store gives them,
+            ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
+        loss: Weight of each loss term: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1} as in its
+            ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
+        teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
         learning_rate: Learning rate after the warm-up, for a global batch of 128.
-        scale_learning_rate: Scale the learning rate linearly with the global batch.
+        scale_learning_rate: Whether to scale the learning rate linearly with the global batch.
         weight_decay: Weight decay of AdamW.
-        decay_rule: Which parameters decay: "matrices" (no norms, biases, position embedding, tokens) or "authors"
-            (all with more than one dimension).
-        warmup: Share of all steps in which the learning rate rises linearly from 1 % to its full value.
-        compile: Compile the training step with torch.compile: on a GPU all of it, about a minute before the first
-            step; on a CPU the loss, some seconds. By default on a GPU only.
+        decay_rule: Rule for the parameters with weight decay: "matrices" (all but norms, biases, position embedding and
+            tokens) or "authors" (all with more than one dimension).
+        warmup: Share of all steps over which the learning rate rises linearly from 1 % to its full value.
+        compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
+            a CPU only the loss, which takes some seconds. By default on a GPU only.
         options: Options of the student and its translators, as :class:`~theia.models.architecture.Architecture` names
             them.
     """
@@ -71,7 +72,7 @@ class Distillation(L.LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        # jsonargparse finds the options of the command line in this call; the position rule is none of them.
+        # jsonargparse finds the options of the command line in this call; the position rule is not among them.
         architecture = Architecture(teachers=teachers, positions="size", **options)
         self.feature_loss = FeatureLoss(loss)
         self.save_hyperparameters()
@@ -81,7 +82,7 @@ class Distillation(L.LightningModule):
         check_number("model.weight_decay", weight_decay, 0)
         for name in ("width", "depth", "heads"):
             check_number(f"model.{name}", getattr(architecture, name), 1)
-        # Pretrained weights are loaded when a training starts: a checkpoint makes them needless.
+        # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build()
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
         self.metrics = nn.ModuleDict(
@@ -96,7 +97,7 @@ class Distillation(L.LightningModule):
         self.objective = Objective(self.distiller, self.feature_loss)
 
     def on_fit_start(self) -> None:
-        """Makes a new model ready; so does the start of a validation or test of one."""
+        """Loads weights and statistics into a new model, as the start of a validation or test does too."""
         self._first_bad_step = {}
         self._prepare()
         wanted = self.hparams["compile"]
@@ -104,7 +105,7 @@ class Distillation(L.LightningModule):
             self.objective.compile(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that pretrained weights and statistics come from a checkpoint, of an earlier version maybe."""
+        """Notes that weights and statistics come from the checkpoint, and renames entries of earlier versions."""
         older.checkpoint(checkpoint)
         self._prepared = True
 
@@ -125,7 +126,7 @@ class Distillation(L.LightningModule):
 
     @property
     def logs(self) -> bool:
-        """Whether the step being taken is one that Lightning logs. Any other asks the device for nothing."""
+        """Whether Lightning logs the current step. On other steps the host does not wait for the device."""
         return bool((self.global_step + 1) % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
@@ -148,7 +149,7 @@ class Distillation(L.LightningModule):
         self._score(batch, "val")
 
     def test_step(self, batch: FeatureBatch, batch_idx: int) -> None:
-        """The same for a test."""
+        """Adds one batch of a test to the metrics."""
         self._score(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
@@ -156,32 +157,32 @@ class Distillation(L.LightningModule):
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
-        """The same for a test."""
+        """Logs the test metrics of all held-out samples, over all processes."""
         self._log_scores("test")
 
     def on_validation_start(self) -> None:
-        """No weights are scored, or called the best, whose loss was not finite."""
+        """Stops if a loss was not finite, so that such weights are never scored or kept as the best."""
         self._prepare()
         self._stop_if_bad()
 
     def on_test_start(self) -> None:
-        """Makes a new model ready."""
+        """Loads weights and statistics into a new model."""
         self._prepare()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the last checkpoint where the loss is not finite any more, and folders of this machine out of all."""
+        """Stops if a loss is not finite, so that the last checkpoint stays, and drops the folder of a weights file."""
         self._stop_if_bad()
         options = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         options["weights"] = weights_name(options["weights"])
 
     def start_untrained(self, checkpoint: Mapping[str, Tensor]) -> None:
-        """Makes a new model comparable with a trained one: its own start, the trained one's statistics.
+        """Makes a new model comparable with a trained one: own initial weights, but the statistics of the trained one.
 
         Args:
-            checkpoint: State of the trained model.
+            checkpoint: State dict of the trained model.
 
         Raises:
-            WeightsError: If the pretrained weights that it starts from cannot be had.
+            WeightsError: If the pretrained weights to start from cannot be fetched or read.
         """
         try:
             self.distiller.student.load_weights()
@@ -192,7 +193,7 @@ class Distillation(L.LightningModule):
         self._prepared = True
 
     def _prepare(self) -> None:
-        """Takes pretrained weights from their source and statistics from the data, unless a checkpoint brought both."""
+        """Loads pretrained weights and the statistics of the data, unless a checkpoint brought both."""
         if self._prepared:
             return
         self.distiller.student.load_weights()
@@ -221,7 +222,7 @@ class Distillation(L.LightningModule):
         self.norm_entropy.update(tokens.patches)
 
     def _log_scores(self, stage: str) -> None:
-        # torchmetrics has summed over the processes already: sync_dist only spares Lightning's warning.
+        # torchmetrics has summed over the processes already; sync_dist only avoids a warning by Lightning.
         for metrics in self.metrics[stage].values():  # type: ignore[operator]  # ModuleDict of ModuleDicts
             self.log_dict(metrics.compute(), sync_dist=True)
             metrics.reset()
@@ -232,7 +233,7 @@ class Distillation(L.LightningModule):
         self.norm_entropy.reset()
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
-        # On the device: asking the host whether each loss is finite would stall every step.
+        # Kept on the device: a check on the host would make it wait for the device in every step.
         for name, loss in by_teacher.items():
             first = self._first_bad_step.get(name)
             if first is None:
@@ -243,7 +244,7 @@ class Distillation(L.LightningModule):
     def _stop_if_bad(self) -> None:
         if not self._first_bad_step:
             return
-        # Over all processes: one that stopped alone would leave the others waiting.
+        # Over all processes, because one that stopped alone would leave the others waiting.
         steps = torch.stack(list(self._first_bad_step.values()))
         first = self.trainer.strategy.reduce(steps, reduce_op="min").tolist()
         step = min(first)

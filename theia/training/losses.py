@@ -12,16 +12,16 @@ from theia.errors import ConfigError, ShapeError
 
 PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
 
-_TINY = 1e-16  # a map whose squares sum to less has no direction
+_TINY = 1e-16  # a feature map with a smaller sum of squares has no direction
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, per_token: bool = False) -> Tensor:
     """One minus the cosine of each sample's whole flattened feature map.
 
     Args:
-        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        prediction: Translated student features, shape ``(B, N, C)``, or ``(B, C)`` for CLS tokens.
         target: Normalised teacher features, same shape.
-        per_token: Take the cosine of every token instead, ours and not the paper's.
+        per_token: Whether to take the cosine of every token instead, which the paper does not do.
 
     Returns:
         Mean over the batch (and the tokens, if per token), a float32 scalar in ``[0, 2]``.
@@ -33,16 +33,16 @@ def cosine_loss(prediction: Tensor, target: Tensor, per_token: bool = False) -> 
     """
     prediction, target = _matched(prediction, target)
     axes = [-1] if per_token else list(range(1, prediction.ndim))
-    # Not F.cosine_similarity: it divides before it sums, so that compiled code would read both tensors twice.
+    # Not F.cosine_similarity, which divides before it sums, so that compiled code would read both tensors twice.
     norms = [value.square().sum(axes).clamp_min(_TINY).sqrt() for value in (prediction, target)]
     return 1 - ((prediction * target).sum(axes) / (norms[0] * norms[1])).mean()
 
 
 def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Smooth L1 with beta 1: half the square of errors below 1, and their size less one half above.
+    """Smooth L1 with beta 1: half the square of an error below 1, and its size minus one half above.
 
     Args:
-        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        prediction: Translated student features, shape ``(B, N, C)``, or ``(B, C)`` for CLS tokens.
         target: Normalised teacher features, same shape.
 
     Returns:
@@ -54,7 +54,7 @@ def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Source: Theia, eq. (1).
     """
     prediction, target = _matched(prediction, target)
-    # A mean of the samples' means: compiled code takes sums over a sample in the same pass as those of the cosine.
+    # The mean of each sample first: compiled code then sums over a sample in the same pass as the cosine does.
     return F.smooth_l1_loss(prediction, target, beta=1.0, reduction="none").flatten(1).mean(1).mean()
 
 
@@ -62,7 +62,7 @@ def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error.
 
     Args:
-        prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+        prediction: Translated student features, shape ``(B, N, C)``, or ``(B, C)`` for CLS tokens.
         target: Normalised teacher features, same shape.
 
     Returns:
@@ -85,14 +85,15 @@ TERMS: dict[str, Term] = {
     "smooth_l1": smooth_l1_loss,
     "mse": mse_loss,
 }
-"""What a loss can be made of: ``(prediction, target) -> scalar``. Another term is a function and a line here."""
+"""Loss terms by name, each ``(prediction, target) -> scalar``. A new term needs a function and a line here."""
 
 
 class FeatureLoss:
     """The loss of one teacher: a weighted sum of terms.
 
     Args:
-        weights: Weight of each term, by a name of :data:`TERMS`; the paper's by default, cosine 0.9 and smooth L1 0.1.
+        weights: Weight of each term, by its name in :data:`TERMS`; cosine 0.9 and smooth L1 0.1 by default, as in the
+            paper.
 
     Raises:
         ConfigError: If a term is unknown, a weight is negative or not finite, or all are 0.
@@ -113,10 +114,10 @@ class FeatureLoss:
         self._terms = [(weight, TERMS[name]) for name, weight in self.weights.items() if weight]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
-            prediction: Translated student features, shape ``(B, N, C)``; of CLS tokens ``(B, C)``.
+            prediction: Translated student features, shape ``(B, N, C)``, or ``(B, C)`` for CLS tokens.
             target: Normalised teacher features, same shape.
 
         Returns:
@@ -133,17 +134,17 @@ class FeatureLoss:
 
 
 def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None = None) -> dict[str, float]:
-    """What each teacher counts in the mean over teachers.
+    """Gives the weight of each teacher in the mean over teachers.
 
     Args:
-        names: The teachers, at least one.
-        weights: Relative weights by name; a teacher that is not named has 1. 0 switches a teacher off.
+        names: Names of the teachers, at least one.
+        weights: Relative weights by teacher name, 1 for a teacher without one; 0 switches a teacher off.
 
     Returns:
         Weights by name that sum to 1.
 
     Raises:
-        ConfigError: If a weight is for no teacher, negative or not finite, or nothing is left.
+        ConfigError: If a weight is for an unknown teacher, negative or not finite, or if all weights are 0.
     """
     given = dict(weights or {})
     unknown = sorted(given.keys() - set(names))
@@ -163,24 +164,24 @@ def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None 
 
 
 def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
-    """The mean of the teachers' losses.
+    """The weighted mean of the teachers' losses.
 
     Args:
-        losses: Scalars by teacher name.
-        weights: See :func:`teacher_weights`; equal by default.
+        losses: Loss of each teacher by name, a scalar.
+        weights: Relative weights by teacher name, as for :func:`teacher_weights`; equal by default.
 
     Returns:
         A scalar.
 
     Raises:
-        ConfigError: See :func:`teacher_weights`.
+        ConfigError: If a weight is wrong, as for :func:`teacher_weights`.
     """
     shares = teacher_weights(losses.keys(), weights)
     return torch.stack([share * losses[name] for name, share in shares.items()]).sum()
 
 
 def _matched(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32: under autocast the prediction is bfloat16, too coarse for sums over a feature map."""
+    """Both tensors in float32: under autocast, predictions are bfloat16, too coarse for sums over a feature map."""
     if prediction.shape != target.shape or prediction.ndim < 2:
         raise ShapeError(
             f"A prediction of shape {tuple(prediction.shape)} cannot be compared with a target of shape "

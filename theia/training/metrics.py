@@ -1,4 +1,4 @@
-"""Metrics of distillation, right on any number of processes: their states are sums."""
+"""Metrics of distillation. Their states are sums, so they are correct on any number of processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,19 +10,19 @@ from torchmetrics.regression import ExplainedVariance
 
 from theia.training.losses import cosine_loss, mse_loss, smooth_l1_loss
 
-# The paper gives neither the bins nor the range of its norm entropy. Norms are divided by the root of the
-# width, so that widths can be compared; a token straight out of a layer norm then has norm 1, the middle of a
-# bin, not an edge on which rounding would decide.
+# The paper gives neither the bins nor the range of its norm entropy. Norms are divided by the square root of the width,
+# so that students of different widths can be compared. A token straight out of a layer norm then has norm 1, which is
+# the middle of a bin and not an edge, where rounding would decide.
 NORM_BINS = 250
 NORM_RANGE = 4.0
 
 
 class SampleMean(Metric):
-    """The mean over samples of a score that a function gives as the mean of a batch.
+    """The mean over all samples of a score that a function gives as the mean over a batch.
 
     Args:
-        score: ``(prediction, target) -> scalar``, both of shape ``(B, ...)``.
-        kwargs: Of torchmetrics' ``Metric``.
+        score: Function ``(prediction, target) -> scalar`` of two tensors of shape ``(B, ...)``.
+        kwargs: Options of torchmetrics' ``Metric``.
     """
 
     full_state_update = False
@@ -36,7 +36,7 @@ class SampleMean(Metric):
         self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Adds a batch."""
+        """Adds a batch of shape ``(B, ...)``."""
         self.total = self.total + self.score(prediction, target).detach() * len(target)
         self.samples = self.samples + len(target)
 
@@ -48,7 +48,7 @@ class SampleMean(Metric):
 class TokenExplainedVariance(ExplainedVariance):
     """Explained variance of every channel over all tokens, averaged over channels.
 
-    1 is a perfect prediction; 0 is what a constant achieves.
+    A perfect prediction has 1; the best constant has 0.
     """
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -59,15 +59,15 @@ class TokenExplainedVariance(ExplainedVariance):
 class NormEntropy(Metric):
     """Entropy of the distribution of patch-token norms, ``H = -Σ p log p``, in nats.
 
-    ``p`` is the share of tokens in each of 250 equal bins of ``norm / sqrt(width)`` over ``[0, 4)``; norms
-    beyond count in the last bin. Values are comparable only between models and image sets measured with the
+    ``p`` is the share of tokens in each of 250 equal bins of ``norm / sqrt(width)`` over ``[0, 4)``; larger norms
+    count in the last bin. Values are comparable only between models and image sets measured with the
     same bins.
 
-    Source: Theia, section 5 and appendix G, without its bins, which it does not state.
+    Source: Theia, section 5 and appendix G, which do not state the bins.
     """
 
     full_state_update = False
-    counts: Tensor  # (NORM_BINS,), tokens
+    counts: Tensor  # (NORM_BINS,), number of tokens
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ class NormEntropy(Metric):
         """Adds patch tokens of shape ``(B, N, C)``."""
         norms = patches.detach().float().norm(dim=-1).flatten() / patches.shape[-1] ** 0.5
         bins = (norms * (NORM_BINS / NORM_RANGE)).clamp(max=NORM_BINS - 1).long()
-        bins = bins.clamp(min=0)  # of a NaN too: an index out of range would take the device down
+        bins = bins.clamp(min=0)  # for NaN too: an index out of range would break the device
         self.counts = self.counts.scatter_add(0, bins, torch.ones_like(bins))
 
     def compute(self) -> Tensor:
@@ -90,13 +90,13 @@ class NormEntropy(Metric):
 def feature_metrics(stage: str, teacher: str, *, alone: bool = False) -> MetricCollection:
     """Metrics of one teacher, on normalised features: cosine, smooth_l1, mse, explained_variance.
 
-    All take ``(prediction, target)`` of shape ``(B, N, C)``. The cosine is that of each sample's whole
-    flattened map.
+    All take ``(prediction, target)`` of shape ``(B, N, C)``. The cosine is taken over each sample's whole flattened
+    feature map.
 
     Args:
         stage: First part of the logged name, such as ``"val"``.
-        teacher: Last part.
-        alone: Whether only this process has them: merging with the others would wait for them for ever.
+        teacher: Last part of the logged name, the name of the teacher.
+        alone: Whether only this process computes the metrics. Merging would wait for the other processes for ever.
 
     Returns:
         A collection whose results are named ``stage/metric/teacher``.
@@ -108,8 +108,7 @@ def feature_metrics(stage: str, teacher: str, *, alone: bool = False) -> MetricC
         "mse": SampleMean(mse_loss, **options),
         "explained_variance": TokenExplainedVariance(**options),
     }
-    # Compute groups merge metrics whose states happen to be equal after the first batch, as two losses of 0
-    # are.
+    # Compute groups would merge metrics whose states happen to be equal after the first batch, such as two losses of 0.
     return MetricCollection(metrics, prefix=f"{stage}/", postfix=f"/{teacher}", compute_groups=False)
 
 

@@ -1,4 +1,4 @@
-"""From a batch to the loss of each teacher, compiled or not: the part of a training step that is pure torch."""
+"""The part of a training step that is pure torch: from a batch to the loss of each teacher, compiled or not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,8 @@ class Objective:
     """Translates a batch of images and compares the translations with the stored features.
 
     Args:
-        distiller: Student, translators and the normalisation of the features.
-        loss: ``(prediction, target) -> scalar`` of normalised features, both ``(B, N, C)``, or ``(B, C)`` for CLS.
+        distiller: Model with the student, the translators and the normalisation of the features.
+        loss: Function ``(prediction, target) -> scalar`` of normalised features ``(B, N, C)``, or ``(B, C)`` for CLS.
     """
 
     def __init__(self, distiller: Distiller, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -26,29 +26,29 @@ class Objective:
         self._compare: Callable[..., dict[str, Tensor]] = self._losses
 
     def compile(self, device: torch.device) -> None:
-        """Compiles what is faster for it, at the first batch: on a GPU everything, on a CPU the loss.
+        """Has the first batch compile what gains speed from it: everything on a GPU, only the loss on a CPU.
 
-        All batches should be of one size: each other size is compiled anew.
+        All batches should have one size, because each new size is compiled again.
 
         Args:
-            device: Where the batches will be.
+            device: Device of the batches.
 
         Raises:
-            ConfigError: If torch.compile does not work here; says what is missing.
+            ConfigError: If torch.compile does not work here; the message says what is missing.
         """
         _check_compiler(device)
-        # In one pass over each raw feature, which is never normalised in memory.
+        # One pass over the raw features, which never stores them normalised.
         self._compare = torch.compile(self._losses, dynamic=False)
-        # On a CPU nearly all of the rest is matrix products, and those are no faster for it.
+        # On a CPU nearly all of the rest is matrix products, which do not get faster when compiled.
         if device.type == "cuda":
             self._translate = torch.compile(self.distiller.forward, dynamic=False)
 
     def __call__(self, batch: FeatureBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and translations of a batch.
+        """Computes losses and translations of a batch.
 
         Returns:
-            By teacher, its loss, a scalar (with a distilled CLS token: the mean of both losses); by teacher, predicted
-            normalised patch tokens ``(B, N, C)``.
+            The loss of each teacher by name, a scalar (if its CLS token is distilled, the mean of the patch and the CLS
+            loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher name.
         """
         _, predictions, cls_predictions = self._translate(batch.images)
         return self.compare(predictions, cls_predictions, batch), predictions
@@ -56,12 +56,12 @@ class Objective:
     def compare(
         self, predictions: dict[str, Tensor], cls_predictions: dict[str, Tensor], batch: FeatureBatch
     ) -> dict[str, Tensor]:
-        """The losses alone.
+        """Computes the losses from predictions that are there already.
 
         Args:
-            predictions: By teacher, predicted normalised patch tokens ``(B, N, C)``.
-            cls_predictions: By teacher whose CLS token is distilled, ``(B, C)``.
-            batch: Holds the features.
+            predictions: Predicted normalised patch tokens ``(B, N, C)`` by teacher name.
+            cls_predictions: Predicted normalised CLS tokens ``(B, C)`` by teacher name, if they are distilled.
+            batch: Batch that holds the stored features.
         """
         return self._compare(predictions, cls_predictions, batch.patches, batch.scales, batch.cls)
 
@@ -85,7 +85,7 @@ class Objective:
 def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.cos)(torch.zeros(8, device=device))
-    # Which error depends on what is missing: a compiler, headers, Triton, room for the cache.
+    # The type of the error depends on what is missing: a compiler, headers, Triton or room for the cache.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

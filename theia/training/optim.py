@@ -1,4 +1,4 @@
-"""Optimiser and schedule: AdamW, linear warm-up, then a constant rate."""
+"""Optimiser and schedule: AdamW, linear warm-up, then a constant learning rate."""
 
 from typing import Any, Literal
 
@@ -12,22 +12,21 @@ from theia.errors import ConfigError
 DecayRule = Literal["matrices", "authors"]
 
 BETAS = (0.9, 0.999)
-WARMUP_START = 1e-2  # of the learning rate
+WARMUP_START = 1e-2  # share of the learning rate
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "matrices") -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay.
+    """Groups trainable parameters into those with and those without weight decay.
 
     Args:
-        module: Model.
-        weight_decay: Of the first group.
-        rule: ``"matrices"``: the weights of linear layers and convolutions decay, so neither norms, biases,
-            position embedding nor tokens. ``"authors"``: every parameter with more than one dimension whose
-            name does not end in ``.bias`` decays, so position embedding, tokens and the scales of joint layer
-            norms too.
+        module: Model that has the parameters.
+        weight_decay: Weight decay of the first group.
+        rule: Rule that chooses the first group. ``"matrices"``: the weights of linear layers and convolutions, so no
+            norms, biases, position embedding or tokens. ``"authors"``: every parameter with more than one dimension
+            whose name does not end in ``.bias``, so also position embedding, tokens and scales of joint layer norms.
 
     Returns:
-        Two groups for an optimiser: what decays, what does not.
+        Two parameter groups for an optimiser: first with weight decay, then without.
 
     Raises:
         ConfigError: If the rule is unknown.
@@ -57,11 +56,12 @@ def build_optimizer(
     """AdamW over a model's trainable parameters.
 
     Args:
-        module: Model.
-        learning_rate: Of all parameters, after the warm-up.
-        weight_decay: Of those that decay.
-        rule: See :func:`parameter_groups`.
-        fused: All parameters in one pass. Not where Lightning clips gradients under mixed precision: it refuses.
+        module: Model that has the parameters.
+        learning_rate: Learning rate of all parameters after the warm-up.
+        weight_decay: Weight decay of the parameters that decay.
+        rule: Rule for the parameters that decay, as for :func:`parameter_groups`.
+        fused: Whether to update all parameters in one pass, which Lightning refuses if it clips gradients under mixed
+            precision.
 
     Raises:
         ConfigError: If the rule is unknown.
@@ -72,28 +72,29 @@ def build_optimizer(
 
 
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
-    """A schedule that is stepped after every optimisation step.
+    """A linear warm-up, then a constant learning rate; stepped after every optimisation step.
 
     Args:
-        optimizer: Its learning rates are those after the warm-up.
-        warmup_steps: Steps from a hundredth of the learning rate, linearly, to all of it; 0 for none.
+        optimizer: Optimiser with the learning rates to reach after the warm-up.
+        warmup_steps: Number of steps in which the learning rate rises linearly from a hundredth to its full value; 0
+            for no warm-up.
 
     Raises:
         ConfigError: If the number of steps is negative.
     """
     if warmup_steps < 0:
         raise ConfigError(f"Warm-up is {warmup_steps} steps; it must be 0 or more.")
-    # torch leaves the rate at its start for ever where the warm-up has no steps.
+    # Without warm-up steps, torch would leave the learning rate at its start for ever.
     start = WARMUP_START if warmup_steps else 1.0
     return LinearLR(optimizer, start_factor=start, total_iters=max(warmup_steps, 1))
 
 
 def scale_learning_rate(learning_rate: float, global_batch: int, reference: int = 128) -> float:
-    """The learning rate for another batch size, linear in it.
+    """Scales a learning rate linearly to another batch size.
 
     Args:
-        learning_rate: At the reference batch.
+        learning_rate: Learning rate for the reference batch.
         global_batch: Samples per optimisation step over all processes.
-        reference: Batch for which the learning rate was chosen.
+        reference: Global batch for which the learning rate was chosen.
     """
     return learning_rate * global_batch / reference

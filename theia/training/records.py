@@ -1,7 +1,7 @@
-"""What a run writes down step by step, ``metrics.csv`` and TensorBoard's events, and how a resumed run goes on in both.
+"""Records that a run writes step by step, ``metrics.csv`` and TensorBoard events, and how a resumed run continues them.
 
 A checkpoint of ``n`` steps belongs to the rows of the steps ``0 .. n - 1``. Every row is on the disk before the
-checkpoint that follows it, and a resumed run first cuts away the rows of steps that it will take again. So both hold
+checkpoint that follows it, and a resumed run first removes the rows of steps that it will repeat. So both records hold
 each step once, wherever a run was killed.
 """
 
@@ -23,7 +23,7 @@ RESUME = "resume with --ckpt_path last"
 
 
 class Rows:
-    """Records that write each row once: the row of a checkpoint's step is handed over before it, and again after it."""
+    """Writes each row once, although the row of a checkpoint's step arrives both before and after the checkpoint."""
 
     _last_row = ""
 
@@ -36,16 +36,16 @@ class Rows:
 
 
 class MetricsCSV(Rows, Logger):
-    """Writes ``metrics.csv``, a line at once, and goes on in it when a run is resumed.
+    """Writes ``metrics.csv`` line by line, without delay, and appends to it when a run is resumed.
 
     Lightning's own logger rewrites the whole file in place when a column is added, and deletes it on resuming.
 
     Args:
         run: Run folder.
-        resumed_at: Optimisation steps already taken; rows of later ones are dropped. ``None`` for a new run.
+        resumed_at: Number of optimisation steps already taken; rows of later steps are removed. ``None`` for a new run.
 
     Raises:
-        FileError: On the first row and later, if it cannot be written.
+        FileError: When a row is logged, if the file cannot be written.
     """
 
     def __init__(self, run: str | Path, resumed_at: int | None = None) -> None:
@@ -56,12 +56,12 @@ class MetricsCSV(Rows, Logger):
 
     @property
     def name(self) -> str:
-        """None: the folder is the run's."""
+        """Empty, because the file lies in the run folder itself."""
         return ""
 
     @property
     def version(self) -> str:
-        """None, likewise."""
+        """Empty, because the file lies in the run folder itself."""
         return ""
 
     @property
@@ -91,15 +91,15 @@ class MetricsCSV(Rows, Logger):
                 file.write(_lines(self._columns, [row]).encode())
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They stand in ``config.yaml``."""
+        """Does nothing, because ``config.yaml`` holds the hyperparameters."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Every row is written at once."""
+        """Does nothing, because every row is written without delay."""
 
     @rank_zero_only
     def sync(self) -> None:
-        """Waits until all rows are on the disk, and those of steps that are taken again are gone."""
+        """Removes the rows of steps that will be repeated, and waits until all others are on the disk."""
         self._cut()
         with writing(self.path, again=RESUME):
             if self.path.exists():
@@ -112,11 +112,12 @@ class MetricsCSV(Rows, Logger):
 
 
 class Events(Rows, TensorBoardLogger):
-    """TensorBoard's events, right in the run folder; a resumed run cuts away those of steps that it will take again.
+    """Writes TensorBoard events into the run folder; a resumed run removes the events of steps that it will repeat.
 
     Args:
         run: Run folder.
-        resumed_at: Optimisation steps already taken; events of later ones are dropped. ``None`` for a new run.
+        resumed_at: Number of optimisation steps already taken; events of later steps are removed. ``None`` for a new
+            run.
     """
 
     def __init__(self, run: str | Path, resumed_at: int | None = None) -> None:
@@ -126,32 +127,32 @@ class Events(Rows, TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, made on first use."""
+        """The event writer, created on first use."""
         if self._experiment is None and self._resumed_at is not None:
             cut_events(Path(self.log_dir), self._resumed_at)
         return super().experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """See Lightning."""
+        """Writes the values of one step, unless they are written already."""
         if self._is_new(metrics, step):
             super().log_metrics(dict(metrics), step)
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings out what waits; without Lightning's ``hparams.yaml``, whose content stands in ``config.yaml``."""
+        """Flushes events, without writing Lightning's ``hparams.yaml``, whose content is in ``config.yaml``."""
         self.experiment.flush()
 
 
 def cut_rows(path: Path, steps: int) -> list[str]:
-    """Cuts ``metrics.csv`` back to its whole rows of the first steps.
+    """Cuts ``metrics.csv`` back to the complete rows of the first steps.
 
     Args:
-        path: The file; it may be missing.
-        steps: How many steps to keep.
+        path: Path of ``metrics.csv``, which may be missing.
+        steps: Number of steps to keep.
 
     Returns:
-        Its columns.
+        Names of the file's columns; empty if no row is left.
     """
     if not path.is_file():
         return []
@@ -170,8 +171,8 @@ def cut_events(folder: Path, steps: int) -> None:
     """Cuts the event files in a folder back to the first steps.
 
     Args:
-        folder: The run folder; what lies deeper is left alone.
-        steps: How many steps to keep.
+        folder: Run folder; its subfolders are not touched.
+        steps: Number of steps to keep.
     """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -193,7 +194,7 @@ def cut_events(folder: Path, steps: int) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole rows: a line that a kill or a full disk cut short is none."""
+    """Reads the complete rows, without a line that a kill or a full disk cut short."""
     text = path.read_text()
     lines = text[: text.rfind("\n") + 1]
     return [row for row in csv.DictReader(io.StringIO(lines)) if None not in row.values() and None not in row]
