@@ -2,7 +2,7 @@
 
 
 class TheiaError(Exception):
-    """Base of all. The command line prints its message without a traceback and exits with 1."""
+    """Base of all errors of Theia. The command line prints the message without a traceback and exits with 1."""
 
 
 class ConfigError(TheiaError):
@@ -22,7 +22,7 @@ class UnknownScorerError(TheiaError):
 
 
 class PluginError(TheiaError):
-    """A registered teacher or scorer cannot be used: it fails, is something else, or shares its name with another."""
+    """A registered teacher or scorer cannot be used: it fails, is of another kind, or shares its name with another."""
 
 
 class WeightsError(TheiaError):
@@ -38,15 +38,15 @@ class FeatureError(TheiaError):
 
 
 class StoreError(TheiaError):
-    """A feature store is missing, unfinished, of another schema, damaged, or disagrees with itself."""
+    """A feature store is missing, unfinished, of another schema, damaged, or inconsistent."""
 
 
 class WorkerError(TheiaError):
-    """A reading process ended while it was needed."""
+    """A reading process ended while it was still needed."""
 
 
 class ShapeError(TheiaError):
-    """Tensors or images whose shapes do not fit."""
+    """Tensors or images have shapes that do not fit."""
 
 
 class CheckpointError(TheiaError):
@@ -54,8 +54,8 @@ class CheckpointError(TheiaError):
 
 
 class DivergenceError(TheiaError):
-    """A loss stopped being finite."""
+    """A loss is no longer finite."""
 
 
 class ExportError(TheiaError):
-    """A model cannot be written in a format, or what was written does not give what the model gives."""
+    """A model cannot be written in a format, or the written model gives other results than the original."""

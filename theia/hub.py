@@ -1,4 +1,4 @@
-"""The model hub: where it cannot be reached, its client is kept from trying for a minute."""
+"""Access to the model hub, without a minute of retries by its client where the hub cannot be reached."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,15 +22,15 @@ class UnreachableError(WeightsError):
 
 @contextmanager
 def known_to_answer(weights: str) -> Iterator[None]:
-    """Inside, weights come from the hub if it answers, and at once from its cache on disk if it does not.
+    """Lets weights in the block come from the hub if it answers, and at once from its cache on disk if it does not.
 
     The hub's client tries each file six times, half a minute in all, before it says that there is no network.
 
     Args:
-        weights: What is to be loaded. For a path, ``"random"`` and ``"none"`` the hub is not asked.
+        weights: Weights to load. The hub is not asked about a path, ``"random"`` or ``"none"``.
 
     Raises:
-        UnreachableError: If the hub does not answer, or ``HF_HUB_OFFLINE`` is set, and its cache lacks something.
+        UnreachableError: If the cache lacks something, and the hub does not answer or ``HF_HUB_OFFLINE`` is set.
     """
     if weights in ("random", "none") or Path(weights).expanduser().exists():
         yield
@@ -43,7 +43,7 @@ def known_to_answer(weights: str) -> Iterator[None]:
     if not offline and silence is None:
         yield
         return
-    constants.HF_HUB_OFFLINE = True  # what the environment variable of this name does, which is read at import only
+    constants.HF_HUB_OFFLINE = True  # as the environment variable of this name, which is read at import only
     try:
         yield
     except Exception as error:
@@ -57,15 +57,15 @@ def known_to_answer(weights: str) -> Iterator[None]:
 
 @cache
 def _silence(address: str) -> str | None:
-    """Why a hub does not answer; ``None`` if it does."""
+    """Reason why a hub does not answer; ``None`` if it does."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # re-exported in every version
 
     try:
-        # Through the user's proxy, if there is one; given the time that the client itself gives, which users can set.
+        # Uses the user's proxy, if there is one, and the client's own timeout, which users can set.
         get_session().head(address, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        # Each version of the client has an HTTP library of its own.
+        # The HTTP library differs between versions of the client.
         return f"{type(error).__name__}: {error}".rstrip(": .")
     return None
 

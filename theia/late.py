@@ -1,4 +1,4 @@
-"""Imports that are put off: something to do once a package is imported, and packages of which a part is enough."""
+"""Delayed imports: work to do once a package is imported, and packages that are imported only in part."""
 
 import importlib
 import importlib.util
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def when_imported(name: str, work: Callable[[], object]) -> None:
-    """Does some work after a module has been imported; at once if it has been.
+    """Does some work once a module has been imported, or at once if it already has been.
 
     Args:
         name: Full name of the module.
-        work: What to do, once.
+        work: Function to call, once.
     """
     if name in sys.modules:
         work()
@@ -25,18 +25,18 @@ def when_imported(name: str, work: Callable[[], object]) -> None:
 
 
 def torchmetrics_in_part() -> None:
-    """Has an import of torchmetrics load the base of all metrics, which Lightning needs, and put off the rest.
+    """Makes an import of torchmetrics load only the base of all metrics, which Lightning needs, and delays the rest.
 
     The package's own ``__init__`` imports its metrics for text, images and sound, and with them transformers,
     torchvision and scipy: seconds for every process that imports Lightning. It runs as soon as the package is asked for
-    a name that the base does not have, so that whoever uses such a metric finds it where it always was.
+    a name that the base does not have, so that all other metrics are still found in their usual place.
     """
     if "torchmetrics" not in sys.modules:
         sys.meta_path.insert(0, _Finder("torchmetrics", _TorchmetricsLoader))
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, and has it loaded in another way."""
+    """Finds one module, once, and gives it another loader."""
 
     def __init__(self, name: str, loader: Callable[[Loader], Loader]) -> None:
         self._name = name
@@ -65,7 +65,7 @@ class _Loader(Loader):
 
 
 class _ThenLoader(_Loader):
-    """Does some work after the module."""
+    """Does some work after the module has been loaded."""
 
     def __init__(self, loader: Loader, work: Callable[[], object]) -> None:
         super().__init__(loader)
@@ -78,7 +78,7 @@ class _ThenLoader(_Loader):
 
 
 class _LaterLoader(_Loader):
-    """Runs a package's ``__init__`` when it is asked for a name that it lacks; until then its submodules are there."""
+    """Runs a package's ``__init__`` only when the package is asked for a name it lacks. Its submodules work before."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -94,13 +94,13 @@ class _LaterLoader(_Loader):
 
 
 class _TorchmetricsLoader(_LaterLoader):
-    """Gives the package what Lightning takes from it."""
+    """Gives the package the names that Lightning takes from it."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         functional = _Finder("torchmetrics.functional", _LaterLoader)
         sys.meta_path.insert(0, functional)
-        module.__dict__["_logger"] = logging.getLogger("torchmetrics")  # which its modules import from here
+        module.__dict__["_logger"] = logging.getLogger("torchmetrics")  # the package's modules import it from here
         try:
             module.__dict__["__version__"] = importlib.import_module("torchmetrics.__about__").__version__
             importlib.import_module("torchmetrics.utilities")  # first: it and torchmetrics.metric import each other

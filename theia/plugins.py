@@ -1,4 +1,4 @@
-"""Plug-ins of one kind: found through an entry-point group, imported on first use."""
+"""Plug-ins of one kind, found through an entry-point group and imported on first use."""
 
 import difflib
 import re
@@ -15,12 +15,12 @@ NAME_RULE = "of lower-case letters, digits and '_'"
 
 @dataclass(frozen=True)
 class Plugins:
-    """What distributions register in one group.
+    """Plug-ins that installed distributions register in one group.
 
     Attributes:
-        group: Entry-point group.
-        kind: What its members are called, in messages.
-        unknown: Error for a name that nothing registers.
+        group: Name of the entry-point group.
+        kind: Name for one of its plug-ins in messages.
+        unknown: Class of the error for a name that nothing registers.
     """
 
     group: str
@@ -32,14 +32,14 @@ class Plugins:
         return sorted({point.name for point in entry_points(group=self.group)})
 
     def load(self, name: str, problem: Callable[[Any], str | None]) -> Any:
-        """What one name stands for.
+        """Loads the plug-in of one name.
 
         Args:
-            name: Name of its entry point.
-            problem: Says why an object is none of this kind, as the end of a sentence; ``None`` if it is one.
+            name: Name of the plug-in's entry point.
+            problem: Function that says why an object is not of this kind, as the end of a sentence; ``None`` if it is.
 
         Raises:
-            TheiaError: Of the group's own class, if nothing registers the name; lists what is installed and the
+            TheiaError: Of class ``unknown``, if nothing registers the name. The message lists what is installed and the
                 nearest name.
             PluginError: If the plug-in cannot be imported, has a problem, or shares its name with another.
         """
@@ -56,7 +56,7 @@ class Plugins:
         try:
             found = point.load()
         except Exception as error:
-            # Whatever a third party's import raises must not reach the plug-ins beside it.
+            # A third party's import may raise anything, and must not affect the other plug-ins.
             raise PluginError(
                 f"{title} cannot be imported: {type(error).__name__}: {error}. "
                 "Reinstall or uninstall that distribution."

@@ -15,7 +15,8 @@ from theia.types import TeacherSpec
 GROUP = "theia.teachers"
 _TEACHERS = Plugins(GROUP, "teacher", UnknownTeacherError)
 
-# A name is a folder in a store, beside that of the images, a prefix of options, and a key of torch's ModuleDict.
+# A teacher's name is also a folder in a store, beside that of the images, a prefix of options, and a key of torch's
+# ModuleDict.
 _RESERVED = frozenset({"image", "training", *dir(nn.ModuleDict)})
 
 
@@ -26,20 +27,20 @@ def names() -> list[str]:
 
 @cache
 def find(name: str) -> type[Teacher]:
-    """The class of one teacher.
+    """Finds the class of one teacher.
 
     Args:
-        name: Name of its entry point.
+        name: Name of the teacher's entry point.
 
     Raises:
-        UnknownTeacherError: If nothing registers the name; lists what is installed and the nearest name.
+        UnknownTeacherError: If nothing registers the name. The message lists what is installed and the nearest name.
         PluginError: If the plugin cannot be imported, is not a Teacher, or shares its name with another.
     """
     return cast(type[Teacher], _TEACHERS.load(name, lambda teacher: _problem(teacher, name)))
 
 
 def find_all() -> tuple[dict[str, type[Teacher]], dict[str, PluginError]]:
-    """Every teacher that can be loaded, and why the others cannot.
+    """Finds every teacher that can be loaded, and the reason for each that cannot.
 
     Returns:
         Classes by name, and errors by name. One broken plugin does not hide the others.
@@ -58,13 +59,13 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Teacher:
     """Builds one teacher, in eval mode and frozen.
 
     Args:
-        name: Name of its entry point.
-        options: Arguments of its constructor.
+        name: Name of the teacher's entry point.
+        options: Arguments of the teacher's constructor.
 
     Raises:
         UnknownTeacherError: If nothing registers the name.
         PluginError: If the plugin is broken or does not take these options.
-        WeightsError: If its weights cannot be had.
+        WeightsError: If the teacher's weights cannot be loaded.
     """
     try:
         teacher = find(name)(**(options or {}))

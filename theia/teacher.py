@@ -1,4 +1,4 @@
-"""The contract that every teacher fulfils: what the author of a plugin reads."""
+"""The interface of every teacher, for authors of plugins."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> TeacherFeatures:
-        """Features of a batch.
+        """Computes the features of a batch.
 
         Args:
             images: RGB, uint8, shape ``(B, 3, H, W)``, on the teacher's device. The teacher owns everything that
@@ -46,32 +46,32 @@ class Teacher(nn.Module, ABC):
         """
 
     def decode(self, patches: Tensor, images: Tensor) -> Decoded | None:
-        """What features look like to a person; a plugin may say, and need not.
+        """Turns features into something that a person can look at. A plugin need not implement it.
 
-        The features are the teacher's own or a student's translation of them: nothing here may be computed anew from
-        the images, which only say how large the result is and what lies beneath it.
+        The features are the teacher's own or a student's translation of them. The result must come from the features
+        alone: the images only give its size and what it is laid over.
 
         Args:
             patches: Features as :meth:`forward` gives them, float32, shape ``(B, N, C)``, on the teacher's device.
-            images: The images that they are features of, RGB, uint8, shape ``(B, 3, H, W)``.
+            images: Images that the features belong to, RGB, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            Depth, masks or pictures, of any resolution, which is the same for images of one size. Depth must be finite.
-            Masks are brought to the size of the images by nearest neighbours. ``None`` where a teacher has none, as by
-            default: its features are shown as the colours of their principal components.
+            Depth, masks or pictures, at any resolution that is the same for all images of one size. Depth must be
+            finite. Masks are resized to the images by nearest neighbours. By default ``None``: the features are then
+            shown as the colours of their principal components.
         """
         return None
 
 
 @contextmanager
 def random_weights(teacher: str) -> Iterator[None]:
-    """Draws the weights of everything built inside from a fixed seed, and says so.
+    """Draws the weights of everything built inside the block from a fixed seed, and warns of it.
 
     Random weights are for tests and for showing that a pipeline works. They must be the same in every process and in
     every run, and must leave the caller's random state alone.
 
     Args:
-        teacher: Name to give in the warning.
+        teacher: Name of the teacher, for the warning.
     """
     logger.warning("Teacher %r has random weights (seed %d): its features carry no knowledge.", teacher, RANDOM_SEED)
     with torch.random.fork_rng(devices=[]):
@@ -83,12 +83,12 @@ def check_features(spec: TeacherSpec, features: TeacherFeatures, batch_size: int
     """Checks that features have the shapes that the spec promises.
 
     Args:
-        spec: Spec of the teacher that gave them.
-        features: What it gave.
-        batch_size: Images in the batch.
+        spec: Spec of the teacher that gave the features.
+        features: Features that the teacher gave.
+        batch_size: Number of images in the batch.
 
     Raises:
-        FeatureError: If a shape or type differs, or a CLS token is missing or not announced.
+        FeatureError: If a shape or type differs, or a CLS token is missing or was not announced.
     """
     height, width = spec.grid_hw
     wanted = (batch_size, height * width, spec.channels)
@@ -107,15 +107,15 @@ def check_features(spec: TeacherSpec, features: TeacherFeatures, batch_size: int
 
 
 def check_decoded(spec: TeacherSpec, decoded: Decoded | None, batch_size: int) -> None:
-    """Checks that what :meth:`Teacher.decode` gave is what it may give.
+    """Checks the type, shape and values of the result of :meth:`Teacher.decode`.
 
     Args:
         spec: Spec of the teacher.
-        decoded: What it gave.
-        batch_size: Images that it was given.
+        decoded: Result of :meth:`Teacher.decode`.
+        batch_size: Number of images that the teacher was given.
 
     Raises:
-        FeatureError: If it is of another type, shape or length, empty, or depth that is not finite.
+        FeatureError: If the result has a wrong type, shape or length, is empty, or is depth that is not finite.
     """
     match decoded:
         case None:
@@ -140,7 +140,7 @@ def check_decoded(spec: TeacherSpec, decoded: Decoded | None, batch_size: int) -
                 for each, of in zip(masks, scores, strict=True)
             )
         case _:
-            fits = False  # type: ignore[unreachable]  # whatever a third party gives
+            fits = False  # type: ignore[unreachable]  # plugins may return anything
     if not fits:
         raise FeatureError(
             f"Teacher {spec.name!r} decoded {batch_size} image(s) to something that is neither Depth, Masks nor "

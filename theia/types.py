@@ -1,10 +1,10 @@
-"""Plain records that pass between the rooms: no behaviour, nothing that knows a file format."""
+"""Plain records that are passed between packages. They have no behaviour and know no file format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:  # a store is described without torch, which takes seconds to import
+if TYPE_CHECKING:  # so that a store can be described without torch, which takes seconds to import
     from torch import Tensor
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
@@ -12,17 +12,17 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """What a teacher is and what it gives: recorded with every feature that it computes.
+    """Description of a teacher and its features, recorded with every feature that it computes.
 
     Attributes:
-        name: Name of its entry point; also its folder in a store and its key in every dictionary.
+        name: Name of the teacher's entry point, of its folder in a store, and of its key in every dictionary.
         channels: Width ``C`` of a patch token.
-        grid_hw: Rows and columns of patch tokens, ``N = H * W``.
+        grid_hw: Number of rows and columns of patch tokens, ``N = H * W``.
         licence: Licence of the weights, as an SPDX id or in a few words.
         weights: Hub id, local path, ``"random"``, or ``"none"`` for a teacher that has none.
-        revision: Which weights exactly: a commit, a digest of the file, or a seed.
-        has_cls: Whether it gives a CLS token of the same width.
-        preprocessing: Everything that turns the uint8 image into its input, as plain values.
+        revision: Exact version of the weights: a commit, a digest of the file, or a seed.
+        has_cls: Whether the teacher gives a CLS token, also of width ``C``.
+        preprocessing: Every step that turns the uint8 image into the teacher's input, as plain values.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What a teacher gives for a batch.
+    """Features of one batch from one teacher.
 
     Attributes:
         patches: Spatial tokens, row by row, shape ``(B, N, C)``, floating point, not normalised.
@@ -50,10 +50,10 @@ class TeacherFeatures:
 
 @dataclass(frozen=True)
 class Depth:
-    """What a teacher sees as near and far.
+    """Depth maps computed from a teacher's features.
 
     Attributes:
-        maps: Floating point, shape ``(B, H, W)``, finite, in the teacher's own unit; only known up to scale
+        maps: Depth maps, floating point, shape ``(B, H, W)``, finite, in the teacher's own unit, known only up to scale
             and shift.
     """
 
@@ -62,12 +62,12 @@ class Depth:
 
 @dataclass(frozen=True)
 class Masks:
-    """What a teacher sees as things; each list has one entry per image.
+    """Object masks computed from a teacher's features. Each list has one entry per image.
 
     Attributes:
-        masks: bool, shape ``(M, H, W)``, overlapping or not, as many as there are. They may be smaller or larger than
-            the image, which they cover.
-        scores: How sure the teacher is of each, shape ``(M,)``.
+        masks: Masks of each image, bool, shape ``(M, H, W)``, overlapping or not; ``M`` may differ between images. They
+            cover the whole image, at a resolution that may be lower or higher.
+        scores: Confidence of the teacher in each mask, shape ``(M,)``.
     """
 
     masks: "list[Tensor]"
@@ -76,16 +76,16 @@ class Masks:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a teacher shows in colours of its own.
+    """Pictures of a teacher's features, in colours of its own.
 
     Attributes:
-        pixels: RGB, uint8, shape ``(B, H, W, 3)``.
+        pixels: RGB pixels, uint8, shape ``(B, H, W, 3)``.
     """
 
     pixels: "Tensor"
 
 
-# What features look like to a person, of any resolution; always the same one for images of one size.
+# Features in a form for people to look at, at any resolution that is the same for all images of one size.
 Decoded = Depth | Masks | Pictures
 
 
@@ -94,13 +94,14 @@ class FeatureBatch:
     """One batch of images with the features of several teachers.
 
     Attributes:
-        images: uint8, shape ``(B, 3, H, W)``.
-        patches: By teacher name, raw spatial tokens ``(B, N, C)``, floating point or int8.
-        scales: By teacher name, for int8 features only: float32 ``(B, 2, C)``, step and middle of each channel of each
-            image; a value is ``int8 * step + middle``.
-        cls: By teacher name, raw CLS tokens ``(B, C)``, floating point; teachers without one are absent.
-        labels: Class indices, int64 ``(B,)``, or ``None``.
-        rows: Number of each sample, int64 ``(B,)``, always on the CPU; in a store, its row in the split.
+        images: Images, uint8, shape ``(B, 3, H, W)``.
+        patches: Raw spatial tokens by teacher name, floating point or int8, shape ``(B, N, C)``.
+        scales: Step and middle of each channel of each image by teacher name, for int8 features only: float32, shape
+            ``(B, 2, C)``. A value is ``int8 * step + middle``.
+        cls: Raw CLS tokens by teacher name, floating point, shape ``(B, C)``. Teachers without a CLS token are absent.
+        labels: Class indices, int64, shape ``(B,)``, or ``None``.
+        rows: Number of each sample, int64, shape ``(B,)``, always on the CPU. In a store, it is the sample's row in the
+            split.
     """
 
     images: "Tensor"
@@ -112,7 +113,7 @@ class FeatureBatch:
 
 
 class FeatureStatistics(Protocol):
-    """What a teacher's features are normalised with, each of shape ``(C,)``, over the training split."""
+    """Statistics that normalise a teacher's features, over the training split. Each has shape ``(C,)``."""
 
     @property
     def mean(self) -> Any:

@@ -45,7 +45,7 @@ def bench(
             theia_tiny gets a training of about a minute first; the others have random weights.
         batches: Batch sizes, separated by commas.
         pairs: Counted turns of every runtime.
-        threads: Of every runtime.
+        threads: Number of threads of every runtime.
         results: Folder for the JSON with all repetitions.
 
     Returns:

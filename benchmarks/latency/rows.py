@@ -42,11 +42,11 @@ class Row:
         device: ``"cpu"`` or ``"cuda"``.
         batch_size: Images of one call.
         runtime: Its name.
-        missing: Why it was not measured; then everything below is empty.
-        precision: Of its matrix products.
-        threads: That it says it uses.
+        missing: Reason why it was not measured; everything below is then empty.
+        precision: Precision of its matrix products.
+        threads: Number of threads that it says it uses.
         calls: Counted calls in each turn.
-        costs: Of one call, by turn.
+        costs: Cost of one call, by turn.
         speedup: Eager time over its time by the clock, turn by turn.
         cpu_speedup: The same for processor time.
         distance: 1 - cosine between its patch tokens and the eager ones, the greatest over images.
@@ -181,7 +181,7 @@ def check_threads(name: str, turns: list[Cost], said: int, threads: int) -> None
     """Makes sure that a runtime kept to its threads.
 
     Args:
-        name: Of the runtime.
+        name: Name of the runtime.
         turns: What its turns took.
         said: Threads that it says it uses.
         threads: Threads that it was given.

@@ -33,7 +33,7 @@ class Case:
     Attributes:
         encoder: On a CPU, in float32.
         batch_size: Images of one call.
-        threads: Of every runtime.
+        threads: Number of threads of every runtime.
         folder: For graphs; the same for all batch sizes of an encoder.
     """
 
@@ -77,8 +77,8 @@ class Started:
 
     Attributes:
         run: From what ``place`` gave to patch tokens ``(B, N, C)``, waited for.
-        precision: Of its matrix products.
-        threads: That it says it uses.
+        precision: Precision of its matrix products.
+        threads: Number of threads that it says it uses.
         place: Brings photographs to where the runtime wants them resident; not part of what is timed.
     """
 

@@ -43,7 +43,7 @@ def trained_encoder(
         backbone: Backbone of the student, as in ``theia fit``.
         steps: Optimisation steps.
         images: Crops.
-        batch_size: Of a step.
+        batch_size: Number of images per step.
         student: Further options of the architecture.
 
     Returns:

@@ -58,7 +58,7 @@ def grown(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What a run held more and more of: one line each, none if all is well.
 
     Args:
-        summary: Of the run.
+        summary: Summary of the run.
     """
     lines = []
     memory = summary["pss_mb"]
@@ -88,7 +88,7 @@ def write(
     Args:
         path: The JSON file; the picture has the ending ``.png``.
         samples: Over time.
-        summary: Of them.
+        summary: Summary of these samples.
         more: What else belongs into the JSON; builtins only.
 
     Raises:

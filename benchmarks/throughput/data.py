@@ -41,7 +41,7 @@ class Samples:
 
     @property
     def nbytes(self) -> int:
-        """Of all columns."""
+        """Number of bytes in all columns."""
         return sum(column.nbytes for column in self.columns.values())
 
     def only(self, teachers: Sequence[str]) -> "Samples":

@@ -24,7 +24,7 @@ def fed_and_resident(
         step: One of its steps, compiled by now.
         folder: For the store, whose files stay in the page cache.
         batches: Steps of one repetition: a whole epoch of the store.
-        workers: Of the loader.
+        workers: Number of the loader's worker processes.
         pairs: Repetitions.
 
     Returns:

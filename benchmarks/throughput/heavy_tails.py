@@ -76,7 +76,7 @@ def train(store: Path, seed: int, steps: int) -> Distiller:
 
     Args:
         store: From :func:`build`.
-        seed: Of its start and of the order of the images.
+        seed: Seed of the initial weights and of the order of the images.
         steps: Optimiser steps.
     """
     torch.manual_seed(seed)

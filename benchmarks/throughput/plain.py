@@ -51,7 +51,7 @@ class PlainDistiller(nn.Module):
     def loss_of(
         self, predictions: Mapping[str, Tensor], patches: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The same of predictions."""
+        """Loss of predictions instead of images, and each term of each teacher as a number."""
         terms: dict[str, float] = {}
         losses = []
         for name, prediction in predictions.items():

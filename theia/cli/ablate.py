@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# These hold options of 'theia fit', which says itself what may be empty.
+# These hold options of 'theia fit', which checks itself whether they may be empty.
 _OF_FIT = ("rows", "product", "options")
 
 _DESCRIPTION = """Train and score a student for every row and seed of a sweep, and write a table and a picture.
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     own, fit_options = split_arguments(argv, {action.dest for action in parser._actions})
     arguments = parser.parse_args(own)
     for path in arguments.pop("config") or []:
-        if path is not None:  # options in place of a file
+        if path is not None:  # options were given instead of a file
             check_sweep_file(Path(str(path)))
     command = shlex.join(["theia", "ablate", *argv])
     return ablate(**arguments.as_dict(), fit_options=fit_options, command=command)
@@ -86,32 +86,33 @@ def ablate(
     fit_options: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Trains, scores and reports.
+    """Trains and scores students, and reports on them.
 
     Args:
         out: Folder for the runs and the report.
         base: Config of 'theia fit' that all rows start from.
-        rows: Options of 'theia fit' by name of the row: {NAME: {data.teachers: [clip]}}.
+        rows: Options of 'theia fit' for each row, by its name: {NAME: {data.teachers: [clip]}}.
         teachers: Sets of teachers, one row for each: singles, all, leave_one_out, all_pairs or powerset of the store's
             teachers, or a list of these words and of lists of teachers.
-        product: Values by option of 'theia fit'; each row is repeated for each combination: {model.registers: [0, 4]}.
+        product: Values of options of 'theia fit', by option: {model.registers: [0, 4]}. Each row is repeated for each
+            combination.
         options: Options of 'theia fit' for all rows.
         seeds: Seeds of each row, comma-separated or a YAML list. Confidence intervals need two or more.
-        reference: Row that the others are compared with.
-        scorers: What to score beyond each student's own translators, comma-separated or a YAML list.
+        reference: Row that all others are compared with.
+        scorers: Scorers to run besides those of each student's own translators, comma-separated or a YAML list.
         sort_by: Score that ranks the rows.
-        scores: CSV file (row,seed,NAME...) with scores measured elsewhere, such as a robot's, to add to the report.
+        scores: CSV file (row,seed,NAME...) of scores measured elsewhere, such as a robot's, to add to the report.
         lower_is_better: Scores for which less is better, such as external/seconds, comma-separated or a YAML list.
-            Losses and costs are known to be.
-        only: Rows to run now, by name, comma-separated or a YAML list; all by default.
-        jobs: Number of runs at a time. Those on this machine share its GPUs and cores.
-        launcher: Where to run. local means processes on this machine, slurm an array of jobs through submitit.
+            Losses and costs need not be listed.
+        only: Names of the rows to run now, comma-separated or a YAML list; all by default.
+        jobs: Number of runs at a time. Runs on this machine share its GPUs and cores.
+        launcher: Where to run: local starts processes on this machine, slurm submits an array of jobs through submitit.
         slurm: Options of submitit: {timeout_min: 600, slurm_partition: NAME, gpus_per_node: 1}.
-        dry_run: Only show the runs, their commands, which of them are finished, and the cost.
+        dry_run: Only show the runs, their commands, the finished ones among them, and the cost.
         fit_options: Arguments of 'theia fit' for all rows.
-        command: The command line as it was typed.
+        command: Command line as it was typed.
     """
-    # They import torch, which takes seconds; --help does without.
+    # These modules import torch, which takes seconds and is not needed for --help.
     from theia.ablation import sweep
     from theia.ablation.launch import check_launcher
     from theia.ablation.run import check_runs, earlier_record, hold, write_record
@@ -174,13 +175,13 @@ def report(
     reference: str | None = None,
     lower_is_better: str | list[str] | None = None,
 ) -> int:
-    """Write the report of a sweep again, from the runs that are finished. By default, with the sweep's own choices.
+    """Write the report of a sweep again from its finished runs, by default with the sweep's own choices.
 
     Args:
         folder: Folder of the sweep.
         sort_by: Score that ranks the rows.
-        scores: CSV file (row,seed,NAME...) with scores measured elsewhere, such as a robot's, to add to the report.
-        reference: Row that the others are compared with.
+        scores: CSV file (row,seed,NAME...) of scores measured elsewhere, such as a robot's, to add to the report.
+        reference: Row that all others are compared with.
         lower_is_better: Scores for which less is better, such as external/seconds, comma-separated or a YAML list.
     """
     from theia.ablation import sweep
@@ -195,7 +196,7 @@ def report(
 
 
 def _fit_parser() -> Parse:
-    """Parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
+    """Makes a function that parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
     from theia.cli.lightning import fit_parser
     from theia.cli.options import check_used
     from theia.cli.run import check_trainer
@@ -209,7 +210,8 @@ def _fit_parser() -> Parse:
         except ArgumentError as error:
             raise ConfigError(" ".join(str(error).split())) from error
         check_trainer(options)
-        # With options that are None. Their parameter has one name before jsonargparse 4.49, another since.
+        # Keeps options that are None. The parameter for this has one name before jsonargparse 4.49 and another one
+        # since.
         config: dict[str, Any] = yaml.safe_load(parser.dump(options, "yaml", False))
         return config
 

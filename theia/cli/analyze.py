@@ -1,4 +1,4 @@
-"""``theia analyze``: figures of the representations of any encoders, side by side."""
+"""``theia analyze``: compares the representations of any encoders in figures, side by side."""
 
 import logging
 import resource
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         Exit status.
 
     Raises:
-        TheiaError: See :func:`analyze`.
+        TheiaError: For the reasons given under :func:`analyze`.
     """
     return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=Parser))
 
@@ -62,15 +62,15 @@ def analyze(
         images: A folder of images, one image, a .tar file or a folder of them, or sample:COUNT for held-out sample
             photographs.
         out: Folder to write: report.md, its pictures, and analysis.json.
-        scores: CSV file with the columns encoder,score and maybe group; figures are correlated with the scores.
-        max_images: How many images to look at, drawn at random but the same each time; all by default.
+        scores: CSV file with the columns encoder, score and optionally group. Figures are correlated with these scores.
+        max_images: Number of images to look at, drawn at random but the same each time; all by default.
         image_size: Width and height, in pixels, that images are resized to, as in an extraction; a multiple of 16 for
             Theia models.
-        batch_size: How many images are encoded together; figures do not depend on it.
-        device: Where encoders run; auto takes a GPU if there is one.
-        pictures: How many images to show norm maps of; 6 by default.
-        picture_ids: Show norm maps of these images instead: their paths below --images, with blanks between them.
-        overwrite: Replace an earlier analysis in the folder, when the new one is complete.
+        batch_size: Number of images to encode together. Figures do not depend on it.
+        device: Device that encoders run on; auto takes a GPU if there is one.
+        pictures: Number of images to show norm maps of; 6 by default.
+        picture_ids: Images to show norm maps of instead: paths below --images, with blanks between them.
+        overwrite: Replace an earlier analysis in the folder once the new one is complete.
     """
     _check(encoders, max_images, image_size, batch_size, pictures, picture_ids)
     shown = picture_ids or (_PICTURES if pictures is None else pictures)
@@ -99,7 +99,7 @@ def analyze(
         "image_size": image_size,
         **_cost(chosen, time.monotonic() - started),
     }
-    # An untrained student is a regular encoder, if not a good one.
+    # An untrained student is an ordinary encoder, if not a good one.
     distilled = {
         name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
     }
@@ -129,7 +129,7 @@ def _check(
 
 
 def _open(names: list[str], image_size: int, device: "torch.device") -> "dict[str, NamedEncoder]":
-    """The encoders, each tried on one grey image: what does not work must not come to light after hours."""
+    """Opens the encoders and tries each on one grey image, so that no problem comes to light after hours."""
     import torch
 
     from theia.encoder.from_name import open_encoder

@@ -1,4 +1,4 @@
-"""``theia decode``: what a student has learned from each teacher, as that teacher would show it."""
+"""``theia decode``: shows what a student has learned from each teacher, as that teacher would show it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         Exit status.
 
     Raises:
-        TheiaError: See :func:`decode`.
+        TheiaError: For the reasons given under :func:`decode`.
     """
     return int(auto_cli(decode, args=argv, prog="theia decode", as_positional=False, parser_class=Parser))
 
@@ -55,23 +55,23 @@ def decode(
 
     Args:
         encoder: An exported folder, a checkpoint of 'theia fit', or the id of a published model on the hub. Published
-            models have no statistics of features: all their teachers are shown as colours of principal components.
+            models have no statistics of features, so all their teachers are shown as colours of principal components.
         images: A folder of images, one image, a .tar file of images, a video, or sample:COUNT for sample photographs.
         out: Folder to write: a PNG per image, or a video for a video, and decoded.json with the scores.
-        teachers: Which teachers to show, in this order, with commas between them; all teachers of the model by default.
-            Of a published model, sam will do for facebook/sam-vit-huge.
-        teachers_side_by_side: Also show what each teacher itself gives, and the score between the two; needs the
-            weights of the teachers.
+        teachers: Teachers to show, in this order, with commas between them; all teachers of the model by default. For a
+            published model, sam may stand for facebook/sam-vit-huge.
+        teachers_side_by_side: Also show what each teacher itself gives, and the score between teacher and student;
+            needs the weights of the teachers.
         teacher_options: Arguments of teachers that are not built with their defaults, such as {sam: {weights: PATH,
             model: vit_b}}; or a YAML file with such sections, for instance a config of 'theia extract'. On a CPU, SAM's
             masks take long; {sam: {mask_generator: {points_per_side: 8}}} looks for them at 64 points instead of 1024.
-        limit: Show this many images or frames at most, from the first.
-        batch_size: How many images are encoded together.
-        device: Where student and teachers run; auto takes a GPU if there is one.
+        limit: Largest number of images or frames to show, from the first.
+        batch_size: Number of images to encode together.
+        device: Device that student and teachers run on; auto takes a GPU if there is one.
         overwrite: Replace the pictures that an earlier call wrote into the folder.
 
     Raises:
-        ConfigError: If options do not fit together, or the folder holds something else.
+        ConfigError: If options do not fit together, or the folder holds other files.
         ImageError: If there are no images, or none can be read.
         UnknownTeacherError: If the model has no such teacher.
     """
@@ -103,7 +103,7 @@ def decode(
         if name not in known:
             raise UnknownTeacherError(f"This model has no translator for {name!r}. It has: {', '.join(known)}.")
     options = _options(teacher_options, [*known])
-    # A file may serve an extraction, too; what is typed is meant for this call.
+    # A file may also serve an extraction; options that are typed are meant for this call only.
     for name in options if isinstance(teacher_options, dict) else ():
         if name not in chosen or not needs_teacher(name, model, teachers_side_by_side):
             raise ConfigError(
@@ -128,7 +128,7 @@ def decode(
 
 
 def _warn(subjects: "Sequence[Subject]") -> None:
-    """Warns about what cannot be shown; what concerns several teachers is said once."""
+    """Warns about what cannot be shown. A warning that concerns several teachers is given once."""
     notes: dict[str, list[str]] = {}
     for subject in subjects:
         for note in subject.notes:
@@ -138,7 +138,7 @@ def _warn(subjects: "Sequence[Subject]") -> None:
 
 
 def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Arguments of teachers' constructors, by teacher."""
+    """Arguments of the teachers' constructors, by teacher."""
     if isinstance(given, str):
         try:
             content = yaml.safe_load(Path(given).read_text())
@@ -146,7 +146,7 @@ def _options(given: dict[str, Any] | str | None, known: Sequence[str]) -> dict[s
             raise ConfigError(f"--teacher_options: {given} cannot be read ({error}). Give a YAML file.") from error
         if not isinstance(content, dict):
             raise ConfigError(f"--teacher_options: {given} has no sections. Give a YAML file with one per teacher.")
-        # The file may be a config of 'theia extract', which says more than this.
+        # The file may be a config of 'theia extract', which has other options, too.
         of_teachers: dict[str, Any] = {name: value for name, value in content.items() if name in known}
         given = dict(settle({"teacher_options": of_teachers})["teacher_options"])
     for name, value in (given or {}).items():

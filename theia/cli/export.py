@@ -1,4 +1,4 @@
-"""``theia export``: a trained model in the forms that others load."""
+"""``theia export``: writes a trained model in formats that other programs load."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from theia.utils.files import check_folder, file_sha256
 
 logger = logging.getLogger(__name__)
 
-# Options of a training that make the recipe; where they stand in config.yaml.
+# Training options that make up the recipe, and where they stand in config.yaml.
 _RECIPE = {
     "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
     "data": ("batch_size", "fraction"),
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         Exit status.
 
     Raises:
-        TheiaError: See :func:`theia.export.export.export`.
+        TheiaError: For the reasons given under :func:`theia.export.export.export`.
     """
     return int(auto_cli(export, args=argv, prog="theia export", as_positional=False, parser_class=Parser))
 
@@ -52,14 +52,14 @@ def export(
     overwrite: bool = False,
     int8: bool = False,
 ) -> int:
-    """Write a trained model in the forms that others load.
+    """Write a trained model in formats that other programs load.
 
     Args:
         encoder: A checkpoint of 'theia fit', an exported folder, a folder of a published model, or its id on the hub.
-        out: Folder to write; by default, 'exported' in the run folder of a checkpoint.
-        formats: Any of safetensors (for theia.load, with a model card), hf (the same files: AutoModel reads them, too),
-            onnx, timm and authors (the layout of the published models), with commas between them.
-        overwrite: Replace what an earlier export wrote into the folder, as a whole.
+        out: Folder to write; by default, the folder 'exported' in the run folder of a checkpoint.
+        formats: Formats, with commas between them: safetensors (for theia.load, with a model card), hf (the same files,
+            which AutoModel reads, too), onnx, timm, and authors (the layout of the published models).
+        overwrite: Replace all files that an earlier export wrote into the folder.
         int8: With onnx, also write a model with int8 weights, if its features stay the same (cosine of at least 0.999
             on photographs).
     """
@@ -83,16 +83,17 @@ def export(
 
 
 def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """What a run folder says about a training, for a model card.
+    """Collects what a run folder says about a training, for a model card.
 
     Args:
-        run: Run folder.
-        checkpoint: The exported checkpoint. Held-out figures count only if they are of this very file.
+        run: Path of the run folder.
+        checkpoint: Path of the exported checkpoint. Held-out figures count only if they were measured on this very
+            file.
 
     Returns:
-        See :func:`theia.export.card.write`. What the folder lacks is left out.
+        Record for :func:`theia.export.card.write`. Anything that the folder lacks is left out.
     """
-    from theia.cli.data import flat  # late, as these import torch
+    from theia.cli.data import flat  # imported late, as these import torch
     from theia.models import older
 
     config = older.config(_read(run / "config.yaml"))
@@ -118,7 +119,7 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
         record["recipe"] = {"seed": config.get("seed_everything"), **recipe}
     if environment.get("changes"):
         record["changes"] = environment["changes"]
-    # Of this very file, which a longer training replaces; and of the features that it was trained on.
+    # Only figures of this very file, which a longer training replaces, and of the features that it was trained on.
     same = report.get("store", {}).get("manifest_sha256") == store.get("manifest_sha256")
     if same and report.get("checkpoint_sha256") == file_sha256(checkpoint):
         record["held_out_images"] = report.get("samples")
@@ -145,9 +146,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_paths(teacher: dict[str, Any]) -> dict[str, Any]:
-    """A path of the machine that computed the features means nothing elsewhere."""
+    """Removes paths of the machine that computed the features, since they mean nothing elsewhere."""
     weights = str(teacher.get("weights"))
-    # One name in front of one slash is an id on the hub or a folder beside the user's; only files have such endings.
+    # A name with a single slash is an id on the hub or a folder beside the user's; only files have such endings.
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", weights) and not weights.endswith(_FILES)
     return {**teacher, "weights": weights if is_id else f"local, {PureWindowsPath(weights).name}"}
 

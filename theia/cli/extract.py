@@ -1,4 +1,4 @@
-"""``theia extract``: images + teachers -> feature store."""
+"""``theia extract``: runs teachers over images and fills a feature store."""
 
 import logging
 import shlex
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         Exit status.
 
     Raises:
-        TheiaError: See :func:`theia.extraction.extract.extract`.
+        TheiaError: For the reasons given under :func:`theia.extraction.extract.extract`.
     """
     parser, found, broken = _build_parser()
     config = _to_config(parser.parse_args(argv), found.keys(), broken)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse_idle(argv: Sequence[str], idle: Collection[str]) -> None:
-    """Options of a teacher that is not asked for may stand in a config that serves for several; nobody types them."""
+    """Refuses typed options of teachers that are not asked for. A config that serves several runs may have them."""
     for option in [token for token in argv if token.startswith("--")]:
         name = option[2:].partition("=")[0].partition(".")[0]
         if name in idle:
@@ -77,7 +77,7 @@ def _summary(config: ExtractConfig, splits: "list[ExtractedSplit]") -> str:
 
 
 def _next_command(config: ExtractConfig) -> str:
-    """What the store lacks for a training on these teachers, or the training."""
+    """The next command for the user: an extraction that the store still needs for training, or else the training."""
     from theia.store.reader import FeatureStore
 
     found = FeatureStore(config.store)
@@ -85,7 +85,7 @@ def _next_command(config: ExtractConfig) -> str:
     for split, use in (("train", "students learn from"), ("val", "students are validated on")):
         finished = found.finished_teachers([split]) if split in found.splits else []
         missing = [name for name in config.teacher_names if name not in finished]
-        # Without a split for validation, some of the training images are held out.
+        # Without a validation split, some of the training images are held out.
         if missing and (split == "train" or split in found.splits):
             lacks = ["--split", split, "--teachers", ",".join(missing), "--store", store]
             return f"{shlex.join(['theia', 'extract', '--images', 'DIR', *lacks])}   (DIR: the images that {use})"
@@ -94,7 +94,7 @@ def _next_command(config: ExtractConfig) -> str:
 
 
 def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginError]]:
-    """The parser, the teachers that have their options in it, and why the others cannot."""
+    """Builds the parser, with the teachers whose options are in it, and the errors of those that cannot be loaded."""
     parser = Parser(
         prog="theia extract",
         description="Run teachers over images once and store their features. "
@@ -112,7 +112,7 @@ def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginE
     for name, teacher in found.items():
         parser.add_class_arguments(teacher, name, instantiate=False, fail_untyped=False)
     for name in broken.keys() - _OWN_OPTIONS:
-        # So that its options in a config lead to its own error and not to one of the parser.
+        # A config with options of this teacher then leads to the teacher's own error and not to one of the parser.
         parser.add_argument(f"--{name}", type=dict[str, Any] | None, help="cannot be used; see 'theia teachers'")
     return parser, found, broken
 
@@ -120,7 +120,7 @@ def _build_parser() -> tuple[Parser, dict[str, type[Teacher]], dict[str, PluginE
 def _to_config(arguments: Namespace, found: Collection[str], broken: Mapping[str, PluginError]) -> ExtractConfig:
     values = arguments.as_dict()
     options: dict[str, Any] = {name: values[name] for name in _OPTIONS}
-    # Teachers whose constructors take nothing have no section.
+    # Teachers whose constructors take no arguments have no section.
     options[_TEACHER_OPTIONS] = {name: values[name] for name in found if values.get(name)}
     config = ExtractConfig(**options)
     for name in config.teacher_names:

@@ -1,4 +1,4 @@
-"""``theia fit | validate | test``: LightningCLI over the distillation module and its training data."""
+"""``theia fit | validate | test``: LightningCLI for the distillation module and its training data."""
 
 import logging
 import shlex
@@ -53,11 +53,11 @@ from theia.utils.files import check_folder, file_sha256
 logger = logging.getLogger(__name__)
 
 _RENAMED = {"FeatureDataModule": FeatureData.__qualname__}  # in checkpoints of earlier versions
-# Options of an earlier version are read as those of today, in every config that is given.
+# Options of earlier versions are translated into those of today, in every config that is given.
 _read_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: older.config(_read_yaml(text)), (yaml.YAMLError,))
 
-_SIGNALLED = 128  # and the number of the signal: what a shell reports of a program that it ended
+_SIGNALLED = 128  # plus the number of the signal: the exit status that a shell reports for a program ended by a signal
 
 
 class TheiaCLI(LightningCLI):
@@ -69,7 +69,7 @@ class TheiaCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that are commands, with the arguments that are not options."""
+        """The trainer's methods that are commands, with those of their arguments that are not options."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
@@ -77,7 +77,7 @@ class TheiaCLI(LightningCLI):
         }
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Says what ``--ckpt_path`` means here, not in Lightning's own trainer, and lists what a command uses only."""
+        """Describes ``--ckpt_path`` as it works here, not as in Lightning's trainer, and lists only options in use."""
         super().setup_parser(*args, **kwargs)
         for command, parser in self._subcommand_parsers.items():
             parser.description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
@@ -99,7 +99,7 @@ class TheiaCLI(LightningCLI):
                     )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run's own options, and hands the teachers of the data to the model."""
+        """Adds the run's own options, and links the teachers of the data to the model."""
         parser.add_argument(
             "--run_folder", type=str, default="runs/default",
             help="Folder of the run: config.yaml, checkpoints, TensorBoard events, metrics.csv, reports of tests.",
@@ -122,7 +122,7 @@ class TheiaCLI(LightningCLI):
             help="Training images that scorers fit on at most, a fixed part of all; the held-out ones are all used.",
         )  # fmt: skip
         parser.link_arguments("run_folder", "trainer.default_root_dir")
-        # The data know their teachers and image size, so one config serves any store.
+        # The data module knows its teachers and image size, so one config serves any store.
         parser.link_arguments("data.teacher_shapes", "model.teachers", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 
@@ -130,7 +130,7 @@ class TheiaCLI(LightningCLI):
         """Parses without Lightning's warning that arguments were passed from Python.
 
         Raises:
-            ConfigError: If an option was typed that the command does not use, or a number is out of its range.
+            ConfigError: If an option was typed that the command does not use, or a number is outside its range.
         """
         words = data_last(older.arguments(list(args)))  # type: ignore[arg-type]  # this command line passes lists only
         self.arguments = words[1:]
@@ -145,14 +145,14 @@ class TheiaCLI(LightningCLI):
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Settles run folder and checkpoint, and refuses what would fail later, before anything is loaded."""
+        """Finds run folder and checkpoint, and refuses what would fail later, before anything is loaded."""
         options = self.config[self.subcommand]
         if options.data is None:
             raise ConfigError(
                 "data is null. Name a class of training data, or leave it out: FeatureData is the default."
             )
         if not typed("run_folder", self.arguments):
-            # The config of a run stands for its folder, wherever that was moved to and wherever the command is run.
+            # The config of a run stands for its folder, wherever that was moved and wherever the command is run.
             options.run_folder = str(moved_run(options.config or []) or options.run_folder)
             options.trainer.default_root_dir = options.run_folder
         self.run_folder = Path(options.run_folder)
@@ -184,7 +184,7 @@ class TheiaCLI(LightningCLI):
             self._check_resumed(options, self.loaded)
 
     def _check_folder(self) -> None:
-        """Sees that the run folder can be used, and is not that of another run."""
+        """Checks that the run folder can be used and does not belong to another run."""
         if getattr(rank_zero_only, "rank", 0):
             return  # when the other processes start, the first one may have written there already
         run = self.run_folder
@@ -195,7 +195,7 @@ class TheiaCLI(LightningCLI):
             check_unused(run)
 
     def _check_resumed(self, options: Namespace, checkpoint: dict[str, Any]) -> None:
-        """Sees that the run keeps its recipe, and notes what changes from here on."""
+        """Checks that the run keeps its recipe, and notes which options change from here on."""
         check_left(options.trainer, checkpoint)
         now = changes(checkpoint, self.state["options"])
         for change in [] if getattr(rank_zero_only, "rank", 0) else now:
@@ -218,11 +218,11 @@ class TheiaCLI(LightningCLI):
             )
 
     def _is_own(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this run."""
+        """Whether a checkpoint belongs to this run."""
         return checkpoint.resolve().parent in (checkpoints(self.run_folder).resolve(), self.run_folder.resolve())
 
     def after_instantiate_classes(self) -> None:
-        """Checks what was just built, before the run folder is touched."""
+        """Checks the objects that were just built, before the run folder is touched."""
         check_processes(self.trainer)
         if not isinstance(getattr(self.datamodule, "batch_size", None), int):
             raise ConfigError(
@@ -244,14 +244,14 @@ class TheiaCLI(LightningCLI):
         """Adds the run folder's loggers and callbacks to the configured trainer.
 
         Raises:
-            ConfigError: If Lightning refuses its options.
+            ConfigError: If Lightning refuses the options.
         """
         options = self.config_init[self.subcommand]
         trainer = options.trainer
         callbacks: list[Callback] = []
         plugins: list[Any] = [DurableCheckpoints(_RENAMED)]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            # Lightning would write a checkpoint of another name and go on from that one, whatever it is asked.
+            # Otherwise Lightning would write a checkpoint of another name and go on from it, whatever it is asked.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         if self.subcommand == "fit":
             run = self.run_folder
@@ -276,7 +276,7 @@ class TheiaCLI(LightningCLI):
             ) from error
 
     def fit(self, **kwargs: Any) -> None:
-        """Trains, or goes on where the checkpoint was taken."""
+        """Trains, or goes on from the place where the checkpoint was taken."""
         self.trainer.fit(**kwargs, weights_only=True)
         if not self.trainer.is_global_zero or self.config[self.subcommand].trainer.fast_dev_run:
             return
@@ -293,7 +293,7 @@ class TheiaCLI(LightningCLI):
         logger.info("Next: %s", shlex.join(["theia", "test", *which]))
 
     def validate(self, **kwargs: Any) -> None:
-        """Scores a checkpoint and leaves the table to Lightning."""
+        """Scores a checkpoint. Lightning prints the table."""
         self.trainer.validate(**kwargs, weights_only=True)
 
     def test(self, **kwargs: Any) -> None:
@@ -304,7 +304,7 @@ class TheiaCLI(LightningCLI):
         if self.config[self.subcommand].compare_untrained:
             self.model.start_untrained(self.loaded["state_dict"])
             before = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
-        # Beside a checkpoint that lies in a run, unless a folder was asked for here and not in a config.
+        # Goes beside a checkpoint that lies in a run, unless a folder was typed here rather than set in a config.
         asked = typed("run_folder", self.arguments)
         run = self.run_folder if asked else run_of(self.checkpoint, self.run_folder)
         figures = run / f"test_{self.checkpoint.stem}.json"
@@ -336,7 +336,7 @@ class TheiaCLI(LightningCLI):
         print("\n".join(lines))
 
     def _score(self, checkpoint: Path) -> dict[str, Any]:
-        """Runs the scorers and prints what they say; the report's part about them."""
+        """Runs the scorers, prints their results, and gives the part of the report about them."""
         if not self.scorers:
             return {"scorers": [], "scores": {}, "scorer_images": None}
         options = self.config[self.subcommand]
@@ -358,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The command and its options.
 
     Returns:
-        Exit status: 0, or 128 and its number if a signal asked to stop.
+        Exit status: 0, or 128 plus the number of a signal that asked to stop.
     """
     _quieten()
     try:
@@ -382,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
                 "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s", stop.step, LAST, again
             )
         return _SIGNALLED + stop.number
-    except SIGTERMException:  # Lightning would end with 0, as if all were done
+    except SIGTERMException:  # Lightning would exit with 0, as if all work were done
         return _SIGNALLED + signal.SIGTERM
     except _Stopped as stop:
         return _ended(stop)
@@ -396,7 +396,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def fit_parser() -> ArgumentParser:
-    """The parser of ``theia fit`` by itself, which raises argparse's ArgumentError where it would end the process."""
+    """The parser of ``theia fit`` alone, which raises argparse's ArgumentError instead of ending the process."""
     whole = capture_parser(main, ["fit"])
     commands: Any = next(action.choices for action in whole._actions if action.dest == "subcommand")
     parser: ArgumentParser = commands["fit"]
@@ -405,9 +405,9 @@ def fit_parser() -> ArgumentParser:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal came before training began, or after it: there is nothing to save.
+    """A signal came before or after training, when there is nothing to save.
 
-    For Lightning it is a Ctrl-C, so that it ends the other processes of this machine, too.
+    Lightning treats it as a Ctrl-C, so that it ends the other processes of this machine, too.
     """
 
     number: int
@@ -415,7 +415,7 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """While training takes no signals itself, those that ask to stop do so at once."""
+    """Makes signals that ask to stop work at once, while training does not handle them itself."""
 
     def stop(number: int, *_: Any) -> None:
         stopped = _Stopped()
@@ -441,7 +441,7 @@ def _ended(stopped: _Stopped) -> int:
 
 
 def _steps_of(checkpoint: Path) -> int | None:
-    """Steps that a checkpoint has taken; ``None`` if it is missing or damaged."""
+    """Number of steps that a checkpoint has taken; ``None`` if it is missing or damaged."""
     try:
         return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
     except CheckpointError:
@@ -449,7 +449,7 @@ def _steps_of(checkpoint: Path) -> int | None:
 
 
 def _quieten() -> None:
-    """Drops advertisements, and notes about the libraries' own insides or about what this command does on purpose."""
+    """Drops advertisements, and the libraries' notes about their own internals or about deliberate choices here."""
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(cli|utilities\._pytree)")
     for text in (
         ".*callbacks used to create the checkpoint need to be provided",

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments without the program's name; those of the process by default.
+        argv: Arguments without the program's name; by default, those of the process.
 
     Returns:
-        Exit status: see :func:`carry_out`; 143 after SIGTERM.
+        Exit status: that of :func:`carry_out`, or 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _parser().parse_args(arguments[:1]).command
         _log_to_stderr()
         name = COMMANDS[command][0]
-        # LightningCLI's commands share one parser, so it is given the command too.
+        # LightningCLI's commands share one parser, so that is given the command, too.
         given = arguments if name == _LIGHTNING else arguments[1:]
         return carry_out(f"theia {command}", lambda: _import(name).main(given))
 
@@ -60,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def carry_out(name: str, work: Callable[[], object]) -> int:
-    """Does the work of a command: what goes wrong is one message, and a reader that has gone away is no error.
+    """Runs a command so that an error becomes one message, and a reader that has gone away is no error.
 
     Args:
-        name: Of the command, for messages.
-        work: What to do; a number that it gives is the exit status.
+        name: Name of the command, for messages.
+        work: Function to call. A number that it returns is the exit status.
 
     Returns:
         Exit status: that of the work; 1 for an error of Theia's own or of the system, 130 after Ctrl-C, 141 if nobody
-        reads what is said, as after ``| head -1``.
+        reads the output any more, as after ``| head -1``.
     """
     try:
         status = _attempt(name, work)
@@ -85,22 +85,22 @@ def _attempt(name: str, work: Callable[[], object]) -> int:
     except TheiaError as error:
         return _fail(f"{name}: {error}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience would only interrupt the cleaning up
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C would only interrupt the cleaning up
         return _fail(f"{name}: interrupted", 130)
     except OSError as error:
         return _refused(name, error)
 
 
 def _end_output(name: str) -> int:
-    """Brings out what was said, while it can be told if it cannot: the interpreter would do so at its end, noisily."""
-    if sys.stdout is None:  # closed by whoever started this
+    """Flushes the output while an error can still be reported; the interpreter would do so at its end, noisily."""
+    if sys.stdout is None:  # closed by the program that started this one
         return 0
     try:
         sys.stdout.flush()
     except OSError as error:
         status = _refused(name, error)
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the output
         return status
     return 0
 
@@ -118,12 +118,12 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 def _nobody_reads(stream: TextIO | None) -> bool:
-    """Whether a stream is a pipe that nobody will read from again."""
+    """Whether a stream is a pipe that nobody will ever read from again."""
     if stream is None:
         return False
     try:
         descriptor = stream.fileno()
-    except OSError:  # no file of the system's, as in a notebook
+    except OSError:  # not a file of the system, as in a notebook
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _log_to_stderr() -> None:
-    # Not to the root logger: Lightning and TensorBoard bring handlers of their own, and each line would come twice.
+    # Not the root logger: Lightning and TensorBoard add handlers of their own, and each line would come twice.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("theia")

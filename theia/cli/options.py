@@ -1,4 +1,4 @@
-"""Every option of ``theia fit``, ``validate`` and ``test``: who uses it, and what a resumed run does with it."""
+"""Every option of ``theia fit``, ``validate`` and ``test``: which commands use it, and how a resumed run treats it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from theia.errors import ConfigError
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import weights_name
 
-# Of a run that is resumed with another value: "same" is refused; "applied" holds from there on and is written down with
-# the step; "free" has no bearing on what is learned.
+# What happens if a run is resumed with another value: "same" is refused; "applied" holds from there on and is written
+# down with the step; "free" has no bearing on what is learned.
 Resumed = Literal["same", "applied", "free"]
 
 
 class Option(NamedTuple):
-    """What is to be known of an option.
+    """What is known about an option.
 
     Attributes:
-        commands: Those that use it.
-        resumed: What a resumed run does with another value.
+        commands: Commands that use the option.
+        resumed: How a resumed run treats another value.
     """
 
     commands: tuple[str, ...]
@@ -37,30 +37,31 @@ def _table(commands: tuple[str, ...], resumed: Resumed, part: str, names: str) -
 
 
 OPTIONS: dict[str, Option] = {
-    # What the student and its translators are, and what the held-out loss is.
+    # Options of the student, its translators, and the held-out loss.
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
-    # The optimiser and its schedule, which a checkpoint brings along.
+    # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
     **_table(_FIT, "free", "model.", "compile"),
-    # The samples and their order. A store may have moved: its images and features are compared, not its path. Options
-    # of another class of data are all applied: it sees for itself whether a run can go on (check_state).
+    # Options of the samples and their order. A store may have moved: its images and features are compared, not its
+    # path. Options of another data class are all applied: that class checks for itself whether a run can go on
+    # (check_state).
     **_table(_ALL, "free", "data.", "store workers"),
-    **_table(_ALL, "applied", "data.", "val_batch_size"),  # where only so many batches are validated, it matters
+    **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
     **_table(_FIT, "same", "data.", "batch_size fraction seed"),
-    # How long, and where; the steps that are taken stay the same.
+    # How long and where to train; the steps already taken stay the same.
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
     **_table(_ALL, "applied", "trainer.", "accelerator strategy devices num_nodes precision sync_batchnorm"),
     **_table(_ALL, "applied", "trainer.", "deterministic benchmark callbacks plugins"),
     **_table(_FIT, "applied", "trainer.", "val_check_interval check_val_every_n_epoch"),
-    # What is seen in a step or an epoch, and what is called the best.
+    # What a step or an epoch sees, and what counts as the best checkpoint.
     **_table(_FIT, "same", "trainer.", "accumulate_grad_batches gradient_clip_val gradient_clip_algorithm"),
     **_table(_FIT, "same", "trainer.", "limit_train_batches overfit_batches"),
     **_table(("fit", "validate"), "same", "trainer.", "limit_val_batches"),
     **_table(_TEST, "free", "trainer.", "limit_test_batches"),
     **_table(_ALL, "same", "", "seed_everything"),
-    # What is shown, written and measured beside.
+    # What is shown, written and measured besides.
     **_table(_FIT, "free", "", "checkpoint_every"),
     **_table(_FIT, "free", "trainer.", "logger log_every_n_steps enable_checkpointing num_sanity_val_steps"),
     **_table(_FIT, "free", "trainer.", "enable_model_summary enable_autolog_hparams detect_anomaly"),
@@ -70,29 +71,29 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "free", "", "run_folder ckpt_path config"),
     **_table(_TEST, "free", "", "compare_untrained scorers scorer_images"),
     **_table(("validate",), "free", "", "verbose"),
-    # Lightning's, for what is not done here.
+    # Options of Lightning for what is not done here.
     **_table((), "free", "trainer.", "limit_predict_batches use_distributed_sampler model_registry barebones"),
 }
 
 _DATA = "data."
 
-# What Lightning takes where nothing is given.
+# Values that Lightning takes where none is given.
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
 
-# Where 1 is one batch, and 1.0 all of them.
+# Options for which 1 is one batch, and 1.0 is all batches.
 _SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}
 _SHARES.add("trainer.val_check_interval")
 
-# Options that another one replaces here.
+# Options of Lightning that another option replaces here.
 _INSTEAD = {"trainer.default_root_dir": "--run_folder"}
 
 
 class Change(NamedTuple):
-    """An option that a resumed run has another value of.
+    """An option whose value differs in a resumed run.
 
     Attributes:
-        step: Optimisation steps that were taken with the old value.
-        option: Its name.
+        step: Number of optimisation steps that were taken with the old value.
+        option: Name of the option.
         old: Value until then.
         new: Value from then on.
     """
@@ -106,14 +107,14 @@ class Change(NamedTuple):
 def check_used(command: str, arguments: Sequence[str]) -> None:
     """Refuses options on the command line that the command would ignore.
 
-    In a config file they may stand: one file serves all three commands.
+    A config file may contain them, since one file serves all three commands.
 
     Args:
         command: ``"fit"``, ``"validate"`` or ``"test"``.
-        arguments: What was typed after it.
+        arguments: Arguments after the command, as typed.
 
     Raises:
-        ConfigError: Names the first such option.
+        ConfigError: If there is such an option. The message names the first.
     """
     for name in _typed(arguments):
         if name in _INSTEAD:
@@ -128,12 +129,12 @@ def check_used(command: str, arguments: Sequence[str]) -> None:
 
 
 def typed(name: str, arguments: Sequence[str]) -> bool:
-    """Whether an option stands on the command line itself."""
+    """Whether an option was typed on the command line itself."""
     return name in _typed(arguments)
 
 
 def without(name: str, arguments: Sequence[str]) -> list[str]:
-    """A command line without an option and its value."""
+    """The command line without an option and its value."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
@@ -144,18 +145,18 @@ def without(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def shaping(config: Namespace) -> dict[str, Any]:
-    """The options that a checkpoint keeps, since they shaped what it holds.
+    """The options that a checkpoint records, since they shaped its content.
 
     Args:
-        config: Of ``theia fit``.
+        config: Config of ``theia fit``.
 
     Returns:
-        By name, builtins only and no path of this machine.
+        Values by option: builtins only, and no path of this machine.
     """
     names = [name for name, option in OPTIONS.items() if option.resumed != "free"]
     values = {name: config.get(name) for name in names if not name.startswith(_DATA)}
     data = flat(config.get("data"))
-    # Of the teachers, the architecture says all.
+    # The architecture says everything about the teachers.
     others = {f"{_DATA}{name}" for name in data} - {f"{_DATA}teachers"}
     kept = others.intersection(names) if is_feature_data(data) else others
     values |= {name: data[name.removeprefix(_DATA)] for name in sorted(kept)}
@@ -166,22 +167,22 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
     """Compares a run that is about to be resumed with its checkpoint.
 
     Args:
-        checkpoint: What it holds.
-        now: What :func:`shaping` says of this run.
+        checkpoint: Content of the checkpoint.
+        now: Options of this run, from :func:`shaping`.
 
     Returns:
-        What is applied from here on.
+        The options that have another value from here on.
 
     Raises:
-        ConfigError: Names all options that must stay as they were.
+        ConfigError: If options differ that must stay the same. The message names all of them.
     """
     state = checkpoint.get("callbacks", {}).get(Checkpoints.__qualname__, {})
     then = state.get("options")
-    if then is None:  # a run of an earlier version says less
+    if then is None:  # a run of an earlier version recorded less
         then = {
             f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
         }
-    then = {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data
+    then = {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data class
     different = [
         name
         for name, value in now.items()
@@ -198,7 +199,7 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
 
 
 def earlier_changes(checkpoint: Mapping[str, Any]) -> list[Change]:
-    """What was changed when the checkpoint's run was resumed before."""
+    """Changes that were made when the checkpoint's run was resumed before."""
     state = checkpoint.get("callbacks", {}).get(Checkpoints.__qualname__, {})
     return [Change(**change) for change in state.get("changes", [])]
 
@@ -222,4 +223,4 @@ def _plain(name: str, value: Any) -> Any:
         return [_plain(name, inner) for inner in value]
     if isinstance(value, bool | int | float) or name == "model.backbone":
         return value
-    return Path(str(value)).name  # of a path, nothing that lies on this machine only
+    return Path(str(value)).name  # only the last part of a path, since the rest concerns this machine alone

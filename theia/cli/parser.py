@@ -1,4 +1,4 @@
-"""The parser of Theia's own commands, and what holds for the values of every option."""
+"""The parser of Theia's own commands, and the rules for the values of every option."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,18 +11,18 @@ from theia.encoder import FORMS
 from theia.errors import ConfigError
 from theia.utils.files import at_home
 
-# Options of 'theia fit', 'validate' and 'test' that may be empty: Lightning's own, and scorers, of which a config.yaml
-# says '' where there are none.
+# Options of 'theia fit', 'validate' and 'test' that may be empty: Lightning's own, and scorers, which a config.yaml
+# gives as '' where there are none.
 OF_FIT_MAY_BE_EMPTY = ("trainer", "scorers")
 
 
 Options = TypeVar("Options", Namespace, dict[str, Any])
 
 
-# A comma may be part of an encoder's name, or of a file's.
+# A comma may be part of an encoder's name or of a file name.
 _SEVERAL_WORDS = ("--encoders", "--picture_ids")
 
-# Other spellings of an option, by command: an earlier one, or one with dashes.
+# Other spellings of options, by command: earlier ones, or ones with dashes.
 _ALIASES = {
     ("theia decode", "--encoder"): "--model",
     ("theia decode", "--teachers_side_by_side"): "--teachers-side-by-side",
@@ -34,12 +34,12 @@ _ENCODERS = f"""Names of encoders, with blanks between them; all are in memory t
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, but ``--switch`` alone means ``--switch true``, as people expect, and values are settled.
+    """The parser of jsonargparse, except that ``--switch`` alone means ``--switch true``, and values are settled.
 
-    An option that takes several words takes them with blanks between them.
+    An option that takes several words takes them separated by blanks.
 
     Attributes:
-        may_be_empty: Dotted names of options that mean something when they are empty.
+        may_be_empty: Dotted names of options that have a meaning when they are empty.
     """
 
     may_be_empty: Collection[str] = ()
@@ -51,7 +51,7 @@ class Parser(ArgumentParser):
             options |= {"type": str, "nargs": "+"}
         if args[0] == "--encoders":
             options["help"] = _ENCODERS
-        alias = _ALIASES.get((getattr(self, "prog", ""), args[0]))  # a group of options has no name of a command
+        alias = _ALIASES.get((getattr(self, "prog", ""), args[0]))  # a group of options has no command name
         action = super().add_argument(*args, *([alias] if alias else []), **options)
         if options.get("type") is bool:
             action.nargs, action.const = "?", True
@@ -61,32 +61,32 @@ class Parser(ArgumentParser):
         """See ``argparse``.
 
         Raises:
-            ConfigError: See :func:`settle`.
+            ConfigError: For the reasons given under :func:`settle`.
         """
         config = super().parse_args(*args, **options)
-        # A teacher from elsewhere may have an option that is empty by default.
+        # A third party's teacher may have an option that is empty by default.
         by_default = [action.dest for action in self._actions if config.get(action.dest) == action.default]
         positional = [action.dest for action in self._actions if not action.option_strings]
         return settle(config, [*self.may_be_empty, *by_default], positional)
 
 
 def settle(config: Options, may_be_empty: Collection[str] = (), positional: Collection[str] = ()) -> Options:
-    """Refuses values that are empty, and puts the home folder in place of a leading ``~``; wherever they come from.
+    """Refuses empty values, and replaces a leading ``~`` with the home folder, wherever the values come from.
 
-    A shell variable that is not set gives an empty text, which would mean the current folder, or all of something.
-    A shell itself leaves ``~`` as it is behind ``=`` and between quotes.
+    A shell variable that is not set gives an empty text, which would mean the current folder, or all of something. A
+    shell leaves ``~`` as it is after ``=`` and between quotes.
 
     Args:
-        config: Parsed options, of one command or with those of a subcommand inside; as dict, too. It is changed.
-        may_be_empty: Dotted names of options that may be empty, with all that is below them.
-        positional: Names of options that are typed without their name.
+        config: Parsed options of one command, possibly with those of a subcommand inside; may be a dict. It is changed.
+        may_be_empty: Dotted names of options that may be empty, together with all options below them.
+        positional: Names of options that are typed without their names.
 
     Returns:
         The same options.
 
     Raises:
-        ConfigError: Names the first option whose value, or a part of it, is a text without any, or a list without
-            items.
+        ConfigError: If a value, or a part of it, is an empty text or an empty list. The message names the first such
+            option.
     """
     values = config if isinstance(config, dict) else vars(config)
     for name, value in values.items():
@@ -98,20 +98,20 @@ def settle(config: Options, may_be_empty: Collection[str] = (), positional: Coll
 
 
 class _EmptyPath(type(Path())):  # type: ignore[misc]  # a base that depends on the system
-    """What an empty text becomes where a path is wanted: pathlib would make it the current folder."""
+    """Stands for an empty text where a path is wanted, which pathlib would turn into the current folder."""
 
 
 def _to_path(text: str) -> Path:
     return _EmptyPath() if _is_empty(text) else Path(text)
 
 
-# jsonargparse has one of its own, which older releases only replace where they are told to.
+# jsonargparse registers its own, which older releases replace only when told to.
 register_type(Path, str, _to_path, type_check=isinstance, fail_already_registered=False)
 
 
 def _settled(value: Any, name: str, may_be_empty: Collection[str], positional: Collection[str]) -> Any:
     if _is_empty(value) and not any(name == one or name.startswith(f"{one}.") for one in may_be_empty):
-        name = name.replace(".init_args.", ".")  # jsonargparse's word for the options of a class
+        name = name.replace(".init_args.", ".")  # jsonargparse's name for the options of a class
         typed = name if name.partition(".")[0] in positional else f"--{name}"
         raise ConfigError(f"{typed} is empty. Is a shell variable unset? Give a value, or leave it out.")
     if isinstance(value, Namespace):

@@ -1,4 +1,4 @@
-"""The run folder: what is in it, when it may be used, and how a run is resumed."""
+"""The run folder: its content, when it may be used, and how a run is resumed."""
 
 import json
 import logging
@@ -31,13 +31,13 @@ _VERSIONS = (
     "numpy",
 )  # fmt: skip
 
-# Smallest value of Lightning's numbers, which it takes whatever they are or refuses in the midst of its own code.
+# Smallest allowed values of Lightning's numbers, which it does not check, or refuses only deep in its own code.
 _LEAST = {
     "num_nodes": 1, "fast_dev_run": 0, "max_epochs": -1, "min_epochs": 1, "max_steps": -1, "min_steps": 1,
     "check_val_every_n_epoch": 1, "num_sanity_val_steps": -1, "log_every_n_steps": 1, "accumulate_grad_batches": 1,
     "gradient_clip_val": 0, "reload_dataloaders_every_n_epochs": 0,
 }  # fmt: skip
-# A whole number counts batches, any other is a share of them.
+# An integer is a number of batches, any other number is a share of them.
 _SHARES = {
     "limit_train_batches": 1, "limit_val_batches": 0, "limit_test_batches": 1, "limit_predict_batches": 0,
     "overfit_batches": 0, "val_check_interval": 1,
@@ -46,12 +46,12 @@ _LARGEST_SEED = 2**32 - 1
 
 
 def checkpoints(run: Path) -> Path:
-    """Folder of a run's checkpoints: ``last.ckpt``, from which it resumes, and ``best.ckpt``."""
+    """Folder of a run's checkpoints: ``last.ckpt``, from which the run resumes, and ``best.ckpt``."""
     return run / "checkpoints"
 
 
 def run_of(checkpoint: Path, otherwise: Path) -> Path:
-    """Run folder that a checkpoint lies in; ``otherwise`` if it lies in none."""
+    """Run folder that a checkpoint lies in, or ``otherwise`` if it lies in none."""
     parent = checkpoint.absolute().parent
     if parent.name != "checkpoints" or parent.parent == otherwise.absolute():
         return otherwise
@@ -59,7 +59,7 @@ def run_of(checkpoint: Path, otherwise: Path) -> Path:
 
 
 def moved_run(configs: Sequence[Any]) -> Path | None:
-    """Run folder that the last of some config files lies in, if that is the ``config.yaml`` of a run."""
+    """Run folder of the last config file, if that is the ``config.yaml`` of a run; else ``None``."""
     if not configs:
         return None
     path = Path(str(configs[-1]))
@@ -67,24 +67,24 @@ def moved_run(configs: Sequence[Any]) -> Path | None:
 
 
 def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None:
-    """Path behind ``--ckpt_path``, where ``last`` and ``best`` stand for those of the run folder.
+    """Finds the path behind ``--ckpt_path``, where ``last`` and ``best`` mean the checkpoints of the run folder.
 
     Args:
-        ckpt_path: A file, or one of the two words.
-        run: Run folder.
+        ckpt_path: Path of a checkpoint, or one of the two words.
+        run: Path of the run folder.
         starting: Whether ``last`` may be missing, so that one command can start and resume a run.
 
     Returns:
-        The path; ``None`` for a ``last`` that may be missing and is.
+        The path; ``None`` for a ``last`` that is missing and may be.
 
     Raises:
-        ConfigError: If the run has a checkpoint of another kind, from which it did not go on by itself.
+        ConfigError: If the run has a checkpoint of another kind, from which it does not go on by itself.
     """
     if ckpt_path not in ("last", "best"):
         return Path(ckpt_path)
     path = checkpoints(run) / f"{ckpt_path}.ckpt"
     if starting and ckpt_path == "last" and not path.is_file():
-        # Those of Lightning's own, too, which an earlier version let it write under SLURM.
+        # Also checkpoints of Lightning's own, which an earlier version let it write under SLURM.
         there = [*checkpoints(run).glob("*.ckpt"), *run.glob("hpc_ckpt_*.ckpt")]
         if there:
             newest = max(there, key=lambda other: other.stat().st_mtime)
@@ -101,10 +101,10 @@ def check_trainer(options: Namespace) -> None:
     """Refuses options of the run that would fail only after work has begun.
 
     Args:
-        options: Of one command.
+        options: Options of one command.
 
     Raises:
-        ConfigError: Names the option.
+        ConfigError: If an option is refused. The message names it.
     """
     check_number("checkpoint_every", options.checkpoint_every, 1)
     check_number("scorer_images", options.scorer_images, 1)
@@ -138,14 +138,14 @@ def check_trainer(options: Namespace) -> None:
 
 
 def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses to resume a run for less than it has done.
+    """Refuses to resume a run for a shorter training than it has done.
 
     Args:
         trainer: Options of the trainer.
-        checkpoint: What the run goes on from.
+        checkpoint: Content of the checkpoint that the run goes on from.
 
     Raises:
-        ConfigError: Names the option.
+        ConfigError: If the training would be shorter. The message names the option.
     """
     steps = checkpoint["global_step"]
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
@@ -159,10 +159,10 @@ def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuses a launcher that started more processes than the trainer knows of: each would train on its own.
+    """Refuses a launcher that started more processes than the trainer knows of, as each would train on its own.
 
     Raises:
-        ConfigError: Names the options that must agree.
+        ConfigError: If there are more. The message names the options that must agree.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched not in (1, trainer.world_size):
@@ -173,7 +173,7 @@ def check_processes(trainer: Trainer) -> None:
 
 
 def check_unused(run: Path) -> None:
-    """Refuses to start a run in the folder of another.
+    """Refuses to start a run in the folder of another run.
 
     Raises:
         ConfigError: If a run was started there.
@@ -185,16 +185,16 @@ def check_unused(run: Path) -> None:
 
 
 def check_newest(checkpoint: Path, steps: int, run: Path, newest: int | None) -> None:
-    """Refuses to give up steps of a run by going on from an earlier checkpoint of it.
+    """Refuses to lose steps of a run by going on from one of its earlier checkpoints.
 
     Args:
-        checkpoint: To go on from.
-        steps: Steps that it has taken.
-        run: Run folder.
-        newest: Steps that the run's ``last.ckpt`` has taken; ``None`` if it is missing or damaged.
+        checkpoint: Path of the checkpoint to go on from.
+        steps: Number of steps that this checkpoint has taken.
+        run: Path of the run folder.
+        newest: Number of steps that the run's ``last.ckpt`` has taken; ``None`` if it is missing or damaged.
 
     Raises:
-        ConfigError: Says how to go on.
+        ConfigError: If steps would be lost. The message says how to go on.
     """
     if newest is not None and newest > steps:
         raise ConfigError(
@@ -207,10 +207,10 @@ class SaveRun(SaveConfigCallback):
     """Writes ``config.yaml`` (resolved) and ``environment.json`` when training starts or goes on.
 
     Args:
-        parser: The parser of the command.
-        config: What it parsed.
-        resumed_at: Optimisation steps that the run has taken before.
-        changes: Options that have another value from there on, after those of earlier times.
+        parser: Parser of the command.
+        config: Parsed options of the command.
+        resumed_at: Number of optimisation steps that the run took before this start.
+        changes: Options with another value from there on, after those of earlier resumptions.
         started_from: For a branch of another run: name, sha256 and step of the checkpoint that it began with.
     """
 
@@ -222,7 +222,7 @@ class SaveRun(SaveConfigCallback):
         changes: Sequence[Change] = (),
         started_from: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)  # Lightning would not write it whole or not at all
+        super().__init__(parser, config, save_to_log_dir=False)  # Lightning would not write the file atomically
         self._resumed_at, self._changes, self._started_from = resumed_at, list(changes), started_from
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -249,7 +249,7 @@ class SaveRun(SaveConfigCallback):
         if changes:
             environment["changes"] = changes
         config = self.config.clone()
-        config.ckpt_path = None  # of this start, not of the run
+        config.ckpt_path = None  # belongs to this start, not to the run
         write_whole(run / CONFIG, self.parser.dump(config, skip_none=False))
         write_whole(path, json.dumps(environment, indent=2) + "\n")
 
@@ -257,14 +257,14 @@ class SaveRun(SaveConfigCallback):
 def _with_changes(
     path: Path, environment: Mapping[str, Any], changes: list[dict[str, Any]], step: int
 ) -> list[dict[str, Any]]:
-    """All changes since the run began: those that are known, and what the environment was before and is now."""
+    """All changes since the run began: known ones, and differences between the last environment and this one."""
     before = _read(path)
     if not before:
-        return changes  # a run that was moved without it
+        return changes  # the run was moved without that file
     said = before.get("changes", [])
     kept = [change for change in said if change["step"] < step and change not in changes]
     then, now = _flat(before), _flat(environment)
-    # What a start changed whose steps were all lost has never been.
+    # A change whose steps were all lost has never taken effect.
     for change in reversed(said):
         if change["step"] >= step and change["option"] in now:
             then[change["option"]] = change["old"]
@@ -277,7 +277,7 @@ def _with_changes(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if it is missing or damaged."""
+    """Content of a JSON file; empty if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

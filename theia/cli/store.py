@@ -1,4 +1,4 @@
-"""``theia store``: what is in a feature store, and whether all of it is whole."""
+"""``theia store``: lists the content of a feature store, and checks that all of it is whole."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def info(path: Path) -> int:
-    """Say what is in a feature store.
+    """Show what is in a feature store.
 
     Args:
         path: Folder of the store.
@@ -60,11 +60,11 @@ def verify(path: Path) -> int:
         path: Folder of the store.
 
     Returns:
-        1 if there is any problem.
+        Exit status: 1 if there is any problem.
     """
     files = problems = 0
     total = sum(part.bytes for split in describe(path) for part in split.sets)
-    # On a terminal only: `disable=None` is tqdm's name for that.
+    # Shown on a terminal only, which tqdm calls `disable=None`.
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for event in verify_store(path):
             if isinstance(event, Problem):

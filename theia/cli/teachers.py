@@ -1,4 +1,4 @@
-"""``theia teachers``: what is installed."""
+"""``theia teachers``: lists the installed teachers."""
 
 from tabulate import tabulate
 

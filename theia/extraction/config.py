@@ -11,30 +11,31 @@ from theia.utils.arguments import MOST_PIXELS, MOST_PROCESSES, check_number, com
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Images, teachers and the store that their features go to.
+    """Images, teachers, and the store for their features.
 
     Attributes:
         images: Where the images are: a folder, a folder of tar shards, one tar file, or ``sample:COUNT`` for crops of
             the sample photographs. Several splits at once as ``{train: PLACE, val: PLACE}``.
-        teachers: Names, comma-separated or as a list; see ``theia teachers``.
-        store: Folder of the feature store. An existing one is continued or gets the new teachers and splits.
-        split: Name of the split where ``images`` is a single place; train by default.
-        labels: Keep class labels: the first level of sub-folders, or the ``.cls`` members of tar shards.
-        size: Height and width, in pixels, that every image is brought to; a multiple of 16, the patch of the
-            paper's students, or of 14.
+        teachers: Names of teachers, comma-separated or as a list; see ``theia teachers``.
+        store: Folder of the feature store. An existing store is continued, or gets the new teachers and splits.
+        split: Name of the split if ``images`` is a single place; train by default.
+        labels: Keep class labels, from the first level of sub-folders or from the ``.cls`` members of tar shards.
+        size: Height and width of every stored image, in pixels; a multiple of 16, the patch size of the paper's
+            students, or of 14.
         resize: Squash the whole image to a square, or cut out its centre.
-        batch_size: Images per forward of a teacher.
-        workers: Decoding processes beside each extracting one.
-        shard_size: Images per shard, the unit in which interrupted work is kept.
-        dtype: How features are stored; ``int8``, steps of the range of each channel of an image, halves the size.
+        batch_size: Number of images per forward pass of a teacher.
+        workers: Number of decoding processes for each extracting process.
+        shard_size: Number of images per shard. Interrupted work is kept in whole shards.
+        dtype: Stored type of the features. ``int8`` divides the range of each channel of an image into steps, and
+            halves the size.
         all_at_once: Hold all teachers in memory and read every image once; otherwise one teacher after another.
         precision: ``bf16-mixed`` runs the teachers under bfloat16 autocast.
-        accelerator: ``auto``, ``cpu``, ``cuda``, ...: what Lightning Fabric takes.
-        devices: Processes on each node, or ``auto``.
-        num_nodes: Nodes that share the work, each running this command.
+        accelerator: Device type, as Lightning Fabric takes it: ``auto``, ``cpu``, ``cuda``, ...
+        devices: Number of processes on each node, or ``auto``.
+        num_nodes: Number of nodes that share the work. Each of them runs this command.
         strategy: How Lightning Fabric starts the processes.
-        max_skipped: Stop when more than this share of a split's images cannot be read.
-        teacher_options: By teacher, arguments of its constructor.
+        max_skipped: Largest share of a split's images that may be unreadable. The extraction stops when there are more.
+        teacher_options: Arguments of the teachers' constructors, by teacher.
     """
 
     images: dict[str, str] | str
@@ -81,10 +82,10 @@ class ExtractConfig:
 
     @property
     def teacher_names(self) -> list[str]:
-        """Teachers to extract, in order."""
+        """Names of the teachers to extract, in order."""
         return comma_list(self.teachers)
 
     @property
     def locations(self) -> dict[str, str]:
-        """Place of the images, by split."""
+        """Place of the images of each split, by split."""
         return {self.split or "train": self.images} if isinstance(self.images, str) else self.images

@@ -1,4 +1,4 @@
-"""Bytes of an image file to RGB pixels, and those to the square that teachers and student see."""
+"""Decodes image files to RGB pixels, and resizes those to the square that teachers and student see."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ from theia.store.schema import Resize
 # For the record of an image set.
 RESIZE_FILTER = "bicubic, antialiased (Pillow)"
 
-# The content decides, not the ending; parsers of other formats never see the data.
+# The format follows from the content, not from the ending; parsers of other formats never see the data.
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 _UPRIGHT = {
@@ -33,37 +33,37 @@ _ORIENTATION_TAG = 0x0112
 _MAX_ASPECT = 16
 
 _PILLOW = r"PIL\."
-# Without a handler in the program, Python prints what Pillow logs: bare lines that name no image.
+# Without a logging handler, Python would print Pillow's log messages: bare lines that name no image.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class UnreadableImageError(ImageError):
-    """One image cannot be read or decoded. The message is the reason alone; who asked knows which image."""
+    """One image cannot be read or decoded. The message is the reason alone; the caller knows which image it is."""
 
 
 def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
-    """Reads and decodes an image that is a whole file or a stretch of one.
+    """Reads and decodes an image that is a whole file or a part of one.
 
     Args:
-        path: The file.
-        offset: First byte.
-        size: Number of bytes; ``-1`` for all that follow.
+        path: File that holds the image.
+        offset: First byte of the image.
+        size: Number of bytes of the image; ``-1`` for all that follow.
 
     Returns:
-        RGB.
+        The image in RGB.
 
     Raises:
-        UnreadableImageError: If the file is gone, forbidden, too large for the memory or not a regular one, or as
-            :func:`decode`.
-        ImageError: If it cannot be read for a reason that is not its own, such as a failing file system.
+        UnreadableImageError: If the file is missing, forbidden, too large for the memory or not a regular one, or for
+            the reasons given under :func:`decode`.
+        ImageError: If the file cannot be read for a reason that is not its own, such as a failing file system.
     """
-    # Opened anew each time: beside decoding it costs nothing, and no handle has to survive a fork.
+    # The file is opened for each image: beside decoding it costs nothing, and no handle has to survive a fork.
     try:
         with open_regular(path) as file:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
-        # A file that is gone is one image; an archive that is gone is all of its images.
+        # A missing file is one lost image; with a missing archive all of its images are lost.
         if is_fault_of_one_file(error) and size < 0:
             raise UnreadableImageError(f"cannot be read: {reason(path, error)}") from error
         raise ImageError(
@@ -77,29 +77,28 @@ def read_image(path: Path, offset: int = 0, size: int = -1) -> Image.Image:
 def decode(data: bytes) -> Image.Image:
     """Decodes an image file to upright RGB.
 
-    EXIF orientation is applied; a transparent image is laid on white; 16-bit grey is scaled to 8 bits; CMYK
-    is converted by the plain formula, inverted if the JPEG has Adobe's marker. Colour profiles are ignored,
-    and of several frames the first is taken. JPEGs are decoded at full size: Pillow's draft mode is quicker
-    but changes the pixels. What Pillow warns of is not passed on: damaged metadata changes no pixel, and an image that
-    is large enough for a warning, but not too large, is an image like others.
+    EXIF orientation is applied; a transparent image is laid on white; 16-bit grey is scaled to 8 bits; CMYK is
+    converted by the plain formula, inverted if the JPEG has Adobe's marker. Colour profiles are ignored, and only the
+    first of several frames is decoded. JPEGs are decoded at full size: Pillow's draft mode is quicker but changes the
+    pixels. Pillow's warnings are not passed on: damaged metadata changes no pixel, and an image that is large enough
+    for a warning, but not too large, is treated like any other.
 
     Args:
-        data: The content of a JPEG, PNG, WebP, BMP or TIFF file.
+        data: Content of a JPEG, PNG, WebP, BMP or TIFF file.
 
     Returns:
-        RGB.
+        The image in RGB.
 
     Raises:
-        UnreadableImageError: If the data is no such image, is damaged or cut short, claims more pixels than
-            Pillow's guard against decompression bombs allows, or has pixels without a defined 8-bit range
-            (32-bit TIFF).
+        UnreadableImageError: If the data is not such a file, is damaged or cut short, claims more pixels than Pillow's
+            guard against decompression bombs allows, or has pixels without a defined 8-bit range (32-bit TIFF).
     """
     if not data:
         raise UnreadableImageError("empty file")
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            # Before the orientation is read: Pillow turns a TIFF as it loads, and a PNG may end with EXIF.
+            # Must come before the orientation is read: Pillow rotates a TIFF as it loads, and a PNG may end with EXIF.
             image.load()
             rgb = _to_rgb(image)
             method = _UPRIGHT.get(_orientation(image))
@@ -114,19 +113,19 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.uint8]:
-    """Brings an image to the square size that is stored.
+    """Resizes an image to the square that is stored.
 
     Args:
-        image: RGB.
+        image: Image in RGB.
         size: Height and width of the result, in pixels.
         resize: ``"squash"`` scales both edges to ``size`` and keeps all of the image; ``"center_crop"``
             scales the short edge to ``size``, keeps the aspect and cuts the ends of the long edge.
 
     Returns:
-        uint8, shape ``(3, size, size)``, contiguous. Both ways use Pillow's antialiased bicubic filter.
+        Pixels, uint8, shape ``(3, size, size)``, contiguous. Both ways use Pillow's antialiased bicubic filter.
 
     Raises:
-        ConfigError: If ``resize`` is neither.
+        ConfigError: If ``resize`` is neither of the two.
     """
     if resize == "squash":
         square = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -138,15 +137,15 @@ def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.u
 
 
 def _silence_pillow() -> None:
-    """Keeps Pillow's warnings from the user: they name no image, and of many images there are many."""
-    # Once, and not around each image: all threads share the filters, and each change makes the warnings of all other
-    # modules, which Python shows once, new again.
+    """Silences Pillow's warnings, which name no image and would come for many images."""
+    # Done once, and not around each image: all threads share the filters, and each change makes Python show other
+    # modules' one-time warnings again.
     if not any(getattr(module, "pattern", None) == _PILLOW for _, _, _, module, _ in warnings.filters):
         warnings.filterwarnings("ignore", module=_PILLOW)
 
 
 def _center_crop(image: Image.Image, size: int) -> Image.Image:
-    # A strip would be enlarged to gigabytes before all but its middle is cut away.
+    # Otherwise a strip would be enlarged to gigabytes before all but its middle is cut away.
     longest = _MAX_ASPECT * min(image.size)
     if max(image.size) > longest:
         image = _cut(image, min(image.width, longest), min(image.height, longest))
@@ -166,7 +165,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _from_16_bits(image)
     if image.mode in ("I", "F"):
         raise UnreadableImageError(f"32-bit pixels (mode {image.mode!r}) have no defined range to bring to 8 bits")
-    # Pillow takes every CMYK JPEG for one of Adobe's, whose inks are inverted.
+    # Pillow treats every CMYK JPEG as one of Adobe's, whose inks are inverted.
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         image = ImageChops.invert(image)
     if image.has_transparency_data:

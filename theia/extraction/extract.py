@@ -1,4 +1,4 @@
-"""Images + teachers -> feature store: whole shards are kept, whatever happens."""
+"""Runs teachers over images and fills a feature store. Finished shards are kept, whatever happens."""
 
 import logging
 import platform
@@ -28,19 +28,19 @@ from theia.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# Keys, checksums and alignment, which the planned sizes leave out.
+# Allows for keys, checksums and alignment, which the planned sizes leave out.
 _OVERHEAD = 1.01
 
 
 @dataclass(frozen=True)
 class ExtractedSplit:
-    """What one split holds after an extraction.
+    """Result of an extraction for one split.
 
     Attributes:
         name: Name of the split.
-        listed: Images in the list.
-        skipped: Those that could not be read.
-        skipped_list: CSV file with the id and reason of each of them.
+        listed: Number of images in the list.
+        skipped: Number of images that could not be read.
+        skipped_list: CSV file with the id of each skipped image and the reason.
     """
 
     name: str
@@ -50,24 +50,25 @@ class ExtractedSplit:
 
 
 def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
-    """Runs teachers over images and stores what they give.
+    """Runs teachers over images and stores their features.
 
-    Continues where an earlier run with the same options stopped, in units of shards. Several processes and nodes
-    share the shards; each loads a teacher only if shards of its own lack that teacher's features.
+    Continues where an earlier run with the same options stopped, in units of shards. Several processes and nodes share
+    the shards; each process loads a teacher only if some of its own shards lack that teacher's features.
 
     Args:
-        config: Options.
+        config: Options of the extraction.
 
     Returns:
-        One record per split; ``None`` in all processes but the first, which speaks for them.
+        One record per split in the first process; ``None`` in all others.
 
     Raises:
-        ConfigError: If options do not fit together, no student takes images of the size, or the device is not there.
+        ConfigError: If options do not fit together, no student takes images of this size, or the device is not
+            available.
         ImageError: If there are no images, or too many that cannot be read.
         UnknownTeacherError: If a teacher is not installed.
-        PluginError: If its plugin is broken.
-        WeightsError: If its weights cannot be had.
-        FeatureError: If it gives features of a wrong shape, or values that cannot be stored.
+        PluginError: If the plugin of a teacher is broken.
+        WeightsError: If the weights of a teacher cannot be loaded.
+        FeatureError: If a teacher gives features of a wrong shape, or values that cannot be stored.
         StoreError: If the store disagrees with the options, or the disk is too small or full.
     """
     if all(config.size % patch for patch in PATCHES):
@@ -106,8 +107,8 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
         lambda: {split: open_source(place, split, labels=config.labels) for split, place in config.locations.items()}
     )
     image_sets = {split: _image_set(source, config) for split, source in sources.items()}
-    # Built once each before any work: what the last teacher lacks must not come to light after days. Those that are to
-    # be in memory together anyway stay there.
+    # Each teacher is built once before any work, so that a problem of the last one does not come to light after days.
+    # Teachers that are to be in memory together anyway stay there.
     built: dict[str, Teacher] = {}
 
     def build() -> list[TeacherSpec]:
@@ -158,7 +159,7 @@ def _begin(
 
 
 def _check_skipped(config: ExtractConfig, writers: dict[str, SplitWriter], image_sets: dict[str, ImageSet]) -> None:
-    # Each process has seen its own share only.
+    # Each process has seen only its own share.
     for split, writer in writers.items():
         check_skipped(split, writer.skipped(), image_sets[split], config.max_skipped)
 
@@ -188,16 +189,16 @@ def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
 
 @dataclass(frozen=True)
 class PlannedSet:
-    """One set of files: the images of a split, or what one teacher gives for them.
+    """Size of one set of files: the images of a split, or one teacher's features for them.
 
     Attributes:
         split: Name of the split.
-        name: ``"image"`` or the teacher.
+        name: ``"image"`` or the name of the teacher.
         shape: Channels and grid, as the table shows them.
         dtype: Type of the stored values, as the table shows it.
-        image_bytes: Stored bytes per image.
-        images: Listed images of the split.
-        missing: Those in shards that are not there yet.
+        image_bytes: Number of stored bytes per image.
+        images: Number of images in the split's list.
+        missing: Number of those images whose shards are not there yet.
     """
 
     split: str
@@ -210,7 +211,7 @@ class PlannedSet:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes still to write."""
+        """Number of bytes still to write."""
         return self.image_bytes * self.missing
 
 
@@ -221,13 +222,13 @@ def plan(
     dtype: FeatureDtype,
     labels: bool,
 ) -> list[PlannedSet]:
-    """Sizes of every set, with what is already there taken off.
+    """Computes the size of every set, and how much of it is still missing.
 
     Args:
-        writers: By split.
-        image_sets: By split.
+        writers: Writers of the splits, by split.
+        image_sets: Image sets of the splits, by split.
         specs: Specs of the teachers.
-        dtype: How features are stored.
+        dtype: Stored type of the features.
         labels: Whether image shards hold labels.
     """
     sets = []
@@ -253,7 +254,7 @@ def plan(
 
 
 def describe_plan(sets: Sequence[PlannedSet], store: Path) -> str:
-    """The plan as a table, with totals and the free space of the disk."""
+    """Formats the plan as a table, with totals and the free space of the disk."""
     rows = [
         (
             part.split,
@@ -276,7 +277,7 @@ def describe_plan(sets: Sequence[PlannedSet], store: Path) -> str:
 
 
 def check_disk(sets: Sequence[PlannedSet], store: Path) -> None:
-    """Refuses what does not fit.
+    """Refuses an extraction that does not fit on the disk.
 
     Raises:
         StoreError: If the missing shards are larger than the free space.
@@ -291,6 +292,6 @@ def check_disk(sets: Sequence[PlannedSet], store: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the disk that holds a path, which need not exist yet."""
+    """Free space of the disk that holds a path, in bytes. The path need not exist yet."""
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""Files as users keep them: which may be opened, whose fault it is if one cannot be, and which are passed over."""
+"""Rules for users' files: which may be opened, whether an error is the fault of one file, and which are not read."""
 
 import errno
 import os
@@ -12,20 +12,20 @@ from theia.errors import ImageError
 # File names that count as images, in lower case.
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-# What the system says of one odd file: it would say so on any disk, and says it again tomorrow. Anything else (EIO,
-# ESTALE, ETIMEDOUT, EMFILE, ENOMEM, ...) is said of the disk, the network or this process: trying again may help, and
-# no image must be written off for it.
+# Errors that are about one file alone: they would be the same on any disk, and will be the same tomorrow. All others
+# (EIO, ESTALE, ETIMEDOUT, EMFILE, ENOMEM, ...) are about the disk, the network or this process: trying again may help,
+# and no image must be written off for them.
 _FAULTS_OF_ONE_FILE = frozenset(
     {
-        errno.ENOENT,  # gone since it was listed, or a link to nothing
+        errno.ENOENT,  # removed since it was listed, or a link to nothing
         errno.ELOOP,  # a link to itself, or links in a circle
-        errno.ENOTDIR,  # a link through a file as if that were a folder
+        errno.ENOTDIR,  # a link that goes through a file as if it were a folder
         errno.ENAMETOOLONG,  # a link to a name that no file can have
         errno.EACCES,  # forbidden
-        errno.EPERM,  # likewise
+        errno.EPERM,  # forbidden
         errno.EISDIR,  # replaced by a folder
         errno.ENXIO,  # replaced by a socket, or by a device that is not there
-        errno.ENODEV,  # likewise
+        errno.ENODEV,  # replaced by a socket, or by a device that is not there
     }
 )
 
@@ -39,22 +39,22 @@ _KINDS = {
 
 
 class IrregularFileError(OSError):
-    """Not a regular file but a folder, FIFO, socket or device."""
+    """The path leads to a folder, FIFO, socket or device instead of a regular file."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading, and never waits for one of another kind.
+    """Opens a regular file for reading, and never waits for a file of another kind.
 
     Args:
         path: The file, or a link to it.
 
     Raises:
-        IrregularFileError: If it is of another kind.
-        OSError: If the system refuses.
+        IrregularFileError: If the file is of another kind.
+        OSError: If the system refuses to open it.
     """
-    # Opening alone may do something to a device.
+    # Checked first: merely opening a device may have an effect on it.
     _check_regular(path.stat())
-    # What the path leads to may have changed since: opened without waiting, a FIFO is found out.
+    # The path may lead to something else by now. Opened without waiting, a FIFO is found out.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb")
     try:
         _check_regular(os.fstat(file.fileno()))
@@ -65,17 +65,17 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def is_fault_of_one_file(error: OSError) -> bool:
-    """Whether an error is about the file alone, so that others are worth reading."""
+    """Whether an error is about one file alone, so that other files are still worth reading."""
     return isinstance(error, IrregularFileError) or error.errno in _FAULTS_OF_ONE_FILE
 
 
 def was_never_a_file(error: OSError) -> bool:
-    """Whether no content can be missing where this error was met: another kind of file, or links in a circle."""
+    """Whether this error means that there never was a file with content: another kind of file, or links in a circle."""
     return isinstance(error, IrregularFileError) or error.errno == errno.ELOOP
 
 
 def reason(path: Path, error: OSError) -> str:
-    """What the system said of a file, and where a link leads: of a target that is gone it names the link alone."""
+    """System's message about a file, with the target of a link, which the system does not name if it is gone."""
     try:
         return f"{error} (a link to {path.readlink()})"
     except OSError:
@@ -83,14 +83,14 @@ def reason(path: Path, error: OSError) -> str:
 
 
 def is_folder(place: Path, wanted: str) -> bool:
-    """Whether a place that a user gave is a folder; it is a regular file otherwise.
+    """Whether a place that a user gave is a folder. If it is not, it is a regular file.
 
     Args:
-        place: The place.
-        wanted: A sentence for the message that says what to give.
+        place: Path that the user gave.
+        wanted: Sentence that says what to give, for the message.
 
     Raises:
-        ImageError: If nothing is there, or something that is neither, or the system does not tell.
+        ImageError: If nothing is there, it is neither a folder nor a regular file, or the system does not tell.
     """
     try:
         status = place.stat()
@@ -112,8 +112,8 @@ def _check_regular(status: os.stat_result) -> None:
 TAR_ENDING = ".tar"
 COMPRESSED_TAR_ENDINGS = (".tgz", ".tbz", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-# Endings that a user may well take for those of images, and what to know of them. JPEGs by other endings are not read
-# either: ids are made of the list, and no store that was begun without them could be continued.
+# Endings that a user may expect to be read as images, and what to say about them. JPEGs with other endings are not read
+# either: ids are made from the list, and stores that were begun without them could not be continued.
 _EXPLAINED = (
     (
         (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".tga", ".psd", ".exr", ".hdr",
@@ -124,7 +124,7 @@ _EXPLAINED = (
     (COMPRESSED_TAR_ENDINGS, "compressed: decompress first"),
 )  # fmt: skip
 _SURPRISING = tuple(ending for endings, _ in _EXPLAINED for ending in endings)
-_SHOWN = 4  # endings that nobody takes for those of images
+_SHOWN = 4  # number of other endings in a message
 
 PassedKind = Literal["parent", "hidden", "hidden folder", "replaced"]
 _SAID: dict[PassedKind, str] = {
@@ -147,18 +147,18 @@ class PassedOver:
         """Counts a file whose ending is not that of an image.
 
         Args:
-            name: Its path, with ``/``.
+            name: Path of the file, with ``/``.
         """
         base = name.rpartition("/")[2].lower()
         compressed = next((ending for ending in COMPRESSED_TAR_ENDINGS if base.endswith(ending)), None)
         self._endings[compressed or ("." + base.rpartition(".")[2] if "." in base else "")] += 1
 
     def add_kind(self, kind: PassedKind, name: str) -> None:
-        """Counts a file that has a reason of its own, if its ending may be that of an image; or a hidden folder.
+        """Counts a hidden folder, or a file that has a reason of its own and may be an image by its ending.
 
         Args:
-            kind: The reason.
-            name: Its path, with ``/``.
+            kind: Reason why it is not read.
+            name: Path of the file or folder, with ``/``.
         """
         if kind == "hidden folder" or name.lower().endswith((*IMAGE_ENDINGS, *_SURPRISING, TAR_ENDING)):
             self._kinds[kind] += 1
@@ -166,11 +166,11 @@ class PassedOver:
 
     @property
     def may_surprise(self) -> bool:
-        """Whether there is something among it that a user may take for images that are read."""
+        """Whether a user may have expected some of these files to be read."""
         return self._kinds["parent"] > 0 or any(ending in self._endings for ending in _SURPRISING)
 
     def __str__(self) -> str:
-        """Such as ``12 .gif, 3 .heic (not JPEG, ...); 4 hidden, such as ._a.jpg``; empty if there is nothing."""
+        """Summary, such as ``12 .gif, 3 .heic (not JPEG, ...); 4 hidden, such as ._a.jpg``; may be empty."""
         rest = Counter(self._endings)
         parts = []
         for endings, explanation in _EXPLAINED:

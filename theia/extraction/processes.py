@@ -13,21 +13,22 @@ from theia.errors import ConfigError, TheiaError
 
 T = TypeVar("T")
 
-# After an interruption one process may have days of work left where another has none: waiting is not an error.
+# After an interruption one process may have days of work left while another has none: a long wait is not an error.
 _PATIENCE = timedelta(days=365)
 
 
 class Processes:
-    """Rank, world size, and how the processes wait for each other.
+    """Rank and number of the processes, and how they wait for each other.
 
     Args:
         fabric: The Fabric that launched this process.
 
     Raises:
-        ConfigError: If more processes were started than Fabric knows of: each would do all of the work.
+        ConfigError: If more processes were started than Fabric knows of, so that each would do all of the work.
 
-    They talk over a gloo group of their own, whatever the device: it can wait without a timeout, and a process that
-    dies closes its connections. Those that wait for it stop at once; those that work first finish their own shards.
+    The processes talk over a gloo group of their own, whatever the device: it can wait without a timeout, and a process
+    that dies closes its connections. Processes that wait for the dead one stop at once; those at work first finish
+    their own shards.
 
     Attributes:
         rank: Number of this process among those of all nodes.
@@ -49,11 +50,11 @@ class Processes:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def mine(self, count: int) -> range:
-        """Which of ``count`` shards are this process's."""
+        """Indices of this process's shards, out of ``count``."""
         return range(self.rank, count, self.world)
 
     def wait(self) -> None:
-        """Returns when every process has come here.
+        """Waits until every process has called this method.
 
         Raises:
             TheiaError: If another process has died.
@@ -62,11 +63,11 @@ class Processes:
             self._together(lambda: dist.barrier(group=self._group))
 
     def first(self, work: Callable[[], T]) -> T:
-        """Does something in process 0 only and gives the result to all.
+        """Calls a function in process 0 only and gives its result to all processes.
 
         Args:
-            work: Its result must be picklable. If it raises a TheiaError, only process 0 raises it; the others exit,
-                so that the message appears once.
+            work: Function whose result can be pickled. If it raises a TheiaError, only process 0 raises it; the others
+                exit, so that the message appears once.
         """
         if self._group is None:
             return work()

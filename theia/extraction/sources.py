@@ -35,7 +35,7 @@ SAMPLE_COUNT = 640
 class ImageSource(Protocol):
     """A fixed sequence of images.
 
-    Holds no open file, so that it can be pickled, and forked into worker processes.
+    A source holds no open file, so that it can be pickled, and forked into worker processes.
     """
 
     @property
@@ -52,14 +52,14 @@ class ImageSource(Protocol):
 
     @property
     def description(self) -> dict[str, Json]:
-        """What this is, for the record: ``kind`` and what tells it from others of its kind, wherever it lies."""
+        """Record of the source: ``kind``, and what identifies it among others of its kind, wherever it lies."""
 
     def read(self, index: int) -> Image.Image:
         """Decodes one image; RGB, any size.
 
         Raises:
-            UnreadableImageError: If it alone cannot be read or decoded; the message is the reason.
-            ImageError: If nothing can be read, for instance since the file system fails.
+            UnreadableImageError: If this image alone cannot be read or decoded. The message is the reason.
+            ImageError: If no image can be read, for instance because the file system fails.
         """
 
 
@@ -75,15 +75,15 @@ def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
               the member ``a.cls`` holds the class of ``a.jpg`` as an integer.
             - ``sample`` or ``sample:COUNT``: crops of photographs that come with scikit-image. A folder of that
               name is ``./sample``.
-        split: Which photographs ``sample`` shows; folders and tar files hold one split each.
+        split: Split whose photographs ``sample`` shows. Folders and tar files hold one split each.
         labels: Whether to read class labels.
 
-    What is there and not read is logged in one line. What is named like an image and is no regular file is listed, as
-    one that cannot be read.
+    Files that are not read are logged in one line. A file that is named like an image but is not a regular file is
+    listed as an image that cannot be read.
 
     Raises:
-        ImageError: If there is no such place or no image in it, tar files and images are mixed, a tar file is
-            damaged or compressed, a name is no valid UTF-8, or labels are asked for and missing.
+        ImageError: If the place does not exist or holds no image, tar files and images are mixed, a tar file is damaged
+            or compressed, a name is not valid UTF-8, or labels are asked for and missing.
     """
     if location.partition(":")[0] == SAMPLE:
         return _open_sample(location, split, labels)
@@ -171,7 +171,7 @@ class FolderSource:
         self.description: dict[str, Json] = {"kind": "folder", "name": root.resolve().name}
         self._root = root
         if labels:
-            # Also those without an image: two splits with the same folders number their classes alike.
+            # Folders without an image count, too: two splits with the same folders number their classes alike.
             _, folders, _ = next(os.walk(root, onerror=_refuse))
             self.classes = sorted(name for name in folders if not name.startswith("."))
             self.labels = _labels(root, names, self.classes)
@@ -180,13 +180,13 @@ class FolderSource:
         """Reads one image; RGB.
 
         Raises:
-            UnreadableImageError: If the file is gone, forbidden or not a regular one, or cannot be decoded.
+            UnreadableImageError: If the file is missing, forbidden or not a regular one, or cannot be decoded.
             ImageError: If the file system fails.
         """
         try:
             return read_image(self._root / self.ids[index])
         except UnreadableImageError as error:
-            # A disk that was unmounted leaves no folder, or an empty one; then it is not this file that is gone.
+            # An unmounted disk leaves no folder, or an empty one; then the missing file is not at fault.
             if isinstance(error.__cause__, OSError) and _is_gone(self._root):
                 raise ImageError(
                     f"The folder {self._root} is gone or empty: {self.ids[index]} {error}. Bring it back and run the "
@@ -196,15 +196,15 @@ class FolderSource:
 
 
 def list_files(root: Path, passed_over: PassedOver) -> list[str]:
-    """All files below a folder, at any depth, following links.
+    """Lists all files below a folder, at any depth, following links.
 
     Args:
         root: The folder.
-        passed_over: Counts the hidden files and folders.
+        passed_over: Counter of the hidden files and folders.
 
     Returns:
-        Paths relative to ``root``, with ``/``, sorted. Hidden files and folders (``.git``, macOS's
-        ``._a.jpg``) are left out; what is not a regular file is not.
+        Paths relative to ``root``, with ``/``, sorted. Hidden files and folders (``.git``, macOS's ``._a.jpg``) are
+        left out; files that are not regular ones are included.
 
     Raises:
         ImageError: If a folder cannot be listed, or is reached twice through links.
@@ -247,7 +247,7 @@ def _is_gone(folder: Path) -> bool:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    # os.walk passes over such a folder in silence unless told otherwise.
+    # Unless told otherwise, os.walk silently passes over a folder that cannot be listed.
     raise ImageError(f"Folder {error.filename} cannot be listed: {error.strerror}. Correct its permissions.") from error
 
 
@@ -275,25 +275,25 @@ class _Stretch(NamedTuple):
 
 
 _NOWHERE = _Stretch(-1, 0)
-# By name; of one that cannot be read, the reason.
+# Place of each image by name, or the reason why it cannot be read.
 _Members = dict[str, _Stretch | str]
 
 
 class TarSource:
-    """Members of uncompressed tar files, archive by archive, in the order in which each holds them.
+    """Images in uncompressed tar files, archive by archive, in the order within each archive.
 
-    What is named like an image, or like an archive of them, and never held one counts as one image that cannot be read:
-    a FIFO or a device, and an archive that is a link to itself.
+    Anything that is named like an image or like an archive of images but never held one, such as a FIFO, a device, or
+    an archive that is a link to itself, counts as one image that cannot be read.
 
     Args:
         root: Folder of the archives.
         names: Paths of the archives relative to it; a sample id is ``<archive>/<member>``.
         labels: Whether to read the class of ``a.jpg`` from the member ``a.cls``, an integer in ASCII.
-        passed_over: Counts the members that are no images.
+        passed_over: Counter of the members that are not images.
 
     Raises:
-        ImageError: If an archive is missing, forbidden, damaged or compressed, or labels are asked for and one is
-            missing or no integer.
+        ImageError: If an archive is missing, forbidden, damaged or compressed, or if labels are asked for and one is
+            missing or not an integer.
     """
 
     def __init__(self, root: Path, names: list[str], labels: bool, passed_over: PassedOver) -> None:
@@ -302,7 +302,7 @@ class TarSource:
         self.labels: list[int] | None = [] if labels else None
         self.description: dict[str, Json] = {"kind": "tar", "archives": len(names)}
         self._archives = [root / name for name in names]
-        self._unreadable: dict[int, str] = {}  # the reason, by place in the list
+        self._unreadable: dict[int, str] = {}  # reason for each unreadable image, by its place in the list
         places: list[tuple[int, int, int]] = []
         for number, (name, path) in enumerate(zip(names, self._archives, strict=True)):
             found, classes = _open(path, name, labels, passed_over)
@@ -314,14 +314,14 @@ class TarSource:
                 places.append((number, *stretch))
             if self.labels is not None:
                 self.labels += classes
-        # An array, not a million tuples: worker processes get a copy.
+        # An array instead of a million tuples, because worker processes get a copy.
         self._places = np.array(places, np.int64).reshape(-1, 3)
 
     def read(self, index: int) -> Image.Image:
         """Reads one image; RGB.
 
         Raises:
-            UnreadableImageError: If it cannot be decoded, or is none.
+            UnreadableImageError: If the image cannot be decoded, or the member is not an image.
             ImageError: If the archive cannot be read.
         """
         if index in self._unreadable:
@@ -349,7 +349,7 @@ def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple
 
 
 def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: PassedOver) -> _Members:
-    """Images and, if asked for, labels."""
+    """Reads the images of an archive and, if asked for, their labels."""
     endings = (*IMAGE_ENDINGS, _LABEL_ENDING) if labels else IMAGE_ENDINGS
     members: _Members = {}
     try:
@@ -366,7 +366,7 @@ def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: P
                 elif not name.lower().endswith(endings):
                     passed_over.add(name)
                 else:
-                    # A name that comes twice: the later one counts, as when unpacking.
+                    # Of two members with the same name the later one counts, as when unpacking.
                     if name in members:
                         passed_over.add_kind("replaced", f"{archive}/{name}")
                     members[name] = _stretch(member, path)
@@ -402,7 +402,7 @@ def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Me
     labels = []
     for image in images:
         if isinstance(members[image], str):
-            labels.append(0)  # of an image that cannot be read; it is not stored
+            labels.append(0)  # placeholder for an image that cannot be read, and so is not stored
             continue
         name = str(PurePosixPath(image).with_suffix(_LABEL_ENDING))
         place = members.get(name)
@@ -422,7 +422,7 @@ def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Me
     return labels
 
 
-# Loaders of skimage.data by our names. Drawings, scans of text, and pictures under 256 pixels are left out.
+# Loaders of skimage.data by the names used here. Drawings, scans of text, and pictures under 256 pixels are left out.
 TRAIN_PHOTOS = {
     "astronaut": "astronaut",
     "motorcycle_left": "stereo_motorcycle",
@@ -439,7 +439,7 @@ TRAIN_PHOTOS = {
 }
 HELD_OUT_PHOTOS = {"chelsea": "chelsea", "coffee": "coffee", "rocket": "rocket", "camera": "camera"}
 
-_SIDE_RANGE = (0.3, 1.0)  # of the photograph's short edge
+_SIDE_RANGE = (0.3, 1.0)  # as shares of the photograph's short edge
 _MIN_SIDE = 64  # pixels
 
 
@@ -463,13 +463,13 @@ class SampleSource:
         self.description: dict[str, Json] = {"kind": "sample", "photographs": [*self._photos], "crops": count}
 
     def read(self, index: int) -> Image.Image:
-        """One crop; RGB, square."""
+        """Makes one crop; RGB, square."""
         photo = _load(self._photo(index))
         short = min(photo.size)
         if index < len(self._photos):
             left, top = (photo.width - short) // 2, (photo.height - short) // 2
             return photo.crop((left, top, left + short, top + short))
-        # Seeded with text: the standard library keeps that stream the same across versions and processes.
+        # Seeded with text: for text the standard library keeps the stream the same across versions and processes.
         rng = random.Random(f"{self._split}/{index}")
         side = max(_MIN_SIDE, round(short * rng.uniform(*_SIDE_RANGE)))
         left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)

@@ -28,17 +28,18 @@ from theia.utils.progress import Progress
 
 P = ParamSpec("P")
 
-_DECODED_TOGETHER = 16  # images
+_DECODED_TOGETHER = 16  # number of images
 _REASONS_SHOWN = 5
 
 
 class Handover:
-    """Does what it is given in one thread, in order, and is never more than one piece of work behind.
+    """Calls functions in one thread, in order, and is never more than one piece of work behind.
 
-    The thread has one piece at a time and none waits for it: whoever gives the next one waits until the last is done.
-    So there is memory for two, the one in work and the one that the caller prepares.
+    The thread has one piece of work at a time and no queue: whoever gives the next piece waits until the last one is
+    done. So memory is needed for two pieces, the one in work and the one that the caller prepares.
 
-    As a context manager: leaving it ends the thread, and raises the error of the last piece if there is no other.
+    As a context manager, it ends the thread on leaving, and raises the error of the last piece if there is no other
+    error.
     """
 
     def __init__(self) -> None:
@@ -61,27 +62,27 @@ class Handover:
         """Hands over the next piece of work, once the last one is done.
 
         Args:
-            work: What to call in the thread.
-            args: Its arguments.
-            kwargs: Likewise.
+            work: Function to call in the thread.
+            args: Positional arguments of the function.
+            kwargs: Keyword arguments of the function.
 
         Raises:
-            BaseException: What the last piece raised, as it was raised there; this one is not begun then.
+            BaseException: Error that the last piece of work raised. The next piece is not begun then.
         """
         self._finish_last()
-        # The executor drops what it was given a moment after the work is done, too late for a bound on memory.
+        # The executor drops its arguments a moment after the work is done, which is too late for a bound on memory.
         piece = [partial(work, *args, **kwargs)]
         self._last = self._thread.submit(lambda: piece.pop()())
 
     @contextmanager
     def done(self) -> Iterator[None]:
-        """What is given inside is done, well or not, when the block is left, however it is left.
+        """Makes sure that work given inside the block has ended, well or not, when the block is left for any reason.
 
-        For work that uses what its caller is going to close: an error of the caller, or Ctrl-C, must not take it away
-        under the thread.
+        This is for work on something that the caller is going to close: an error of the caller, or Ctrl-C, must not
+        take it away while the thread uses it.
 
         Raises:
-            BaseException: What the last piece raised, if the block itself ends well.
+            BaseException: Error of the last piece of work, if the block itself ends well.
         """
         try:
             yield
@@ -95,18 +96,18 @@ class Handover:
         if self._last is None:
             return
         wait([self._last])
-        # Not forgotten before it is done, whatever interrupts the waiting; its error is raised once.
+        # Kept until it is done, whatever interrupts the wait; its error is raised once.
         last, self._last = self._last, None
         last.result()
 
 
 class DecodedImages(NamedTuple):
-    """A few neighbours of the list.
+    """A few images that are neighbours in the list.
 
     Attributes:
-        images: uint8, shape ``(n, 3, size, size)``: the readable ones.
-        listed: Their places in the list.
-        skipped: Id and reason of each other one.
+        images: Pixels of the readable images, uint8, shape ``(n, 3, size, size)``.
+        listed: Places of the readable images in the list.
+        skipped: Id of each unreadable image, and the reason.
     """
 
     images: Tensor
@@ -142,7 +143,7 @@ def store_images(
     config: ExtractConfig,
     processes: Processes,
 ) -> None:
-    """Decodes this process's missing image shards of one split.
+    """Decodes and stores the image shards of one split that this process is to make and that are missing.
 
     Raises:
         ImageError: As soon as more images are unreadable than ``max_skipped`` allows, or the file system fails.
@@ -192,11 +193,11 @@ def check_skipped(split: str, skipped: Sequence[tuple[str, str]], images: ImageS
     Args:
         split: Name of the split.
         skipped: Id and reason of each unreadable image so far.
-        images: The list that they are from.
-        max_skipped: Share of the list that may be unreadable.
+        images: Image set that they are from.
+        max_skipped: Largest share of the list that may be unreadable.
 
     Raises:
-        ImageError: If more are, or all are.
+        ImageError: If more images are unreadable, or all are.
     """
     if len(skipped) <= max_skipped * images.listed and len(skipped) < images.listed:
         return
@@ -221,7 +222,7 @@ def _unchanged(decoded: Any) -> Any:
 
 class _HostFeatures(NamedTuple):
     features: TeacherFeatures
-    copied: torch.cuda.Event | None  # they are there when it has happened
+    copied: torch.cuda.Event | None  # the copies are complete when it has happened
 
 
 def store_features(
@@ -233,18 +234,18 @@ def store_features(
     processes: Processes,
     fabric: Fabric,
 ) -> None:
-    """Runs some teachers, held in memory together, over this process's shards that lack them.
+    """Runs teachers that are in memory together over those shards of this process that lack their features.
 
-    While a teacher computes the features of one batch, those of the one before are stored; there are never more.
+    While a teacher computes the features of one batch, those of the batch before are stored; there are never more.
 
     Args:
-        specs: What process 0 found these teachers to give.
-        built: Those of them that this process has in memory, by name.
-        image_sets: By split.
-        writers: By split; every image shard is there.
-        config: Options.
+        specs: Specs of these teachers, as process 0 found them.
+        built: Those teachers that this process already has in memory, by name.
+        image_sets: Image sets of the splits, by split.
+        writers: Writers of the splits, by split. Every image shard is there.
+        config: Options of the extraction.
         processes: The processes that share the work.
-        fabric: Device and precision.
+        fabric: Fabric that decides device and precision.
     """
     missing: dict[str, dict[int, list[str]]] = {}
     for split, images in image_sets.items():
@@ -268,17 +269,17 @@ def store_features(
             for shard, names in shards.items():
                 chosen = {name: teachers[name] for name in names}
                 rows = _store_shard(shard, chosen, writers[split], config, fabric, progress, storing)
-                # Images that could not be read are done, too.
+                # Images that could not be read count as done, too.
                 progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
 
 def build_teacher(name: str, config: ExtractConfig) -> Teacher:
-    """One teacher, with the options that the configuration gives it.
+    """Builds one teacher with the options that the configuration gives it.
 
     Raises:
-        UnknownTeacherError: If it is not installed.
-        PluginError: If its plugin is broken.
-        WeightsError: If its weights cannot be had.
+        UnknownTeacherError: If the teacher is not installed.
+        PluginError: If the teacher's plugin is broken.
+        WeightsError: If the teacher's weights cannot be loaded.
     """
     # A plugin that draws weights must draw the same ones in every process and on every resume.
     with torch.random.fork_rng(devices=[]):
@@ -322,7 +323,7 @@ def _store_shard(
                     features = _forward(teacher, batch, config, fabric)
                     storing.give(_append, files[name], _to_host(features, fabric.device))
                 progress.advance(stop - start, row_bytes * (stop - start))
-        # A slow disk takes long to bring a whole shard to rest: the next one's first batch need not wait for it.
+        # A slow disk takes long to sync a whole shard; the first batch of the next shard need not wait for it.
         storing.give(opened.pop_all().close)
     return rows
 
@@ -341,7 +342,7 @@ def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fa
 
 
 def _to_host(features: TeacherFeatures, device: torch.device) -> _HostFeatures:
-    # In the type that the teacher gave, which may be narrower: the thread that stores it makes float32 of it.
+    # Kept in the type that the teacher gave, which may be narrower: the thread that stores it converts it to float32.
     cuda = device.type == "cuda"
     patches = features.patches.to("cpu", non_blocking=cuda)
     cls = None if features.cls is None else features.cls.to("cpu", non_blocking=cuda)
@@ -353,7 +354,7 @@ def _append(file: ShardWriter, host: _HostFeatures) -> None:
     if host.copied is not None:
         host.copied.synchronize()
     patches, cls = host.features.patches, host.features.cls
-    # Image by image: what the conversions need is small then, and stays in the processor's cache.
+    # Image by image: the conversions then need little memory, which stays in the processor's cache.
     for row in range(len(patches)):
         one = slice(row, row + 1)
         file.append(patches[one].float().numpy(), None if cls is None else cls[one].float().numpy())

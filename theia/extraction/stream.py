@@ -1,4 +1,4 @@
-"""Images of a source in random order, decoded a batch ahead, for commands that look at each of them once."""
+"""Images of a source in random order, decoded a batch ahead, for commands that look at each image once."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,10 @@ _MAX_THREADS = 8
 
 
 def open_images(location: str) -> ImageSource:
-    """Images to look at: one image file, or what :func:`theia.extraction.sources.open_source` takes.
+    """Opens images to look at: one image file, or a place that :func:`theia.extraction.sources.open_source` takes.
 
     Raises:
-        ImageError: See there.
+        ImageError: For the reasons given under that function.
     """
     path = Path(location)
     if path.suffix.lower() in IMAGE_ENDINGS and not is_folder(path, "Give an image, or a folder or .tar file of them."):
@@ -32,20 +32,20 @@ def open_images(location: str) -> ImageSource:
 
 
 class ImageStream:
-    """Batches of decoded images, resized as an extraction resizes by default: squashed to a square.
+    """Batches of decoded images, squashed to a square, as an extraction does by default.
 
     Args:
-        source: Where they come from.
-        size: Height and width, in pixels.
-        batch_size: Images of a batch, before unreadable ones are left out.
-        max_images: Look at so many, drawn at random but the same each time; at all by default.
-        first: Ids of images that come first, whatever is drawn.
+        source: Source of the images.
+        size: Height and width of the resized images, in pixels.
+        batch_size: Number of images per batch, before unreadable ones are left out.
+        max_images: Number of images to look at, drawn at random but the same each time; all by default.
+        first: Ids of images that come first and are always among them.
 
     Attributes:
-        skipped: Id of each image that could not be read, and why; complete after the last batch.
+        skipped: Id of each image that could not be read, and the reason; complete after the last batch.
 
     Raises:
-        ConfigError: If there is no image of an id in ``first``.
+        ConfigError: If an id in ``first`` belongs to no image.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class ImageStream:
         return len(self._order)
 
     def __iter__(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Gives ids and images, uint8 of shape ``(B, 3, size, size)``; never an empty batch.
+        """Yields ids and images, uint8 of shape ``(B, 3, size, size)``; never an empty batch.
 
         Raises:
             ImageError: If no image can be read, or the file system fails.
         """
         self.skipped = []
         found = False
-        # Pillow lets go of the interpreter's lock while it decodes and resizes.
+        # Pillow releases the interpreter's lock while it decodes and resizes.
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             starts = range(0, len(self._order), self._batch_size)
             ahead = self._submit(pool, 0)
@@ -94,7 +94,7 @@ class ImageStream:
         return [pool.submit(self._decode, place) for place in self._order[start : start + self._batch_size]]
 
     def _decode(self, place: int) -> npt.NDArray[np.uint8] | str:
-        """Pixels, or why there are none."""
+        """Pixels of one image, or the reason why there are none."""
         try:
             return to_square(self._source.read(place), self._size, "squash")
         except UnreadableImageError as error:

@@ -1,4 +1,4 @@
-"""What the store adds to files that are whole or absent: its errors, its lock, and files that hold this content."""
+"""File handling of the store, on top of files that are whole or absent: its errors, its lock, and digests."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,11 +13,11 @@ _KEPT = "Whole shards are kept"
 
 
 class UnreadableFileError(StoreError):
-    """The system refuses to read a file, which may be whole: not a reason to make it anew."""
+    """The system refuses to read a file, which may be whole, so there is no reason to make it anew."""
 
 
 def unreadable(path: Path | str, error: OSError) -> UnreadableFileError:
-    """The error that says so. Made here, since an exception with arguments of its own could not be pickled."""
+    """Makes the error for a file that cannot be read. An exception with arguments of its own could not be pickled."""
     return UnreadableFileError(
         f"{path} cannot be read: {error}. Check the file system, the permissions and 'ulimit -n'; the file itself "
         "may be whole."
@@ -25,7 +25,7 @@ def unreadable(path: Path | str, error: OSError) -> UnreadableFileError:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file atomically, and not at all where it already holds this content.
+    """Writes a small file atomically, and leaves it alone if it already holds this content.
 
     Raises:
         StoreError: If it cannot be written, for instance on a full disk.
@@ -42,7 +42,7 @@ def locked(path: Path) -> Iterator[None]:
     with writing(path):
         path.touch()
     lock = FileLock(path)
-    # Some network file systems have no locks; a single job per store needs none.
+    # Some network file systems have no locks. A single job per store needs none.
     with suppress(OSError, NotImplementedError):
         lock.acquire()
     try:
@@ -53,7 +53,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns system errors inside into an error that names the file.
+    """Turns a system error inside the block into an error that names the file.
 
     Raises:
         UnreadableFileError: On any OSError.
@@ -65,7 +65,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file, or ``None`` where there is none.
+    """Size of a file in bytes; ``None`` if there is no file.
 
     Raises:
         UnreadableFileError: If the system does not tell.
@@ -78,5 +78,5 @@ def file_size(path: Path) -> int | None:
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Turns system errors inside into a StoreError that names the file, and the disk where that is full."""
+    """Turns a system error in the block into a StoreError that names the file and, if its disk is full, the disk."""
     return files.writing(path, StoreError, _KEPT)

@@ -1,4 +1,4 @@
-"""One teacher's float32 features on their way into a shard: checked, converted, summed, appended batch by batch."""
+"""Writes one teacher's float32 features into a shard: checks, converts, sums and appends them batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ _BLOCK_VALUES = 1 << 18
 
 
 class ShardWriter:
-    """Takes the features of a shard's images in order. Made by ``SplitWriter.open_shard``.
+    """Takes the features of a shard's images in order. ``SplitWriter.open_shard`` makes it.
 
     Attributes:
         ids: Sample ids of the shard, in the order in which features are expected.
@@ -42,8 +42,8 @@ class ShardWriter:
         """Stores the features of the next images.
 
         Args:
-            patches: Float32, shape ``(b, N, C)``.
-            cls: Float32, shape ``(b, C)``; ``None`` for a teacher without CLS token.
+            patches: Patch tokens of the images, float32, shape ``(b, N, C)``.
+            cls: CLS tokens of the images, float32, shape ``(b, C)``; ``None`` for a teacher without CLS token.
 
         Raises:
             FeatureError: If shapes do not fit the spec or the number of images, or a value cannot be stored.
@@ -67,7 +67,7 @@ class ShardWriter:
         self._rows = stop
 
     def close(self) -> None:
-        """Writes the sums.
+        """Writes the sums over the shard.
 
         Raises:
             FeatureError: If images are left without features.
@@ -91,17 +91,17 @@ def to_stored(
     """Converts a batch to its stored form.
 
     Args:
-        spec: The teacher, for messages.
-        dtype: Stored type of the patch tokens; CLS tokens are float16 always.
+        spec: Spec of the teacher, for messages.
+        dtype: Stored type of the patch tokens. CLS tokens are always float16.
         ids: Sample ids, for messages.
-        patches: Float32, shape ``(b, N, C)``.
-        cls: Float32, shape ``(b, C)``, or ``None``.
+        patches: Patch tokens, float32, shape ``(b, N, C)``.
+        cls: CLS tokens, float32, shape ``(b, C)``, or ``None``.
 
     Returns:
-        Rows by dataset name, and the sums of the stored values (for int8: of what they stand for).
+        Rows by dataset name, and the sums of the stored values (for int8, of the values that they stand for).
 
     Raises:
-        FeatureError: If a value is NaN, infinite, or beyond float16; names teacher, image and channel.
+        FeatureError: If a value is NaN, infinite, or beyond float16. The message names teacher, image and channel.
     """
     moments = Moments.zero(spec.channels)
     columns: dict[str, NDArray[Any]] = {}
@@ -110,7 +110,7 @@ def to_stored(
         columns["scale"] = np.empty((len(patches), 2, spec.channels), np.float32)
     else:
         columns["data"] = _to_float16(patches)
-    # Infinities of both signs have no sum: that is found below, not worth a warning.
+    # Infinities of both signs have no sum. The check below finds them, so numpy need not warn.
     with np.errstate(invalid="ignore"):
         for row, data in enumerate(columns["data"]):
             if dtype == "int8":
@@ -135,23 +135,24 @@ def to_stored(
 
 
 def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """int8 that divides the range of each channel of one image; a value is ``int8 * step + middle``.
+    """Stores the range of each channel of one image in int8 steps; a value is ``int8 * step + middle``.
 
-    Channels of a teacher differ in standard deviation by orders of magnitude, and some hardly move around a mean of a
-    hundred times that: one step for all channels of a token would leave nothing of most of them.
+    The standard deviations of a teacher's channels differ by orders of magnitude, and some channels hardly move around
+    a mean that is a hundred times as large. A single step for all channels of a token would leave nothing of most of
+    them.
 
     Args:
         tokens: Patch tokens of one image, shape ``(N, C)``.
 
     Returns:
-        int8 of the same shape, at most half a step off, and float32 ``(2, C)``: steps and middles; where a channel is
-        not finite, neither are they.
+        int8 of the same shape, at most half a step off, and the steps and middles, float32, shape ``(2, C)``. Where a
+        channel is not finite, its step and middle are not finite either.
     """
     low, high = tokens.min(0), tokens.max(0)
     # Halved first: the difference of two large values may be beyond float32.
     step = (high / 2 - low / 2) / np.float32(_INT8_MAX)
     middle = low / 2 + high / 2
-    # A channel of one value is its middle; so is one that is not finite, but its middle tells.
+    # A channel with a single value is its middle. So is a channel that is not finite, which its middle shows.
     usable = (step >= np.finfo(np.float32).tiny) & np.isfinite(step)
     steps = tokens - middle
     steps /= np.where(usable, step, np.float32(1))
@@ -163,7 +164,7 @@ def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
 
 
 def _blocks(tokens: int, channels: int) -> Iterator[slice]:
-    # What one step works on stays in the cache.
+    # The values that one step works on stay in the cache.
     step = max(1, _BLOCK_VALUES // channels)
     return (slice(start, start + step) for start in range(0, tokens, step))
 

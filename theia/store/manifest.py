@@ -1,4 +1,4 @@
-"""The manifest: which splits, sets and shards a store has, and what a new extraction must agree with."""
+"""The manifest: splits, sets and shards of a store, and the checks that a new extraction agrees with them."""
 
 import json
 import logging
@@ -30,16 +30,16 @@ from theia.types import TeacherSpec
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-# What messages call these fields of an image set.
+# Names of these fields of an image set in messages.
 _NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images"}
 
 
 @dataclass
 class Manifest:
-    """Everything that a store says about itself.
+    """Content of ``manifest.json``: everything that a store says about itself.
 
     Attributes:
-        splits: Records by name of the split.
+        splits: Record of each split, by name.
     """
 
     splits: dict[str, SplitRecord] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def edit_manifest(root: Path) -> Iterator[Manifest]:
-    """Gives the manifest as it is on disk now (empty for a new store) and writes it back, unless an error comes.
+    """Gives the manifest as it is on disk now (empty for a new store), and writes it back unless there is an error.
 
     Raises:
         StoreError: If it cannot be read or written.
@@ -155,11 +155,11 @@ def check_folder(root: Path) -> None:
     """Refuses to make a store among other files.
 
     Raises:
-        StoreError: If the folder holds something, but no store.
+        StoreError: If the folder holds something other than a store.
     """
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is a file. Give a folder with --store.")
-    # Hidden files may be left by a writer that was killed before its manifest.
+    # A writer that was killed before it wrote a manifest may have left hidden files.
     if root.is_dir() and not (root / MANIFEST).exists() and any(path.name[0] != "." for path in root.iterdir()):
         raise StoreError(f"{root} is not empty and not a feature store. Give a new or empty folder with --store.")
 
@@ -168,7 +168,7 @@ def check_images(root: Path, split: str, former: ImageSet, images: ImageSet) -> 
     """Refuses to mix two image sets in one split.
 
     Raises:
-        StoreError: Names the first difference.
+        StoreError: If they differ. The message names the first difference.
     """
     difference = _first_difference(to_plain(former), to_plain(images))
     if difference:
@@ -179,10 +179,10 @@ def check_images(root: Path, split: str, former: ImageSet, images: ImageSet) -> 
 
 
 def check_teacher(root: Path, split: str, name: str, former: SetRecord, new: SetRecord) -> None:
-    """Refuses to mix the features of two versions of a teacher in one set; warns of two devices.
+    """Refuses to mix the features of two versions of a teacher in one set, and warns about two devices.
 
     Raises:
-        StoreError: Names the first difference.
+        StoreError: If they differ. The message names the first difference.
     """
     former_way, way = ({"dtype": part.dtype, "precision": part.computed.get("precision")} for part in (former, new))
     difference = _spec_difference(former.spec, new.spec) or _first_difference(former_way, way)
@@ -199,17 +199,17 @@ def check_teacher(root: Path, split: str, name: str, former: SetRecord, new: Set
 def check_splits(
     root: Path, split: str, images: ImageSet, teachers: Sequence[TeacherSpec], others: Mapping[str, SplitRecord]
 ) -> None:
-    """Refuses splits that differ in the size of their images or in a teacher: no model could be scored on them.
+    """Refuses splits that differ in image size or in a teacher, since no model could be scored on them.
 
     Args:
         root: Folder of the store.
-        split: Name of the split.
-        images: Its images.
-        teachers: Its teachers.
-        others: The other splits, from :func:`with_shards`.
+        split: Name of the new split.
+        images: Image set of the new split.
+        teachers: Specs of the new split's teachers.
+        others: Records of the other splits, from :func:`with_shards`.
 
     Raises:
-        StoreError: Names the first difference.
+        StoreError: If they differ. The message names the first difference.
     """
     for other, record in others.items():
         theirs, ours = ({"size": part.size, "resize": part.resize} for part in (record.images, images))
@@ -229,7 +229,7 @@ def check_splits(
 
 
 def with_shards(root: Path, split: str, record: SplitRecord) -> SplitRecord:
-    """A split with only those sets that have a file."""
+    """Record of a split, limited to the sets that have a file."""
     sets = {name: part for name, part in record.sets.items() if any(set_folder(root, split, name).glob("shard-*.h5"))}
     return replace(record, sets=sets)
 
@@ -237,7 +237,7 @@ def with_shards(root: Path, split: str, record: SplitRecord) -> SplitRecord:
 def _spec_difference(former: TeacherSpec | None, new: TeacherSpec | None) -> str | None:
     if former is None or new is None:
         return None
-    # A digest says what the weights are, wherever they lie.
+    # A digest identifies the weights, wherever they lie.
     if former.revision == new.revision and (new.revision or "").startswith("sha256:"):
         former = replace(former, weights=new.weights)
     return _first_difference(to_plain(former), to_plain(new))

@@ -24,7 +24,7 @@ from theia.store.shard import KEY, Dataset, Shard, as_bytes, damaged, decode, re
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
 
-# More than any store has; no more than that, since some programs close all that they could have open.
+# More than any store has, but not unlimited: some programs close every descriptor that they could have open.
 _MANY_FILES = 1 << 16
 
 Int64 = NDArray[np.int64]
@@ -32,12 +32,12 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Column:
-    """Where one value of every sample lies.
+    """Where one field of every sample lies.
 
     Attributes:
-        field: Type and shape of a row.
-        paths: File of each shard.
-        offsets: First byte of the dataset in it, shape ``(shards,)``.
+        field: Type and shape of one row.
+        paths: Path of each shard's file.
+        offsets: First byte of the dataset in each file, shape ``(shards,)``.
     """
 
     field: Field
@@ -46,15 +46,15 @@ class Column:
 
 
 class Split:
-    """A validated split: reads rows in any order.
+    """A validated split that reads rows in any order.
 
     It holds paths, offsets and labels, but no HDF5 handle, so that it can be pickled and used after a fork. Several
     threads may read at once.
 
     Attributes:
-        teachers: Specs by name.
+        teachers: Specs of the teachers, by name.
         image_hw: Height and width of the images, in pixels.
-        fields: What a row holds: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
+        fields: Fields of a row: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
         labels: Class indices, int64, shape ``(rows,)``, or ``None``.
     """
 
@@ -66,14 +66,14 @@ class Split:
         keys: Sequence[tuple[str, Dataset]],
         labels: Int64 | None,
     ) -> None:
-        """Made by ``FeatureStore.open_split``.
+        """Keeps what ``FeatureStore.open_split`` found.
 
         Args:
-            teachers: Specs by name.
-            image_hw: Height and width of the images.
-            columns: By field name.
-            keys: File and dataset of the sample ids of each shard.
-            labels: Class indices of all rows.
+            teachers: Specs of the teachers, by name.
+            image_hw: Height and width of the images, in pixels.
+            columns: Places of all values, by field name.
+            keys: File and dataset with the sample ids of each shard.
+            labels: Class indices of all rows, int64, shape ``(rows,)``, or ``None``.
         """
         self.teachers = teachers
         self.image_hw = image_hw
@@ -86,19 +86,19 @@ class Split:
         self._file: Callable[[str], _File] = _File
 
     def images_only(self) -> "Split":
-        """The same rows without features."""
+        """Gives the same rows without features."""
         return Split({}, self.image_hw, {IMAGE: self._columns[IMAGE]}, self._keys, self.labels)
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        # File descriptors belong to one process.
+        # File descriptors are not passed on: they belong to one process.
         return {**self.__dict__, "_process": 0, "_file": _File}
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """Folder of the split's files."""
         return Path(self._keys[0][0]).parents[1]
 
     def key(self, row: int) -> str:
@@ -115,19 +115,19 @@ class Split:
         return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
     def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
-        """Buffers for all fields, filled with zeros and shared with processes that are forked later.
+        """Makes buffers for all fields, filled with zeros and shared with processes that are forked later.
 
         Args:
-            rows: Samples that they hold.
+            rows: Number of samples that they hold.
         """
         return {name: shared_array((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
 
     def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]]) -> None:
-        """Reads samples into the first rows of buffers; only the fields that have a buffer are read.
+        """Reads samples into the first rows of buffers. Only fields that have a buffer are read.
 
         Args:
             rows: Row numbers, int64, shape ``(n,)``, in any order.
-            buffers: By field name; C-contiguous, of the field's type, shape ``(>= n, *field.shape)``.
+            buffers: Buffers by field name, C-contiguous, of the field's type, shape ``(>= n, *field.shape)``.
 
         Raises:
             ShapeError: If a buffer does not fit its field.
@@ -151,10 +151,10 @@ class Split:
                 f"Rows {rows.min()} to {rows.max()} were asked for; the split has rows 0 to {len(self) - 1}."
             )
         if self._process != os.getpid():
-            # A reader evicted by the cache is closed when the last thread that uses it lets go of it.
+            # A file that the cache drops is closed when the last thread that uses it lets go of it.
             self._file = lru_cache(_open_files_at_most())(_File)
             self._process = os.getpid()
-        # From the right: a shard without rows begins where the next one does.
+        # Searched from the right, because a shard without rows begins where the next one does.
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
         return shards, rows - self._first_rows[shards]
 
@@ -190,14 +190,14 @@ class Split:
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros in memory of their own that is shared with processes forked later, and begins on a page.
+    """Makes an array of zeros in its own memory, shared with processes forked later, that begins on a page.
 
-    The kernel copies a file to a page's beginning at nearly twice the rate at which it copies to the place where
-    ``np.empty`` puts an array, 16 bytes behind.
+    The kernel copies from a file to the beginning of a page at nearly twice the rate at which it copies to the place
+    where ``np.empty`` puts an array, 16 bytes further on.
 
     Args:
-        shape: Of the array.
-        dtype: Of its elements.
+        shape: Shape of the array.
+        dtype: Type of its elements.
     """
     count = int(np.prod(shape, dtype=np.int64))
     memory = mmap.mmap(-1, max(1, count * dtype.itemsize))  # a mapping cannot be empty
@@ -205,7 +205,7 @@ def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 class _File:
-    """An open file, closed with its last reference."""
+    """An open file that is closed with its last reference."""
 
     __slots__ = ("descriptor",)
 
@@ -219,14 +219,15 @@ class _File:
 
 
 def _open_files_at_most() -> int:
-    # Random order over a large store touches every file again and again: the usual 1024 would close and open them.
+    # Random order over a large store touches every file again and again. With the usual limit of 1024 descriptors,
+    # files would be closed and opened all the time.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
-    # A quarter: there are train and validation, and everything else that a process opens.
+    # A quarter of the limit: there are train and validation splits, and everything else that a process opens.
     return max((_MANY_FILES if soft == resource.RLIM_INFINITY else soft) // 4, 16)
 
 
@@ -234,12 +235,12 @@ class FeatureStore:
     """A feature store on disk.
 
     Attributes:
-        root: Its folder.
-        manifest: What it says about itself.
-        manifest_sha256: Digest of ``manifest.json``: identifies the store's content.
+        root: Folder of the store.
+        manifest: Manifest of the store.
+        manifest_sha256: Digest of ``manifest.json``, which identifies the store's content.
 
     Args:
-        root: Its folder.
+        root: Folder of the store.
 
     Raises:
         StoreError: If there is no store, or it has another schema.
@@ -264,7 +265,7 @@ class FeatureStore:
         return self._record(split).teachers
 
     def finished_teachers(self, splits: Iterable[str]) -> list[str]:
-        """Names of the teachers that are whole in each of some splits.
+        """Names of the teachers that are complete in each of the given splits.
 
         Raises:
             StoreError: If there is no such split.
@@ -276,7 +277,7 @@ class FeatureStore:
         """Mean and standard deviation of a teacher's features over the training split.
 
         Raises:
-            StoreError: If there are none, or the file is damaged.
+            StoreError: If there are no statistics, or their file is damaged.
         """
         path = statistics_path(self.root, teacher)
         if not path.exists():
@@ -290,13 +291,13 @@ class FeatureStore:
         """Validates the files of a split and makes it readable.
 
         Args:
-            split: Its name.
-            teachers: Teachers to read, or one; all by default.
+            split: Name of the split.
+            teachers: Names of the teachers to read, or a single name; all by default.
 
         Raises:
-            StoreError: If the split or a teacher is not there or unfinished, a file is missing, truncated or
-                unreadable, the samples of a teacher are not those of the images, or another split has another teacher
-                of the same name.
+            StoreError: If the split or a teacher is missing or unfinished, a file is missing, truncated or unreadable,
+                the samples of a teacher are not those of the images, or another split has a different teacher of the
+                same name.
         """
         record = self._record(split)
         names = [teachers] if isinstance(teachers, str) else list(record.teachers if teachers is None else teachers)

@@ -1,4 +1,4 @@
-"""What a feature store is on disk: names, types and records that writer and reader share."""
+"""The layout of a feature store on disk: names, types and records that writer and reader share."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ Resize = Literal["squash", "center_crop"]
 
 @dataclass(frozen=True)
 class Field:
-    """One value per sample: its type and its shape within a row.
+    """Type and row shape of one value per sample.
 
     Attributes:
         dtype: Little-endian numpy type.
@@ -38,22 +38,22 @@ class Field:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of one row in bytes."""
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """The list of images behind one split, and what was done to them.
+    """The list of images behind one split, and how they were processed.
 
     Attributes:
-        source: Where the images come from, as plain values; compared when an extraction is continued, so it must
-            hold what identifies the images and nothing that changes from run to run.
+        source: Origin of the images, as plain values. It is compared when an extraction is continued, so it must hold
+            what identifies the images and nothing that changes from run to run.
         size: Height and width of the stored images, in pixels.
-        resize: How an image is brought to that size.
-        listed: Images in the list, readable or not.
-        ids_sha256: Digest of their ids in order, from :func:`hash_ids`.
-        shard_size: Listed images per shard.
+        resize: Way in which an image is brought to that size.
+        listed: Number of images in the list, readable or not.
+        ids_sha256: Digest of the images' ids in order, from :func:`hash_ids`.
+        shard_size: Number of listed images per shard.
         classes: Class names by label, or ``None`` without labels.
     """
 
@@ -67,23 +67,23 @@ class ImageSet:
 
     @property
     def shard_count(self) -> int:
-        """Shards of every set of the split."""
+        """Number of shards in every set of the split."""
         return -(-self.listed // self.shard_size)
 
     def listed_in(self, shard: int) -> int:
-        """Images of the list that belong to one shard."""
+        """Number of listed images that belong to one shard."""
         return min(self.shard_size, self.listed - shard * self.shard_size)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One file of a set, as the manifest knows it.
+    """Manifest entry for one file of a set.
 
     Attributes:
         index: Number of the shard.
-        rows: Samples in it.
-        bytes: Size of the file.
-        sha256: Digest of the file.
+        rows: Number of samples in the file.
+        bytes: Size of the file in bytes.
+        sha256: Sha256 digest of the file.
     """
 
     index: int
@@ -97,12 +97,12 @@ class SetRecord:
     """The files of one teacher, or of the images, within a split.
 
     Attributes:
-        spec: What the teacher is; ``None`` for images.
+        spec: Spec of the teacher; ``None`` for images.
         dtype: Type of the stored patch tokens; ``None`` for images.
-        computed: How the features were computed (device, precision, versions): information, of which only the
-            precision is compared.
+        computed: How the features were computed (device, precision, versions). This is information; only the precision
+            is compared.
         shards: One record per shard, empty until the set is complete for the first time.
-        complete: Whether every shard is there, and the statistics are theirs.
+        complete: Whether every shard is there, and the statistics belong to these shards.
     """
 
     spec: TeacherSpec | None = None
@@ -114,45 +114,45 @@ class SetRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """One split: its images and its sets by name (``"image"`` and the teachers)."""
+    """One split: its image set, and its sets by name (``"image"`` and the teachers)."""
 
     images: ImageSet
     sets: Mapping[str, SetRecord]
 
     @property
     def teachers(self) -> dict[str, TeacherSpec]:
-        """Specs of the teachers that were begun, by name."""
+        """Specs of the teachers whose extraction was begun, by name."""
         return {name: record.spec for name, record in self.sets.items() if record.spec is not None}
 
 
 def is_split_name(name: str) -> bool:
-    """Whether a split may have this name; ``SPLIT_RULE`` says what it may be, for messages."""
+    """Whether a split may have this name. ``SPLIT_RULE`` describes allowed names, for messages."""
     return name != STATISTICS and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
 
 
 def set_folder(root: Path, split: str, name: str) -> Path:
-    """Folder that holds the shards of one set."""
+    """Folder of the shards of one set."""
     return root / split / name
 
 
 def shard_path(root: Path, split: str, name: str, index: int) -> Path:
-    """File of one shard."""
+    """Path of one shard."""
     return set_folder(root, split, name) / f"shard-{index:06d}.h5"
 
 
 def statistics_path(root: Path, teacher: str) -> Path:
-    """File of one teacher's statistics."""
+    """Path of the statistics of one teacher."""
     return root / STATISTICS / f"{teacher}.npz"
 
 
 def image_fields(size: int, labels: bool) -> dict[str, Field]:
-    """What a row of an image shard holds, by dataset name."""
+    """Fields of a row of an image shard, by dataset name."""
     row = {"data": Field(np.dtype("u1"), (3, size, size))}
     return row | {"label": Field(np.dtype("<i8"), ())} if labels else row
 
 
 def feature_fields(spec: TeacherSpec, dtype: FeatureDtype) -> dict[str, Field]:
-    """What a row of a teacher's shard holds, by dataset name, in the order of its checksum."""
+    """Fields of a row of a teacher's shard, by dataset name, in the order in which the checksum covers them."""
     tokens = spec.grid_hw[0] * spec.grid_hw[1]
     row = {"data": Field(np.dtype("i1" if dtype == "int8" else "<f2"), (tokens, spec.channels))}
     if dtype == "int8":
@@ -163,7 +163,7 @@ def feature_fields(spec: TeacherSpec, dtype: FeatureDtype) -> dict[str, Field]:
 
 
 def hash_ids(ids: Iterable[str]) -> str:
-    """Digest of sample ids in order: two lists with the same digest are the same list."""
+    """Digest of sample ids in order. Two lists with the same digest are the same list."""
     digest = hashlib.sha256()
     for sample in ids:
         digest.update(sample.encode("utf-8", "surrogateescape") + b"\0")
@@ -171,29 +171,29 @@ def hash_ids(ids: Iterable[str]) -> str:
 
 
 def preprocessing_hash(spec: TeacherSpec) -> str:
-    """Digest of everything that turns an image into the teacher's input."""
+    """Digest of all steps that turn an image into the teacher's input."""
     return hashlib.sha256(canonical_json(spec.preprocessing).encode()).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces."""
+    """The unique JSON text of a value, with sorted keys and without spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict)
 
 
 def to_plain(record: Any) -> dict[str, Any]:
-    """A record as JSON gives it back: lists for tuples, plain dictionaries for mappings."""
+    """Converts a record as a round trip through JSON would: tuples to lists, mappings to plain dictionaries."""
     values = {part.name: getattr(record, part.name) for part in fields(record)}
     plain: dict[str, Any] = json.loads(json.dumps(values, default=dict))
     return plain
 
 
 def image_set_from(values: Mapping[str, Any]) -> ImageSet:
-    """The image set of a manifest."""
+    """Builds the image set from its values in a manifest."""
     classes = values["classes"]
     return ImageSet(**{**values, "classes": None if classes is None else tuple(classes)})
 
 
 def teacher_spec_from(values: Mapping[str, Any]) -> TeacherSpec:
-    """The teacher spec of a manifest."""
+    """Builds the teacher spec from its values in a manifest."""
     height, width = values["grid_hw"]
     return TeacherSpec(**{**values, "grid_hw": (height, width)})

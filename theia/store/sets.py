@@ -1,4 +1,4 @@
-"""The files of one set: what each must contain, which of them are whole, and the statistics over all."""
+"""The files of one set: their required content, the check that they are whole, and the statistics over all of them."""
 
 import hashlib
 import json
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 LABEL = "label"
 SKIPPED = "skipped"
 
-# Sums of the stored values per channel: of patch tokens and of CLS tokens.
+# Datasets with the sums of the stored values per channel, over patch tokens and over CLS tokens.
 PATCH_SUMS = ("sum", "sumsq")
 CLS_SUMS = ("cls_sum", "cls_sumsq")
 
-_SHOWN = 8  # missing shards in a message
+_SHOWN = 8  # number of missing shards in a message
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class SetLayout:
         root: Folder of the store.
         split: Name of the split.
         name: ``"image"`` or the name of a teacher.
-        images: The split's image set.
-        record: What the manifest says about the set.
+        images: Image set of the split.
+        record: Record of the set in the manifest.
     """
 
     root: Path
@@ -65,15 +65,15 @@ class SetLayout:
     record: SetRecord
 
     def path(self, index: int) -> Path:
-        """File of one shard."""
+        """Path of one shard."""
         return shard_path(self.root, self.split, self.name, index)
 
     def sidecar(self, index: int) -> Path:
-        """File that keeps the record of a shard until the manifest has it."""
+        """Path of the file that keeps the record of a shard until the manifest has it."""
         return self.path(index).with_suffix(".json")
 
     def row_fields(self, labels: bool = False) -> dict[str, Field]:
-        """What a row holds, by dataset name, in the order of its checksum.
+        """Fields of a row, by dataset name, in the order in which the checksum covers them.
 
         Args:
             labels: Whether images have labels.
@@ -83,13 +83,13 @@ class SetLayout:
         return feature_fields(self.record.spec, self.record.dtype or "float16")
 
     def sum_names(self) -> tuple[str, ...]:
-        """Datasets that hold sums over the shard."""
+        """Names of the datasets that hold sums over the shard."""
         if self.record.spec is None:
             return ()
         return (*PATCH_SUMS, *CLS_SUMS) if self.record.spec.has_cls else PATCH_SUMS
 
     def datasets(self, rows: int, labels: bool = False) -> dict[str, tuple[int, Field]]:
-        """All datasets that do not depend on ids: length of the first axis and type by name."""
+        """Length and field of each dataset that does not depend on the ids, by name."""
         found = {name: (rows, field) for name, field in self.row_fields(labels).items()}
         found[CRC32] = (rows, Field(np.dtype("<u4"), ()))
         if self.record.spec is not None:
@@ -98,7 +98,7 @@ class SetLayout:
         return found
 
     def attributes(self, index: int, rows: int) -> dict[str, Json]:
-        """What one file says about itself."""
+        """Attributes of one file: everything that it says about itself."""
         return {**self._attributes, "shard": index, "rows": rows}
 
     @cached_property
@@ -120,10 +120,10 @@ class SetLayout:
         }
 
     def check(self, shard: Shard, index: int) -> None:
-        """Checks that a file is what the manifest says.
+        """Checks that a file agrees with the manifest.
 
         Raises:
-            StoreError: If an attribute or the type or shape of a dataset differs.
+            StoreError: If an attribute, or the type or shape of a dataset, differs.
         """
         for name, value in self.attributes(index, shard.rows).items():
             if shard.attributes.get(name) != value:
@@ -140,7 +140,7 @@ class SetLayout:
             raise StoreError(damaged(shard.path, f"/{SKIPPED} does not name {unread} images"))
 
     def recorded(self, index: int) -> ShardRecord | None:
-        """The record of a shard: of its sidecar, which is newer, or else of the manifest."""
+        """Record of a shard, from its sidecar if there is one, since that is newer, or else from the manifest."""
         try:
             with reading(self.sidecar(index)):
                 try:
@@ -152,27 +152,27 @@ class SetLayout:
 
 
 def split_layouts(root: Path, split: str, record: SplitRecord) -> list[SetLayout]:
-    """The sets of a split, images first."""
+    """Layouts of the sets of a split, images first."""
     names = sorted(record.sets, key=lambda name: name != IMAGE)
     return [SetLayout(root, split, name, record.images, record.sets[name]) for name in names]
 
 
 def encode_skipped(skipped: list[tuple[str, str]]) -> NDArray[np.bytes_]:
-    """Ids of the images of a shard that could not be read, with the reason, as stored: shape ``(m, 2)``."""
+    """Encodes the ids of a shard's unreadable images and the reasons as they are stored, shape ``(m, 2)``."""
     return encode([text for pair in skipped for text in pair]).reshape(-1, 2)
 
 
 def read_skipped(images: Shard) -> list[tuple[str, str]]:
-    """What :func:`encode_skipped` stored in an image shard."""
+    """Reads from an image shard what :func:`encode_skipped` stored."""
     texts = decode(images.read(SKIPPED).reshape(-1))
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 class WholeShards:
-    """The whole shards of one split: a process opens and validates each file once.
+    """The shards of one split that are whole. A process opens and validates each file once.
 
     Args:
-        layouts: The sets, by name; the images among them.
+        layouts: Layouts of the sets by name, including the images.
     """
 
     def __init__(self, layouts: Mapping[str, SetLayout]) -> None:
@@ -181,14 +181,14 @@ class WholeShards:
         self._reported: set[Path] = set()
 
     def get(self, name: str, index: int) -> Shard | None:
-        """A shard that is there, valid, and has the samples of the image shard; else ``None``.
+        """Gives a shard if it is there, valid, and has the samples of the image shard; else ``None``.
 
         Args:
             name: ``"image"`` or the name of a teacher.
             index: Number of the shard.
 
         Raises:
-            UnreadableFileError: If the system refuses to read a file: making it anew would be no remedy.
+            UnreadableFileError: If the system refuses to read a file, which making it anew would not cure.
         """
         found = self._found.setdefault(index, {})
         if name not in found:
@@ -200,14 +200,14 @@ class WholeShards:
         return found[name]
 
     def forget(self, index: int) -> None:
-        """Looks anew, the next time, at the shards of one number: their images were replaced."""
+        """Forgets the shards of one number, whose images were replaced, so that they are validated again."""
         self._found.pop(index, None)
 
     def sets(self, names: Sequence[str]) -> dict[str, list[Shard]]:
-        """All shards of some sets.
+        """Gives all shards of the given sets.
 
         Raises:
-            StoreError: Names those that are missing.
+            StoreError: If shards are missing. The message names them.
         """
         found: dict[str, list[Shard]] = {name: [] for name in names}
         missing = []
@@ -251,11 +251,11 @@ class WholeShards:
 
 
 def complete(layout: SetLayout, shards: Sequence[Shard]) -> SetRecord:
-    """Writes the statistics of a whole set, for the training split, and gives its final record.
+    """Writes the statistics of a complete set, if it is of the training split, and gives its final record.
 
     Args:
-        layout: The set.
-        shards: All of it.
+        layout: Layout of the set.
+        shards: All shards of the set.
 
     Raises:
         StoreError: If a shard is damaged, or no shard has a sample.
@@ -264,7 +264,7 @@ def complete(layout: SetLayout, shards: Sequence[Shard]) -> SetRecord:
     record = replace(layout.record, shards=records, complete=True)
     if layout.split == TRAIN and record.spec is not None:
         target = statistics_path(layout.root, layout.name)
-        # Nothing of a teacher that was complete before is touched.
+        # A teacher that was complete before stays untouched.
         if record != layout.record or not target.exists():
             set_statistics(layout, shards).save(target)
     return record
@@ -274,8 +274,8 @@ def set_statistics(layout: SetLayout, shards: Iterable[Shard]) -> ChannelStatist
     """Statistics of a teacher's set, merged from the sums that its shards hold.
 
     Args:
-        layout: The set.
-        shards: All of it.
+        layout: Layout of the set.
+        shards: All shards of the set.
 
     Raises:
         StoreError: If a shard is damaged, or no shard has a sample.
@@ -296,13 +296,13 @@ def set_statistics(layout: SetLayout, shards: Iterable[Shard]) -> ChannelStatist
 
 
 def missing_shards(layout: SetLayout) -> list[Path]:
-    """Files of a set that are not there."""
+    """Paths of the set's missing shards."""
     paths = (layout.path(index) for index in range(layout.images.shard_count))
     return [path for path in paths if file_size(path) is None]
 
 
 def shard_records(layout: SetLayout) -> list[ShardRecord]:
-    """What is known about the shards of a set: all of a complete one, else those that are there."""
+    """Known records of a set's shards: all shards if the set is complete, else those that are there."""
     if layout.record.complete:
         return list(layout.record.shards)
     there = (index for index in range(layout.images.shard_count) if file_size(layout.path(index)) is not None)
@@ -313,5 +313,5 @@ def _shard_record(layout: SetLayout, index: int, shard: Shard) -> ShardRecord:
     recorded = layout.recorded(index)
     if recorded is not None:
         return recorded
-    # The file was put there by other means than the writer, which leaves a record.
+    # Something other than the writer, which leaves a record, put the file there.
     return ShardRecord(index, shard.rows, shard.path.stat().st_size, file_sha256(shard.path))

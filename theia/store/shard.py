@@ -1,4 +1,4 @@
-"""One shard on disk: h5py lays out and validates its structure; values are read and written at their byte offsets."""
+"""One shard on disk. h5py lays out and validates its structure; values are read and written at their byte offsets."""
 
 import io
 import json
@@ -21,14 +21,14 @@ from theia.types import Json
 from theia.utils import files
 from theia.utils.files import publish, temporary_path
 
-# One JSON text holds what a file says about itself: HDF5 is slow with many attributes. The schema can be read alone.
+# A single JSON text holds all attributes of a file, since HDF5 is slow with many. The schema can be read alone.
 SCHEMA = "schema"
 DESCRIPTION = "description"
 
 KEY = "key"
 CRC32 = "crc32"
 
-# Datasets whose rows the checksum of a sample covers, in its order.
+# Datasets whose rows the checksum of a sample covers, in the order in which it covers them.
 CHECKED = ("data", "scale", "cls", "label")
 
 _ALIGNMENT = 4096  # bytes
@@ -39,8 +39,8 @@ class Dataset:
     """Where an array lies in a file.
 
     Attributes:
-        offset: First byte; 0 for an empty array, which has no place.
-        field: Type of a row and its shape.
+        offset: First byte of the array; 0 for an empty array, which has no place.
+        field: Type and shape of one row.
         rows: Length of the first axis.
     """
 
@@ -54,9 +54,9 @@ class Shard:
     """The structure of one file.
 
     Attributes:
-        path: The file.
-        attributes: What it says about itself: schema, set, spec and so on.
-        datasets: By name.
+        path: Path of the file.
+        attributes: Attributes of the file: schema, set, spec and so on.
+        datasets: Places of the datasets, by name.
     """
 
     path: Path
@@ -65,19 +65,19 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """Samples in the file."""
+        """Number of samples in the file."""
         return self.datasets[KEY].rows
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows of one dataset.
+        """Reads rows of one dataset.
 
         Args:
             name: Name of the dataset.
             start: First row.
-            stop: Row after the last; all that follow by default.
+            stop: Row after the last one; by default, all rows from ``start`` on are read.
 
         Raises:
-            StoreError: If the file ends before them or cannot be read.
+            StoreError: If the file ends before these rows or cannot be read.
         """
         dataset = self.datasets[name]
         stop = dataset.rows if stop is None else min(stop, dataset.rows)
@@ -91,11 +91,11 @@ class Shard:
         return values
 
     def keys(self) -> list[str]:
-        """Sample ids."""
+        """Reads the sample ids."""
         return decode(self.read(KEY))
 
     def row_crc32(self, start: int, stop: int) -> NDArray[np.uint32]:
-        """Checksums of the samples as their bytes are now, to be compared with dataset ``crc32``."""
+        """Checksums of the samples' present bytes, to be compared with dataset ``crc32``."""
         return row_crc32([self.read(name, start, stop) for name in CHECKED if name in self.datasets])
 
 
@@ -103,7 +103,7 @@ def read_shard(path: Path) -> Shard:
     """Reads the structure of a file, and validates it as HDF5.
 
     Raises:
-        StoreError: If it is missing, truncated, or not a shard.
+        StoreError: If the file is missing, truncated, or not a shard.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -114,9 +114,9 @@ def read_shard(path: Path) -> Shard:
             f"{path} is missing. Run the theia extract that made it again; to drop a teacher instead, delete its "
             "folder and run any theia extract of that split."
         ) from error
-    # A damaged structure surfaces in h5py as any of these.
+    # h5py reports a damaged structure as any of these errors.
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        # What the system refuses has a number; what HDF5 does not understand has none.
+        # An error of the system has a number; an error of HDF5 about the content has none.
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(path, error) from error
         raise StoreError(damaged(path, str(error))) from error
@@ -126,12 +126,12 @@ def read_shard(path: Path) -> Shard:
 
 
 def damaged(path: Path | str, reason: str) -> str:
-    """Message about a file that must be made anew."""
+    """Message about a damaged file that must be made anew."""
     return f"{path} is damaged ({reason}). Delete it and run the theia extract that made it again."
 
 
 def row_crc32(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
-    """crc32 of each sample over its bytes in all columns, one after the other."""
+    """Crc32 of each sample over its bytes in all columns, one column after the other."""
     sums = [0] * len(columns[0])
     for column in columns:
         view = as_bytes(np.ascontiguousarray(column))
@@ -141,22 +141,22 @@ def row_crc32(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint32]:
 
 
 def as_bytes(values: NDArray[Any]) -> memoryview:
-    """The bytes of a C-contiguous array, not copied."""
+    """The bytes of a C-contiguous array, without a copy."""
     return values.reshape(-1).view(np.uint8).data
 
 
 def file_sha256(path: Path) -> str:
-    """Digest of a whole file.
+    """Sha256 digest of a whole file.
 
     Raises:
-        UnreadableFileError: If it cannot be read.
+        UnreadableFileError: If the file cannot be read.
     """
     with reading(path):
         return files.file_sha256(path)
 
 
 def encode(texts: Sequence[str]) -> NDArray[np.bytes_]:
-    """Texts as fixed-width UTF-8; file names that are not UTF-8 survive."""
+    """Encodes texts as fixed-width UTF-8. File names that are not UTF-8 survive."""
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     # numpy has no strings of width 0.
     return np.array(encoded, f"S{max(map(len, encoded), default=0) or 1}")
@@ -168,10 +168,10 @@ def decode(texts: NDArray[np.bytes_]) -> list[str]:
 
 
 def locate(dataset: h5py.h5d.DatasetID) -> Dataset:
-    """Where a dataset lies in its file.
+    """Finds where a dataset lies in its file.
 
     Raises:
-        ValueError: If it is not contiguous.
+        ValueError: If the dataset is not contiguous.
     """
     rows, *shape = dataset.shape
     offset = dataset.get_offset()
@@ -191,15 +191,15 @@ def _read_whole(file: int, values: NDArray[Any], offset: int) -> int:
 
 
 class NewShard:
-    """A shard that is being written under a temporary name; it gets its own name when it is whole.
+    """A shard that is being written under a temporary name, and gets its final name when it is whole.
 
-    As a context manager: leaving it without :meth:`commit` removes the temporary file.
+    If it is left as a context manager without :meth:`commit`, the temporary file is removed.
 
     Args:
-        path: Its final name.
-        keys: Sample ids.
-        datasets: Types and row shapes of the datasets by name, and their rows.
-        attributes: What the file says about itself.
+        path: Final path of the shard.
+        keys: Sample ids of the shard.
+        datasets: Number of rows and field of each dataset, by name.
+        attributes: Attributes of the file.
 
     Raises:
         StoreError: If the file cannot be written.
@@ -245,11 +245,11 @@ class NewShard:
 
         Args:
             name: Name of the dataset.
-            values: Rows, of the dataset's own type and shape.
+            values: Rows to write, of the dataset's own type and shape.
             start: First row.
 
         Raises:
-            StoreError: If they do not fit, or the disk is full.
+            StoreError: If the rows do not fit, or the disk is full.
         """
         dataset = self._datasets[name]
         field = dataset.field
@@ -261,7 +261,7 @@ class NewShard:
         self._write_bytes(as_bytes(np.ascontiguousarray(values)), dataset.offset + start * field.row_bytes)
 
     def write_samples(self, columns: Mapping[str, NDArray[Any]], start: int = 0) -> None:
-        """Writes everything about some samples, and their checksums.
+        """Writes all columns of some samples, and the samples' checksums.
 
         Args:
             columns: Rows by dataset name.
@@ -272,10 +272,10 @@ class NewShard:
         self.write(CRC32, row_crc32([columns[name] for name in CHECKED if name in columns]), start)
 
     def sync(self) -> tuple[int, str]:
-        """Brings the file to disk.
+        """Waits until the file is on the disk.
 
         Returns:
-            Its size in bytes and its sha256.
+            Size of the file in bytes, and its sha256.
         """
         with writing(self.path):
             os.fsync(self._file)
@@ -301,12 +301,12 @@ class NewShard:
 class _Structure(io.RawIOBase):
     """A file in which h5py lays out a shard without its values.
 
-    HDF5 that fails to write cannot close its file any more, and gives the space back only when the process ends: so
-    it writes to memory, and what it wrote is brought to disk by us.
+    If HDF5 fails to write, it can no longer close its file, and gives the space back only when the process ends. So
+    HDF5 writes to memory, and this module writes the pieces to disk.
 
     Attributes:
-        pieces: What was written, by offset.
-        size: Length of the file.
+        pieces: Written bytes, by offset.
+        size: Length of the file in bytes.
     """
 
     def __init__(self) -> None:
@@ -334,7 +334,7 @@ class _Structure(io.RawIOBase):
         return self._position
 
     def write(self, content: Any) -> int:
-        # In the order of writing: where pieces overlap, the last one counts.
+        # In the order in which they were written: where pieces overlap, the last one counts.
         self.pieces.pop(self._position, None)
         self.pieces[self._position] = bytes(content)
         self._position += len(content)
@@ -351,7 +351,7 @@ def _allocate(file: h5py.File, name: str, rows: int, field: Field) -> Dataset:
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # The same features make the same bytes, whenever they are written.
+    # Without times in the file, the same features give the same bytes, whenever they are written.
     plan.set_obj_track_times(False)
     dtype = field.dtype
     if dtype.kind == "S":

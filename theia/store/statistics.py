@@ -1,4 +1,4 @@
-"""Mean and standard deviation per channel, from sums that merge over shards."""
+"""Mean and standard deviation per channel, from sums that can be merged over shards."""
 
 import io
 import zipfile
@@ -22,13 +22,13 @@ STD_FLOOR = 1e-6
 class Moments:
     """Sums over tokens, per channel, in float64.
 
-    float16 values and their squares are multiples of a power of two, so that float64 holds the sums of a channel that
-    hardly moves without rounding, and ``E[x^2] - E[x]^2`` loses nothing where it would be dangerous.
+    float16 values and their squares are multiples of a power of two. So float64 holds the sums of a channel that hardly
+    moves without rounding, and ``E[x^2] - E[x]^2`` loses nothing where that would be dangerous.
 
     Attributes:
         sum: Sum of the values, shape ``(C,)``.
         sumsq: Sum of their squares, shape ``(C,)``.
-        count: Tokens.
+        count: Number of tokens.
     """
 
     sum: Vector
@@ -37,12 +37,12 @@ class Moments:
 
     @classmethod
     def zero(cls, channels: int) -> "Moments":
-        """Moments of nothing."""
+        """Moments of no tokens."""
         return cls(np.zeros(channels), np.zeros(channels), 0)
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> "Moments":
-        """Moments of values of shape ``(..., C)``."""
+        """Moments of the given values, shape ``(..., C)``."""
         tokens = values.reshape(-1, values.shape[-1]).astype(np.float64, copy=False)
         return cls(tokens.sum(0), np.einsum("nc,nc->c", tokens, tokens), len(tokens))
 
@@ -50,26 +50,26 @@ class Moments:
         return Moments(self.sum + other.sum, self.sumsq + other.sumsq, self.count + other.count)
 
     def mean(self) -> Vector:
-        """Mean, shape ``(C,)``."""
+        """Mean of each channel, shape ``(C,)``."""
         return self.sum / self.count
 
     def std(self) -> Vector:
-        """Population standard deviation, shape ``(C,)``."""
+        """Population standard deviation of each channel, shape ``(C,)``."""
         variance: Vector = self.sumsq / self.count - self.mean() ** 2
         return np.sqrt(np.maximum(variance, 0.0))
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """What normalises the features of one teacher.
+    """Mean and standard deviation that normalise the features of one teacher.
 
     Attributes:
         mean: Mean of each channel of the patch tokens, float64, shape ``(C,)``.
         std: Population standard deviation, same shape, never below ``STD_FLOOR``.
-        count: Patch tokens that were counted.
+        count: Number of patch tokens behind the statistics.
         cls_mean: Mean of each channel of the CLS token; ``None`` for a teacher without one.
         cls_std: Standard deviation of each channel of the CLS token; ``None`` for a teacher without one.
-        floored: Standard deviations that were replaced by ``STD_FLOOR``.
+        floored: Number of standard deviations that were replaced by ``STD_FLOOR``.
     """
 
     mean: Vector
@@ -81,11 +81,11 @@ class ChannelStatistics:
 
     @classmethod
     def from_moments(cls, patches: Moments, cls_token: Moments | None = None) -> "ChannelStatistics":
-        """Statistics of all that was summed.
+        """Computes the statistics from sums over all tokens.
 
         Args:
             patches: Sums over patch tokens.
-            cls_token: Sums over CLS tokens, for a teacher that has them.
+            cls_token: Sums over CLS tokens, for a teacher that gives them.
         """
         std = patches.std()
         cls_std = None if cls_token is None else cls_token.std()
@@ -103,7 +103,7 @@ class ChannelStatistics:
         """Writes an ``.npz`` file atomically.
 
         Raises:
-            StoreError: If it cannot be written.
+            StoreError: If the file cannot be written.
         """
         arrays: dict[str, Any] = {"mean": self.mean, "std": self.std, "count": self.count}
         if self.cls_mean is not None and self.cls_std is not None:
@@ -114,10 +114,10 @@ class ChannelStatistics:
 
     @classmethod
     def load(cls, path: Path) -> "ChannelStatistics":
-        """Reads what :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote.
 
         Raises:
-            StoreError: If it is missing or damaged.
+            StoreError: If the file is missing or damaged.
         """
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -1,4 +1,4 @@
-"""What a store holds, by its manifest; and whether every byte of it is what was written."""
+"""Describes a store by its manifest, and checks that every byte in it is as it was written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,11 +21,11 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Checked:
-    """Progress: a file was checked, and is whole or not.
+    """Sign of progress: a file has been checked, whether or not it is whole.
 
     Attributes:
-        path: The file.
-        bytes: Its size in the manifest.
+        path: Path of the file.
+        bytes: Size of the file in the manifest.
     """
 
     path: Path
@@ -34,11 +34,11 @@ class Checked:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something is wrong.
+    """Something that is wrong with a store.
 
     Attributes:
-        path: The file or folder.
-        text: What, and the next step.
+        path: Path of the file or folder.
+        text: Description of the problem, and the next step.
     """
 
     path: Path
@@ -52,7 +52,7 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
         root: Folder of the store.
 
     Yields:
-        A Checked for every shard, after its problems; and the problems of sets and statistics.
+        A ``Checked`` for every shard, after the shard's problems; also the problems of sets and statistics.
 
     Raises:
         StoreError: If there is no store.
@@ -137,15 +137,15 @@ def _verify_statistics(layout: SetLayout) -> Iterator[Problem]:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """One teacher's features, or the images, of a split.
+    """Summary of one set of a split: one teacher's features, or the images.
 
     Attributes:
         name: ``"image"`` or the name of the teacher.
-        spec: The teacher, or ``None`` for images.
+        spec: Spec of the teacher, or ``None`` for images.
         dtype: Stored type of the patch tokens, or ``None`` for images.
-        rows: Samples that are there.
-        shards: Files that are there.
-        bytes: Their size.
+        rows: Number of samples that are there.
+        shards: Number of files that are there.
+        bytes: Size of these files in bytes.
         complete: Whether the set is finished.
     """
 
@@ -160,13 +160,13 @@ class SetSummary:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split of a store.
+    """Summary of one split of a store.
 
     Attributes:
-        name: Its name.
-        images: Its list of images.
-        skipped: Listed images that could not be read; ``None`` while the images are unfinished.
-        sets: Images first, then the teachers.
+        name: Name of the split.
+        images: Image set of the split.
+        skipped: Number of listed images that could not be read; ``None`` while the images are unfinished.
+        sets: Summaries of the sets: images first, then the teachers.
     """
 
     name: str
@@ -176,7 +176,7 @@ class SplitSummary:
 
 
 def describe(root: Path | str) -> list[SplitSummary]:
-    """What a store has, from its manifest.
+    """Summarises the content of a store from its manifest.
 
     Raises:
         StoreError: If there is no store.

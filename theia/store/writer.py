@@ -1,4 +1,4 @@
-"""Writes one split of a store, shard by shard, by several processes, and again after any interruption."""
+"""Writes one split of a store, shard by shard, from several processes, and continues after any interruption."""
 
 import csv
 import io
@@ -57,16 +57,16 @@ from theia.utils.files import remove_stale
 class SplitWriter:
     """Writes one split of a store, as one of the processes that share the work.
 
-    One process calls :meth:`begin`; then any number of them, on any host, write different shards; when all are done,
-    the first calls :meth:`finish`. A shard appears under its name only when it is whole, so that after an
-    interruption the same calls, with whatever :meth:`has_shard` reports left out, end with the same store.
+    One process calls :meth:`begin`. Then any number of processes, on any host, write different shards. When all are
+    done, the first process calls :meth:`finish`. A shard appears under its final name only when it is whole, so after
+    an interruption the same calls, without the shards that :meth:`has_shard` reports, end with the same store.
 
     Args:
         root: Folder of the store.
         split: Name of the split.
 
     Raises:
-        StoreError: If the split cannot be the name of a folder.
+        StoreError: If the name of the split cannot be that of a folder.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -85,13 +85,13 @@ class SplitWriter:
         dtype: FeatureDtype,
         computed: Mapping[str, Json],
     ) -> None:
-        """Announces what will be written, or checks that it continues what is there.
+        """Announces what will be written, or checks that it continues the split that is there.
 
         Args:
-            images: The split's images.
-            teachers: Teachers to extract now; others that the split has stay as they are, unless they have no file.
+            images: Image set of the split.
+            teachers: Specs of the teachers to extract now. Other teachers of the split stay, unless they have no file.
             dtype: Stored type of their patch tokens.
-            computed: How they are computed, for the record.
+            computed: How the features are computed, for the record.
 
         Raises:
             StoreError: If the split holds other images, or other features of one of the teachers; if another split
@@ -101,7 +101,7 @@ class SplitWriter:
         with writing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
         with edit_manifest(self._root) as manifest:
-            # Sets without a file hold nothing to agree with, and nothing is lost with them.
+            # Sets without a file hold nothing that must agree, and nothing is lost with them.
             splits = {name: with_shards(self._root, name, record) for name, record in manifest.splits.items()}
             former = splits.pop(self._split, None)
             kept = {} if former is None else dict(former.sets)
@@ -124,7 +124,7 @@ class SplitWriter:
             remove_stale(folder)
 
     def has_shard(self, name: str, index: int) -> bool:
-        """Whether a whole and valid shard is there, so that it need not be written.
+        """Whether a whole and valid shard is there already.
 
         Args:
             name: ``"image"`` or the name of a teacher.
@@ -151,7 +151,7 @@ class SplitWriter:
             ids: Sample ids of the images that could be read, in the order of the list.
             images: uint8, shape ``(n, 3, H, W)``.
             labels: Class indices, int64, shape ``(n,)``, or ``None``.
-            skipped: Ids of the listed images that could not be read, with the reason.
+            skipped: Id of each listed image that could not be read, and the reason.
 
         Raises:
             ShapeError: If the arguments do not fit each other or the image set.
@@ -178,7 +178,7 @@ class SplitWriter:
         self._whole.forget(index)
 
     def images(self, index: int) -> Shard:
-        """The images of one shard: dataset ``data``, uint8, shape ``(n, 3, H, W)``.
+        """Opens the images of one shard: dataset ``data``, uint8, shape ``(n, 3, H, W)``.
 
         Raises:
             StoreError: If the shard is missing or damaged.
@@ -191,7 +191,7 @@ class SplitWriter:
 
     @contextmanager
     def open_shard(self, name: str, index: int) -> Iterator[ShardWriter]:
-        """Writes one shard of a teacher; it appears when the block ends well and all images have features.
+        """Writes one shard of a teacher. It appears when the block ends well and all images have features.
 
         Args:
             name: Name of the teacher.
@@ -219,12 +219,12 @@ class SplitWriter:
         return [pair for shard in shards if shard is not None for pair in read_skipped(shard)]
 
     def finish(self) -> None:
-        """Writes what is known only at the end: the manifest's records, the statistics, the list of skipped images.
+        """Writes what is known only at the end: records in the manifest, statistics, and the list of skipped images.
 
-        For the process that called :meth:`begin`, after all others are done.
+        The process that called :meth:`begin` calls this after all others are done.
 
         Raises:
-            StoreError: If shards are missing; names them.
+            StoreError: If shards are missing. The message names them.
         """
         if not self._names:
             raise StoreError("SplitWriter.finish() is for the process that called begin().")
@@ -244,13 +244,14 @@ class SplitWriter:
     def _commit(self, shard: NewShard, layout: SetLayout, index: int, rows: int) -> None:
         if layout.record.complete:
             self._reopen(layout.name)
-        # The record comes first: killed in between, a later run finds the shard missing and replaces both.
+        # The record comes first: after a kill in between, a later run finds the shard missing and replaces both.
         record = ShardRecord(index, rows, *shard.sync())
         replace_bytes(layout.sidecar(index), json.dumps(to_plain(record)).encode())
         shard.commit()
 
     def _reopen(self, name: str) -> None:
-        # A kill before finish() must not leave new features beside former statistics in a set that counts as complete.
+        # Otherwise a kill before finish() would leave new features beside old statistics in a set that counts as
+        # complete.
         with edit_manifest(self._root) as manifest:
             record = manifest.splits[self._split]
             reopened = replace(self._sets[name].record, complete=False)

@@ -1,10 +1,10 @@
-"""Numbers that a user gives: whether they lie in the range in which they mean something."""
+"""Checks that numbers from a user lie in the range in which they make sense."""
 
 import math
 
 from theia.errors import ConfigError
 
-# Above these a number is a slip of the finger: images of a gigabyte each, more processes than a machine can start.
+# A number above these is a typing mistake: images of a gigabyte each, more processes than a machine can start.
 MOST_PIXELS = 16384
 MOST_PROCESSES = 4096
 
@@ -12,18 +12,18 @@ MOST_PROCESSES = 4096
 def check_number(
     option: str, value: float | None, least: float, most: float = math.inf, *, above: bool = False, below: bool = False
 ) -> None:
-    """Refuses a number outside its range, and what is infinite or no number.
+    """Refuses a number that is outside its range, infinite or not a number.
 
     Args:
-        option: Its name, without dashes.
-        value: As it was given; ``None`` if it was not.
-        least: Smallest that is allowed.
-        most: Greatest that is allowed.
-        above: The smallest itself is too small.
-        below: The greatest itself is too great.
+        option: Name of the option, without dashes.
+        value: Value that was given; ``None`` if the option was not.
+        least: Smallest allowed value.
+        most: Greatest allowed value.
+        above: Whether the smallest value itself is refused.
+        below: Whether the greatest value itself is refused.
 
     Raises:
-        ConfigError: Names the option and its bound.
+        ConfigError: If the number is refused. The message names the option and its bound.
     """
     if value is None:
         return

@@ -11,10 +11,10 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def choose_device(wanted: Device) -> "torch.device":
-    """The device of an option ``--device``; auto is a GPU if there is one.
+    """Chooses the device for an option ``--device``; auto takes a GPU if there is one.
 
     Raises:
-        ConfigError: If there is no GPU, but one is wanted.
+        ConfigError: If a GPU is wanted and there is none.
     """
     import torch  # takes seconds; --help does not need it
 

@@ -1,4 +1,4 @@
-"""What a few seeds tell: means and paired differences, each with its 95 % interval."""
+"""Means and paired differences over a few seeds, each with its 95 % interval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Estimate:
 
     Attributes:
         mean: Mean of the values, in their unit.
-        low: Lower end of the 95 % interval of the mean; ``None`` if there is a single value, which tells nothing about
-            its own spread.
-        high: Upper end.
-        n: Values.
+        low: Lower end of the 95 % interval of the mean; ``None`` for a single value, which says nothing about its own
+            spread.
+        high: Upper end of the interval.
+        n: Number of values.
     """
 
     mean: float
@@ -27,30 +27,30 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the interval, which is symmetric."""
+        """Half the width of the interval, which is symmetric."""
         return None if self.high is None else self.high - self.mean
 
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A mean of differences over seeds that two rows have in common.
+    """A mean of differences, over the seeds that two rows have in common.
 
     Attributes:
-        p: Of the two-sided paired t test; ``None`` where it is not defined: with one common seed, or if all differences
-            are equal.
+        p: P value of the two-sided paired t test; ``None`` where it is not defined: with one common seed, or if all
+            differences are equal.
     """
 
     p: float | None
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean with Student's t interval.
+    """Mean of some values, with Student's t interval.
 
     Args:
-        values: One per run, at least one, finite.
+        values: Finite values, one per run, at least one.
 
     Returns:
-        Without an interval if there is one value; with an interval of width 0 if all are equal.
+        The mean, without an interval if there is one value, and with an interval of width 0 if all are equal.
     """
     mean = float(np.mean(values))
     if len(values) < 2:
@@ -63,14 +63,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Mapping[int | None, float], reference: Mapping[int | None, float]) -> Difference | None:
-    """How far a row is above a reference, seed by seed.
+    """Mean difference between a row and a reference, seed by seed.
 
     Runs of one seed share the order of samples and the initial weights, so their differences spread less than the
     runs do.
 
     Args:
-        values: By seed, finite.
-        reference: The same of the reference.
+        values: Finite values of the row, by seed.
+        reference: Finite values of the reference, by seed.
 
     Returns:
         The mean of ``values - reference`` over common seeds, or ``None`` if there are none.
@@ -82,7 +82,7 @@ def paired_difference(values: Mapping[int | None, float], reference: Mapping[int
     differences = np.subtract(ours, theirs)
     size = float(np.max(np.abs([ours, theirs])))
     if np.ptp(differences) <= ROUNDING * size:
-        # The t statistic would be 0/0 or infinite; of rounding, it would be any number.
+        # The t statistic would be 0/0 or infinite, or any number if rounding alone made the values differ.
         differences = np.full(len(common), differences.mean())
     found = estimate(differences.tolist())
     p = None
@@ -94,13 +94,13 @@ def paired_difference(values: Mapping[int | None, float], reference: Mapping[int
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Corrects p values for their number, so that the chance of even one false difference is that of one test.
+    """Corrects p values for the number of tests, so that the chance of even one false difference is that of one test.
 
     Args:
-        p: Of tests, by name.
+        p: P values of the tests, by name.
 
     Returns:
-        The same names, values in ``[0, 1]``.
+        Corrected p values under the same names, in ``[0, 1]``.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
@@ -123,13 +123,13 @@ FEATURE_ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's coefficient.
+    """Pearson's correlation coefficient.
 
     Attributes:
-        r: In ``[-1, 1]``.
-        low: Lower end of its 95 % interval (Fisher's transformation); ``None`` with fewer than four points.
-        high: Upper end.
-        n: Points.
+        r: Coefficient, in ``[-1, 1]``.
+        low: Lower end of the 95 % interval of ``r`` (Fisher's transformation); ``None`` with fewer than four points.
+        high: Upper end of the interval.
+        n: Number of points.
     """
 
     r: float
@@ -139,15 +139,15 @@ class Correlation:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
-    """Pearson's coefficient of paired values.
+    """Pearson's correlation coefficient of paired values.
 
     Args:
-        x: Finite values.
-        y: As many.
+        x: Finite values of one quantity.
+        y: Finite values of the other quantity, as many as in ``x``.
 
     Returns:
-        ``None`` with fewer than three points, through two of which there is always a line, or if either side is
-        constant.
+        The coefficient; ``None`` if either side is constant, or with fewer than three points, since two always lie on a
+        line.
     """
     if len(x) < 3 or is_constant(x) or is_constant(y):
         return None
@@ -163,5 +163,5 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
 
 
 def is_constant(values: Sequence[float] | npt.NDArray[Any]) -> bool:
-    """Whether all values are the same but for rounding."""
+    """Whether all values are the same, apart from rounding."""
     return bool(np.ptp(values) <= ROUNDING * np.max(np.abs(values)))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their target, synced, renamed; and what a full disk is called."""
+"""Files that are whole or absent: written beside their target, synced, renamed. Also the messages for a full disk."""
 
 import errno
 import hashlib
@@ -17,27 +17,27 @@ AGAIN = "run the same command again"
 _SUFFIX = ".tmp"
 _HOST = socket.gethostname().replace("~", "-")
 
-# Whether a writer on another host lives cannot be asked; it touches its file with every batch.
+# A writer on another host cannot be asked whether it lives; it touches its file with every batch.
 _ABANDONED_SECONDS = 6 * 3600.0
 
 
 @contextmanager
 def replacing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT, again: str = AGAIN) -> Iterator[Path]:
-    """Gives a path to write to, beside the target; when the block ends well, what was written there is the target.
+    """Gives a path beside the target to write to, which becomes the target when the block ends well.
 
-    Whatever happens at any time, a kill or a full disk included, the target is the old file or the new one, whole.
+    Whatever happens at any time, even a kill or a full disk, the target is either the old file or the new one, whole.
 
     Args:
-        path: The target. Its folder is made if need be.
-        error: Type of the error where the system refuses.
-        kept: What is not lost, as the message says.
-        again: What to do next, as the message says.
+        path: Path of the target. Its folder is made if it is missing.
+        error: Class of the error if the system refuses.
+        kept: Part of the message that says what is not lost.
+        again: Part of the message that says what to do next.
 
     Yields:
         A path in the same folder, and so on the same disk.
 
     Raises:
-        FileError: Or ``error``, on any OSError in the block or here.
+        FileError: Or ``error``, on any OSError in the block or in this function.
     """
     temporary = temporary_path(path)
     with writing(path, error, kept, again):
@@ -58,14 +58,14 @@ def write_whole(
     kept: str = KEPT,
     again: str = AGAIN,
 ) -> None:
-    """Writes a small file: afterwards there is the old content or the new, whole, and it survives a loss of power.
+    """Writes a small file so that it holds the old content or the new one, whole, even after a loss of power.
 
     Args:
-        path: Its folder is made if need be.
-        content: Text is written as UTF-8.
-        error: See :func:`replacing`.
-        kept: Likewise.
-        again: Likewise.
+        path: Path of the file. Its folder is made if it is missing.
+        content: Content to write. Text is written as UTF-8.
+        error: Class of the error if the system refuses.
+        kept: Part of the message that says what is not lost.
+        again: Part of the message that says what to do next.
 
     Raises:
         FileError: Or ``error``, if it cannot be written, for instance on a full disk.
@@ -76,7 +76,7 @@ def write_whole(
 
 @contextmanager
 def writing(path: Path, error: type[TheiaError] = FileError, kept: str = KEPT, again: str = AGAIN) -> Iterator[None]:
-    """Turns system errors inside into one that names the file, and the disk where that is full.
+    """Turns a system error inside the block into one that names the file and, if its disk is full, the disk.
 
     Raises:
         FileError: Or ``error``, on any OSError.
@@ -91,10 +91,10 @@ def what_failed(path: Path | str, cause: OSError, kept: str = KEPT, again: str =
     """Says that a file could not be written, why, and on which disk if that is full.
 
     Args:
-        path: The file, or the folder that it was to lie in.
-        cause: What the system said.
-        kept: What is not lost.
-        again: What to do when the disk has space again.
+        path: Path of the file, or of the folder that it was meant for.
+        cause: Error of the system.
+        kept: Part of the message that says what is not lost.
+        again: Part of the message that says what to do when the disk has space again.
     """
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         full = "the quota of file system" if cause.errno == errno.EDQUOT else "file system"
@@ -104,10 +104,10 @@ def what_failed(path: Path | str, cause: OSError, kept: str = KEPT, again: str =
 
 
 def what_was_refused(cause: OSError) -> str:
-    """Says the same where it is no longer known what was to be read or written: what the system says of it.
+    """Describes a system error where it is no longer known which file was to be read or written.
 
     Args:
-        cause: What the system said.
+        cause: Error of the system.
     """
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return what_failed(cause.filename, cause) if cause.filename else "Disk full. Free space and run it again."
@@ -116,24 +116,24 @@ def what_was_refused(cause: OSError) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal: which file it is, whatever it is called.
+    """Sha256 of a file's content, in hexadecimal. It identifies the file, whatever its name.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuses a folder that files cannot be written into; leaves everything as it is.
+    """Refuses a folder that files cannot be written into, and changes nothing on the disk.
 
     Args:
-        folder: Where files will be written later; it need not exist.
-        option: The option that it was given with, for messages.
+        folder: Folder where files will be written later. It need not exist.
+        option: Option that named the folder, for messages.
 
     Raises:
-        ConfigError: If the folder, or the first one above it that exists, is no folder or may not be written.
+        ConfigError: If the folder, or else its nearest parent that exists, is not a folder or may not be written.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
@@ -143,12 +143,12 @@ def check_folder(folder: Path, option: str) -> None:
 
 
 def at_home(path: str) -> str:
-    """Puts the home folder in place of a leading ``~``, as a shell does where it sees one."""
+    """Replaces a leading ``~`` with the home folder, as a shell does where it sees one."""
     return os.path.expanduser(path)  # noqa: PTH111  # pathlib's raises on what is no user's name, and drops slashes
 
 
 def mount_of(path: Path) -> Path:
-    """Where the file system of a file is mounted: which disk it is."""
+    """Mount point of the file system that holds a file, as a name for its disk."""
     there = path.absolute()
     while not there.is_mount() and there != there.parent:
         there = there.parent
@@ -156,22 +156,22 @@ def mount_of(path: Path) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes a file before it gets its name; unique over hosts and processes."""
+    """Path that this process writes a file to before it gets its final name; unique over hosts and processes."""
     return path.with_name(f".{path.name}~{_HOST}~{os.getpid()}{_SUFFIX}")
 
 
 def remove_stale(folder: Path, name: str = "*") -> None:
-    """Removes temporary files of writers that are dead from one folder.
+    """Removes temporary files of dead writers from one folder.
 
     Args:
-        folder: Where to look, not below it.
-        name: Target of the files; all by default.
+        folder: Folder to search, without its sub-folders.
+        name: Name of the target whose temporary files are removed; all by default.
     """
     for path in folder.glob(f".{name}~*~*{_SUFFIX}"):
         _, host, pid = path.name.removesuffix(_SUFFIX).rsplit("~", 2)
         if not pid.isdecimal():
             continue
-        # A file that its writer renames or removes meanwhile is no concern of ours.
+        # If the writer of a file renames or removes it meanwhile, there is nothing left to do.
         try:
             if _is_dead(int(pid)) if host == _HOST else time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
@@ -186,7 +186,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -195,7 +195,8 @@ def sync(path: Path) -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    # A file of our own number is a predecessor's: containers number their processes alike, and nothing is open yet.
+    # A file with our own process id is a predecessor's: containers number their processes alike, and nothing is open
+    # yet.
     if pid == os.getpid():
         return True
     try:
@@ -203,5 +204,5 @@ def _is_dead(pid: int) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # It lives, and is another user's.
+        pass  # It is alive and belongs to another user.
     return False

@@ -1,4 +1,4 @@
-"""What JSON can hold, made of what Python has."""
+"""Converts Python values to values that JSON can hold."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def jsonable(value: Any) -> Any:
-    """A copy of nested values that any reader of JSON takes, since JSON itself knows neither NaN nor infinity.
+    """Copies nested values into a form that any JSON reader takes, since JSON knows neither NaN nor infinity.
 
     Args:
-        value: Mappings, lists, tuples and what they hold.
+        value: Mappings, lists and tuples, with whatever they hold.
 
     Returns:
-        Dictionaries with text as keys, lists, text, whole numbers, truth values and finite floats. ``None`` stands for
-        a float that is not finite; anything else, such as a path, becomes text.
+        Dictionaries with text as keys, lists, text, integers, booleans and finite floats. ``None`` stands for a float
+        that is not finite; anything else, such as a path, becomes text.
     """
     if isinstance(value, Mapping):
         return {str(name): jsonable(part) for name, part in value.items()}

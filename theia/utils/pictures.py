@@ -17,13 +17,13 @@ _RANGE_PERCENT = (1, 99)
 
 @dataclass(frozen=True)
 class ColourBasis:
-    """Three principal axes and the range that each maps to 0..255.
+    """Three principal axes, and the range of each that is mapped to 0..255.
 
     Attributes:
         mean: Mean token, shape ``(C,)``.
-        axes: Orthonormal rows, shape ``(3, C)``; zero rows where there are fewer than three.
-        low: Coordinate shown as 0, shape ``(3,)``.
-        high: Coordinate shown as 255, shape ``(3,)``.
+        axes: Orthonormal rows, shape ``(3, C)``; rows of zeros where there are fewer than three axes.
+        low: Coordinates shown as 0, shape ``(3,)``.
+        high: Coordinates shown as 255, shape ``(3,)``.
     """
 
     mean: Array
@@ -36,7 +36,7 @@ def colour_basis(tokens: Array) -> ColourBasis:
     """Principal axes of a set of tokens, with scikit-learn's fixed signs.
 
     Args:
-        tokens: Shape ``(S, C)``.
+        tokens: Tokens, shape ``(S, C)``.
 
     Returns:
         A basis for :func:`pca_colours`. Features shown in one basis can be compared by eye.
@@ -53,15 +53,15 @@ def colour_basis(tokens: Array) -> ColourBasis:
 
 
 def pca_colours(patches: Array, grid_hw: tuple[int, int], basis: ColourBasis) -> Picture:
-    """Patch tokens as one pixel each, coloured by their coordinates in a basis.
+    """Shows each patch token as one pixel, coloured by its coordinates in a basis.
 
     Args:
-        patches: Shape ``(N, C)``, row by row.
-        grid_hw: Rows and columns, ``N = H * W``.
-        basis: Basis of the same width ``C``.
+        patches: Patch tokens, row by row, shape ``(N, C)``.
+        grid_hw: Number of rows and columns of the grid, ``N = H * W``.
+        basis: Basis for tokens of the same width ``C``.
 
     Returns:
-        Shape ``(H, W, 3)``.
+        Picture of shape ``(H, W, 3)``.
     """
     coordinates = (np.asarray(patches, np.float64) - basis.mean) @ basis.axes.T
     span = np.where(basis.high > basis.low, basis.high - basis.low, 1)
@@ -70,14 +70,14 @@ def pca_colours(patches: Array, grid_hw: tuple[int, int], basis: ColourBasis) ->
 
 
 def norm_map(patches: Array, grid_hw: tuple[int, int]) -> Picture:
-    """L2 norms of patch tokens, from the picture's lowest (dark) to its highest (bright).
+    """Shows the L2 norms of patch tokens, from the lowest in the picture (dark) to the highest (bright).
 
     Args:
-        patches: Shape ``(N, C)``, row by row.
-        grid_hw: Rows and columns.
+        patches: Patch tokens, row by row, shape ``(N, C)``.
+        grid_hw: Number of rows and columns of the grid.
 
     Returns:
-        Shape ``(H, W, 3)``, in the viridis colour map.
+        Picture of shape ``(H, W, 3)``, in the viridis colour map.
 
     Source: Theia, section 5, figure 7.
     """
@@ -91,11 +91,11 @@ def norm_map(patches: Array, grid_hw: tuple[int, int]) -> Picture:
 
 
 def board(columns: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> Any:
-    """A figure with a titled column per kind of picture and a row per image.
+    """Makes a figure with a titled column for each kind of picture and a row for each image.
 
     Args:
-        columns: Title and pictures, equally many in each.
-        title: Text above everything.
+        columns: Title and pictures of each column, with equally many pictures in each.
+        title: Title of the whole figure.
 
     Returns:
         A ``matplotlib.figure.Figure``; save it with ``savefig``.
@@ -118,13 +118,13 @@ def board(columns: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> 
 _TELLS_NOTHING = ("", ".", "exported", "checkpoints", "last.ckpt")
 
 
-_LINE = 20  # letters
+_LINE = 20  # number of letters
 
 
 def short_labels(names: Sequence[str]) -> dict[str, str]:
-    """Of a path the last two parts that tell something, of other names all; options in braces are left out.
+    """Shortens a path to its last two meaningful parts, keeps other names whole, and drops options in braces.
 
-    Where two would be called alike, both keep their full name.
+    Two names that would become the same both stay whole.
     """
     short = {}
     for name in names:
@@ -136,7 +136,7 @@ def short_labels(names: Sequence[str]) -> dict[str, str]:
 
 
 def wrapped(label: str) -> str:
-    """The same over several lines of about twenty letters, broken behind signs."""
+    """Breaks a label into lines of about twenty letters, after punctuation."""
     lines = [""]
     for piece in re.findall(r"[^:/@,_.-]*[:/@,_.-]?", label):
         if lines[-1] and len(lines[-1]) + len(piece) > _LINE:

@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def readable_bytes(count: float) -> str:
-    """A number of bytes as people write it, in powers of 1000, e.g. ``1.7 MB``."""
+    """Formats a number of bytes in powers of 1000, such as ``1.7 MB``."""
     units = iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while count >= 999.5 and (larger := next(units, None)):
@@ -25,10 +25,10 @@ class Progress:
     """A bar on a terminal; elsewhere, such as in a job's log file, a line every half minute.
 
     Args:
-        label: What is being done.
-        total: How many there are to do.
-        shown: False in all processes but one.
-        unit: What is counted; images by default.
+        label: Name of the work.
+        total: Number of items to do.
+        shown: Whether this process shows its progress; true in one process only.
+        unit: Name of the items; images by default.
     """
 
     def __init__(self, label: str, total: int, shown: bool = True, unit: str = "img") -> None:
@@ -55,8 +55,8 @@ class Progress:
         """Counts finished work.
 
         Args:
-            images: Images done.
-            stored: Bytes written for them; not mentioned where nothing is.
+            images: Number of images done.
+            stored: Number of bytes written for them; not shown if there are none.
         """
         self._images += images
         self._bytes += stored

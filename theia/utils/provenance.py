@@ -1,4 +1,4 @@
-"""What a run or a measurement was made with: versions and hardware, but nothing that tells whose machine it is."""
+"""Versions and hardware behind a run or a measurement, without anything that identifies the machine's owner."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ def versions() -> dict[str, str | None]:
 
 
 def installed(distributions: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of each of some distributions, by name; ``None`` for one that is not installed."""
+    """Installed versions of some distributions, by name; ``None`` for one that is not installed."""
     there: dict[str, str | None] = dict.fromkeys(distributions)
     for name in there:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -30,17 +30,17 @@ def installed(distributions: Iterable[str]) -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, marked if it was changed; ``None`` for an installed wheel."""
+    """Commit of the checkout that this code runs from, marked if it has changes; ``None`` for an installed wheel."""
     here = Path(__file__)
     try:
-        _git(here, "ls-files", "--error-unmatch", here.name)  # a wheel may lie inside somebody else's checkout
+        _git(here, "ls-files", "--error-unmatch", here.name)  # a wheel may be installed inside somebody else's checkout
         return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, GPU, and how busy others kept it."""
+    """Processor, memory, GPU, and the load from other programs."""
     import torch  # takes seconds
 
     return {
