@@ -81,7 +81,7 @@ def test_an_interrupt_of_all_processes_stops_the_run(fit: Fit, times: int) -> No
         wait_for(lambda: "nterrupt" in process.err or process.poll() is not None)
     said = end_of(process, workers)
 
-    assert process.returncode == 130
+    assert process.returncode == 130, process.out + process.err
     assert "Traceback" not in said
 
 

@@ -1,5 +1,6 @@
 import csv
 import errno
+import io
 import math
 import os
 import shutil
@@ -309,3 +310,26 @@ def test_a_queue_that_refuses_is_told(
         fit(tmp_path / "run", 5, Signalled(signal.SIGUSR1, step=2))
 
     assert "SLURM did not take job 5_2 into the queue again: Requested operation is disabled." in caplog.text
+
+
+class Interrupted(io.BytesIO):
+    """A file in whose first write a Ctrl-C comes."""
+
+    def write(self, *arguments: Any) -> int:
+        if self.tell() == 0:
+            super().write(b"half")
+            raise KeyboardInterrupt
+        return super().write(*arguments)
+
+
+def test_a_ctrl_c_while_a_checkpoint_is_written_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    DurableCheckpoints().save_checkpoint({"step": 1}, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            DurableCheckpoints().save_checkpoint({"step": torch.tensor(2)}, path)
+
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]

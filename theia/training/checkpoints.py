@@ -79,8 +79,8 @@ class DurableCheckpoints(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch reports that its archive is cut short, and hides the reason.
-                if isinstance(error.__context__, OSError):
+                # torch reports that its archive is cut short, and hides the reason: a full disk, or a second Ctrl-C.
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
                     raise error.__context__ from error
                 raise
 
