@@ -59,3 +59,7 @@ class DivergenceError(TheiaError):
 
 class ExportError(TheiaError):
     """A model cannot be written in a format, or the written model gives other results than the original."""
+
+
+class TrajectoryError(TheiaError):
+    """Recorded robot data are missing, damaged, or do not fit together."""

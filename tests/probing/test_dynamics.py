@@ -1,0 +1,285 @@
+"""Discs that move in a known way: what an encoder that sees them, one that does not, and shuffled frames lead to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from theia.errors import ConfigError, TrajectoryError
+from theia.models.backbone import StudentTokens
+from theia.probing import dynamics as module
+from theia.probing.dynamics import dynamics
+from theia.probing.frame_tokens import embed, pixel_means
+from theia.probing.motion import choose_target, make_pairs
+from theia.probing.ridge import Line, absolute_penalty, fit, measure, solve
+from theia.probing.token_transformer import Rule, fit_and_predict
+from theia.trajectories.lerobot import LeRobotFolder
+from theia.trajectories.writer import LeRobotWriter
+
+CAMERA = "observation.images.top"
+SIDE = 64
+EPISODES, FRAMES, HORIZON = 25, 10, 4
+
+
+def paths(seed: int = 0, episodes: int = EPISODES) -> np.ndarray:
+    """Positions that run towards the middle, so that one frame tells what comes: (episodes, T, 2)."""
+    starts = np.random.default_rng(seed).uniform(8, SIDE - 8, (episodes, 1, 2))
+    return SIDE / 2 + (starts - SIDE / 2) * 0.93 ** np.arange(FRAMES)[None, :, None]
+
+
+def pictures(path: np.ndarray) -> np.ndarray:
+    y, x = np.mgrid[:SIDE, :SIDE]
+    inside = (x - path[:, None, None, 0]) ** 2 + (y - path[:, None, None, 1]) ** 2 < 36
+    return np.where(inside[..., None], np.uint8([230, 30, 30]), np.uint8([20, 20, 20])).astype(np.uint8)
+
+
+def record(root: Path, seed: int = 0, shuffled: bool = False, absolute: bool = False, episodes: int = EPISODES) -> Path:
+    names = ["x", "y"]
+    values = {"action": names if absolute else ["dx", "dy"], "observation.state": names}
+    writer = LeRobotWriter(root, 10, values, {CAMERA: (SIDE, SIDE)}, ["reach"], "image")
+    every = paths(seed, episodes)
+    shown = np.stack([pictures(path) for path in every])
+    if shuffled:
+        flat = shown.reshape(-1, SIDE, SIDE, 3)
+        shown = flat[np.random.default_rng(1).permutation(len(flat))].reshape(shown.shape)
+    for index, path in enumerate(every):
+        following = np.concatenate([path[1:], path[-1:]])
+        action = following if absolute else following - path
+        writer.write(index, "reach", {"action": action, "observation.state": path}, {CAMERA: shown[index]})
+    writer.finish()
+    return root
+
+
+def coordinates(images: Tensor) -> StudentTokens:
+    """The perfect encoder: where the red disc is, in 0..1, as two tokens."""
+    red = (images[:, 0] > 128).float()
+    size = images.shape[-1]
+    place = torch.arange(size, dtype=torch.float32) / size
+    x = (red.sum(1) * place).sum(1) / red.sum((1, 2))
+    y = (red.sum(2) * place).sum(1) / red.sum((1, 2))
+    tokens = torch.stack([torch.stack([x, y], 1), torch.stack([y, x], 1)], 1)
+    return StudentTokens(None, tokens[:, :0], tokens, (1, 2))
+
+
+def noise(images: Tensor) -> StudentTokens:
+    tokens = torch.ones(len(images), 2, 3)
+    return StudentTokens(None, tokens[:, :0], tokens, (1, 2))
+
+
+@pytest.fixture(autouse=True)
+def own_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "open_encoder", lambda name, device: {"perfect": coordinates, "constant": noise}[name])
+
+
+def run(out: Path, train: Path, encoders: list[str], tests: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "camera": None, "horizon": HORIZON, "target": None, "readout": "ridge", "preset": "small", "seeds": [0],
+        "reference": None, "device": torch.device("cpu"), "batch_size": 8,
+    } | options  # fmt: skip
+    result = dynamics(encoders, f"lerobot:{train}", tests or [], out, **given)
+    assert all(file.is_file() for file in result.files)
+    found: dict[str, Any] = json.loads(result.files[0].read_text())
+    return found
+
+
+def blind_error(seed: int = 0) -> float:
+    """Mean absolute deviation of the held-out targets from the training mean, in training deviations."""
+    moved = paths(seed)[:, HORIZON:] - paths(seed)[:, :-HORIZON]
+    held = np.arange(EPISODES) % 5 == 4
+    mean, deviation = moved[~held].mean((0, 1)), moved[~held].std((0, 1))
+    return float((np.abs(moved[held] - mean) / deviation).mean())
+
+
+def test_a_perfect_encoder_reaches_zero_and_a_blind_one_the_deviation(tmp_path: Path) -> None:
+    found = run(tmp_path / "out", record(tmp_path / "data"), ["perfect", "constant"])["summary"]
+    for question in ("plan", "motion"):
+        assert found["perfect"][question]["value"] < 0.08
+        assert found["blind"][question]["value"] == pytest.approx(blind_error(), rel=1e-6)
+        assert found["constant"][question]["value"] == pytest.approx(blind_error(), rel=1e-6)
+        assert found["blind"][question]["difference"]["low"] > 0.3
+    # The state tells where the disc is, and so what comes.
+    assert found["state"]["plan"]["value"] < 1e-3
+
+
+def test_frames_shuffled_among_episodes_tell_nothing(tmp_path: Path) -> None:
+    found = run(tmp_path / "out", record(tmp_path / "data", shuffled=True), ["perfect"])["summary"]
+    blind = found["blind"]["plan"]["value"]
+    assert found["perfect"]["plan"]["value"] == pytest.approx(blind, abs=0.2 * blind)
+
+
+def test_a_second_data_set_is_tested_on_and_never_fitted_on(tmp_path: Path) -> None:
+    train, other = record(tmp_path / "data"), record(tmp_path / "other", seed=3)
+    found = run(tmp_path / "out", train, ["perfect"], [str(other)])
+    assert found["tested episodes"] == {"data": [4, 9, 14, 19, 24], "other": list(range(EPISODES))}
+    assert found["summary"]["perfect"]["plan, other"]["value"] < 0.1
+    alone = run(tmp_path / "alone", train, ["perfect"])
+    assert alone["errors"]["perfect"]["plan"]["data"] == found["errors"]["perfect"]["plan"]["data"]
+
+
+def test_an_interrupted_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    folder = LeRobotFolder(record(tmp_path / "data"))
+    fitted = frozenset(range(EPISODES)) - folder.held_out_episodes()
+    calls = 0
+
+    def interrupted(images: Tensor) -> StudentTokens:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return coordinates(images)
+
+    def embedded(encoder: Any, place: str) -> Any:
+        return embed(encoder, "x", folder, CAMERA, fitted, tmp_path / place, torch.device("cpu"), 8, True)
+
+    import theia.probing.frame_tokens as frame_tokens
+
+    whole = embedded(coordinates, "whole")
+    before = frame_tokens._SAVE_EVERY_S
+    frame_tokens._SAVE_EVERY_S = 0.0
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            embedded(interrupted, "parts")
+        calls = -1000
+        again = embedded(interrupted, "parts")
+    finally:
+        frame_tokens._SAVE_EVERY_S = before
+    assert calls == -1000 + EPISODES * 2 - 8  # four episodes of two batches were kept
+    np.testing.assert_array_equal(whole.tokens, again.tokens)
+    np.testing.assert_allclose(whole.mean, again.mean, rtol=1e-12)
+    np.testing.assert_allclose(whole.correlation, again.correlation, atol=1e-9)
+
+
+def test_mean_and_correlation_are_those_of_the_training_tokens(tmp_path: Path) -> None:
+    folder = LeRobotFolder(record(tmp_path / "data"))
+    fitted = frozenset(range(EPISODES)) - folder.held_out_episodes()
+    found = embed(pixel_means, "x", folder, CAMERA, fitted, tmp_path / "e", torch.device("cpu"), 8, False)
+    training = np.concatenate([found.tokens[i * FRAMES : (i + 1) * FRAMES] for i in sorted(fitted)]).reshape(-1, 3)
+    np.testing.assert_allclose(found.mean, training.astype(np.float64).mean(0), atol=1e-4)
+    np.testing.assert_allclose(found.deviation, training.astype(np.float64).std(0), atol=1e-4)
+    np.testing.assert_allclose(found.correlation, np.corrcoef(training.astype(np.float64).T), atol=1e-3)
+
+
+def test_ridge_is_that_of_scikit_learn(subtests: Any = None) -> None:
+    rng = np.random.default_rng(0)
+    x, noise_of = rng.normal(size=(5000, 12)) * np.arange(1, 13) + 3, rng.normal(size=(5000, 2))
+    y = x @ rng.normal(size=(12, 2)) + noise_of
+    moments = measure(lambda places: x[places], np.arange(5000), y)
+    for penalty in (1e-6, 1e-2, 10.0):
+        line = solve(moments, y, penalty)
+        peer = Ridge(absolute_penalty(moments, penalty)).fit(x, y)
+        np.testing.assert_allclose(line.weights, peer.coef_.T, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(line.offset, peer.intercept_, rtol=1e-8)
+
+
+def test_the_penalty_is_the_one_that_does_best_on_other_episodes() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 50))
+    y = rng.normal(size=(60, 1))  # nothing to learn: the strongest penalty is best
+    checked = np.arange(60) >= 40
+    _, penalty = fit(lambda places: x[places], np.arange(60), y, checked)
+    assert penalty == max(module_penalties())
+    y = x @ rng.normal(size=(50, 1)) + 1e-6 * rng.normal(size=(60, 1))
+    x_many = rng.normal(size=(600, 50))
+    y_many = x_many @ rng.normal(size=(50, 1))
+    _, penalty = fit(lambda places: x_many[places], np.arange(600), y_many, np.arange(600) >= 400)
+    assert penalty == min(module_penalties())
+
+
+def module_penalties() -> tuple[float, ...]:
+    from theia.probing.ridge import PENALTIES
+
+    return PENALTIES
+
+
+def test_a_line_does_not_run_off() -> None:
+    line = Line(np.eye(1), np.zeros(1), (np.zeros(1), np.ones(1)), (np.zeros(1), np.full(1, 0.5)))
+    np.testing.assert_array_equal(line.predict(np.array([[-9.0], [0.2], [0.7], [9.0]]))[:, 0], [0, 0.2, 0.5, 0.5])
+
+
+def test_targets_follow_from_what_actions_are(tmp_path: Path) -> None:
+    absolute, relative = (LeRobotFolder(record(tmp_path / str(kind), absolute=kind)) for kind in (True, False))
+    assert choose_target(absolute, None)[0] == "action"
+    assert choose_target(relative, None)[0] == "displacement"
+    assert choose_target(absolute, "mean_action")[0] == "mean_action"
+    # Following positions are where the robot is a frame later: both targets are the same there.
+    one, two = make_pairs(absolute, "action", HORIZON), make_pairs(relative, "displacement", HORIZON)
+    np.testing.assert_allclose(one.target, two.target, atol=1e-4)
+    means = make_pairs(relative, "mean_action", HORIZON)
+    np.testing.assert_allclose(means.target * HORIZON, two.target, atol=1e-4)
+    folder = LeRobotFolder(tmp_path / "True")
+    assert ((two.second - two.first) == HORIZON).all()
+    starts = np.array([episode.start for episode in folder.episodes])
+    np.testing.assert_array_equal(np.searchsorted(starts, two.second, "right") - 1, two.episode)
+
+
+def test_a_transformer_learns_where_the_disc_goes(tmp_path: Path) -> None:
+    every = paths(0, 24)
+    # A token says which one it is: positions are the encoder's business.
+    x, y = every.reshape(-1, 2).T
+    tokens = np.stack([np.stack([x, y, 0 * x], 1), np.stack([y, x, 0 * x + 1], 1)], 1).astype(np.float16)
+    first = np.concatenate([np.arange(FRAMES - HORIZON) + FRAMES * episode for episode in range(24)])
+    moved = (every[:, HORIZON:] - every[:, :-HORIZON]).reshape(-1, 2)
+    moved /= moved.std(0)
+    rule = Rule(width=32, layers=1, hidden=64, epochs=1, least_steps=300, batch_size=64, learning_rate=3e-3)
+    flat = tokens.reshape(-1, 3).astype(np.float64)
+    fitted, tested = first < FRAMES * 18, first >= FRAMES * 18
+    predicted = [
+        fit_and_predict(
+            rule, lambda places: tokens[places], flat.mean(0), flat.std(0), first[fitted, None], moved[fitted],
+            [first[tested, None]], seed, torch.device("cpu"), "test",
+        )[0]
+        for seed in (0, 0, 1)
+    ]  # fmt: skip
+    assert np.abs(predicted[0] - moved[tested]).mean() < 0.3 * np.abs(moved[tested] - moved[fitted].mean(0)).mean()
+    np.testing.assert_array_equal(predicted[0], predicted[1])
+    assert not np.array_equal(predicted[0], predicted[2])
+
+
+def test_one_episode_is_not_enough(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one episode"):
+        run(tmp_path / "out", record(tmp_path / "data", episodes=1), ["perfect"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_horizon_beyond_every_episode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{FRAMES} frames"):
+        run(tmp_path / "out", record(tmp_path / "data"), ["perfect"], horizon=FRAMES)
+
+
+def test_a_robot_that_never_moves_is_refused(tmp_path: Path) -> None:
+    writer = LeRobotWriter(tmp_path / "data", 10, {"observation.state": ["x"]}, {CAMERA: (SIDE, SIDE)}, ["rest"], "image")
+    for index in range(3):
+        writer.write(index, "rest", {"observation.state": np.full((8, 1), 0.5)}, {CAMERA: np.zeros((8, SIDE, SIDE, 3), np.uint8)})
+    writer.finish()
+    with pytest.raises(TrajectoryError, match="never moves"):
+        run(tmp_path / "out", tmp_path / "data", ["perfect"])
+
+
+def test_finished_encoders_of_an_interrupted_run_are_not_fitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = record(tmp_path / "data")
+    whole = run(tmp_path / "whole", data, ["perfect", "constant"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Problem, "solve", stop_at("constant", module._Problem.solve))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", data, ["perfect", "constant"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Problem, "solve", stop_at("perfect", module._Problem.solve))
+        again = run(tmp_path / "out", data, ["perfect", "constant"])
+    assert again["summary"] == whole["summary"]
+    assert not (tmp_path / "out/unfinished").exists()
+
+
+def stop_at(wanted: str, solve_one: Any) -> Any:
+    def solve_or_stop(self: Any, name: str, *rest: Any) -> Any:
+        if name == wanted:
+            raise KeyboardInterrupt
+        return solve_one(self, name, *rest)
+
+    return solve_or_stop

@@ -1,0 +1,213 @@
+"""Tokens of all frames of a recording, computed once by a frozen encoder and kept in files that are mapped into memory."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from theia.errors import FeatureError
+from theia.extraction.images import to_square
+from theia.models.backbone import StudentTokens
+from theia.probing.datasets import IMAGE_SIZE
+from theia.trajectories.lerobot import Episode, LeRobotFolder
+from theia.utils.files import replacing, sync
+from theia.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 7  # rows and columns that tokens are averaged to, where they are
+COMPONENTS = 24
+_SAVE_EVERY_S = 20.0
+
+TokensOf = Callable[[Tensor], StudentTokens]
+
+
+@dataclass(frozen=True)
+class FrameTokens:
+    """Tokens of the frames of all episodes, one after another.
+
+    Attributes:
+        tokens: float16, shape ``(frames, N, C)``, mapped from a file.
+        grid: Rows and columns of the tokens, ``N = H * W``.
+        mean: Mean of each channel over all tokens of the training frames, before any averaging, shape ``(C,)``.
+        correlation: Correlation of the channels over the same tokens, shape ``(C, C)``.
+        deviation: Standard deviation of each channel, shape ``(C,)``; 1 where it is zero.
+    """
+
+    tokens: NDArray[np.float16]
+    grid: tuple[int, int]
+    mean: NDArray[np.float64]
+    deviation: NDArray[np.float64]
+    correlation: NDArray[np.float64]
+
+    def components(self, count: int = COMPONENTS) -> NDArray[np.float32]:
+        """First principal components of the standardised channels, as columns, shape ``(C, at most count)``."""
+        _, vectors = np.linalg.eigh(self.correlation)
+        return np.ascontiguousarray(vectors[:, ::-1][:, :count], np.float32)
+
+    def projected(self, places: NDArray[np.int64], components: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Standardised tokens of some frames in terms of components, flattened, shape ``(n, N * components)``."""
+        standardised = (self.tokens[places].astype(np.float32) - self.mean.astype(np.float32)) / self.deviation.astype(
+            np.float32
+        )
+        return np.asarray((standardised @ components).reshape(len(places), -1), np.float32)
+
+
+def embed(
+    tokens_of: TokensOf,
+    name: str,
+    recording: LeRobotFolder,
+    camera: str,
+    training: frozenset[int],
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+    pooled: bool,
+) -> FrameTokens:
+    """Computes the tokens of every frame, or goes on where an interrupted run stopped.
+
+    Every frame is decoded once, squashed to a square, and given to the encoder.
+
+    Args:
+        tokens_of: Gives tokens for images, uint8 of shape ``(B, 3, S, S)``.
+        name: Name of the encoder, for the progress bar and messages.
+        recording: The data set.
+        camera: Key of the camera.
+        training: Numbers of the episodes whose tokens count for mean and components.
+        folder: Where the files lie; of this encoder, these data and these options alone.
+        device: Device of the encoder.
+        batch_size: Number of frames that are given together.
+        pooled: Whether to average the tokens to at most 7x7 places.
+
+    Raises:
+        TrajectoryError: If a frame cannot be read. The message names file and episode.
+        FeatureError: If tokens are not finite, or too large for float16.
+        FileError: If the disk is full.
+    """
+    state = _State.read(folder)
+    ahead = _frames(recording, camera, state.episodes, batch_size)
+    file = folder / "tokens.npy"
+    kept: NDArray[np.float16] | None = np.load(file, mmap_mode="r+") if state.episodes else None
+    last_saved = time.monotonic()
+    done = recording.episodes[state.episodes].start if state.episodes < len(recording.episodes) else recording.frame_count
+    with Progress(f"{name}: frames", recording.frame_count - done, unit="frame") as progress:
+        for episode, start, pixels in ahead:
+            tokens = tokens_of(torch.from_numpy(pixels).to(device))
+            patches = tokens.patches.float()
+            if not bool(patches.isfinite().all()) or float(patches.abs().max()) > np.finfo(np.float16).max:
+                raise FeatureError(
+                    f"{name} gives tokens for episode {episode.index} that are not finite, or too large for float16. "
+                    "Check its weights."
+                )
+            if episode.index in training:
+                state.add(patches)
+            small, grid = _pooled(patches, tokens.grid) if pooled else (patches, tokens.grid)
+            if kept is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                shape = (recording.frame_count, *small.shape[1:])
+                kept = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+            state.grid = grid
+            place = episode.start + start
+            kept[place : place + len(small)] = small.cpu().numpy()
+            progress.advance(len(small))
+            if start + len(small) == episode.length:
+                state.episodes = episode.index + 1
+                if time.monotonic() - last_saved > _SAVE_EVERY_S or state.episodes == len(recording.episodes):
+                    kept.flush()  # type: ignore[attr-defined]
+                    sync(file)
+                    state.write(folder)
+                    last_saved = time.monotonic()
+    return state.result(np.load(file, mmap_mode="r"))
+
+
+class _State:
+    """How far an embedding is, with sums over the training tokens so far."""
+
+    def __init__(self) -> None:
+        self.episodes = 0  # finished
+        self.grid = (0, 0)
+        self.count = 0.0
+        self.shift: NDArray[np.float64] | None = None  # near the mean: squares of large means would lose digits
+        self.sums: NDArray[np.float64] | None = None
+        self.squares: NDArray[np.float64] | None = None
+
+    def add(self, patches: Tensor) -> None:
+        flat = patches.flatten(0, 1)
+        if self.shift is None:
+            self.shift = flat.mean(0).double().cpu().numpy()
+            self.sums = np.zeros(len(self.shift))
+            self.squares = np.zeros((len(self.shift), len(self.shift)))
+        centred = flat - torch.from_numpy(self.shift).to(flat)
+        self.count += len(flat)
+        self.sums = self.sums + centred.sum(0).double().cpu().numpy()
+        self.squares = self.squares + (centred.T @ centred).double().cpu().numpy()
+
+    @staticmethod
+    def read(folder: Path) -> "_State":
+        state, path = _State(), folder / "state.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about"]))
+                state.episodes, state.grid, state.count = about["episodes"], tuple(about["grid"]), about["count"]
+                if state.count:
+                    state.shift, state.sums, state.squares = file["shift"], file["sums"], file["squares"]
+        return state
+
+    def write(self, folder: Path) -> None:
+        arrays = {} if self.shift is None else {"shift": self.shift, "sums": self.sums, "squares": self.squares}
+        about = json.dumps({"episodes": self.episodes, "grid": self.grid, "count": self.count})
+        with replacing(folder / "state.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, about=np.array(about), **arrays)  # type: ignore[arg-type]
+
+    def result(self, tokens: NDArray[np.float16]) -> FrameTokens:
+        channels = tokens.shape[-1]
+        if self.shift is None or self.sums is None or self.squares is None:  # data that are only tested on
+            return FrameTokens(tokens, self.grid, np.zeros(channels), np.ones(channels), np.eye(channels))
+        mean = self.sums / self.count
+        covariance = self.squares / self.count - np.outer(mean, mean)
+        deviation = np.sqrt(np.clip(np.diag(covariance), 0, None))
+        deviation = np.where(deviation > 0, deviation, 1)
+        return FrameTokens(tokens, self.grid, self.shift + mean, deviation, covariance / np.outer(deviation, deviation))
+
+
+def pixel_means(images: Tensor) -> StudentTokens:
+    """The control ``pixels``: means over 16x16 places, as three channels in 0..1."""
+    means = F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(2).transpose(1, 2)
+    return StudentTokens(None, means[:, :0], means, (16, 16))
+
+
+def _pooled(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    rows, columns = min(grid[0], MOST_ROWS), min(grid[1], MOST_ROWS)
+    maps = patches.transpose(1, 2).unflatten(2, grid)
+    return F.adaptive_avg_pool2d(maps, (rows, columns)).flatten(2).transpose(1, 2), (rows, columns)
+
+
+def _frames(
+    recording: LeRobotFolder, camera: str, first: int, batch_size: int
+) -> Iterator[tuple[Episode, int, NDArray[np.uint8]]]:
+    """Episode, number of the first frame, and pixels ``(B, 3, S, S)``, decoded a batch ahead."""
+
+    def decode(episode: Episode, start: int) -> NDArray[np.uint8]:
+        stop = min(start + batch_size, episode.length)
+        pictures = recording.frames(episode, camera, range(start, stop))
+        return np.stack([to_square(picture, IMAGE_SIZE, "squash") for picture in pictures])
+
+    places = [
+        (episode, start) for episode in recording.episodes[first:] for start in range(0, episode.length, batch_size)
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(decode, *places[0]) if places else None
+        for number, (episode, start) in enumerate(places):
+            assert ahead is not None  # noqa: S101
+            pixels = ahead.result()
+            ahead = pool.submit(decode, *places[number + 1]) if number + 1 < len(places) else None
+            yield episode, start, pixels

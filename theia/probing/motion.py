@@ -1,0 +1,153 @@
+"""What is asked of a recorded trajectory: from one frame or two, where does the robot go within a horizon?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from theia.errors import ConfigError, TrajectoryError
+from theia.trajectories.lerobot import ACTION, STATE, LeRobotFolder
+
+Target = Literal["action", "displacement", "mean_action"]
+Question = Literal["plan", "motion"]
+
+QUESTIONS: tuple[Question, ...] = ("plan", "motion")
+_MEANING: dict[Target, str] = {
+    "action": "action[t + {h} - 1] - state[t]",
+    "displacement": "state[t + {h}] - state[t]",
+    "mean_action": "the mean of action[t] to action[t + {h} - 1]",
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of frames ``t`` and ``t + h`` of the same episode, and what is to be predicted of each.
+
+    Attributes:
+        first: Place of frame ``t`` among the frames of all episodes, shape ``(n,)``.
+        second: Place of frame ``t + h``, shape ``(n,)``.
+        episode: Number of the episode, shape ``(n,)``.
+        target: Values to predict, float64, shape ``(n, D)``.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    episode: NDArray[np.int64]
+    target: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def of(self, episodes: Sequence[int] | frozenset[int]) -> "Pairs":
+        """The pairs of some episodes."""
+        mask = np.isin(self.episode, list(episodes))
+        return Pairs(self.first[mask], self.second[mask], self.episode[mask], self.target[mask])
+
+
+def choose_target(folder: LeRobotFolder, wanted: Target | None) -> tuple[Target, str]:
+    """Chooses what is predicted, and says why.
+
+    Actions that are positions, named like the state, give HIVE-Bench's target; otherwise the displacement of the state
+    serves, and without a state the mean action.
+
+    Args:
+        folder: The data set.
+        wanted: What the user asks for, if anything.
+
+    Returns:
+        The target, and a sentence about it.
+
+    Raises:
+        ConfigError: If the data set lacks what the target needs.
+    """
+    has_state, has_action = STATE in folder.features, ACTION in folder.features
+    if wanted is not None:
+        lacking = [key for key in _needs(wanted) if key not in folder.features]
+        if lacking:
+            raise ConfigError(
+                f"--target {wanted} needs {' and '.join(_needs(wanted))}, and {folder.root} has no {lacking[0]}. Choose "
+                "another target."
+            )
+        if wanted == "action" and folder.features[STATE].shape != folder.features[ACTION].shape:
+            raise ConfigError(
+                f"--target action needs actions of the state's shape; {folder.root} has {folder.features[ACTION].shape} "
+                f"and {folder.features[STATE].shape}. Choose displacement or mean_action."
+            )
+        return wanted, "as --target says"
+    if has_state and has_action and _are_positions(folder):
+        return "action", "actions are positions, named like the state and near to it"
+    if has_state:
+        return "displacement", "actions are not positions named like the state" if has_action else "there is no action"
+    if has_action:
+        return "mean_action", "there is no state"
+    raise ConfigError(f"{folder.root} has neither {STATE} nor {ACTION}, so there is nothing to predict.")
+
+
+def describe_target(target: Target, horizon: int) -> str:
+    """The target as a formula."""
+    return _MEANING[target].format(h=horizon)
+
+
+def make_pairs(folder: LeRobotFolder, target: Target, horizon: int) -> Pairs:
+    """All pairs of frames that lie ``horizon`` apart within an episode.
+
+    Args:
+        folder: The data set.
+        target: What is predicted.
+        horizon: Number of frames between the two.
+
+    Raises:
+        ConfigError: If no episode is longer than the horizon.
+        TrajectoryError: If states or actions cannot be read.
+    """
+    state = folder.column(STATE).astype(np.float64) if STATE in _needs(target) else None
+    action = folder.column(ACTION).astype(np.float64) if ACTION in _needs(target) else None
+    starts = [np.arange(e.start, e.start + e.length - horizon) for e in folder.episodes]
+    first = np.concatenate(starts) if starts else np.empty(0, np.int64)
+    if not len(first):
+        longest = max(episode.length for episode in folder.episodes)
+        raise ConfigError(f"No episode of {folder.root} has more than {longest} frames. Give a --horizon below that.")
+    episode = np.concatenate([np.full(len(part), e.index) for part, e in zip(starts, folder.episodes, strict=True)])
+    if target == "action" and action is not None and state is not None:
+        values = action[first + horizon - 1] - state[first]
+    elif target == "displacement" and state is not None:
+        values = state[first + horizon] - state[first]
+    else:
+        assert action is not None  # noqa: S101
+        sums = np.concatenate([np.zeros((1, action.shape[1])), np.cumsum(action, 0)])
+        values = (sums[first + horizon] - sums[first]) / horizon
+    return Pairs(first, first + horizon, episode, values)
+
+
+def moving(pairs: Pairs) -> NDArray[np.bool_]:
+    """Which values of the target vary at all, shape ``(D,)``.
+
+    Raises:
+        TrajectoryError: If none does.
+    """
+    deviation = pairs.target.std(0)
+    varies: NDArray[np.bool_] = deviation > 1e-6 * max(1.0, float(np.abs(pairs.target).max()))
+    if not varies.any():
+        raise TrajectoryError("The robot never moves in the training episodes: there is nothing to predict.")
+    return varies
+
+
+def _needs(target: Target) -> tuple[str, ...]:
+    return {"action": (STATE, ACTION), "displacement": (STATE,), "mean_action": (ACTION,)}[target]
+
+
+def _are_positions(folder: LeRobotFolder) -> bool:
+    """Whether actions are named like the state, and the next state is near to them: nearer than the mean state is."""
+    state_about, action_about = folder.features[STATE], folder.features[ACTION]
+    if state_about.shape != action_about.shape or state_about.names is None or state_about.names != action_about.names:
+        return False
+    state, action = folder.column(STATE), folder.column(ACTION)
+    last = np.array([episode.start + episode.length - 1 for episode in folder.episodes])
+    inside = np.setdiff1d(np.arange(len(state)), last)
+    if not len(inside):
+        return False
+    distance = np.abs(action[inside] - state[inside + 1]).mean(0)
+    spread = np.abs(state[inside] - state[inside].mean(0)).mean(0)
+    return bool(np.median(distance - spread) < 0)

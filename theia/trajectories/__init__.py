@@ -1,0 +1,1 @@
+"""Recorded robot data: LeRobot's data set folders and plain video files. Needs the extra ``theia[robots]``."""
