@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from theia.ablation import sweep
-from theia.ablation.run import Run, earlier_record, write_record
+from theia.ablation.record import earlier_record, write_record
+from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import yaml
 from events import aged, changed, has_ended, wait_for
 from trainings import hold, standing
 
-from theia.ablation.run import lock
+from theia.ablation.sweep_run import lock
 from theia.cli.main import main
 
 FIT = [

@@ -15,8 +15,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from theia.cli import lightning
-from theia.cli import run as run_folder
+from theia.cli import lightning, run_folder
 from theia.cli.lightning import TheiaCLI
 from theia.cli.main import main
 from theia.cli.options import OPTIONS, changes, check_used, shaping, without

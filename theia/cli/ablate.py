@@ -21,8 +21,8 @@ from theia.utils.arguments import comma_list
 from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
-    from theia.ablation.run import Run
     from theia.ablation.summary import Summary
+    from theia.ablation.sweep_run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def ablate(
     # These modules import torch, which takes seconds and is not needed for --help.
     from theia.ablation import sweep
     from theia.ablation.launch import check_launcher
-    from theia.ablation.run import check_runs, earlier_record, hold, write_record
+    from theia.ablation.record import check_runs, earlier_record, hold, write_record
     from theia.ablation.summary import read_external
 
     check_launcher(launcher, jobs)
@@ -199,7 +199,7 @@ def _fit_parser() -> Parse:
     """Makes a function that parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
     from theia.cli.lightning import fit_parser
     from theia.cli.options import check_used
-    from theia.cli.run import check_trainer
+    from theia.cli.run_folder import check_trainer
 
     parser = fit_parser()
 

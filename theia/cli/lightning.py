@@ -24,7 +24,7 @@ from theia.cli.data import DataParser, data_last
 from theia.cli.main import COMMANDS
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
-from theia.cli.run import (
+from theia.cli.run_folder import (
     CONFIG,
     SaveRun,
     check_left,
