@@ -89,7 +89,6 @@ OTHERWISE = {
         "self.run.log.open('ab')": "what a run says, line by line",
         "job.run.log.open('a')": "likewise",
     },
-    "theia/ablation/record.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
     "theia/analysis/report.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},

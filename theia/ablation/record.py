@@ -152,12 +152,7 @@ def check_runs(runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: Lists all folders for which it is not.
     """
-    problems = []
-    for run in runs:
-        try:
-            run.check()
-        except ConfigError as error:
-            problems.append(str(error))
+    problems = [problem for run in runs if (problem := run.problem())]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -167,13 +162,8 @@ def hold(folder: Path) -> Iterator[None]:
     """Keeps other sweeps out of a folder, which is made if need be.
 
     Raises:
-        ConfigError: If another sweep works there, or the folder cannot be written.
+        ConfigError: If another sweep works there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}. Choose another --out.") from error
     with lock(folder / ".lock") as descriptor:
         if descriptor is None:
             raise ConfigError(f"Another sweep works in {folder}. Wait for it, or choose another --out.")

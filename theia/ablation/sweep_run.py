@@ -15,7 +15,7 @@ import yaml
 from theia.ablation.grid import flat
 from theia.errors import ConfigError
 from theia.models import older
-from theia.utils.files import write_whole
+from theia.utils.files import read_json, write_whole
 
 # The checkpoint that is scored: choosing one by held-out images would spoil what is compared on them.
 CHECKPOINT = "last"
@@ -143,11 +143,7 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """Versions and hardware of the training; empty if the file is lost."""
-        try:
-            found = json.loads((self.folder / "environment.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_json(self.folder / "environment.json")
 
     def last_lines(self, count: int = 15) -> str:
         """The end of the log."""
@@ -155,32 +151,29 @@ class Run:
             return ""
         return "\n".join(_tail(self.log, _TAIL_BYTES)[-count:])
 
-    def check(self) -> None:
-        """Checks that what was trained in the folder, if anything, is this run.
-
-        Raises:
-            ConfigError: If it was trained with other options, or with options that cannot be read.
-        """
+    def problem(self) -> str | None:
+        """Says what is wrong if the folder holds a training with other options, or with options that cannot be read."""
         if not (self.folder / "checkpoints").exists() and not self.trained.exists():
-            return
+            return None
         # A folder trained by hand has only what 'theia fit' writes.
         path = self.config_file if self.config_file.exists() else self.folder / "config.yaml"
         try:
             content = older.config(yaml.safe_load(path.read_text()) or {})
             there, here = _comparable(content), _comparable(self.config)
         except (OSError, AttributeError, yaml.YAMLError) as error:
-            raise ConfigError(
+            return (
                 f"{path} cannot be read ({type(error).__name__}), so it is unknown what was trained there. Remove that "
                 "folder, or restore the file."
-            ) from error
+            )
         # An option that the earlier version did not have had its default.
         different = [name for name in here if name in there and there[name] != here[name]]
-        if different:
-            lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
-            raise ConfigError(
-                f"{self.folder} holds a run of {self.name} with other options: {lines}. Choose another --out, or "
-                "remove that folder."
-            )
+        if not different:
+            return None
+        lines = "; ".join(f"{name} was {there.get(name)!r}, is {here.get(name)!r}" for name in different[:4])
+        return (
+            f"{self.folder} holds a run of {self.name} with other options: {lines}. Choose another --out, or remove "
+            "that folder."
+        )
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from jsonargparse import auto_cli
 
 from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, parse_seeds, select_rows, split_arguments
-from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, settle
 from theia.errors import ConfigError
 from theia.scoring.contract import find_scorer, scorer_names
 from theia.utils.arguments import comma_list
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         TheiaError: If the sweep cannot be started or reported on.
     """
     if argv[:1] == ["report"]:
-        return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
+        return call([report], argv[1:], "theia ablate report", positional=True)
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(scorer_names())))
     parser.may_be_empty = ("scorers", *_OF_FIT)
     parser.add_argument("--config", action="config", help="Sweep file: YAML with these options.")
@@ -199,7 +198,7 @@ def _fit_parser() -> Parse:
     """Makes a function that parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
     from theia.cli.lightning import fit_parser
     from theia.cli.options import check_used
-    from theia.cli.run_folder import check_trainer
+    from theia.cli.trainer import check_trainer
 
     parser = fit_parser()
 

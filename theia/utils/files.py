@@ -5,6 +5,7 @@ Also the messages for a full disk, and values in a form that JSON can hold.
 
 import errno
 import hashlib
+import json
 import math
 import os
 import socket
@@ -137,6 +138,15 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file whose loss costs nothing but what it says; empty if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def file_sha256(path: Path) -> str:
