@@ -46,6 +46,10 @@ def parsers() -> dict[str, Any]:
     return dict(cli._subcommand_parsers)
 
 
+def test_help_begins_with_what_the_command_does(parsers: dict[str, Any]) -> None:
+    assert parsers["fit"].description.startswith("Train a student on a feature store")
+
+
 def names_of(parser: Any) -> set[str]:
     """What can be typed; groups, help and links are none."""
     linked = {"model.teachers", "model.image_size", "trainer.default_root_dir"}

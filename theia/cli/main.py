@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import inspect
 import logging
 import os
 import select
@@ -104,9 +105,11 @@ def _call(command: str, arguments: list[str]) -> int:
         return int(module.main([command, *arguments]))
     if not found.functions:
         return int(module.main(arguments))
-    from theia.cli.parser import call  # imports jsonargparse; 'theia --help' does not need it
-
     functions = [getattr(module, name) for name in found.functions]
+    if not arguments and not inspect.signature(functions[0]).parameters:
+        return int(functions[0]())  # without jsonargparse, which takes as long to import as all else but torch
+    from theia.cli.parser import call
+
     return call(functions, arguments, f"theia {command}", found.description, found.positional)
 
 
