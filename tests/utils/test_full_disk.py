@@ -13,8 +13,9 @@ from benchmarks.soak import report as soak
 from benchmarks.soak.watch import Sample
 from benchmarks.throughput import report as throughput
 from theia.ablation import report
-from theia.ablation.run import Run, write_record
+from theia.ablation.record import write_record
 from theia.ablation.summary import Scored, summarise
+from theia.ablation.sweep_run import Run
 from theia.decoding.output import Output
 from theia.errors import FileError
 from theia.probing.probes import Probed
@@ -88,12 +89,11 @@ OTHERWISE = {
         "self.run.log.open('ab')": "what a run says, line by line",
         "job.run.log.open('a')": "likewise",
     },
-    "theia/ablation/run.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
     "theia/analysis/report.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
     "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},
-    "theia/cli/run.py": {"self.parser.dump": "into memory"},
+    "theia/cli/run_folder.py": {"self.parser.dump": "into memory"},
     "theia/training/checkpoints.py": {"temporary.open('wb')": "inside replacing()", "torch.save": "into that file",
         "records.save()": "what Lightning calls to bring out what waits",
     },

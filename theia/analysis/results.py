@@ -11,7 +11,7 @@ from theia.analysis.norms import CONFIDENCE, OUTLIER_FACTOR, REPLICATES
 from theia.analysis.scores import DISTILLED, REGULAR, PearsonR, Score, correlations
 from theia.analysis.similarity import MIN_IMAGES, MINIBATCH, noise
 from theia.training.metrics import NORM_BINS, NORM_RANGE
-from theia.utils.json import jsonable
+from theia.utils.files import jsonable
 from theia.utils.pictures import short_labels
 
 SCHEMA = 1

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import auto_cli
-
-from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.utils.arguments import MOST_PIXELS, check_number
 from theia.utils.device import Device, choose_device
@@ -25,21 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PICTURES = 6
-
-
-def main(argv: list[str]) -> int:
-    """Runs ``theia analyze``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        TheiaError: For the reasons given under :func:`analyze`.
-    """
-    return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=Parser))
 
 
 def analyze(

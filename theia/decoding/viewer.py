@@ -202,6 +202,48 @@ def open_subject(
     return Subject(name, key, (rows, columns), comparable, teacher, decodes, side_by_side, subject.notes)
 
 
+def open_subjects(
+    encoder: Encoder,
+    teachers: Sequence[str] | None,
+    options: Mapping[str, Mapping[str, Any]],
+    typed: bool,
+    side_by_side: bool,
+    device: torch.device,
+    trained_on: Mapping[str, Any],
+) -> list[Subject]:
+    """Opens the teachers to show; see :func:`open_subject`.
+
+    Args:
+        encoder: The model.
+        teachers: Their names or keys, in the order to show them; by default all teachers of the model.
+        options: Arguments of the teachers' constructors, by teacher of the model.
+        typed: Whether these options are for this call only, so that each must be of use.
+        side_by_side: Whether the teachers' own output is wanted.
+        device: Where the teachers run.
+        trained_on: What :func:`learned_from` gives.
+
+    Raises:
+        UnknownTeacherError: If the model has no such teacher.
+        ConfigError: If typed options have no effect, or options do not fit the model.
+    """
+    known = names_of(encoder)
+    installed = {key: name for name, key in known.items()}
+    chosen = [*known] if teachers is None else [installed.get(name, name) for name in teachers]
+    for name in chosen:
+        if name not in known:
+            raise UnknownTeacherError(f"This model has no translator for {name!r}. It has: {', '.join(known)}.")
+    for name in options if typed else ():
+        if name not in chosen or not needs_teacher(name, encoder, side_by_side):
+            raise ConfigError(
+                f"--teacher_options has {name!r}, but nothing is shown that needs this teacher itself. Name it in "
+                "--teachers, if it is left out there; a teacher that decodes nothing needs --teachers_side_by_side."
+            )
+    return [
+        open_subject(name, encoder, options.get(name), side_by_side, device, trained_on.get(name))
+        for name in dict.fromkeys(chosen)
+    ]
+
+
 def _resized(masks: Tensor, height: int, width: int) -> Tensor:
     """Nearest neighbours; ``(M, H, W)``, also of no masks."""
     rows, columns = (
