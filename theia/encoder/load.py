@@ -19,7 +19,7 @@ from theia.hub import known_to_answer
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
-from theia.models.strict import load_strictly
+from theia.models.weights import load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "theia-encoder"

@@ -14,9 +14,8 @@ from torch import Tensor
 from theia.encoder.encoder import Pool
 from theia.errors import WeightsError
 from theia.models.architecture import Architecture
-from theia.models.backbone import THEIA_SHAPES
-from theia.models.positions import PositionRule
-from theia.models.strict import refuse_unless_equal
+from theia.models.backbone import THEIA_SHAPES, PositionRule
+from theia.models.weights import refuse_unless_equal
 
 _BACKBONE = re.compile(r"facebook/deit-(tiny|small|base)-patch16-224")
 _POOLS: dict[str | None, Pool] = {None: "none", "mean_pooling": "mean", "max_pooling": "max", "cls": "cls"}

@@ -11,10 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, WeightsError
-from theia.models import deit
 from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens, check_divides
-from theia.models.strict import load_strictly
 from theia.models.vit import ViT
+from theia.models.weights import existing_file, load_strictly
 
 
 class TimmBackbone(Backbone):
@@ -81,7 +80,7 @@ class TimmBackbone(Backbone):
         """Does what :class:`Backbone` says."""
         source: dict[str, Any] = {}
         if weights != "pretrained":
-            source = {"pretrained_cfg_overlay": {"file": str(deit.existing_file(weights))}}
+            source = {"pretrained_cfg_overlay": {"file": str(existing_file(weights))}}
         try:
             model, _ = _create(self.name, self.image_hw[0], pretrained=True, **source)
         except Exception as error:
@@ -93,7 +92,8 @@ class TimmBackbone(Backbone):
             ) from error
         own = self.model.state_dict().keys()
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name in own}
-        load_strictly(self.model, tensors, self.name if weights == "pretrained" else weights)
+        origin = self.name if weights == "pretrained" else weights
+        load_strictly(self.model, tensors, origin, advice=f"Give weights of timm's {self.name}.")
 
     def blocks(self) -> list[nn.Module]:
         """Does what :class:`Backbone` says."""
