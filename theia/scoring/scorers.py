@@ -1,4 +1,4 @@
-"""Runs the scorers of ``theia test`` and shows their scores."""
+"""The scorers of ``theia test``: runs them, tabulates their scores, and writes the report."""
 
 import inspect
 import json
