@@ -180,8 +180,6 @@ def _translators_differ(case: Case, plain: PlainDistiller, name: str) -> float:
     predictions = ours(tokens, (14, 14)), theirs(tokens.transpose(1, 2).reshape(2, width, 14, 14))
     direction = torch.randn_like(predictions[0])
     parameters, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    if parameters.keys() != others.keys():
-        raise ParityError(f"Parameters differ: {sorted(parameters.keys() ^ others.keys())}.")
     mine, other = ((prediction * direction).sum() for prediction in predictions)
     return _worst(mine, other, list(parameters.values()), [others[key] for key in parameters])
 

@@ -87,8 +87,7 @@ class Encoder(nn.Module):
             ImageError: If they are of a wrong type or range.
             ConfigError: If there is no such pooling, or no CLS token.
         """
-        wanted = check_pool(self.pool if pool is None else pool)
-        return self.pooled(self.forward_features(images), wanted)
+        return self.pooled(self.forward_features(images), self.pool if pool is None else pool)
 
     def pooled(self, tokens: StudentTokens, pool: Pool) -> Tensor:
         """One vector of all tokens, ``(B, C)``; see :meth:`forward`.

@@ -18,11 +18,11 @@ from theia import hub, registry
 from theia.encoder import FORMS
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
-from theia.errors import ConfigError, ShapeError, WeightsError
+from theia.errors import ConfigError, WeightsError
 from theia.models.architecture import Architecture
-from theia.models.backbone import THEIA_SHAPES, StudentTokens
+from theia.models.backbone import THEIA_SHAPES, StudentTokens, of_map
 from theia.models.timm_backbone import TimmBackbone
-from theia.teacher import Teacher
+from theia.teacher import Teacher, check_features
 from theia.utils.files import at_home
 
 _STUDENTS = {name: name for name in THEIA_SHAPES} | {name.replace("theia", "vit"): name for name in THEIA_SHAPES}
@@ -123,7 +123,8 @@ class _OfTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> StudentTokens:
         features = self.inner(images)
-        return _tokens(features.patches, self.inner.spec.grid_hw, features.cls)
+        check_features(self.inner.spec, features, len(images))
+        return StudentTokens(features.cls, features.patches[:, :0], features.patches, self.inner.spec.grid_hw)
 
 
 class _OfTimm(nn.Module):
@@ -168,13 +169,7 @@ class _Concatenation(nn.Module):
             else F.interpolate(tokens.as_map().float(), grid, mode="bilinear", antialias=True)
             for tokens in every
         ]
-        return _tokens(torch.cat(maps, 1).permute(0, 2, 3, 1).flatten(1, 2), grid, None)
-
-
-def _tokens(patches: Tensor, grid: tuple[int, int], cls: Tensor | None) -> StudentTokens:
-    if patches.shape[1] != grid[0] * grid[1]:
-        raise ShapeError(f"{patches.shape[1]} tokens do not lie on a grid of {grid[0]}x{grid[1]}.")
-    return StudentTokens(cls, patches[:, :0], patches, grid)
+        return of_map(torch.cat(maps, 1).permute(0, 2, 3, 1))
 
 
 def _teacher(text: str) -> nn.Module:
@@ -216,15 +211,13 @@ def _timm(text: str) -> nn.Module:
         with hub.known_to_answer(weights or name), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_SEED)
             model = timm.create_model(name, pretrained=not weights, num_classes=0)
-    except WeightsError as error:
-        raise WeightsError(f"{error} Untrained it is timm:{name.split('.')[0]}@random.") from error
     except Exception as error:
         # Between here and the weights lie several libraries, each with its own exceptions.
-        what, instead = f"timm's weights of {name} cannot be had", f" Untrained it is timm:{name.split('.')[0]}@random."
-        if weights:
-            what, instead = f"timm cannot build {name}", ""
+        what = f"timm cannot build {name}" if weights else f"timm's weights of {name} cannot be had"
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}".rstrip(".")
-        raise WeightsError(f"{what} ({reason}).{instead}") from error
+        said = str(error) if isinstance(error, WeightsError) else f"{what} ({reason})."
+        instead = "" if weights else f" Without them, take timm:{name.split('.')[0]}@random."
+        raise WeightsError(said + instead) from error
     return _OfTimm(model, name)
 
 

@@ -75,10 +75,7 @@ def load(
             folder = _fetch(source, revision)
         except WeightsError as error:
             # A path such as RUN/exported looks like an id, too.
-            instead = _nearby(path)
-            if not instead:
-                raise
-            raise WeightsError(f"{error} {instead}") from error
+            raise WeightsError(f"{error} {_nearby(path)}".strip()) from error
         encoder = _from_folder(folder, source)
     else:
         raise WeightsError(
@@ -251,17 +248,15 @@ def _fetch(repository: str, revision: str | None) -> Path:
     # Not at the top: it takes long to import, and a local model does not need it.
     from huggingface_hub import hf_hub_download
 
-    try:
-        with known_to_answer(repository):
+    with known_to_answer(repository):
+        try:
             paths = [hf_hub_download(repository, name, revision=revision) for name in (CONFIG, WEIGHTS)]
-    except WeightsError:
-        raise
-    except Exception as error:
-        # Between here and the hub are several libraries, each with its own exceptions.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"There is no local folder {repository!r}, and it cannot be had from the Hugging Face hub either: "
-            f"{type(error).__name__}: {reason} Without a network, give a local folder that holds {CONFIG} and "
-            f"{WEIGHTS}."
-        ) from error
+        except Exception as error:
+            # Between here and the hub are several libraries, each with its own exceptions.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WeightsError(
+                f"There is no local folder {repository!r}, and it cannot be loaded from the Hugging Face hub either: "
+                f"{type(error).__name__}: {reason} Without a network, give a local folder that holds {CONFIG} and "
+                f"{WEIGHTS}."
+            ) from error
     return Path(paths[0]).parent

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from theia.encoder.encoder import Pool
-from theia.errors import WeightsError
+from theia.errors import ExportError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.backbone import THEIA_SHAPES, PositionRule
 from theia.models.weights import refuse_unless_equal
@@ -89,20 +89,7 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
             "read."
         )
     teachers = {}
-    sizes = config["target_feature_sizes"]
-    if not isinstance(sizes, Mapping) or not sizes:
-        raise WeightsError(
-            f"The config of {origin} has target_feature_sizes {sizes!r}; it must give [channels, rows, columns] by "
-            "teacher. Fetch the model again."
-        )
-    for hub_id, size in sizes.items():
-        try:
-            channels, rows, columns = (int(value) for value in size)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(
-                f"The config of {origin} gives {hub_id!r} the feature size {size!r}; it must be [channels, rows, "
-                "columns]."
-            ) from error
+    for hub_id, (channels, rows, columns) in _feature_sizes(config, origin).items():
         if (rows, columns) not in ((16, 16), (64, 64)) or "." in hub_id:
             raise WeightsError(
                 f"The config of {origin} has a teacher {hub_id!r} with a grid of {rows}x{columns}; published "
@@ -113,6 +100,20 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
     return architecture, _POOLS[pooled]
 
 
+def _feature_sizes(config: Mapping[str, Any], origin: str) -> dict[str, tuple[int, int, int]]:
+    sizes = config["target_feature_sizes"]
+    try:
+        found = {name: (int(channels), int(rows), int(columns)) for name, (channels, rows, columns) in sizes.items()}
+    except (AttributeError, TypeError, ValueError):
+        found = {}
+    if not found:
+        raise WeightsError(
+            f"The config of {origin} has target_feature_sizes {sizes!r}; it must be [channels, rows, columns] for each "
+            "teacher. Fetch the model again."
+        )
+    return found
+
+
 def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
     """The ``config.json`` that a model of ours would have been published with.
 
@@ -121,7 +122,7 @@ def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
         pool: Default pooling of the model.
 
     Raises:
-        WeightsError: If their layout cannot hold such a model.
+        ExportError: If their layout cannot hold such a model.
     """
     _check_can_be_published(architecture)
     return {
@@ -215,6 +216,6 @@ def _check_can_be_published(architecture: Architecture) -> None:
         if tuple(teacher["grid_hw"]) not in ((16, 16), (64, 64)):
             problems.append("teacher {!r} has a grid of {}x{}".format(name, *teacher["grid_hw"]))
     if problems:
-        raise WeightsError(
+        raise ExportError(
             f"The published layout cannot hold this model: {'; '.join(problems)}. Leave out the format 'authors'."
         )

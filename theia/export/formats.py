@@ -14,7 +14,7 @@ from torch import Tensor
 from theia.encoder import published
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import CONFIG, MODEL_TYPE, PREFIX, WEIGHTS
-from theia.errors import ConfigError, ExportError, WeightsError
+from theia.errors import ConfigError, ExportError
 from theia.export import card, onnx
 from theia.models.architecture import Architecture
 from theia.models.backbone import THEIA_SHAPES
@@ -139,10 +139,7 @@ def check(model: Exported, formats: list[str]) -> None:
     if "timm" in formats:
         _timm_name(model.architecture)
     if "authors" in formats:
-        try:
-            published.write_config(model.architecture, model.encoder.pool)
-        except WeightsError as error:
-            raise ExportError(str(error)) from error
+        published.write_config(model.architecture, model.encoder.pool)
 
 
 def _timm_name(architecture: Architecture) -> str:

@@ -68,7 +68,13 @@ class TimmBackbone(Backbone):
                 f"out {', '.join(f'model.{name}' for name in fixed)}."
             )
         name, size = options.backbone.removeprefix(TIMM), options.image_size
-        model, any_size = _create(name, size)
+        if not name.startswith("hf-hub:") and not timm.is_model(name):
+            near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
+            raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
+        try:
+            model, any_size = _create(name, size)
+        except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"timm cannot build {name} for images of {size} pixels: {error}") from error
         built = cls(name, model, (size, size), options.backbone_stage, any_size)
         # A convolutional network takes any size and rounds its grid, so images of other sizes would not lie on it.
         stages = built._stages
@@ -173,25 +179,17 @@ class TimmBackbone(Backbone):
         return side, side
 
 
-def _create(name: str, size: int, pretrained: bool = False, **options: Any) -> tuple[nn.Module, bool]:
+def _create(name: str, size: int, **options: Any) -> tuple[nn.Module, bool]:
     """Creates a timm model for one image size, and tells whether it also takes other sizes."""
-    if not pretrained and not name.startswith("hf-hub:") and not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
-        raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
     # Only transformers have to be told the image size, and only some of them can change it later.
     ways: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}]
     for way in ways:
         try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **way, **options)
+            model = timm.create_model(name, num_classes=0, **way, **options)
+            break
         except TypeError as error:
-            if way and "unexpected keyword argument" in str(error):
-                continue
-            raise ConfigError(f"timm cannot build {name}: {error}") from error
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if pretrained:
+            if not way or "unexpected keyword argument" not in str(error):
                 raise
-            raise ConfigError(f"timm cannot build {name} for images of {size} pixels: {error}") from error
-        break
     asks = inspect.signature(type(model)).parameters
     return model, "img_size" not in asks or "dynamic_img_size" in asks
 
