@@ -161,7 +161,7 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("hog", ConfigError, "names no encoder; teacher:hog does"),
         ("vit_tiny_patch16_224", ConfigError, "names no encoder; timm:vit_tiny_patch16_224 does"),
         ("teachers:hog", ConfigError, "names no encoder; teacher:hog does"),
-        ("hog,color", ConfigError, "several have blanks between them"),
+        ("hog,color", ConfigError, "put blanks between several"),
         ("teacher:hog,teacher:color", ConfigError, "Put blanks between encoders"),
         ("teacher:hog@random", ConfigError, "'hog' has no weights to choose"),
         ("concat:hog,,color", ConfigError, "empty name"),

@@ -83,7 +83,7 @@ class TimmBackbone(Backbone):
         return built
 
     def load_weights(self, weights: str) -> None:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.load_weights`."""
         source: dict[str, Any] = {}
         if weights != "pretrained":
             source = {"pretrained_cfg_overlay": {"file": str(existing_file(weights))}}
@@ -102,12 +102,12 @@ class TimmBackbone(Backbone):
         load_strictly(self.model, tensors, origin, advice=f"Give weights of timm's {self.name}.")
 
     def blocks(self) -> list[nn.Module]:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.blocks`."""
         every = super().blocks()
         return every if self.stage is None else every[: self.stage + 1]
 
     def tokens(self, pixels: Tensor) -> StudentTokens:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.tokens`."""
         if self.stage is not None:
             return self.intermediates(pixels, [self.stage], norm=self._is_transformer)[0]
         return super().tokens(pixels)
@@ -134,7 +134,7 @@ class TimmBackbone(Backbone):
                 size, grid = ("{}x{}".format(*pair) for pair in (self.image_hw, tokens.grid))
                 raise ConfigError(
                     f"timm's {self.name} gives a grid of {grid} for images of {size} pixels, which do not divide into "
-                    f"squares of {self.stride} pixels. Take images of another size."
+                    f"squares of {self.stride} pixels. Choose images of another size."
                 )
             parameters = list(self.parameters())
             by_patches = _unused(tokens.patches, parameters)
@@ -152,12 +152,12 @@ class TimmBackbone(Backbone):
             return
         if not isinstance(features, Tensor) or features.ndim != 3:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigError(f"timm's {self.name} gives no spatial features, but {shape}. Take another.")
+            raise ConfigError(f"timm's {self.name} gives no spatial features, but {shape}. Choose another.")
         prefix = getattr(self.model, "num_prefix_tokens", None)
         if prefix is None:
             raise ConfigError(
                 f"timm's {self.name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
-                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another"
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Choose another"
                 f"{', or one of its stages with backbone_stage' if self._has_intermediates else ''}."
             )
         # Not all of timm's transformers tell whether they have a CLS token, but all with one call it cls_token and put
@@ -173,9 +173,7 @@ class TimmBackbone(Backbone):
             return grid[0], grid[1]
         side = math.isqrt(tokens)
         if side == 0 or side * side != tokens or self.image_hw[0] != self.image_hw[1]:
-            raise ConfigError(
-                f"timm's {self.name} gives {tokens} tokens on a grid that it does not tell. Take another."
-            )
+            raise ConfigError(f"timm's {self.name} gives {tokens} tokens and does not tell their grid. Choose another.")
         return side, side
 
 

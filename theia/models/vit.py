@@ -120,7 +120,7 @@ class TheiaBackbone(Backbone):
         self.any_size = self.any_size_exported = True
 
     def load_weights(self, weights: str) -> None:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.load_weights`."""
         size = self.name.removeprefix("theia_")
         load_deit(self.model, fetch_deit(size) if weights == "pretrained" else read_deit(weights))
 
