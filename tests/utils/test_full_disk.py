@@ -20,7 +20,7 @@ from theia.decoding.output import Output
 from theia.errors import FileError
 from theia.probing.probes import Probed
 from theia.probing.run import Unfinished
-from theia.scoring.run import write_report
+from theia.scoring.scorers import write_report
 
 Writer = Callable[[Path, int], object]  # into a folder, the first or the second time
 

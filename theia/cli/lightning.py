@@ -38,7 +38,7 @@ from theia.errors import ConfigError
 from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.scoring.contract import scorer_names
-from theia.scoring.run import find_scorers, run_scorers, scores_table, translators_table, write_report
+from theia.scoring.scorers import find_scorers, run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
