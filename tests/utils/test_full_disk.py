@@ -17,8 +17,8 @@ from theia.ablation.run import Run, write_record
 from theia.ablation.summary import Scored, summarise
 from theia.decoding.output import Output
 from theia.errors import FileError
+from theia.probing.comparison import Unfinished
 from theia.probing.probes import Probed
-from theia.probing.run import Unfinished
 from theia.scoring.run import write_report
 
 Writer = Callable[[Path, int], object]  # into a folder, the first or the second time
@@ -90,7 +90,7 @@ OTHERWISE = {
     },
     "theia/ablation/run.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
-    "theia/analysis/report.py": {"savefig(content": "into memory"},
+    "theia/analysis/page.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
     "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},
     "theia/cli/run.py": {"self.parser.dump": "into memory"},
@@ -104,7 +104,7 @@ OTHERWISE = {
     "theia/cli/data.py": {"super().dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
     "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
-    "theia/probing/run.py": {
+    "theia/probing/comparison.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",
     },
     "benchmarks/soak/__main__.py": {"(Path(data) / 'output').open('w+')": "deleted with the data"},

@@ -79,12 +79,12 @@ def decode(
     check_number("batch_size", batch_size, 1)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.decoding.decode import decode as write
     from theia.decoding.frames import open_frames
     from theia.decoding.output import check_free
+    from theia.decoding.panels import decode as write
     from theia.decoding.viewer import Viewer, learned_from, names_of, needs_teacher, open_subject
     from theia.encoder.load import load
-    from theia.extraction.decode import to_square
+    from theia.extraction.images import to_square
 
     path = Path(encoder)
     if ":" in encoder and not path.exists():

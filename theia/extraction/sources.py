@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from theia.errors import ImageError
-from theia.extraction.decode import UnreadableImageError, read_image
-from theia.extraction.files import (
+from theia.extraction.images import UnreadableImageError, read_image
+from theia.extraction.user_files import (
     COMPRESSED_TAR_ENDINGS,
     IMAGE_ENDINGS,
     TAR_ENDING,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from theia import registry
 from theia.errors import ConfigError, ImageError, PluginError
 from theia.extraction.config import ExtractConfig
-from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.store.features import ShardWriter

@@ -15,10 +15,10 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, read_image, to_square
-from theia.extraction.files import open_regular
+from theia.extraction.images import UnreadableImageError, read_image, to_square
+from theia.extraction.user_files import open_regular
 from theia.probing.cameras import Camera
-from theia.probing.metrics import IGNORED
+from theia.probing.dense_metrics import IGNORED
 from theia.utils.progress import Progress
 
 Task = Literal["depth", "normals", "segmentation", "correspondence"]

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from theia.probing.datasets import MAX_DEPTH, TASKS, DenseData
+from theia.probing.dense_metrics import IGNORED
 from theia.probing.heads import head_task
-from theia.probing.metrics import IGNORED
 from theia.probing.probes import Probed, shown
 from theia.utils.files import replacing
 from theia.utils.pictures import wrapped

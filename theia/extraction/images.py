@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.files import is_fault_of_one_file, open_regular, reason
+from theia.extraction.user_files import is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
 # For the record of an image set.

@@ -15,7 +15,7 @@ from theia.decoding.output import Output, check_free, picture_names
 from theia.decoding.render import Colours, Group, Shown, Tokens, fit_colours, paint, row
 from theia.decoding.viewer import Subject, View, Viewer
 from theia.errors import ImageError
-from theia.extraction.files import IMAGE_ENDINGS
+from theia.extraction.user_files import IMAGE_ENDINGS
 from theia.types import Depth, Masks
 from theia.utils.pictures import Picture
 from theia.utils.progress import Progress

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from theia.errors import ConfigError, StoreError
 from theia.extraction.config import ExtractConfig
-from theia.extraction.decode import RESIZE_FILTER
+from theia.extraction.images import RESIZE_FILTER
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction import decode as extraction_decode
-from theia.extraction.decode import UnreadableImageError, decode, read_image, to_square
+from theia.extraction import images as images_module
+from theia.extraction.images import UnreadableImageError, decode, read_image, to_square
 
 ORIENTATION = 0x0112
 
@@ -353,7 +353,7 @@ def test_a_file_larger_than_the_memory_is_unreadable(tmp_path, monkeypatch):
         def read(self, size=-1):
             raise MemoryError
 
-    monkeypatch.setattr(extraction_decode, "open_regular", lambda path: Huge())
+    monkeypatch.setattr(images_module, "open_regular", lambda path: Huge())
     with pytest.raises(UnreadableImageError, match="does not fit into memory"):
         read_image(tmp_path / "a.jpg")
 

@@ -18,7 +18,7 @@ from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
 from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 

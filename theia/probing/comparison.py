@@ -27,7 +27,7 @@ from theia.probing.datasets import (
     tasks_of,
     temporary,
 )
-from theia.probing.features import check_encoders, open_all
+from theia.probing.embedding import check_encoders, open_all
 from theia.probing.heads import Fit
 from theia.probing.labelled import open_labelled
 from theia.probing.linear_probe import Schedule
