@@ -103,7 +103,7 @@ OTHERWISE = {
     "theia/cli/ablate.py": {"parser.dump": "into memory"},
     "theia/cli/data.py": {"super().dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
-    "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
+    "theia/probing/display.py": {"print_png(str(temporary))": "inside replacing()"},
     "theia/probing/comparison.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",
     },

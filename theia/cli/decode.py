@@ -16,7 +16,7 @@ from theia.utils.device import Device, choose_device
 from theia.version import __version__
 
 if TYPE_CHECKING:
-    from theia.decoding.viewer import Subject
+    from theia.decoding.subjects import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def decode(
     from theia.decoding.frames import open_frames
     from theia.decoding.output import check_free
     from theia.decoding.panels import decode as write
-    from theia.decoding.viewer import Viewer, learned_from, names_of, needs_teacher, open_subject
+    from theia.decoding.subjects import learned_from, names_of, needs_teacher, open_subject
+    from theia.decoding.viewer import Viewer
     from theia.encoder.load import load
     from theia.extraction.images import to_square
 

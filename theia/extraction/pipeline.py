@@ -1,4 +1,4 @@
-"""Runs teachers over images and fills a feature store. Finished shards are kept, whatever happens."""
+"""An extraction from its options to a finished store: what is to be done, whether it fits, and in which order."""
 
 import logging
 import platform
