@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from theia.errors import ConfigError, ImageError
+from theia.errors import ImageError
 from theia.extraction import images as images_module
 from theia.extraction.images import UnreadableImageError, decode, read_image, to_square
 
@@ -406,8 +406,3 @@ def test_centre_crop_of_a_thin_strip_stays_small(size):
     # Resized as a whole this one would have a billion pixels.
     square = to_square(Image.new("RGB", size, (10, 20, 30)), 224, "center_crop")
     np.testing.assert_array_equal(square.reshape(3, -1).T, np.broadcast_to((10, 20, 30), (224 * 224, 3)))
-
-
-def test_unknown_resize_is_refused():
-    with pytest.raises(ConfigError, match="'squash' or 'center_crop'"):
-        to_square(Image.new("RGB", (8, 8)), 4, "stretch")  # type: ignore[arg-type]

@@ -207,10 +207,7 @@ def _walk(root: Path, passed_over: PassedOver) -> Iterator[str]:
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_refuse):
         here = Path(folder)
-        try:
-            status = here.stat()
-        except OSError as error:
-            _refuse(error)
+        status = here.stat()
         if (status.st_dev, status.st_ino) in seen:
             raise ImageError(
                 f"Folder {here} is reached twice through symbolic links, so its images would count twice. "
