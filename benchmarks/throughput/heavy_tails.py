@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from theia.extraction.config import ExtractConfig
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student

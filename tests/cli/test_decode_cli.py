@@ -235,7 +235,7 @@ def test_an_interrupted_video_leaves_the_earlier_one(
     decode(checkpoint(), tmp_path / "film.gif", out)
     before = (out / "film.gif").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("theia.decoding.decode.row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("theia.decoding.panels.row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         call = [f"--encoder={checkpoint()}", f"--images={tmp_path}/film.gif", f"--out={out}", "--overwrite"]
         assert main(["decode", *call, "--device=cpu"]) == 130
     assert (out / "film.gif").read_bytes() == before

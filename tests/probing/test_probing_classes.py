@@ -9,8 +9,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from theia.analysis.classifiers import logistic_classes, nearest_classes
+from theia.probing.comparison import PRESETS
 from theia.probing.linear_probe import LinearProbe, Schedule, lars, linear_classes, rate_at, train_probe
-from theia.probing.run import PRESETS
 
 
 def clusters(count: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from theia.analysis.maps import NormMaps
 from theia.analysis.norms import EntropyFigures, EntropyOfNorms, NormSketch, RelativeNorms
-from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean
-from theia.analysis.spectrum import Spectrum, SpectrumFigures
+from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean, Spectrum, SpectrumFigures
 from theia.errors import FeatureError
 from theia.models.backbone import StudentTokens
 

@@ -58,7 +58,7 @@ def analyze(
     shown = picture_ids or (_PICTURES if pictures is None else pictures)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.analysis.report import check_free, write_report
+    from theia.analysis.page import check_free, write_report
     from theia.analysis.results import assemble
     from theia.analysis.scores import read_scores
     from theia.encoder.encoder import Encoder
@@ -165,7 +165,7 @@ def _text(value: Any) -> str:
 
 
 def _say(analysis: Any, report: Path) -> None:
-    from theia.analysis.report import main_table
+    from theia.analysis.page import main_table
 
     print(main_table(analysis))
     for note in analysis.notes:

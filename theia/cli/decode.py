@@ -15,7 +15,7 @@ from theia.utils.device import Device, choose_device
 from theia.version import __version__
 
 if TYPE_CHECKING:
-    from theia.decoding.viewer import Subject
+    from theia.decoding.subjects import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,13 @@ def decode(
     check_number("batch_size", batch_size, 1)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.decoding.decode import decode as write
     from theia.decoding.frames import open_frames
     from theia.decoding.output import check_free
-    from theia.decoding.viewer import Viewer, learned_from, names_of, open_subjects
+    from theia.decoding.panels import decode as write
+    from theia.decoding.subjects import learned_from, names_of, open_subjects
+    from theia.decoding.viewer import Viewer
     from theia.encoder.load import load
-    from theia.extraction.decode import to_square
+    from theia.extraction.images import to_square
 
     path = Path(encoder)
     if ":" in encoder and not path.exists():

@@ -7,7 +7,7 @@ from theia.utils.arguments import check_number
 from theia.utils.device import Device
 
 if TYPE_CHECKING:
-    from theia.probing.run import Result
+    from theia.probing.comparison import Result
 
 
 def classification(
@@ -45,9 +45,9 @@ def classification(
     check_number("neighbours", neighbours, 1)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.probing import run
+    from theia.probing import comparison
 
-    return _say(run.classification(encoders, images, val, out, preset, neighbours, seeds, device, folder))
+    return _say(comparison.classification(encoders, images, val, out, preset, neighbours, seeds, device, folder))
 
 
 def dense(
@@ -82,9 +82,9 @@ def dense(
             the system's temporary folder by default.
     """
     # torch takes seconds to import; --help does not need it.
-    from theia.probing import run
+    from theia.probing import comparison
 
-    return _say(run.dense(encoders, data, tasks, out, preset, seeds, device, folder))
+    return _say(comparison.dense(encoders, data, tasks, out, preset, seeds, device, folder))
 
 
 def _say(result: "Result") -> int:

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError
-from theia.extraction.files import open_regular, reason
+from theia.extraction.images import UnreadableImageError
 from theia.extraction.sources import ImageSource
 from theia.extraction.stream import open_images
+from theia.extraction.user_files import open_regular, reason
 from theia.utils.files import replacing
 from theia.utils.pictures import Picture
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec
+from typing import NamedTuple, ParamSpec
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from theia import registry
 from theia.errors import ConfigError, ImageError, PluginError
 from theia.extraction.config import ExtractConfig
-from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.store.features import ShardWriter
@@ -101,8 +102,9 @@ class Handover:
         last.result()
 
 
-class DecodedImages(NamedTuple):
-    """A few images that are neighbours in the list.
+@dataclass(frozen=True)
+class DecodedImages:
+    """A few images that are neighbours in the list. The loader passes on an object of this kind as it is.
 
     Attributes:
         images: Pixels of the readable images, uint8, shape ``(n, 3, size, size)``.
@@ -157,7 +159,6 @@ def store_images(
         _Decoder(source, images.size, images.resize),
         sampler=[piece for shard in missing for piece in pieces[shard]],
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=config.workers,
     )
     decoded = iter(loader)
@@ -214,10 +215,6 @@ def _pieces(images: ImageSet, shard: int) -> list[range]:
     start = shard * images.shard_size
     stop = start + images.listed_in(shard)
     return [range(first, min(first + _DECODED_TOGETHER, stop)) for first in range(start, stop, _DECODED_TOGETHER)]
-
-
-def _unchanged(decoded: Any) -> Any:
-    return decoded
 
 
 class _HostFeatures(NamedTuple):

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from theia.probing.datasets import MAX_DEPTH, DenseData, DenseSplit, Task
-from theia.probing.features import Features
-from theia.probing.metrics import (
+from theia.probing.dense_metrics import (
     IGNORED,
     LEAST_DEPTH,
     confusion,
@@ -34,6 +33,7 @@ from theia.probing.metrics import (
     normal_metrics,
     pixel_accuracy,
 )
+from theia.probing.embedding import Features
 from theia.utils.progress import Progress
 
 _UPSAMPLING = 4  # of the tokens' grid, before what a head gives becomes depth

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.sources import FolderSource, ImageSource, open_source
 from theia.probing.datasets import IMAGE_SIZE, header
 from theia.utils.progress import Progress

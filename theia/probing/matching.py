@@ -21,7 +21,7 @@ from torch import Tensor
 from theia.errors import ConfigError
 from theia.probing.cameras import Camera, Floats, viewpoint_angle
 from theia.probing.datasets import IMAGE_SIZE
-from theia.probing.features import Features
+from theia.probing.embedding import Features
 from theia.utils.progress import Progress
 
 # Pixels of a picture 640 wide; of others in proportion.

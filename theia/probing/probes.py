@@ -12,7 +12,7 @@ from torch import Tensor
 from theia.analysis.classifiers import logistic_classes, nearest_classes
 from theia.encoder.from_name import NamedEncoder
 from theia.probing.datasets import IMAGE_SIZE, DenseData, DenseSplit, Storage, Task
-from theia.probing.features import pooled_features, token_features
+from theia.probing.embedding import pooled_features, token_features
 from theia.probing.heads import Fit, HeadTask, apply_head, fit_head, head_task, whitening
 from theia.probing.labelled import Labelled
 from theia.probing.linear_probe import Schedule, linear_classes

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from theia.encoder.from_name import NamedEncoder
 from theia.errors import ConfigError, ImageError
@@ -27,11 +25,11 @@ from theia.probing.datasets import (
     tasks_of,
     temporary,
 )
-from theia.probing.features import check_encoders, open_all
+from theia.probing.display import as_json, draw, figures_table
+from theia.probing.embedding import check_encoders, open_all
 from theia.probing.heads import Fit
 from theia.probing.labelled import open_labelled
 from theia.probing.linear_probe import Schedule
-from theia.probing.picture import draw
 from theia.probing.probes import Probed, probe_classes, probe_nothing, probe_pixels, probe_places
 from theia.probing.scenes import scenes
 from theia.utils.arguments import comma_list
@@ -285,56 +283,6 @@ class Unfinished:
 
     def _path(self, identity: str) -> Path:
         return self._folder / f"{identity}.npz"
-
-
-_UNITS = {"rmse": "m", "aligned_rmse": "m", "angular_rmse": "degrees", "silog": "100 log m"}
-
-
-def figures_table(found: Mapping[str, Probed]) -> str:
-    """A row per figure, a column per encoder: the mean over seeds, and with several their standard deviation.
-
-    Args:
-        found: What was found of each encoder.
-    """
-    figures = dict.fromkeys(figure for probed in found.values() for figure in probed.figures)
-    rows = []
-    for figure in figures:
-        cells = [_cell(probed.figures.get(figure, ())) for probed in found.values()]
-        rows.append([figure, _unit(figure), _better(figure), *cells])
-    table: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
-    return table
-
-
-def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
-    """The same for the JSON, by encoder and figure, with the value of every seed.
-
-    Args:
-        found: What was found of each encoder.
-    """
-    return {
-        encoder: {
-            figure: {
-                "mean": fmean(values), "values": list(values), "unit": _unit(figure), "better": _better(figure),
-            }
-            for figure, values in probed.figures.items()
-        }
-        for encoder, probed in found.items()
-    }  # fmt: skip
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _unit(figure: str) -> str:
-    return _UNITS.get(figure.rpartition("/")[2], "")
-
-
-def _better(figure: str) -> str:
-    """Figures with a unit are errors, the others are shares."""
-    return "less" if _unit(figure) else "more"
 
 
 def _open_run(kind: str, device: Device, seeds: str | None, folder: Path | None, preset: Preset, out: Path) -> Run:

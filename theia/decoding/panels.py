@@ -1,4 +1,4 @@
-"""Decodes pictures in one pass: some that decide what colours mean, then the others, each into a row of panels."""
+"""Decodes pictures into rows of panels, in one pass: first those that decide what colours mean, then the others."""
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,10 @@ import numpy as np
 from theia.decoding.frames import Frames, Video, video_writer
 from theia.decoding.output import Output, check_free, picture_names
 from theia.decoding.render import Colours, Group, Shown, Tokens, fit_colours, paint, row
-from theia.decoding.viewer import Subject, View, Viewer
+from theia.decoding.subjects import Subject
+from theia.decoding.viewer import View, Viewer
 from theia.errors import ImageError
-from theia.extraction.files import IMAGE_ENDINGS
+from theia.extraction.user_files import IMAGE_ENDINGS
 from theia.types import Depth, Masks
 from theia.utils.pictures import Picture
 from theia.utils.progress import Progress
