@@ -27,7 +27,7 @@ class SpectrumFigures:
             rule: 0.5 if all components are alike, ``1 - 1 / (2 C)`` if there is but one. A low one says that variance
             is spread over many components.
         for_90: Components that explain 90 % of the variance together.
-        for_99: Likewise 99 %.
+        for_99: Components that explain 99 % of it together.
     """
 
     ratio: npt.NDArray[np.float64] | None
@@ -46,7 +46,7 @@ class Spectrum:
 
     Args:
         channels: Width ``C`` of a token.
-        device: Where the tokens are; they are summed up there.
+        device: Device of the tokens, on which they are summed up.
 
     Source: Theia, appendix G, figures 15 and 16; the area's scale is ours, since the paper gives none.
     """
@@ -153,13 +153,13 @@ class CKA:
 
     ``CKA = Σ HSIC_1(K, L) / sqrt(Σ HSIC_1(K, K) Σ HSIC_1(L, L))``, summed over minibatches, each weighted with its
     images. ``K`` and ``L`` are the products of all pairs of a minibatch's features. The estimate does not depend on the
-    size of minibatches but through chance, if images come in random order; sorted ones, by class for instance, must be
-    shuffled before. An encoder has a CKA of 1 to itself and to any rotation or scaling of itself; unrelated ones are
-    near 0, and may be below.
+    size of minibatches except by chance, if images come in random order; images that are sorted, by class for instance,
+    must be shuffled before. An encoder has a CKA of 1 to itself and to any rotation or scaling of itself; unrelated
+    ones are near 0, and may be below.
 
     Args:
         names: Names of the encoders.
-        minibatch: Images of one minibatch, apart from how they arrive.
+        minibatch: Number of images of one minibatch, whatever the batches in which they arrive.
 
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019; Nguyen et al., "Do Wide
     and Deep Networks Learn the Same Things?", 2021, equations 2 to 4; HSIC_1 by Song et al., 2012.

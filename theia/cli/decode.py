@@ -69,7 +69,6 @@ def decode(
     from theia.decoding.subjects import learned_from, names_of, open_subjects
     from theia.decoding.viewer import Viewer
     from theia.encoder.load import load
-    from theia.extraction.images import to_square
 
     path = Path(encoder)
     if ":" in encoder and not path.exists():
@@ -88,9 +87,9 @@ def decode(
     subjects = open_subjects(model, chosen, options, typed, teachers_side_by_side, place, learned_from(path))
     _warn(subjects)
 
-    viewer = Viewer(model, subjects, lambda image, side: to_square(image, side, "squash"), batch_size)
+    viewer = Viewer(model, subjects, batch_size)
     origin = {"theia_version": __version__, "model": path.name if path.exists() else encoder}
-    record, written = write(viewer, frames, limit, out, overwrite, origin)
+    record, written = write(viewer, frames, limit, out, origin)
     for sample_id, reason in record["skipped"].items():
         logger.warning("Skipped %s: %s", sample_id, reason)
     print(_summary(record))

@@ -138,7 +138,7 @@ def open_subject(
         encoder: The model.
         options: Arguments of the teacher's constructor, if the user gave any.
         side_by_side: Whether the teacher's own output is wanted.
-        device: Where the teacher runs.
+        device: Device that the teacher runs on.
         trained_on: ``weights`` and ``revision`` of the teacher that the model learned from, if they are known.
 
     Returns:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from theia.decoding.render import Shown
 from theia.decoding.subjects import Subject
 from theia.encoder.encoder import Encoder
 from theia.errors import FeatureError
+from theia.extraction.images import to_square
 from theia.types import Depth, Masks
 from theia.utils.pictures import Picture
 
@@ -88,9 +89,6 @@ def feature_cosine(prediction: Array, target: Array) -> float:
     return float(a @ b) / norms if norms else math.nan
 
 
-Square = Callable[[Image.Image, int], npt.NDArray[np.uint8]]
-
-
 @dataclass(frozen=True)
 class Pair:
     """What one teacher shows of one image.
@@ -98,8 +96,8 @@ class Pair:
     Attributes:
         translated: What the student's translation shows.
         own: What the teacher's own features show, if that is wanted and the teacher is available.
-        scores: By name: :func:`feature_cosine` as ``cosine``, and :func:`depth_error` or :func:`mask_iou`. A score that
-            is not defined is missing.
+        scores: Scores by name: :func:`feature_cosine` as ``cosine``, and :func:`depth_error` or :func:`mask_iou`. One
+            that is not defined is missing.
     """
 
     translated: Shown
@@ -115,7 +113,7 @@ class View:
         index: Place of the image among all frames.
         image: The image as it was read, RGB.
         square: The image as student and teachers see it, ``(S, S, 3)``.
-        pairs: What is shown, by teacher.
+        pairs: What each teacher shows, by its name.
     """
 
     index: int
@@ -130,47 +128,43 @@ class Viewer:
     Args:
         encoder: The student with its translators.
         subjects: Teachers to show.
-        square: Resizes an image to a square of this side in pixels, uint8 ``(3, S, S)``, as for the training.
-        batch_size: How many images are encoded together.
+        batch_size: Number of images that are encoded together.
     """
 
-    def __init__(self, encoder: Encoder, subjects: Sequence[Subject], square: Square, batch_size: int) -> None:
+    def __init__(self, encoder: Encoder, subjects: Sequence[Subject], batch_size: int) -> None:
         self.subjects = subjects
         self._encoder = encoder
-        self._square = square
         self._batch_size = batch_size
 
+    @torch.no_grad()
     def views(self, frames: Frames, indices: Iterable[int]) -> Iterator[View]:
         """Shows some pictures, and leaves out what cannot be read.
 
         Args:
             frames: All pictures.
-            indices: Which of them, ascending.
+            indices: Indices of the pictures to show, ascending.
         """
+        device = self._encoder.distiller.student.pixel_mean.device
         pictures = frames.pick(indices)
         while batch := list(itertools.islice(pictures, self._batch_size)):
-            yield from self._of_batch(batch)
-
-    @torch.no_grad()
-    def _of_batch(self, batch: list[tuple[int, Image.Image]]) -> Iterator[View]:
-        distiller = self._encoder.distiller
-        squares = np.stack([self._square(image, self._encoder.image_size) for _, image in batch])
-        images = torch.from_numpy(squares).to(distiller.student.pixel_mean.device)
-        translated = self._encoder.translate(images, [subject.key for subject in self.subjects])
-        own = {subject.name: subject.own_features(images) for subject in self.subjects}
-        for at, ((index, image), square) in enumerate(zip(batch, squares, strict=True)):
-            # One by one: how much a decoder needs for an image is its own affair, and it may take long.
-            here = slice(at, at + 1)
-            pairs = {}
-            for subject in self.subjects:
-                theirs = own[subject.name]
-                pairs[subject.name] = self._pair(
-                    subject,
-                    translated[subject.key][here].float(),
-                    None if theirs is None else theirs[here],
-                    images[here],
-                )
-            yield View(index, image, square.transpose(1, 2, 0), pairs)
+            # Resized as for the training.
+            squares = np.stack([to_square(image, self._encoder.image_size, "squash") for _, image in batch])
+            images = torch.from_numpy(squares).to(device)
+            translated = self._encoder.translate(images, [subject.key for subject in self.subjects])
+            own = {subject.name: subject.own_features(images) for subject in self.subjects}
+            for at, ((index, image), square) in enumerate(zip(batch, squares, strict=True)):
+                # One by one: how much a decoder needs for an image is its own affair, and it may take long.
+                here = slice(at, at + 1)
+                pairs = {}
+                for subject in self.subjects:
+                    theirs = own[subject.name]
+                    pairs[subject.name] = self._pair(
+                        subject,
+                        translated[subject.key][here].float(),
+                        None if theirs is None else theirs[here],
+                        images[here],
+                    )
+                yield View(index, image, square.transpose(1, 2, 0), pairs)
 
     def _pair(self, subject: Subject, translated: torch.Tensor, own: torch.Tensor | None, image: torch.Tensor) -> Pair:
         """Shows one image: normalised translation, and the teacher's features as they are, ``(1, N, C)``."""

@@ -83,12 +83,12 @@ PRESETS: dict[Preset, Effort] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command says in the end.
+    """What a command prints when it is done.
 
     Attributes:
         table: A row per figure, a column per encoder.
-        notes: What a reader of the table must know.
-        files: The JSON and, of dense tasks, the picture.
+        notes: Sentences that a reader of the table must know.
+        files: The JSON file and, for dense tasks, the picture.
     """
 
     table: str
@@ -185,11 +185,11 @@ class Run:
 
     Attributes:
         kind: Name of the command.
-        device: Where encoders and probes run.
-        seeds: Seeds of what is fitted.
-        effort: How much work there is.
-        folder: Where files that are mapped into memory go; the system's temporary folder by default.
-        out: Folder for the JSON, and for what is finished when a run is interrupted.
+        device: Device that encoders and probes run on.
+        seeds: Seeds of the probes.
+        effort: Amount of work, as the preset sets it.
+        folder: Folder for files that are mapped into memory; the system's temporary folder by default.
+        out: Folder for the JSON file, and for finished encoders when a run is interrupted.
     """
 
     kind: str
@@ -213,15 +213,15 @@ class Run:
 
         Args:
             encoders: All encoders.
-            looks: Fingerprint of each encoder's features, by name.
+            looks: Fingerprint of each encoder's features, by its name.
             data: Fingerprint of the data.
-            nothing: What can be said without an encoder.
-            probe: Probes one encoder.
+            nothing: Figures that can be reached without an encoder.
+            probe: Function that probes one encoder.
             settings: Options that the figures depend on.
-            notes: What a reader of the figures must know.
+            notes: Sentences that a reader of the figures must know.
 
         Returns:
-            What was found, by the encoder's label, that without an encoder first; and the JSON.
+            The results by the encoder's label, first those without an encoder; and the path of the JSON file.
         """
         # Paths of this machine mean nothing elsewhere, so columns have short labels.
         labels = short_labels([encoder.name for encoder in encoders])
@@ -252,14 +252,14 @@ class Unfinished:
     """Finished encoders of an unfinished run, one file each.
 
     Args:
-        folder: Where the files lie; made and removed as needed.
+        folder: Folder of the files, made and removed as needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, identity: str) -> Probed | None:
-        """What was found of an encoder, if it is finished."""
+        """Results of an encoder, if it is finished."""
         path = self._path(identity)
         if not path.is_file():
             return None

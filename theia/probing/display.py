@@ -38,7 +38,7 @@ def figures_table(found: Mapping[str, Probed]) -> str:
 
 
 def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
-    """The same for the JSON, by encoder and figure, with the value of every seed.
+    """The figures for the JSON file, by encoder and figure, with the value of every seed.
 
     Args:
         found: What was found of each encoder.
@@ -77,9 +77,9 @@ def draw(path: Path, data: DenseData, probed: Mapping[str, Probed]) -> None:
     """Two val pictures with what is true, what is usual, and what the head on each encoder says.
 
     Args:
-        path: PNG to write.
-        data: Whose val pictures were probed.
-        probed: What was found, by name of the column; each has maps of the same tasks.
+        path: PNG file to write.
+        data: Data whose val pictures were probed.
+        probed: Results by name of the column; each has maps of the same tasks.
     """
     mapped = next(iter(probed.values())).maps
     tasks = [task for task in TASKS if task in mapped]
