@@ -1,4 +1,4 @@
-"""What the commands of all benchmarks check first: measuring takes minutes, and what cannot be written is lost."""
+"""Checks that every benchmark makes first: measuring takes minutes, and results that cannot be written are lost."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from theia.utils.files import check_folder
 
 
 def check_folders(results: Path, folder: Path | None = None) -> None:
-    """Sees that files can be written where they are to be.
+    """Checks that files can be written into the folders.
 
     Args:
-        results: For the JSON; made when it is written.
-        folder: For data that are deleted afterwards; the system's temporary folder if there is none.
+        results: Folder for the JSON, which is made when the JSON is written.
+        folder: Folder for temporary data; ``None`` for the system's temporary folder.
 
     Raises:
         ConfigError: If there is no such folder, or it cannot be written.

@@ -1,4 +1,4 @@
-"""The base of the teachers that come through transformers: how their weights and their pixels get in."""
+"""The base of the teachers from transformers: it loads their weights and prepares their pixels."""
 
 import hashlib
 import json
@@ -36,8 +36,8 @@ class Preprocessing:
         interpolation: Filter of the resize, with antialiasing.
         mean: Mean of each channel, for pixels in ``[0, 1]``.
         std: Standard deviation of each channel, for pixels in ``[0, 1]``.
-        short_edge: If given, the short edge is resized to it and the centre is cut out; otherwise the whole
-            image is squashed to ``size``.
+        short_edge: Length in pixels that the short edge is resized to before the centre is cropped; ``None`` squashes
+            the whole image to ``size``.
     """
 
     size: int
@@ -50,10 +50,10 @@ class Preprocessing:
         """Resizes, crops and normalises.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``.
+            images: RGB images, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            float32, shape ``(B, 3, size, size)``.
+            Pixels, float32, shape ``(B, 3, size, size)``.
 
         Raises:
             ShapeError: If the images have another type or shape.
@@ -85,40 +85,40 @@ class Preprocessing:
         return pixels
 
     def record(self) -> dict[str, Json]:
-        """All of the above as plain values, for a spec."""
+        """The attributes as plain values, for a spec."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class HuggingFaceTeacher(Teacher):
-    """A vision transformer of transformers: its CLS is the first token, its patches are all others.
+    """A vision transformer from transformers. Its first token is CLS, and all others are patches.
 
     Attributes:
         model: The model, in float32.
-        preprocess: What turns images into its input.
+        preprocess: Preprocessing of images for the model.
     """
 
     model: Any
     preprocess: Preprocessing
 
     def load(self, model_class: Any, *, weights: str, preprocess: Preprocessing, **options: Any) -> None:
-        """Builds the model and writes down in the spec what its weights and its input are.
+        """Builds the model, and records its weights and its preprocessing in the spec.
 
         Args:
             model_class: Subclass of ``transformers.PreTrainedModel``.
             weights: Hub id, local folder in the upstream format, or ``"random"``.
-            preprocess: What turns images into its input.
+            preprocess: Preprocessing of images for the model.
             **options: Further arguments of :func:`load_model`.
 
         Raises:
             ConfigError: If the options do not fit together.
-            WeightsError: If the weights cannot be had or do not fit the architecture completely.
+            WeightsError: If the weights cannot be loaded or do not fit the architecture completely.
         """
         self.model, found = load_model(self.spec.name, model_class, weights=weights, **options)
         self.preprocess = preprocess
         self.spec = replace(self.spec, weights=weights, revision=found, preprocessing=preprocess.record())
 
     def take_squares(self, size: int, short_edge: int | None = None) -> None:
-        """Takes images of another size than the published model, and writes down the grid and width that follow.
+        """Sets the size of the square input, and records the grid and the width that follow from it in the spec.
 
         Args:
             size: Side of the square input, in pixels.
@@ -151,7 +151,7 @@ def load_model(
     sizes: Mapping[str, int],
     **model_options: Any,
 ) -> tuple[Any, str]:
-    """Builds a transformers model with weights from the model hub, from a local folder, or at random.
+    """Builds a transformers model with weights from the model hub or a local folder, or with random weights.
 
     Args:
         teacher: Name of the teacher, for messages.
@@ -160,16 +160,16 @@ def load_model(
         weights: Hub id, local folder in the upstream format, or ``"random"``.
         revision: Branch, tag or commit on the hub.
         architecture: Changes to ``sizes``, for random weights only.
-        build_config: Gives the config of a random model; takes ``sizes`` as arguments.
-        sizes: Everything that ``architecture`` may change, with the values of the full-size model.
+        build_config: Function that takes ``sizes`` as arguments and gives the config of a model with random weights.
+        sizes: Sizes of the full-size model, by name; ``architecture`` may change these only.
         **model_options: Further arguments of ``model_class``.
 
     Returns:
-        The model in float32, and what its weights are: a commit, a digest, or a seed.
+        The model in float32, and the revision of its weights: a commit, a digest, or a seed.
 
     Raises:
         ConfigError: If the options do not fit together.
-        WeightsError: If the weights cannot be had or do not fit the architecture completely.
+        WeightsError: If the weights cannot be loaded or do not fit the architecture completely.
     """
     local = Path(weights).expanduser()
     on_hub = weights != "random" and not local.exists()
@@ -184,7 +184,7 @@ def load_model(
         )
     if weights == "random":
         config = _random_config(teacher, build_config, sizes, architecture or {})
-        # Sizes too: of two random models with the same grid and width, a store must not mix the features.
+        # Sizes too: a store must not mix features of two random models that have the same grid and width.
         drawn = [f"seed {RANDOM_SEED}", *(f"{name} {size}" for name, size in sorted((architecture or {}).items()))]
         with random_weights(teacher):
             return model_class(config, **model_options), ", ".join(drawn)
@@ -218,7 +218,7 @@ def _fetch(teacher: str, hub_id: str, revision: str | None) -> Path:
 
     if not _HUB_ID.fullmatch(hub_id):
         raise WeightsError(
-            f"Teacher {teacher!r}: {hub_id!r} is no existing folder, no hub id (owner/name) and not 'random'. "
+            f"Teacher {teacher!r}: {hub_id!r} is neither an existing folder, nor a hub id (owner/name), nor 'random'. "
             f"Correct --{teacher}.weights."
         )
     try:
@@ -277,7 +277,7 @@ def _read(teacher: str, model_class: Any, folder: Path, model_options: Mapping[s
             f"Teacher {teacher!r} cannot load the weights in {folder}: {_describe(error)}. They are damaged "
             "or do not belong to the config.json beside them. Fetch the folder again."
         ) from error
-    # Text towers, poolers and classifiers go unused on purpose; a block that config.json lacks does not.
+    # Text towers, poolers and classifiers are left out on purpose; a block that config.json does not count is an error.
     surplus = [key for key in info["unexpected_keys"] if re.search(r"\blayers?\.\d", key) and "text_model." not in key]
     mismatched = [key[0] for key in info["mismatched_keys"]]
     problems = {"missing": info["missing_keys"], "of another shape": mismatched, "too many": surplus}

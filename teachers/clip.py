@@ -42,7 +42,7 @@ class CLIP(HuggingFaceTeacher):
         revision: str | None = None,
         architecture: dict[str, int] | None = None,
     ) -> None:
-        """Loads the vision tower; a checkpoint of the whole of CLIP will do.
+        """Loads the vision tower; a checkpoint of the whole CLIP works too.
 
         Args:
             weights: Hub id, local folder in the upstream format, or "random".
@@ -52,7 +52,7 @@ class CLIP(HuggingFaceTeacher):
 
         Raises:
             ConfigError: If the options do not fit together.
-            WeightsError: If the weights cannot be had or do not fit.
+            WeightsError: If the weights cannot be loaded or do not fit.
         """
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel

@@ -17,7 +17,7 @@ CELL_SIZE = IMAGE_SIZE // CELLS  # 14 pixels
 
 
 class Color(Teacher):
-    """Colour statistics of every cell of 14x14 pixels in CIE Lab (D65), where distances are those people see.
+    """Colour statistics of every cell of 14x14 pixels in CIE Lab (D65), whose distances match what people see.
 
     Six channels on a grid of 16x16: the means of L (0 to 100), a and b (about -128 to 128), then their
     standard deviations over the cell.

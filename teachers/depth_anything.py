@@ -55,7 +55,7 @@ class DepthAnything(HuggingFaceTeacher):
 
         Raises:
             ConfigError: If the options do not fit together.
-            WeightsError: If the weights cannot be had or do not fit.
+            WeightsError: If the weights cannot be loaded or do not fit.
         """
         super().__init__()
         from transformers import DepthAnythingForDepthEstimation
@@ -98,13 +98,13 @@ class DepthAnything(HuggingFaceTeacher):
         return Depth(self.depth(pixels[..., :side, :side]))
 
     def depth(self, features: Tensor) -> Tensor:
-        """The rest of the head, at any resolution: at the model's own, exactly its prediction.
+        """Runs the rest of the head, at any resolution; at the model's own, the result is exactly its prediction.
 
         Args:
             features: Output of the second convolution, shape ``(B, C, H, W)``.
 
         Returns:
-            Shape ``(B, H, W)``.
+            Depth maps, shape ``(B, H, W)``.
         """
         head = self.model.head
         depth = head.activation2(head.conv3(head.activation1(features))) * head.max_depth

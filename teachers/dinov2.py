@@ -50,12 +50,12 @@ class DINOv2(HuggingFaceTeacher):
             architecture: Sizes that differ from ViT-L/14, for random weights: hidden_size, num_hidden_layers,
                 num_attention_heads, image_size (of the position embedding's table), patch_size.
             size: Side of the input in pixels, a multiple of the patch; position embeddings are interpolated.
-            crop: "whole" shows the teacher what the student sees; "authors" is the centre 7/8 of each side,
-                as in the published Theia models.
+            crop: Part of the image that the teacher sees: "whole", as the student does, or "authors", the centre 7/8 of
+                each side, as for the published Theia models.
 
         Raises:
             ConfigError: If the options do not fit together.
-            WeightsError: If the weights cannot be had or do not fit.
+            WeightsError: If the weights cannot be loaded or do not fit.
         """
         super().__init__()
         if crop not in get_args(Crop):

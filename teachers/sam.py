@@ -79,9 +79,9 @@ class SAM(Teacher):
             weights: A ``.pth`` checkpoint of the segment-anything package, a hub repository that holds Meta's
                 file of ``model`` under ``checkpoints/``, or ``random``.
             model: Size of the encoder.
-            architecture: Changes to it: any of ``depth``, ``width``, ``heads`` and ``image_size`` (pixels).
-            mask_generator: For ``theia decode``: settings of ``SamAutomaticMaskGenerator``, such as
-                ``points_per_side`` and ``pred_iou_thresh``; by default the package's own.
+            architecture: Changes to the encoder: any of ``depth``, ``width``, ``heads`` and ``image_size`` (pixels).
+            mask_generator: Settings of ``SamAutomaticMaskGenerator`` for ``theia decode``, such as ``points_per_side``
+                and ``pred_iou_thresh``; by default the package's own.
 
         Raises:
             ConfigError: If ``architecture`` has an unknown key or sizes that do not fit, or ``mask_generator`` has
@@ -123,10 +123,10 @@ class SAM(Teacher):
         """Resizes the long edge to ``image_size``, normalises, pads to a square.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``.
+            images: RGB images, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            float32, shape ``(B, 3, image_size, image_size)``.
+            Pixels, float32, shape ``(B, 3, image_size, image_size)``.
         """
         scale = self.image_size / max(images.shape[-2:])
         height, width = (int(side * scale + 0.5) for side in images.shape[-2:])
@@ -182,7 +182,7 @@ def _checked_settings(settings: dict[str, float]) -> dict[str, Any]:
 
 
 def _build(model: str, architecture: dict[str, int]) -> "Sam":
-    """The whole SAM of the registry, its encoder changed in size."""
+    """The whole SAM of the registry, with an encoder of another size if asked for."""
     from segment_anything import sam_model_registry
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
@@ -222,7 +222,7 @@ def _build(model: str, architecture: dict[str, int]) -> "Sam":
         global_attn_indexes=tuple(range(quarter - 1, size["depth"], quarter)),
     )
     grid = size["image_size"] // PATCH_SIZE
-    # The other two are the same in all three models.
+    # Prompt encoder and mask decoder are the same in all three models.
     return Sam(
         image_encoder,
         PromptEncoder(
@@ -291,6 +291,6 @@ def _load(sam: "Sam", path: Path, model: str) -> str:
         ) from error
     # Assigned tensors keep the type of the file; the statistics of SAM's channels need float32.
     sam.float()
-    # No part of a checkpoint.
+    # Checkpoints do not hold these.
     sam.pixel_mean, sam.pixel_std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return f"sha256:{digest}"

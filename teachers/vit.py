@@ -47,7 +47,7 @@ class ViT(HuggingFaceTeacher):
 
         Raises:
             ConfigError: If the options do not fit together.
-            WeightsError: If the weights cannot be had or do not fit.
+            WeightsError: If the weights cannot be loaded or do not fit.
         """
         super().__init__()
         from transformers import ViTConfig, ViTModel

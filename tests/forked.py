@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _ADDRESS = "THEIA_TESTS_FORK_SERVER"
 # What `theia fit`, `test`, `extract` and `ablate` import at some time.
 _IMPORTED = (
-    *(f"theia.cli.{name}" for name in ("lightning", "extract", "ablate")), "theia.scoring.run", "sklearn.decomposition",
-    "sklearn.neighbors", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "rich.console",
+    *(f"theia.cli.{name}" for name in ("lightning", "extract", "ablate")), "theia.scoring.scorers",
+    "sklearn.decomposition", "sklearn.neighbors", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
+    "rich.console",
 )  # fmt: skip
 # As `python -m theia`, for a sweep. It lasts as long as what it stands for, and ends as that does.
 PROGRAM = (sys.executable, "-S", __file__)

@@ -27,6 +27,7 @@ def _register(module: str) -> None:
     importlib.import_module(module).register()
 
 
-# So that AutoModel.from_pretrained reads what `theia export` wrote. Two steps: of the two, each imports the other.
+# So that AutoModel.from_pretrained reads what `theia export` wrote. In two files: transformers imports the first of its
+# modules while its models are only half imported, so nothing that runs then may import a model.
 when_imported("transformers.models.auto.configuration_auto", lambda: _register("theia.encoder.hf_config"))
 when_imported("transformers.models.auto.modeling_auto", lambda: _register("theia.encoder.hf_model"))

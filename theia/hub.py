@@ -22,7 +22,7 @@ class UnreachableError(WeightsError):
 
 @contextmanager
 def known_to_answer(weights: str) -> Iterator[None]:
-    """Lets weights in the block come from the hub if it answers, and at once from its cache on disk if it does not.
+    """Takes weights that the block loads from the hub if it answers, and otherwise from its cache on disk, at once.
 
     The hub's client tries each file six times, half a minute in all, before it says that there is no network.
 

@@ -26,7 +26,7 @@ from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
 from theia.utils.provenance import machine, versions
 
 _PIXELS = 224
-_MOST_IMAGES = 65536  # of a batch: ten gigabytes
+_MOST_IMAGES = 65536  # in a batch: ten gigabytes
 
 
 def bench(
@@ -40,25 +40,25 @@ def bench(
     """Measures how long an encoder takes, in PyTorch and in other runtimes, and on a GPU if there is one.
 
     Args:
-        encoder: A model of your own to measure instead: what theia.load takes.
+        encoder: Model of your own to measure instead, in any form that theia.load takes.
         backbones: Backbones, as in 'theia fit', separated by commas; theia_tiny, theia_small and theia_base by default.
             theia_tiny gets a training of about a minute first; the others have random weights.
         batches: Batch sizes, separated by commas.
-        pairs: Counted turns of every runtime.
+        pairs: Number of counted turns of every runtime.
         threads: Number of threads of every runtime.
         results: Folder for the JSON with all repetitions.
 
     Returns:
-        The JSON.
+        Path of the JSON.
 
     Raises:
         ConfigError: If a number is out of its range, or nothing can be written into the folder.
-        BenchmarkError: If there is no such backbone or batch, or a runtime does not do what the others do.
+        BenchmarkError: If there is no such backbone or batch, or a runtime gives other results than the others.
         TheiaError: If the encoder cannot be loaded.
     """
     if encoder is not None and backbones is not None:
         raise BenchmarkError(
-            "--backbones are of models that are built here, --encoder is your own. Give one of the two."
+            "--backbones names models to build here, --encoder a model of your own. Give one of the two."
         )
     chosen = [] if encoder is not None else [*THEIA_SHAPES] if backbones is None else comma_list(backbones)
     counts = comma_list(batches)
@@ -82,7 +82,7 @@ def bench(
                     rows += _on_all_devices(case, pairs, name, weights)
     finally:
         torch.set_num_threads(threads_before)
-        # What was measured is not lost with a later model.
+        # If a later model fails, what was measured is kept.
         if rows:
             print(table(rows))
             path = write(results, "latency", records(rows), record)
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _models(own: str | None, backbones: list[str], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:
-    """Name, origin of the weights, and the encoder; what a training did goes into ``training``."""
+    """Name, origin of the weights, and encoder of each model; the losses of a training go into ``training``."""
     if own is not None:
-        # The last part alone: where it lies is nobody else's business.
+        # Only its last part: nobody else needs to know the folders around it.
         yield Path(own).name, "given", load(own)
         return
     for name in backbones:

@@ -11,11 +11,11 @@ from benchmarks.latency.runtimes import BASELINE, Case, Photographs, Runtime, St
 
 
 def eager(case: Case, bfloat16: bool = False) -> Started:
-    """PyTorch as it comes.
+    """Plain PyTorch.
 
     Args:
-        case: What to run; its encoder is copied to the GPU.
-        bfloat16: Parameters in bfloat16.
+        case: Encoder and batch size to run; the encoder is copied to the GPU.
+        bfloat16: Whether the parameters are in bfloat16.
     """
     return _started(case, bfloat16, {})
 
@@ -24,8 +24,8 @@ def compiled(case: Case, bfloat16: bool = False) -> Started:
     """``Encoder.compile`` with CUDA graphs: one launch for all kernels.
 
     Args:
-        case: What to run; its encoder is copied to the GPU.
-        bfloat16: Parameters in bfloat16.
+        case: Encoder and batch size to run; the encoder is copied to the GPU.
+        bfloat16: Whether the parameters are in bfloat16.
     """
     return _started(case, bfloat16, {"mode": "reduce-overhead", "fullgraph": True})
 

@@ -20,7 +20,7 @@ def table(rows: Sequence[Row]) -> str:
     """All rows, and under them what is not measured and what a reader must know.
 
     Args:
-        rows: In the order of the table.
+        rows: Rows in the order of the table.
     """
     align = ["left" if header in _TEXT else "right" for header in _HEADERS]
     cells = [_cells(row) for row in rows]
@@ -33,7 +33,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know.
 
     Args:
-        rows: All that were measured.
+        rows: All measured rows.
     """
     found = [
         "From uint8 photographs in memory to patch tokens. Medians over turns; eager time over its own, turn by turn.",
@@ -49,10 +49,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def results(rows: Sequence[Row]) -> dict[str, Result]:
-    """The same for the JSON, by model, device and batch.
+    """Results for the JSON, by model, device and batch.
 
     Args:
-        rows: All that were measured.
+        rows: All measured rows.
     """
     grouped: dict[str, list[Row]] = {}
     for row in rows:

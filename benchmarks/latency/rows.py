@@ -25,10 +25,10 @@ from benchmarks.throughput.measure import BenchmarkError, Cost, Measure, ParityE
 
 LEAST_SPEEDUP = 1.9
 MOST_DISTANCE = 1e-5
-# Of any weights, trained or random; more than that is an error of the runtime, or of ours.
+# Largest 1 - cosine, whatever the weights; more than that is an error of the runtime, or of ours.
 _SANE: dict[Precision, float] = {"float32": 1e-6, "bfloat16": 1e-3, "int8": 1e-2}
 _TURN_S = 0.5
-# Looking at the clocks and the operating system's own work go beyond one thread's time by a little.
+# Reading the clocks and the operating system's own work add a little to the threads' time.
 _MORE_THREADS = 0.25
 
 
@@ -37,19 +37,19 @@ class Row:
     """One runtime on one batch size of one model.
 
     Attributes:
-        model: Its name.
+        model: Name of the model.
         weights: ``"trained"``, ``"random"`` or ``"given"``.
         device: ``"cpu"`` or ``"cuda"``.
-        batch_size: Images of one call.
-        runtime: Its name.
+        batch_size: Number of images in one call.
+        runtime: Name of the runtime.
         missing: Reason why it was not measured; everything below is then empty.
         precision: Precision of its matrix products.
-        threads: Number of threads that it says it uses.
-        calls: Counted calls in each turn.
+        threads: Number of threads that it reports.
+        calls: Number of counted calls in each turn.
         costs: Cost of one call, by turn.
-        speedup: Eager time over its time by the clock, turn by turn.
-        cpu_speedup: The same for processor time.
-        distance: 1 - cosine between its patch tokens and the eager ones, the greatest over images.
+        speedup: Eager time divided by its time on the clock, turn by turn.
+        cpu_speedup: Eager processor time divided by its processor time, turn by turn.
+        distance: Largest 1 - cosine over images, between its patch tokens and the eager ones.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def measures(self) -> list[Measure]:
-        """Its figures, with the aims of the path to deploy; features of random weights have no aim of their own."""
+        """Figures of the row, with aims for the runtime to deploy; random weights have no aim for the cosine."""
         if self.missing is not None:
             return []
         aimed = self.runtime == DEFAULT and self.device == "cpu" and self.batch_size == 1
@@ -81,7 +81,7 @@ class Row:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Builtins only."""
+        """The row as plain values."""
         return asdict(self)
 
 
@@ -99,21 +99,21 @@ def measure(
     """Measures one batch size of one model.
 
     Args:
-        case: What to run.
-        runtimes: By name; one of them is the baseline.
+        case: Encoder and batch size to run.
+        runtimes: Runtimes by name, the baseline among them.
         photographs: Images to compare on, uint8 ``(images, H, W, 3)``; repeated to fill a batch.
-        pairs: Turns of each runtime.
-        model: For the rows, as the next two.
+        pairs: Number of turns of each runtime.
+        model: See :class:`Row`.
         weights: See :class:`Row`.
         device: See :class:`Row`.
-        turn_s: Least seconds of a turn of the baseline.
+        turn_s: Least duration of a turn of the baseline, in seconds.
 
     Returns:
         One row per runtime, in the same order.
 
     Raises:
-        ParityError: If a runtime gives something else than PyTorch does.
-        BenchmarkError: If a runtime takes more threads than it was given.
+        ParityError: If a runtime gives other tokens than PyTorch.
+        BenchmarkError: If a runtime uses more threads than it was given.
     """
     # A limit on recompilations counts over all encoders, which share their code.
     torch.compiler.reset()
@@ -159,13 +159,14 @@ def measure(
 
 
 def distance(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """1 - cosine of an image's tokens, all in one vector; the greatest over images.
+    """Largest 1 - cosine over images, with all tokens of an image in one vector.
 
-    From the difference of the unit vectors: 1 - cosine itself would be rounded away where they are nearly equal.
+    It is computed from the difference of the unit vectors: 1 - cosine itself would be lost to rounding where they are
+    nearly equal.
 
     Args:
-        expected: Shape ``(images, N, C)``.
-        found: Same shape.
+        expected: Tokens of the baseline, shape ``(images, N, C)``.
+        found: Tokens to compare with them, same shape.
 
     Raises:
         ParityError: If the shapes differ.
@@ -182,17 +183,17 @@ def check_threads(name: str, turns: list[Cost], said: int, threads: int) -> None
 
     Args:
         name: Name of the runtime.
-        turns: What its turns took.
-        said: Threads that it says it uses.
-        threads: Threads that it was given.
+        turns: Costs of its turns.
+        said: Number of threads that it reports.
+        threads: Number of threads that it was given.
 
     Raises:
-        BenchmarkError: If it says or takes more.
+        BenchmarkError: If it reports or uses others.
     """
     busy = sum(turn.cpu_s for turn in turns) / sum(turn.wall_s for turn in turns)
     if said != threads or busy > threads + _MORE_THREADS:
         raise BenchmarkError(
-            f"{name!r} was to take {threads} threads. It says that it takes {said}, and kept {busy:.2f} cores busy. "
+            f"{name!r} was to take {threads} threads. It reports {said}, and kept {busy:.2f} cores busy. "
             "Unset the variables that set threads, such as OMP_NUM_THREADS."
         )
 
@@ -210,7 +211,7 @@ def _tokens(way: Started, batches: list[Photographs]) -> NDArray[np.float32]:
 
 
 def _check_sane(name: str, precision: Precision, found: float) -> None:
-    # Not a number is not below either.
+    # Written so that NaN is refused, too.
     if not found <= _SANE[precision]:
         raise ParityError(
             f"{name!r} ({precision}) gives other patch tokens than PyTorch: 1 - cosine is {found:.1e}, and "

@@ -28,13 +28,13 @@ class UnavailableError(Exception):
 
 @dataclass
 class Case:
-    """What the runtimes are to run.
+    """What the runtimes run.
 
     Attributes:
-        encoder: On a CPU, in float32.
-        batch_size: Images of one call.
+        encoder: Encoder on a CPU, in float32.
+        batch_size: Number of images in one call.
         threads: Number of threads of every runtime.
-        folder: For graphs; the same for all batch sizes of an encoder.
+        folder: Folder for graphs, the same for all batch sizes of an encoder.
     """
 
     encoder: Encoder
@@ -76,10 +76,10 @@ class Started:
     """A runtime that is ready.
 
     Attributes:
-        run: From what ``place`` gave to patch tokens ``(B, N, C)``, waited for.
+        run: Function from the result of ``place`` to finished patch tokens ``(B, N, C)``.
         precision: Precision of its matrix products.
-        threads: Number of threads that it says it uses.
-        place: Brings photographs to where the runtime wants them resident; not part of what is timed.
+        threads: Number of threads that it reports.
+        place: Function that puts photographs into the memory that the runtime reads; it is not timed.
     """
 
     run: Callable[[Any], Tensor | NDArray[np.float32]]
@@ -92,11 +92,11 @@ Runtime = Callable[[Case], Started]
 
 
 def eager(case: Case, bfloat16: bool = False) -> Started:
-    """PyTorch as it comes.
+    """Plain PyTorch.
 
     Args:
-        case: What to run.
-        bfloat16: Under autocast.
+        case: Encoder and batch size to run.
+        bfloat16: Whether to run under autocast to bfloat16.
     """
     return _torch(case.encoder, bfloat16)
 
@@ -105,8 +105,8 @@ def compiled(case: Case, bfloat16: bool = False) -> Started:
     """``Encoder.compile``. Its freezing and its max-autotune gain nothing here and are left out.
 
     Args:
-        case: What to run.
-        bfloat16: Under autocast.
+        case: Encoder and batch size to run.
+        bfloat16: Whether to run under autocast to bfloat16.
 
     Raises:
         UnavailableError: If torch.compile does not work here.
@@ -124,11 +124,11 @@ def compiled(case: Case, bfloat16: bool = False) -> Started:
 
 
 def onnxruntime(case: Case, int8: bool = False) -> Started:
-    """ONNX Runtime, all graph optimisations (its default).
+    """ONNX Runtime, with all graph optimisations (its default).
 
     Args:
-        case: What to run.
-        int8: Weights in int8, activations quantised as they come.
+        case: Encoder and batch size to run.
+        int8: Whether to run the graph with int8 weights.
 
     Raises:
         UnavailableError: If it is not installed.
@@ -147,8 +147,9 @@ def openvino(case: Case, float32: bool = False) -> Started:
     """OpenVINO with the graph's input fixed to the batch; a fixed shape is about a tenth faster than an open one.
 
     Args:
-        case: What to run.
-        float32: In float32 throughout. By default it takes bfloat16 on a CPU that has instructions for it.
+        case: Encoder and batch size to run.
+        float32: Whether to compute in float32 throughout. By default OpenVINO takes bfloat16 on a CPU that has
+            instructions for it.
 
     Raises:
         UnavailableError: If it is not installed.

@@ -9,12 +9,11 @@ from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.extraction.sources import SampleSource
 from theia.models.architecture import Architecture
-from theia.training.losses import FeatureLoss, teacher_weights, weighted_mean
-from theia.training.objective import Objective
+from theia.training.losses import FeatureLoss, Objective, teacher_weights, weighted_mean
 from theia.training.optim import build_optimizer, warmup_then_constant
 from theia.types import FeatureBatch
 
-# Neither has weights to fetch.
+# Teachers without weights to fetch.
 _TEACHERS = ("hog", "color")
 _PIXELS = 224
 _LEARNING_RATE = 1e-3
@@ -37,17 +36,18 @@ def trained_encoder(
 ) -> tuple[Encoder, dict[str, list[float]]]:
     """An encoder trained on crops of sample photographs, from a fixed seed; about a minute on one core.
 
-    Long enough that the tokens differ from place to place as a teacher's features do; too short for a good model.
+    The training is long enough for tokens that differ from place to place as a teacher's features do, and too short for
+    a good model.
 
     Args:
         backbone: Backbone of the student, as in ``theia fit``.
-        steps: Optimisation steps.
-        images: Crops.
+        steps: Number of optimisation steps.
+        images: Number of crops.
         batch_size: Number of images per step.
         student: Further options of the architecture.
 
     Returns:
-        The encoder; by teacher, the loss of each step.
+        The encoder, and the loss of each step by teacher.
     """
     torch.manual_seed(0)
     source = SampleSource("train", images)

@@ -1,1 +1,1 @@
-"""A long training, watched: does it keep more and more memory, descriptors or processes?"""
+"""Watches a long training: does it hold more and more memory, descriptors or processes?"""

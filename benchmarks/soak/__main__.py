@@ -19,9 +19,9 @@ from theia.cli.parser import Parser
 from theia.utils.arguments import MOST_PROCESSES, check_number
 from theia.utils.provenance import machine, versions
 
-# Enough points for a line, few enough not to disturb.
+# Enough points for a line, and too few to disturb the training.
 _LOOKS = 400
-# Minutes; a shorter run still warms up.
+# In minutes; a shorter run is still warming up.
 _JUDGED_FROM = 10
 _MOST_MINUTES = 100 * 24 * 60
 # A training ends with a validation.
@@ -42,18 +42,18 @@ def soak(
     """Trains a small student on rows of full size and watches memory, descriptors and processes.
 
     Args:
-        minutes: How long to train.
-        workers: Reading processes.
-        folder: Where to put the data (0.6 GB), which is deleted afterwards; by default the system's temporary folder.
-        results: Where to put the JSON and the picture.
-        small: Tiny rows, for a test of the benchmark itself.
+        minutes: Length of the training, in minutes.
+        workers: Number of reading processes.
+        folder: Folder for the data (0.6 GB), which are deleted afterwards; by default the system's temporary folder.
+        results: Folder for the JSON and the picture.
+        small: Whether to use tiny rows, for a test of the benchmark itself.
 
     Returns:
-        The JSON.
+        Path of the JSON.
 
     Raises:
         ConfigError: If a number is out of its range, or nothing can be written into a folder.
-        SoakError: If the training failed, was too short to be judged, held more and more, or left something behind.
+        SoakError: If the training fails, is too short to judge, holds more and more, or leaves something behind.
     """
     check_number("minutes", minutes, 0.01, _MOST_MINUTES)
     check_number("workers", workers, 0, MOST_PROCESSES)
@@ -89,7 +89,7 @@ def soak(
     problems = grown(summary) if minutes >= _JUDGED_FROM else []
     problems += [f"left behind: {count} {name}" for name, count in left.items() if count]
     if problems:
-        raise SoakError(f"The training does not hold what it should: {'; '.join(problems)}.")
+        raise SoakError(f"The training holds too much: {'; '.join(problems)}.")
     return path
 
 
@@ -127,7 +127,7 @@ def _wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
 
 
 def _watch(process: "subprocess.Popen[bytes]", minutes: float) -> Watch:
-    """Watches a training for its time, and waits for its end."""
+    """Watches a training for its allotted time, and waits for its end."""
     watch = Watch(process.pid)
     length = minutes * 60
     end = time.perf_counter() + length

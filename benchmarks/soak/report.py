@@ -1,4 +1,4 @@
-"""What was seen, as a table, a JSON and a picture."""
+"""The samples of a watched training as a table, a JSON and a picture."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,10 @@ _SHOWN = {
 
 
 def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Per figure: after the warm-up and at the end (means of a tenth of the run), and its slope in between.
+    """Summarises each figure: means over a tenth of the run after the warm-up and at the end, maximum and slope.
 
     Args:
-        samples: Over time; at least four.
+        samples: Samples in order of time, at least four.
     """
     warm = after_warm_up(samples)
     tenth = max(1, len(warm) * 3 // 20)
@@ -55,7 +55,7 @@ def after_warm_up(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def grown(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What a run held more and more of: one line each, none if all is well.
+    """One line for each figure that kept growing; none if all is well.
 
     Args:
         summary: Summary of the run.
@@ -71,7 +71,7 @@ def grown(summary: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def table(summary: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary for a terminal."""
+    """The summary as a table for a terminal."""
     rows = [
         [heading, *(summary[name][column] for column in ("after_warm_up", "end", "greatest", "slope_per_hour"))]
         for name, heading in _SHOWN.items()
@@ -86,13 +86,13 @@ def write(
     """Writes a JSON, and a picture beside it.
 
     Args:
-        path: The JSON file; the picture has the ending ``.png``.
-        samples: Over time.
+        path: Path of the JSON file; the picture has the suffix ``.png``.
+        samples: Samples in order of time.
         summary: Summary of these samples.
-        more: What else belongs into the JSON; builtins only.
+        more: Further entries of the JSON, as plain values.
 
     Raises:
-        FileError: If one cannot be written, for instance on a full disk.
+        FileError: If a file cannot be written, for instance on a full disk.
     """
     record = {**more, "summary": summary, "samples": [asdict(sample) for sample in samples]}
     write_whole(path, json.dumps(record, indent=1) + "\n")

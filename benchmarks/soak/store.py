@@ -17,10 +17,10 @@ def write_store(root: Path, train: int = 256, val: int = 64, grid: int = 16, ima
 
     Args:
         root: Folder of the store.
-        train: Training images, 1.85 MB each at the default sizes.
-        val: Held-out images.
+        train: Number of training images, 1.85 MB each at the default sizes.
+        val: Number of held-out images.
         grid: Rows and columns of patch tokens.
-        image_size: Height and width of an image.
+        image_size: Height and width of an image, in pixels.
     """
     for split, count in {"train": train, "val": val}.items():
         _write_split(root, split, count, grid, image_size)

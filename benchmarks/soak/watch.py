@@ -16,14 +16,14 @@ class Sample:
     """One look at a tree of processes.
 
     Attributes:
-        seconds: Since watching began.
+        seconds: Seconds since watching began.
         pss_mb: Memory in MB; pages that several processes share count once (proportional set size).
         uss_mb: Memory in MB that belongs to one process alone, summed.
         rss_mb: Resident memory in MB of the first process.
-        descriptors: Open file descriptors, summed.
-        threads: Threads, summed.
-        processes: Processes.
-        shared_memory: Files in ``/dev/shm`` that they have mapped.
+        descriptors: Number of open file descriptors, summed.
+        threads: Number of threads, summed.
+        processes: Number of processes.
+        shared_memory: Number of files in ``/dev/shm`` that they have mapped.
     """
 
     seconds: float
@@ -40,7 +40,7 @@ class Watch:
     """Looks at a process and its children until it ends.
 
     Args:
-        pid: The process.
+        pid: Id of the process.
     """
 
     def __init__(self, pid: int) -> None:
@@ -54,7 +54,7 @@ class Watch:
         """Looks, again and again, until the process has ended.
 
         Args:
-            alive: Whether it still runs.
+            alive: Function that says whether it still runs.
             every_s: Seconds between two looks.
         """
         while alive():
@@ -67,7 +67,7 @@ class Watch:
                 time.sleep(min(0.2, every_s))
 
     def left_behind(self) -> dict[str, int]:
-        """What is still there of the processes that were seen, and of their shared memory."""
+        """Number of watched processes, and of their files of shared memory, that are still there."""
         # Where nobody reaps the orphans of a container they stay as zombies, which hold nothing.
         alive = [process for process in self._seen if process.is_running() and not _zombie(process)]
         return {"processes": len(alive), "shared_memory": sum(Path(path).exists() for path in self._shared_memory)}
@@ -102,11 +102,11 @@ class Watch:
 
 
 def slope_per_hour(seconds: list[float], values: list[float]) -> float:
-    """Slope of the straight line of least squares.
+    """Slope of the least-squares line.
 
     Args:
-        seconds: When.
-        values: What, one per time.
+        seconds: Times, in seconds.
+        values: Values, one for each time.
 
     Returns:
         Units of the values per hour.

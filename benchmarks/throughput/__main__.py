@@ -17,13 +17,13 @@ from theia.cli.parser import Parser
 from theia.utils.arguments import MOST_PROCESSES, check_number
 from theia.utils.provenance import machine, versions
 
-# Modules of this package, in the order of their turns.
+# Modules of this package, in the order in which they run.
 SUITES = [
     name
     for name in ("loaders", "step", "growth", "extraction", "int8", "gpu")
     if importlib.util.find_spec(f"benchmarks.throughput.{name}")
 ]
-# The CPU's, in about five minutes on two cores.
+# Suites for the CPU: about five minutes on two cores.
 DEFAULT = [name for name in SUITES if name not in ("int8", "gpu")]
 
 
@@ -37,18 +37,18 @@ def bench(
     """Measures how fast Theia is on this machine, against other ways to do the same.
 
     Args:
-        suites: What to measure.
-        folder: Where to put the data, about 3 GB that are deleted afterwards; the system's temporary folder by default.
-        pairs: Counted repetitions of everything that is compared.
-        threads: Threads of torch in the training process.
+        suites: Names of the suites to run.
+        folder: Folder for the data, about 3 GB, which are deleted afterwards; the system's temporary folder by default.
+        pairs: Number of counted repetitions of everything that is compared.
+        threads: Number of torch's threads in the training process.
         results: Folder for the JSON with all repetitions.
 
     Returns:
-        The JSON.
+        Path of the JSON.
 
     Raises:
         ConfigError: If a number is out of its range, or nothing can be written into a folder.
-        BenchmarkError: If there is no such suite, or what is compared does not do the same.
+        BenchmarkError: If there is no such suite, or contenders do not do the same work.
     """
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
@@ -72,7 +72,7 @@ def bench(
                 finished[name] = module.run(Settings(Path(data), pairs))
     finally:
         torch.set_num_threads(threads_before)
-        # What was measured is not lost with a later suite.
+        # If a later suite fails, what was measured is kept.
         if finished:
             kind = "gpu" if "gpu" in finished else "cpu"
             print(table(finished))

@@ -1,4 +1,4 @@
-"""Ways to the same samples, taken in turn by whole epochs, so that no worker is busy while another's turn is timed."""
+"""Ways to read the same samples. They take turns of whole epochs: no worker is busy while another's turn is timed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,18 +21,18 @@ WORKERS = 1
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to the samples.
+    """One way to read the samples.
 
     Attributes:
-        epoch: Starts an epoch over all samples.
-        epochs: Epochs in one turn: enough of the fast ones for clocks that tick every 10 ms.
+        epoch: Function that starts an epoch over all samples.
+        epochs: Number of epochs in one turn; fast contenders need several, as the clocks tick every 10 ms.
     """
 
     epoch: Callable[[], Iterable[Batch]]
     epochs: int = 1
 
     def turn(self) -> None:
-        """Takes every batch of some epochs, and drops it."""
+        """Takes every batch of a turn's epochs, and drops it."""
         for _ in range(self.epochs):
             for _ in self.epoch():
                 pass
@@ -42,11 +42,11 @@ def cost_per_epoch(contenders: Mapping[str, Contender], pairs: int) -> dict[str,
     """Gives each contender its turn, several times.
 
     Args:
-        contenders: By name.
-        pairs: Turns of each.
+        contenders: Contenders by name.
+        pairs: Number of turns of each.
 
     Returns:
-        By name, what an epoch took in each turn.
+        Cost of an epoch in each turn, by contender.
     """
     turns = interleave({name: contender.turn for name, contender in contenders.items()}, pairs)
     return {name: [cost / contenders[name].epochs for cost in costs] for name, costs in turns.items()}
@@ -57,7 +57,7 @@ def ended(loader: "DataLoader[Any]") -> Iterator["DataLoader[Any]"]:
     """Ends a loader's persistent workers when it is left.
 
     Args:
-        loader: torch's, or one made of it.
+        loader: Loader of torch, or of a subclass.
     """
     try:
         yield loader
@@ -79,12 +79,12 @@ def theia_loader(
 
     Args:
         store: Folder of the store.
-        batch_size: Samples per batch; what does not fill one is left out.
-        stack: Closes the loader.
+        batch_size: Number of samples per batch; an incomplete last batch is left out.
+        stack: Stack that closes the loader.
         teachers: Teachers to read; all by default.
 
     Returns:
-        Starts an epoch.
+        Function that starts an epoch.
     """
     split = FeatureStore(store).open_split("train", teachers)
     sampler = TrainingSampler(np.arange(len(split)), batch_size, seed=0)

@@ -29,8 +29,8 @@ class Samples:
     """Images and the features of some teachers.
 
     Attributes:
-        columns: ``"image"``, uint8 ``(n, 3, H, W)``, and by teacher float16 ``(n, N, C)``.
-        shard: Samples per file, where a format has several files.
+        columns: Arrays by column: ``"image"``, uint8 ``(n, 3, H, W)``, and each teacher, float16 ``(n, N, C)``.
+        shard: Number of samples per file, for formats with several files.
     """
 
     columns: dict[str, NDArray[Any]]
@@ -49,7 +49,7 @@ class Samples:
         return Samples({name: self.columns[name] for name in (IMAGE, *teachers)}, self.shard)
 
     def tensors(self, row: int) -> dict[str, Tensor]:
-        """One sample by column."""
+        """One sample, by column."""
         return {name: torch.from_numpy(column[row]) for name, column in self.columns.items()}
 
     def shards(self) -> Iterator[range]:
@@ -59,13 +59,13 @@ class Samples:
 
 
 def random_samples(count: int, image_size: int, teachers: Mapping[str, tuple[int, int]], shard: int) -> Samples:
-    """Makes samples that no compression makes smaller.
+    """Makes samples that cannot be compressed.
 
     Args:
-        count: Samples.
-        image_size: Height and width in pixels.
-        teachers: Rows (and columns) of patch tokens, and channels, by name.
-        shard: Samples per file.
+        count: Number of samples.
+        image_size: Height and width of an image, in pixels.
+        teachers: Rows (and columns) of patch tokens, and channels, by teacher name.
+        shard: Number of samples per file.
     """
     random = np.random.default_rng(0)
     columns: dict[str, NDArray[Any]] = {IMAGE: random.integers(0, 256, (count, 3, image_size, image_size), np.uint8)}
@@ -81,7 +81,7 @@ def write_store(root: Path, samples: Samples) -> None:
 
     Args:
         root: Folder of the store.
-        samples: What to write.
+        samples: Samples to write.
     """
     images = samples.columns[IMAGE]
     features = {name: column for name, column in samples.columns.items() if name != IMAGE}
@@ -108,11 +108,11 @@ def write_store(root: Path, samples: Samples) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Fails before anything is written that would not fit.
+    """Refuses data that would not fit on the disk, before anything is written.
 
     Args:
-        folder: Where it will be written.
-        needed: Bytes.
+        folder: Folder that they will be written into.
+        needed: Number of bytes.
 
     Raises:
         BenchmarkError: If the disk has less.
@@ -129,9 +129,9 @@ def check_parity(who: str, epoch: Iterable[Batch], samples: Samples) -> None:
     """Reads a whole epoch and compares every byte of it.
 
     Args:
-        who: Name of the path that is checked.
-        epoch: Its batches, with the number of each sample under ``"row"``.
-        samples: What every path was made from.
+        who: Name of the contender.
+        epoch: Batches of one epoch, with the number of each sample under ``"row"``.
+        samples: Samples that were written.
 
     Raises:
         ParityError: If a sample differs from what was written, or does not come exactly once.

@@ -16,7 +16,7 @@ import torch
 from benchmarks.throughput.measure import Measure, ParityError, Result, Settings, interleave, ratios
 from theia import registry
 from theia.extraction.config import ExtractConfig
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.store.reader import FeatureStore
 from theia.types import TeacherFeatures
 

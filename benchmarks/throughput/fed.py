@@ -20,12 +20,12 @@ def fed_and_resident(
     """Times the same number of steps both ways.
 
     Args:
-        case: Decides the teachers and the batch.
-        step: One of its steps, compiled by now.
-        folder: For the store, whose files stay in the page cache.
-        batches: Steps of one repetition: a whole epoch of the store.
+        case: Model and batch, whose shapes the store takes over.
+        step: Training step of the case, already compiled.
+        folder: Folder for the store, whose files stay in the page cache.
+        batches: Number of steps in one repetition: a whole epoch of the store.
         workers: Number of the loader's worker processes.
-        pairs: Repetitions.
+        pairs: Number of repetitions.
 
     Returns:
         Costs of ``"resident"`` and ``"loader"``.

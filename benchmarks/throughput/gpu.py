@@ -74,13 +74,13 @@ def run(settings: Settings) -> Result:
 
 
 def measure_matrix_rate(device: torch.device, size: int = 8192) -> float:
-    """FLOP/s of a large bfloat16 matrix product, the best of several."""
+    """Rate of a large bfloat16 matrix product in FLOP/s, the best of several."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, device)
 
 
 def measure_copy_rate(device: torch.device, size: int = 2**30) -> float:
-    """Bytes/s of a device copy, read and written bytes counted both; the best of several."""
+    """Rate of a device copy in bytes/s, the best of several; bytes read and bytes written both count."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source), device)
@@ -102,7 +102,7 @@ def step_bytes(case: Case, kept: int) -> int:
 
 
 def hours(images_per_s: float) -> float:
-    """Hours that the published recipe takes at a rate."""
+    """Hours that the published recipe takes at a rate of images."""
     return IMAGENET * EPOCHS / images_per_s / 3600
 
 
@@ -171,7 +171,7 @@ def _timed(step: Callable[[], Tensor], times: int = 10) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 20) -> float:
-    """Least time of one call on the device itself."""
+    """Least duration of one call on the device itself, in seconds."""
     for _ in range(3):
         work()
     taken = []

@@ -1,6 +1,6 @@
-"""What the loader costs as the work grows: per image over more samples, per byte over more teachers.
+"""How the loader's cost grows with the work: per image with more samples, per byte with more teachers.
 
-Samples are small here, so that what there is to do per sample and per batch shows beside the copying of bytes.
+Samples are small here, so that the work per sample and per batch shows beside the copying of bytes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from theia.extraction.config import ExtractConfig
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
@@ -39,15 +39,15 @@ _LEARNING_RATE = 2e-3
 
 
 def build(folder: Path, train: int, held_out: int) -> dict[Dtype, Path]:
-    """Stores the same features twice.
+    """Stores the same features as float16 and as int8.
 
     Args:
-        folder: Where to put the stores.
-        train: Training images.
-        held_out: Images of other photographs.
+        folder: Folder for the stores.
+        train: Number of training images.
+        held_out: Number of held-out images, which are of other photographs.
 
     Returns:
-        By stored type, a store with the splits train and val.
+        Folder of each store, by stored type; each has the splits train and val.
     """
     source = folder / _SOURCE
     extract(
@@ -75,9 +75,9 @@ def train(store: Path, seed: int, steps: int) -> Distiller:
     """Trains a small student.
 
     Args:
-        store: From :func:`build`.
+        store: Folder of a store from :func:`build`.
         seed: Seed of the initial weights and of the order of the images.
-        steps: Optimiser steps.
+        steps: Number of optimisation steps.
     """
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
@@ -107,8 +107,8 @@ def score(distiller: Distiller, store: Path) -> dict[str, float]:
     """Loss and cosine on held-out images, against features of one store whatever the student was trained on.
 
     Args:
-        distiller: From :func:`train`.
-        store: The float16 one.
+        distiller: Student from :func:`train`.
+        store: Folder of the float16 store.
     """
     columns = read(FeatureStore(store).open_split("val"))
     statistics = FeatureStore(store).statistics(TEACHER)
@@ -123,7 +123,7 @@ def score(distiller: Distiller, store: Path) -> dict[str, float]:
 
 
 def targets(distiller: Distiller, name: str, columns: Mapping[str, NDArray[Any]], rows: Any) -> torch.Tensor:
-    """What training compares with: stored features of some rows, normalised."""
+    """Training targets: stored features of some rows, normalised."""
     scale = columns.get(f"{name}/scale")
     return distiller.normalize(
         name, torch.from_numpy(columns[name][rows]), None if scale is None else torch.from_numpy(scale[rows])

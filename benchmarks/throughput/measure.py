@@ -27,11 +27,11 @@ class ParityError(BenchmarkError):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took.
+    """Cost of one run.
 
     Attributes:
-        wall_s: Seconds on the clock.
-        cpu_s: Seconds of processor time of this process and all its children, in user and system mode.
+        wall_s: Time on the clock, in seconds.
+        cpu_s: Processor time, in seconds, of this process and all its children, in user and system mode.
     """
 
     wall_s: float
@@ -46,10 +46,10 @@ class Measure:
     """One line of the table.
 
     Attributes:
-        name: What is measured, against what.
-        values: One per repetition; the table shows median, least and greatest.
-        unit: ``"x"`` for a ratio.
-        aim: What the project wants to reach, if it set itself an aim.
+        name: Description of what is measured, and against what.
+        values: Values, one per repetition; the table shows their median, least and greatest.
+        unit: Unit of the values; ``"x"`` for a ratio.
+        aim: Value that the project wants to reach, if any.
         at_most: Whether the aim is an upper bound.
     """
 
@@ -77,9 +77,9 @@ class Settings:
     """How much to measure.
 
     Attributes:
-        folder: Empty folder for data; deleted by the caller afterwards.
-        pairs: Counted repetitions of each contender.
-        small: Sizes for a test of the benchmark itself: its figures mean nothing.
+        folder: Empty folder for data, which the caller deletes afterwards.
+        pairs: Number of counted repetitions of each contender.
+        small: Whether to use tiny sizes, for a test of the benchmark itself; the figures then mean nothing.
     """
 
     folder: Path
@@ -93,8 +93,8 @@ class Result:
 
     Attributes:
         measures: Lines of the table.
-        details: For the JSON: settings of the work, every repetition. Builtins only.
-        notes: What a reader of the table must know.
+        details: Settings of the work and every repetition, for the JSON, as plain values.
+        notes: Notes for a reader of the table.
     """
 
     measures: list[Measure]
@@ -103,8 +103,8 @@ class Result:
 
 
 def cost_of(work: Callable[[], object]) -> Cost:
-    """Runs some work once. Its worker processes must still be there or be reaped when it returns."""
-    # Looking for children takes milliseconds of processor time itself: outside of what is measured.
+    """Runs some work once. When it returns, its worker processes must be alive still, or reaped."""
+    # Outside of the measured time: looking for children itself takes milliseconds.
     children = _children_cpu_s()
     own, wall = time.process_time(), time.perf_counter()
     work()
@@ -117,10 +117,10 @@ def interleave(contenders: Mapping[str, Callable[[], object]], pairs: int) -> di
 
     Args:
         contenders: Work by name. What a contender started must be idle when it returns, or it is charged to the next.
-        pairs: Counted rounds.
+        pairs: Number of counted rounds.
 
     Returns:
-        By name, one cost per round.
+        Costs by name, one per round.
     """
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for work in contenders.values():
@@ -142,7 +142,7 @@ def repeated(work: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def ratios(costs: Mapping[str, Sequence[Cost]], slow: str, fast: str, axis: Axis) -> list[float]:
-    """How many times as much ``slow`` took as ``fast`` did, round by round."""
+    """Cost of ``slow`` divided by that of ``fast``, round by round."""
     pairs = zip(costs[slow], costs[fast], strict=True)
     return [float(getattr(theirs, axis) / getattr(ours, axis)) for theirs, ours in pairs]
 
@@ -152,7 +152,7 @@ def _children_cpu_s() -> float:
     total = ended.ru_utime + ended.ru_stime
     for child in psutil.Process().children(recursive=True):
         try:
-            # With the children that it waited for in its turn. Rounded to the kernel's ticks of 10 ms.
+            # Includes the children that it has waited for. Rounded to the kernel's ticks of 10 ms.
             total += sum(child.cpu_times()[:4])
         except psutil.NoSuchProcess:
             continue

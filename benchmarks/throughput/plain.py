@@ -20,7 +20,8 @@ class PlainDistiller(nn.Module):
     """Student and translators as published, with the weights and statistics of one of ours.
 
     Args:
-        ours: Whose sizes, weights and statistics to copy; for images of 224 pixels and grids of 16x16 and 64x64.
+        ours: Distiller whose sizes, weights and statistics to copy, for images of 224 pixels and grids of 16x16 and
+            64x64.
     """
 
     def __init__(self, ours: Distiller) -> None:

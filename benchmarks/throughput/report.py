@@ -18,7 +18,7 @@ def table(results: Mapping[str, Result]) -> str:
     """All measures of all suites, and under them what a reader must know.
 
     Args:
-        results: By suite.
+        results: Results by suite.
     """
     rows = [_row(measure) for result in results.values() for measure in result.measures]
     lines = [tabulate(rows, headers=_HEADERS, disable_numparse=True, colalign=("left", *["right"] * 4, "left"))]
@@ -27,16 +27,16 @@ def table(results: Mapping[str, Result]) -> str:
 
 
 def write(folder: Path, kind: str, results: Mapping[str, Result], more: Mapping[str, Any]) -> Path:
-    """Writes what was measured to a new file.
+    """Writes results to a new file.
 
     Args:
-        folder: Made if it is missing.
-        kind: First part of the file's name; date and time follow.
-        results: By suite.
-        more: What else belongs into the file; builtins only.
+        folder: Folder of the file, which is made if it is missing.
+        kind: First part of the file's name, before date and time.
+        results: Results by suite.
+        more: Further entries of the file, as plain values.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         FileError: If it cannot be written, for instance on a full disk.

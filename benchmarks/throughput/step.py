@@ -10,8 +10,7 @@ from torch import Tensor
 from benchmarks.throughput.cases import ALL_FIVE, CDIV, NAMES, Case, OurStep, PlainStep, check_parity, make_case
 from benchmarks.throughput.fed import fed_and_resident
 from benchmarks.throughput.measure import Cost, Measure, Result, Settings, interleave, ratios, repeated
-from theia.training.losses import FeatureLoss
-from theia.training.objective import Objective
+from theia.training.losses import FeatureLoss, Objective
 
 _BATCH = 16
 _SMALL = {"width": 32, "depth": 1, "heads": 1}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from theia.ablation.launch import Job
-from theia.ablation.run import Run
+from theia.ablation.sweep_run import Run
 
 PROGRAM = """
 import json, pathlib, signal, sys, time

@@ -4,8 +4,8 @@ from typing import Any
 
 from ablation.small_sweep import make_run
 
-from theia.ablation.run import Run
 from theia.ablation.summary import caveats
+from theia.ablation.sweep_run import Run
 
 Tested = tuple[Run, dict[str, Any]]
 

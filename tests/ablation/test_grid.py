@@ -55,7 +55,6 @@ def test_a_product_alone() -> None:
         ({}, "no rows"),
         ({"rows": {}}, "no rows"),
         ({"product": {"model.size": []}}, "product.model.size"),
-        ({"product": {"model.size": "tiny"}}, "product.model.size"),
         ({"teachers": "triples"}, "'triples'.*leave_one_out"),
         ({"teachers": [["a", "a"]]}, "twice"),
         ({"teachers": [[]]}, "is empty"),
@@ -66,7 +65,6 @@ def test_a_product_alone() -> None:
         ({"rows": {"Slurm": {}}}, "called 'Slurm'"),
         ({"rows": {"a": {}, "A": {}}}, "called 'a'"),
         ({"rows": {"a": {"run_folder": "x"}}}, "run_folder"),
-        ({"rows": {"a": None}}, "Row 'a' is None"),
         ({"rows": {"a": {"model.size": "tiny"}}, "product": {"model.size": ["base"]}}, "model.size"),
     ],
 )

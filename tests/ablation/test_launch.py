@@ -14,7 +14,7 @@ from ablation.small_sweep import count, hold, make_job, make_run, steps
 from events import PATIENCE_S, wait_for
 
 from theia.ablation.launch import Job, _shares, check_launcher, run_locally, run_on_slurm
-from theia.ablation.run import Run, lock
+from theia.ablation.sweep_run import Run, lock
 from theia.errors import ConfigError
 
 

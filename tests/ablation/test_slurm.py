@@ -10,7 +10,7 @@ import submitit
 from ablation.small_sweep import count, hold, make_job, make_run
 
 from theia.ablation.launch import _still_queued, check_launcher, run_on_slurm
-from theia.ablation.run import Run
+from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
 
 # Runs the array at once, in the background, task by task as job 12_0, 12_1, ...; a file tells each one's state.

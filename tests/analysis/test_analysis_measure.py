@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from theia.analysis.measure import ImageBatch, measure
-from theia.analysis.report import page
+from theia.analysis.page import page
 from theia.analysis.results import as_json, assemble
 from theia.errors import FeatureError
 from theia.models.backbone import StudentTokens

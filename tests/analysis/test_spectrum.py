@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from theia.analysis.spectrum import Spectrum, SpectrumFigures
+from theia.analysis.similarity import Spectrum, SpectrumFigures
 
 
 def of(patches: torch.Tensor, batch: int = 3) -> SpectrumFigures:

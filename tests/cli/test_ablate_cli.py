@@ -11,7 +11,7 @@ import yaml
 from events import aged, changed, has_ended, wait_for
 from trainings import hold, standing
 
-from theia.ablation.run import lock
+from theia.ablation.sweep_run import lock
 from theia.cli.main import main
 
 FIT = [
@@ -113,10 +113,20 @@ def test_slurm_where_there_is_none(
     assert "SLURM" in capsys.readouterr().err
 
 
-def test_an_option_that_a_sweep_has_not_got(ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rowz": {"a": {"model.size": "tiny"}}}, "rowz"),
+        ({"rows": {"a": None}}, '"rows"'),
+        ({"product": {"model.size": "tiny"}}, '"product"'),
+    ],
+)
+def test_a_sweep_file_that_does_not_parse(
+    content: dict, message: str, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        ablate(rowz={"a": {"model.size": "tiny"}})
-    assert "rowz" in capsys.readouterr().err
+        ablate(**content)
+    assert message in capsys.readouterr().err
 
 
 def test_a_row_that_stands_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from theia import registry
 from theia.cli.main import main
 from theia.decoding.frames import Video, video_writer
 from theia.decoding.output import Output
-from theia.decoding.viewer import Viewer, depth_error, feature_cosine
+from theia.decoding.viewer import View, Viewer, depth_error, feature_cosine
 from theia.encoder.encoder import Encoder
 from theia.encoder.published import HUB_IDS
 from theia.export.export import export
@@ -196,10 +196,14 @@ def test_every_picture_is_shown_once(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[int] = []
-    of_batch = Viewer._of_batch
-    monkeypatch.setattr(
-        Viewer, "_of_batch", lambda self, batch: shown.extend(index for index, _ in batch) or of_batch(self, batch)
-    )
+    views = Viewer.views
+
+    def noted(self: Viewer, *args: Any) -> Iterator[View]:
+        for view in views(self, *args):
+            shown.append(view.index)
+            yield view
+
+    monkeypatch.setattr(Viewer, "views", noted)
     record = decode(checkpoint(), "sample:20", tmp_path / "out", "--batch_size=3")
     assert sorted(shown) == [*range(20)]
     assert len(record["images"]) == 20
@@ -235,7 +239,7 @@ def test_an_interrupted_video_leaves_the_earlier_one(
     decode(checkpoint(), tmp_path / "film.gif", out)
     before = (out / "film.gif").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("theia.decoding.decode.row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("theia.decoding.panels.row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         call = [f"--encoder={checkpoint()}", f"--images={tmp_path}/film.gif", f"--out={out}", "--overwrite"]
         assert main(["decode", *call, "--device=cpu"]) == 130
     assert (out / "film.gif").read_bytes() == before

@@ -15,8 +15,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from theia.cli import lightning
-from theia.cli import run as run_folder
+from theia.cli import lightning, run_folder
 from theia.cli.lightning import TheiaCLI
 from theia.cli.main import main
 from theia.cli.options import OPTIONS, changes, check_used, shaping, without
@@ -45,6 +44,10 @@ def parsers() -> dict[str, Any]:
             subclass_mode_data=True, parser_class=lightning.DataParser,
         )  # fmt: skip
     return dict(cli._subcommand_parsers)
+
+
+def test_help_begins_with_what_the_command_does(parsers: dict[str, Any]) -> None:
+    assert parsers["fit"].description.startswith("Train a student on a feature store")
 
 
 def names_of(parser: Any) -> set[str]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,11 +33,11 @@ def test_help_that_nobody_reads_is_no_noise(
     command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Lightning's parsers alone take seconds to build; what ends a command is the same for all.
-    def help_only(argv: list[str]) -> None:
+    def help_only(command: str, arguments: list[str]) -> None:
         sys.stdout.write("usage: ...")
         raise SystemExit(0)
 
-    monkeypatch.setattr(module, "_import", lambda name: SimpleNamespace(main=help_only))
+    monkeypatch.setattr(module, "_call", help_only)
     with nobody_reads(monkeypatch), pytest.raises(SystemExit):
         main([command, "--help"])
     assert capfd.readouterr().err == ""
@@ -49,11 +48,11 @@ def test_help_that_nobody_reads_is_no_noise(
 def test_results_that_nobody_reads_end_a_command_quietly(
     command: str, lines: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def results(argv: list[str]) -> int:
+    def results(command: str, arguments: list[str]) -> int:
         sys.stdout.write("result\n" * lines)
         return 0
 
-    monkeypatch.setattr(module, "_import", lambda name: SimpleNamespace(main=results))
+    monkeypatch.setattr(module, "_call", results)
     with nobody_reads(monkeypatch):
         assert main([command]) == 141
     assert capfd.readouterr().err == ""
@@ -93,10 +92,10 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys: pytest.CaptureFixture[
 def test_an_error_of_the_system_is_one_line(
     command: str, error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(argv: list[str]) -> None:
+    def work(command: str, arguments: list[str]) -> None:
         raise error
 
-    monkeypatch.setattr(module, "_import", lambda name: SimpleNamespace(main=work))
+    monkeypatch.setattr(module, "_call", work)
     assert main([command]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"theia {command}: {said}")

@@ -28,7 +28,7 @@ from theia.errors import ConfigError
 
 BENCHMARKS = sorted(path.parent.name for path in Path("benchmarks").glob("*/__main__.py"))
 # Those of Lightning's own parser have their tests beside it.
-OURS = [name for name, (module, _) in COMMANDS.items() if module != _LIGHTNING] + ["ablate report"]
+OURS = [name for name, command in COMMANDS.items() if command.module != _LIGHTNING] + ["ablate report"]
 PROGRAMS = OURS + [f"benchmarks.{name}" for name in BENCHMARKS]
 
 # Options that mean something when they are empty: no scorers; and in a sweep, options of 'theia fit', which judges.

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from theia.cli.main import main
-from theia.scoring import run as scoring_run
+from theia.scoring import scorers as scoring
 from theia.scoring.contract import Trained
-from theia.scoring.run import write_report
+from theia.scoring.scorers import write_report
 
 OPTIONS = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.workers=0"]
 Register = Callable[[Callable[[Trained], Any]], None]
@@ -38,7 +38,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
     """Installs one scorer, named ``fox``."""
 
     def install(scorer: Callable[[Trained], Any]) -> None:
-        monkeypatch.setattr(scoring_run, "find_scorer", lambda name: {"fox": scorer}[name])
+        monkeypatch.setattr(scoring, "find_scorer", lambda name: {"fox": scorer}[name])
 
     return install
 
@@ -229,7 +229,7 @@ def test_a_table_holds_every_score_once() -> None:
         "owl/speed": 9,
     }
 
-    shown = scoring_run.scores_table("fox", given, ["alpha", "beta"], ["beta"])
+    shown = scoring.scores_table("fox", given, ["alpha", "beta"], ["beta"])
 
     assert [line.split() for line in shown.splitlines() if "--" not in line] == [
         ["fox", "distilled", "speed", "height", "depth/unknown"],

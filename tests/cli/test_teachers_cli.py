@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from theia import registry
-from theia.cli.teachers import main
+from theia.cli.main import main
 
 
 def rows(printed: str) -> dict[str, list[str]]:
@@ -14,7 +14,7 @@ def rows(printed: str) -> dict[str, list[str]]:
 
 
 def test_lists_what_every_built_in_teacher_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
+    assert main(["teachers"]) == 0
     listed = rows(capsys.readouterr().out)
     # Channels and grids of the paper's teachers.
     expected = {
@@ -30,7 +30,7 @@ def test_lists_what_every_built_in_teacher_gives(capsys: pytest.CaptureFixture[s
 
 def test_builds_no_teacher_and_imports_no_model_library() -> None:
     code = (
-        "import sys; from theia.cli.teachers import main; main([]);"
+        "import sys; from theia.cli.main import main; main(['teachers']);"
         "sys.exit(str({'lightning', 'segment_anything', 'skimage', 'timm', 'transformers'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -46,7 +46,7 @@ def test_broken_plugins_are_listed_below_with_their_cause(
     (info / "entry_points.txt").write_text("[theia.teachers]\nlost = a_module_that_is_not_there:Lost\n")
     monkeypatch.syspath_prepend(tmp_path)
     registry.find.cache_clear()
-    assert main([]) == 0
+    assert main(["teachers"]) == 0
     table, below = capsys.readouterr().out.split("Cannot be used:")
     assert "lost" not in rows(table)
     assert "clip" in rows(table)

@@ -23,7 +23,7 @@ NAMES = (
     "theia.scoring.contract.Trained", "theia.data.datamodule.FeatureData", "theia.errors.ConfigError",
     "theia.training.distillation.Distillation", "theia.training.losses.cosine_loss", "theia.store.reader.FeatureStore",
     "theia.training.metrics.NormEntropy", "theia.analysis.measure.measure", "theia.utils.pictures.pca_colours",
-    "theia.probing.metrics.depth_metrics",
+    "theia.probing.dense_metrics.depth_metrics",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_the_same_images_in_any_form_give_the_same_features(encoder: Encoder, gi
     [
         (images().float(), ImageError, "from 0 to 255: they look like 0 to 255"),
         (images() / 127.5 - 1, ImageError, "from -1 to 1: they look normalised already"),
-        (images().float() * 1000, ImageError, "they are no images"),
+        (images().float() * 1000, ImageError, "they are not images"),
         (torch.full((1, 16, 16, 3), float("nan")), ImageError, "not numbers"),
         (images().int(), ImageError, "type torch.int32"),
         (images()[0], ShapeError, r"\(224, 224, 3\).*images\[None\]"),

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import theia
 from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.encoder.from_name import open_encoder
-from theia.errors import ConfigError, PluginError, UnknownTeacherError, WeightsError
+from theia.errors import ConfigError, FeatureError, PluginError, UnknownTeacherError, WeightsError
 from theia.export.export import export
 
 
@@ -160,7 +161,7 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("hog", ConfigError, "names no encoder; teacher:hog does"),
         ("vit_tiny_patch16_224", ConfigError, "names no encoder; timm:vit_tiny_patch16_224 does"),
         ("teachers:hog", ConfigError, "names no encoder; teacher:hog does"),
-        ("hog,color", ConfigError, "several have blanks between them"),
+        ("hog,color", ConfigError, "put blanks between several"),
         ("teacher:hog,teacher:color", ConfigError, "Put blanks between encoders"),
         ("teacher:hog@random", ConfigError, "'hog' has no weights to choose"),
         ("concat:hog,,color", ConfigError, "empty name"),
@@ -192,3 +193,12 @@ def test_what_names_no_encoder_says_so(name: str, error: type[Exception], messag
 def test_models_without_spatial_features_say_so(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_encoder(f"timm:{name}@random")
+
+
+def test_a_teacher_whose_features_differ_from_its_spec_is_refused() -> None:
+    encoder = open_encoder("teacher:hog")
+    encoder.source.spec = replace(encoder.source.spec, grid_hw=(7, 28))
+    assert encoder(IMAGES).grid == (7, 28)
+    encoder.source.spec = replace(encoder.source.spec, grid_hw=(7, 7))
+    with pytest.raises(FeatureError, match="Correct its spec"):
+        encoder(IMAGES)

@@ -78,7 +78,7 @@ def _change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Call
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "no JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (_truncate, "cut short"),
@@ -202,10 +202,10 @@ def test_paths_of_any_kind(folder: Path, encoder: Encoder, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "no device 'gpu'"),
-        ({"device": "cuda:4096"}, "no device 'cuda:4096'"),
-        ({"dtype": "bfloat16"}, "type 'bfloat16' is none"),
-        ({"dtype": torch.int8}, "type torch.int8 is none"),
+        ({"device": "gpu"}, "put on device 'gpu'"),
+        ({"device": "cuda:4096"}, "put on device 'cuda:4096'"),
+        ({"dtype": "bfloat16"}, "cannot be of type 'bfloat16'"),
+        ({"dtype": torch.int8}, "cannot be of type torch.int8"),
     ],
 )
 def test_a_place_that_is_none_is_named(folder: Path, options: dict, message: str) -> None:

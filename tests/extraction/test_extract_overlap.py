@@ -15,7 +15,7 @@ from events import PATIENCE_S
 
 from theia import registry
 from theia.errors import StoreError
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.store.features import ShardWriter
 from theia.store.reader import FeatureStore
 from theia.store.writer import SplitWriter

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from theia.errors import ImageError
-from theia.extraction.decode import UnreadableImageError
+from theia.extraction.images import UnreadableImageError
 from theia.extraction.sources import open_source
 
 

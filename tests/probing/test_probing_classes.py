@@ -9,8 +9,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from theia.analysis.classifiers import logistic_classes, nearest_classes
-from theia.probing.linear_probe import LinearProbe, Schedule, lars, linear_classes, rate_at, train_probe
-from theia.probing.run import PRESETS
+from theia.probing.comparison import PRESETS
+from theia.probing.linear_probe import LinearProbe, Schedule, lars, rate_at, train_probe
 
 
 def clusters(count: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ def test_a_long_schedule_tells_what_logistic_regression_tells(scale: float) -> N
     (train, labels), (queries, truth) = clusters(300, 1, 1.5), clusters(500, 2, 1.5)
     expected = make_pipeline(StandardScaler(), LogisticRegression()).fit(train, labels).score(queries, truth)
     schedule = Schedule(batch_size=32, base_rate=51.2)
-    told = linear_classes(scale * train, labels, scale * queries, 5, schedule, 0, "cpu", "test")
+    told = train_probe(scale * train, labels, 5, schedule, 0, "cpu", "test").classify(scale * queries)
     assert 0.6 < expected < 0.95
     assert (told == truth).mean() == pytest.approx(expected, abs=0.04)
 

@@ -12,14 +12,14 @@ from PIL import Image
 from theia.cli.main import main
 from theia.encoder.from_name import NamedEncoder
 from theia.models.backbone import StudentTokens
-from theia.probing import features, probes, scenes
-from theia.probing import run as probing
+from theia.probing import comparison as probing
+from theia.probing import embedding, probes, scenes
 from theia.probing.cameras import Camera
+from theia.probing.comparison import PRESETS, Effort, Unfinished
 from theia.probing.datasets import IMAGE_SIZE, DenseSplit, Storage, fingerprint, of_files, open_folder
 from theia.probing.heads import Fit
 from theia.probing.linear_probe import Schedule
 from theia.probing.probes import Probed
-from theia.probing.run import PRESETS, Effort, Unfinished
 
 
 class Means(torch.nn.Module):
@@ -43,7 +43,7 @@ class Means(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work, and encoders that cost nothing."""
-    monkeypatch.setattr(features, "open_encoder", lambda name, _: NamedEncoder(name, Means(name)))
+    monkeypatch.setattr(embedding, "open_encoder", lambda name, _: NamedEncoder(name, Means(name)))
     for name, on_disk, schedule in (("small", False, None), ("full", True, Schedule(8, 204.8, 60, 5))):
         effort = Effort(schedule, Fit(2, 0.5, 4, 5e-3), (1, 1), on_disk)
         monkeypatch.setitem(PRESETS, name, effort)

@@ -10,7 +10,7 @@ from torch import nn
 
 from theia.probing import matching
 from theia.probing.cameras import Camera
-from theia.probing.features import Features
+from theia.probing.embedding import Features
 from theia.probing.heads import (
     DepthTask,
     Fit,

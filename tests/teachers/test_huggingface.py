@@ -211,7 +211,7 @@ def test_a_folder_without_config_or_weights_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("weights", ["/no/such/folder", "radnom", "./vit", "a/b/c"])
 def test_what_is_neither_folder_nor_hub_id_is_refused(weights):
-    with pytest.raises(WeightsError, match=r"no existing folder.*--vit\.weights"):
+    with pytest.raises(WeightsError, match=r"neither an existing folder.*--vit\.weights"):
         ViT(weights=weights)
 
 

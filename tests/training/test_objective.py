@@ -11,8 +11,7 @@ from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.training.distillation import Distillation
-from theia.training.losses import mse_loss
-from theia.training.objective import Objective
+from theia.training.losses import Objective, mse_loss
 
 TEACHERS = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
 

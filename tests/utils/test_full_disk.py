@@ -13,13 +13,14 @@ from benchmarks.soak import report as soak
 from benchmarks.soak.watch import Sample
 from benchmarks.throughput import report as throughput
 from theia.ablation import report
-from theia.ablation.run import Run, write_record
+from theia.ablation.record import write_record
 from theia.ablation.summary import Scored, summarise
+from theia.ablation.sweep_run import Run
 from theia.decoding.output import Output
 from theia.errors import FileError
+from theia.probing.comparison import Unfinished
 from theia.probing.probes import Probed
-from theia.probing.run import Unfinished
-from theia.scoring.run import write_report
+from theia.scoring.scorers import write_report
 
 Writer = Callable[[Path, int], object]  # into a folder, the first or the second time
 
@@ -88,12 +89,11 @@ OTHERWISE = {
         "self.run.log.open('ab')": "what a run says, line by line",
         "job.run.log.open('a')": "likewise",
     },
-    "theia/ablation/run.py": {"(folder / '.lock').touch()": "nothing is in it"},
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
-    "theia/analysis/report.py": {"savefig(content": "into memory"},
+    "theia/analysis/page.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
     "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},
-    "theia/cli/run.py": {"self.parser.dump": "into memory"},
+    "theia/cli/run_folder.py": {"self.parser.dump": "into memory"},
     "theia/training/checkpoints.py": {"temporary.open('wb')": "inside replacing()", "torch.save": "into that file",
         "records.save()": "what Lightning calls to bring out what waits",
     },
@@ -103,8 +103,8 @@ OTHERWISE = {
     "theia/cli/ablate.py": {"parser.dump": "into memory"},
     "theia/cli/data.py": {"super().dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
-    "theia/probing/picture.py": {"print_png(str(temporary))": "inside replacing()"},
-    "theia/probing/run.py": {
+    "theia/probing/display.py": {"print_png(str(temporary))": "inside replacing()"},
+    "theia/probing/comparison.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",
     },
     "benchmarks/soak/__main__.py": {"(Path(data) / 'output').open('w+')": "deleted with the data"},

@@ -71,7 +71,7 @@ def expand(
     found = [Row(str(name), options) for name, options in (rows or {}).items()]
     found += [Row(name, {TEACHERS: members}) for name, members in teacher_sets(teachers, pool).items()]
     for name, values in (product or {}).items():
-        if not isinstance(values, list) or not values:
+        if not values:
             raise ConfigError(f"product.{name} is {values!r}; it must be a list with at least one value.")
     if product:
         parts = [[(option, value) for value in values] for option, values in product.items()]
@@ -170,8 +170,6 @@ def _check(row: Row) -> None:
             f"A row cannot be called {row.name!r}, since a folder is called the same. Use letters, digits, blanks and "
             "any of + - _ . = , and name rows yourself, under 'rows', where values cannot serve as names."
         )
-    if not isinstance(row.options, Mapping):
-        raise ConfigError(f"Row {row.name!r} is {row.options!r}; it must map options of 'theia fit' to their values.")
     if row.name.casefold() in _TAKEN:
         raise ConfigError(f"A row cannot be called {row.name!r}: the sweep has a file of that name. Rename the row.")
     refuse_reserved(row.options, f"Row {row.name!r}")

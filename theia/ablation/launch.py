@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from theia.ablation.run import CHECKPOINT, Run, lock
+from theia.ablation.sweep_run import CHECKPOINT, Run, lock
 from theia.errors import ConfigError
 from theia.scoring.contract import scorer_names
 from theia.utils.arguments import MOST_PROCESSES, check_number

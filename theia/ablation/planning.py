@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from theia.ablation.grid import Options, Row, TeacherSets, arguments_of, expand, flat, refuse_idle, refuse_reserved
-from theia.ablation.run import Run
+from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
 from theia.utils.arguments import comma_list
 

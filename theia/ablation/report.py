@@ -14,8 +14,7 @@ from tabulate import tabulate
 from theia.ablation.figure import draw
 from theia.ablation.summary import ENTROPY, RowSummary, Summary
 from theia.utils.estimates import Correlation, Estimate
-from theia.utils.files import write_whole
-from theia.utils.json import jsonable
+from theia.utils.files import jsonable, write_whole
 
 PICTURE = "report.png"
 _ABSENT = "–"

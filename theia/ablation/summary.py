@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from theia.ablation.run import Run
+from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
 from theia.utils.estimates import Correlation, Difference, Estimate, correlation, estimate, holm, paired_difference
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from theia.ablation.grid import arguments_of
 from theia.ablation.launch import Job, Launcher, run_locally, run_on_slurm
+from theia.ablation.record import read_record
 from theia.ablation.report import write_report
-from theia.ablation.run import Run, read_record
 from theia.ablation.summary import Scored, Summary, caveats, merge_external, read_external, summarise
+from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -30,10 +30,10 @@ class NormMaps:
     norms: dict[str, list[Norms]] = field(default_factory=dict)
 
     def add_image(self, sample_id: str, image: Tensor) -> None:
-        """Adds an image; its norms are to follow for every encoder.
+        """Adds an image, whose norms must then be added for every encoder.
 
         Args:
-            sample_id: Its name.
+            sample_id: Sample id of the image.
             image: RGB, uint8, shape ``(3, H, W)``.
         """
         self.images[sample_id] = image.permute(1, 2, 0).cpu().numpy()
@@ -42,7 +42,7 @@ class NormMaps:
         """Adds the norms of one image's tokens.
 
         Args:
-            encoder: Its name.
+            encoder: Name of the encoder.
             norms: Norms of the tokens, shape ``(N,)``, row by row.
             grid: Rows and columns, ``N = H * W``.
         """

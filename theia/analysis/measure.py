@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from theia.analysis.maps import NormMaps
 from theia.analysis.norms import EntropyFigures, EntropyOfNorms, NormSketch, RelativeNorms
-from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean
-from theia.analysis.spectrum import Spectrum, SpectrumFigures
+from theia.analysis.similarity import CKA, SimilarityFigures, SimilarityToMean, Spectrum, SpectrumFigures
 from theia.errors import FeatureError
 from theia.models.backbone import StudentTokens
 
@@ -50,7 +49,7 @@ class EncoderFigures:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass gave.
+    """Result of a pass over the images.
 
     Attributes:
         images: Number of images.
@@ -79,8 +78,8 @@ def measure(
     Args:
         encoders: Encoders by name; each gives :class:`~theia.models.backbone.StudentTokens` for uint8 images.
         batches: At least one image, in random order for the sake of :class:`~theia.analysis.similarity.CKA`.
-        shown: Ids of images to make norm maps of, or how many of the first ones.
-        device: Where the encoders are; images are moved there.
+        shown: Ids of the images to make norm maps of, or the number of first images to make them of.
+        device: Device of the encoders, to which images are moved.
 
     Raises:
         FeatureError: If an encoder gives values that are not finite.

@@ -97,7 +97,7 @@ def entropy(counts: npt.NDArray[np.integer]) -> float:
     """``-Σ p log p`` of the shares ``p`` of counts, in nats.
 
     Args:
-        counts: Not all 0; empty bins add nothing.
+        counts: Counts, not all 0; empty bins add nothing.
     """
     shares = counts[counts > 0] / counts.sum()
     return float(max(0.0, -(shares * np.log(shares)).sum()))
@@ -154,7 +154,7 @@ class NormSketch:
         """Adds a batch.
 
         Args:
-            norms: As :meth:`theia.analysis.norms.EntropyOfNorms.update`.
+            norms: Norms as for :meth:`theia.analysis.norms.EntropyOfNorms.update`.
         """
         places = ((norms.double().log() - _LOWEST) / _STEP).clamp(0, _BINS - 1).long()
         self._counts += torch.bincount(places.flatten(), minlength=_BINS).cpu().numpy()

@@ -11,7 +11,7 @@ from theia.analysis.norms import CONFIDENCE, OUTLIER_FACTOR, REPLICATES
 from theia.analysis.scores import DISTILLED, REGULAR, PearsonR, Score, correlations
 from theia.analysis.similarity import MIN_IMAGES, MINIBATCH, noise
 from theia.training.metrics import NORM_BINS, NORM_RANGE
-from theia.utils.json import jsonable
+from theia.utils.files import jsonable
 from theia.utils.pictures import short_labels
 
 SCHEMA = 1
@@ -33,7 +33,7 @@ class Analysis:
         scores: Scores that the user gave, by encoder.
         correlations: Correlations of figures with scores.
         skipped: Id of each unreadable image and why.
-        statement: What was run, as plain values.
+        provenance: What was run, as plain values.
     """
 
     measured: Measured
@@ -42,7 +42,7 @@ class Analysis:
     scores: Mapping[str, float]
     correlations: Sequence[PearsonR]
     skipped: Sequence[tuple[str, str]]
-    statement: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
     @property
     def notes(self) -> list[str]:
@@ -55,7 +55,7 @@ def assemble(
     distilled: Mapping[str, bool],
     scores: Mapping[str, Score],
     skipped: Sequence[tuple[str, str]],
-    statement: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> Analysis:
     """Puts an analysis together.
 
@@ -64,13 +64,13 @@ def assemble(
         distilled: Whether each encoder is a trained Theia model.
         scores: Scores that the user gave, by encoder.
         skipped: Id of each unreadable image and why.
-        statement: What was run, as plain values.
+        provenance: What was run, as plain values.
     """
     groups = {name: DISTILLED if ours else REGULAR for name, ours in distilled.items()}
     groups |= {name: score.group for name, score in scores.items() if score.group is not None}
     values = {name: score.value for name, score in scores.items()}
     found = correlations(scalars(measured.encoders), values, groups) if values else []
-    return Analysis(measured, short_labels([*distilled]), groups, values, found, skipped, statement)
+    return Analysis(measured, short_labels([*distilled]), groups, values, found, skipped, provenance)
 
 
 def scalars(figures: Mapping[str, EncoderFigures]) -> dict[str, dict[str, float | None]]:
@@ -99,7 +99,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
     ]
     content = {
         "theia_analysis": SCHEMA,
-        "statement": analysis.statement,
+        "provenance": analysis.provenance,
         "images": {"analysed": measured.images, "skipped": [list(one) for one in analysis.skipped]},
         "settings": {
             "norm_bins": NORM_BINS,

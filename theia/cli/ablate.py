@@ -11,18 +11,17 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from jsonargparse import auto_cli
 
 from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, parse_seeds, select_rows, split_arguments
-from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, settle
 from theia.errors import ConfigError
 from theia.scoring.contract import find_scorer, scorer_names
 from theia.utils.arguments import comma_list
 from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
-    from theia.ablation.run import Run
     from theia.ablation.summary import Summary
+    from theia.ablation.sweep_run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         TheiaError: If the sweep cannot be started or reported on.
     """
     if argv[:1] == ["report"]:
-        return int(auto_cli(report, args=argv[1:], prog="theia ablate report", parser_class=Parser))
+        return call([report], argv[1:], "theia ablate report", positional=True)
     parser = Parser(prog="theia ablate", description=_DESCRIPTION.format(scorers=", ".join(scorer_names())))
     parser.may_be_empty = ("scorers", *_OF_FIT)
     parser.add_argument("--config", action="config", help="Sweep file: YAML with these options.")
@@ -115,7 +114,7 @@ def ablate(
     # These modules import torch, which takes seconds and is not needed for --help.
     from theia.ablation import sweep
     from theia.ablation.launch import check_launcher
-    from theia.ablation.run import check_runs, earlier_record, hold, write_record
+    from theia.ablation.record import check_runs, earlier_record, hold, write_record
     from theia.ablation.summary import read_external
 
     check_launcher(launcher, jobs)
@@ -199,7 +198,7 @@ def _fit_parser() -> Parse:
     """Makes a function that parses and checks arguments as ``theia fit`` does, with one parser for all rows."""
     from theia.cli.lightning import fit_parser
     from theia.cli.options import check_used
-    from theia.cli.run import check_trainer
+    from theia.cli.trainer import check_trainer
 
     parser = fit_parser()
 

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import auto_cli
-
-from theia.cli.parser import Parser
 from theia.errors import ConfigError
 from theia.utils.arguments import MOST_PIXELS, check_number
 from theia.utils.device import Device, choose_device
@@ -25,21 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PICTURES = 6
-
-
-def main(argv: list[str]) -> int:
-    """Runs ``theia analyze``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        TheiaError: For the reasons given under :func:`analyze`.
-    """
-    return int(auto_cli(analyze, args=argv, prog="theia analyze", as_positional=False, parser_class=Parser))
 
 
 def analyze(
@@ -76,7 +58,7 @@ def analyze(
     shown = picture_ids or (_PICTURES if pictures is None else pictures)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.analysis.report import check_free, write_report
+    from theia.analysis.page import check_free, write_report
     from theia.analysis.results import assemble
     from theia.analysis.scores import read_scores
     from theia.encoder.encoder import Encoder
@@ -183,7 +165,7 @@ def _text(value: Any) -> str:
 
 
 def _say(analysis: Any, report: Path) -> None:
-    from theia.analysis.report import main_table
+    from theia.analysis.page import main_table
 
     print(main_table(analysis))
     for note in analysis.notes:

@@ -6,34 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import auto_cli
 from tabulate import tabulate
 
-from theia.cli.parser import Parser, settle
-from theia.errors import ConfigError, UnknownTeacherError
+from theia.cli.parser import settle
+from theia.errors import ConfigError
 from theia.utils.arguments import check_number, comma_list
 from theia.utils.device import Device, choose_device
 from theia.version import __version__
 
 if TYPE_CHECKING:
-    from theia.decoding.viewer import Subject
+    from theia.decoding.subjects import Subject
 
 logger = logging.getLogger(__name__)
-
-
-def main(argv: list[str]) -> int:
-    """Runs ``theia decode``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        TheiaError: For the reasons given under :func:`decode`.
-    """
-    return int(auto_cli(decode, args=argv, prog="theia decode", as_positional=False, parser_class=Parser))
 
 
 def decode(
@@ -79,12 +63,12 @@ def decode(
     check_number("batch_size", batch_size, 1)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.decoding.decode import decode as write
     from theia.decoding.frames import open_frames
     from theia.decoding.output import check_free
-    from theia.decoding.viewer import Viewer, learned_from, names_of, needs_teacher, open_subject
+    from theia.decoding.panels import decode as write
+    from theia.decoding.subjects import learned_from, names_of, open_subjects
+    from theia.decoding.viewer import Viewer
     from theia.encoder.load import load
-    from theia.extraction.decode import to_square
 
     path = Path(encoder)
     if ":" in encoder and not path.exists():
@@ -96,30 +80,16 @@ def decode(
     frames = open_frames(images)
     place = choose_device(device)
     model = load(encoder, device=place).freeze()
-    known = names_of(model)
-    installed = {key: name for name, key in known.items()}
-    chosen = [*known] if teachers is None else [installed.get(name, name) for name in comma_list(teachers)]
-    for name in chosen:
-        if name not in known:
-            raise UnknownTeacherError(f"This model has no translator for {name!r}. It has: {', '.join(known)}.")
-    options = _options(teacher_options, [*known])
+    options = _options(teacher_options, [*names_of(model)])
     # A file may also serve an extraction; options that are typed are meant for this call only.
-    for name in options if isinstance(teacher_options, dict) else ():
-        if name not in chosen or not needs_teacher(name, model, teachers_side_by_side):
-            raise ConfigError(
-                f"--teacher_options has {name!r}, but nothing is shown that needs this teacher itself. Name it in "
-                "--teachers, if it is left out there; a teacher that decodes nothing needs --teachers_side_by_side."
-            )
-    trained_on = learned_from(path)
-    subjects = [
-        open_subject(name, model, options.get(name), teachers_side_by_side, place, trained_on.get(name))
-        for name in dict.fromkeys(chosen)
-    ]
+    typed = isinstance(teacher_options, dict)
+    chosen = None if teachers is None else comma_list(teachers)
+    subjects = open_subjects(model, chosen, options, typed, teachers_side_by_side, place, learned_from(path))
     _warn(subjects)
 
-    viewer = Viewer(model, subjects, lambda image, side: to_square(image, side, "squash"), batch_size)
+    viewer = Viewer(model, subjects, batch_size)
     origin = {"theia_version": __version__, "model": path.name if path.exists() else encoder}
-    record, written = write(viewer, frames, limit, out, overwrite, origin)
+    record, written = write(viewer, frames, limit, out, origin)
     for sample_id, reason in record["skipped"].items():
         logger.warning("Skipped %s: %s", sample_id, reason)
     print(_summary(record))

@@ -18,7 +18,7 @@ from theia.teacher import Teacher
 from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
-    from theia.extraction.extract import ExtractedSplit
+    from theia.extraction.pipeline import ExtractedSplit
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         Exit status.
 
     Raises:
-        TheiaError: For the reasons given under :func:`theia.extraction.extract.extract`.
+        TheiaError: For the reasons given under :func:`theia.extraction.pipeline.extract`.
     """
     parser, found, broken = _build_parser()
     config = _to_config(parser.parse_args(argv), found.keys(), broken)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     check_folder(config.store, "--store")
 
     # Lightning takes seconds to import; --help does not need it.
-    from theia.extraction.extract import extract
+    from theia.extraction.pipeline import extract
 
     try:
         splits = extract(config)

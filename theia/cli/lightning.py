@@ -2,11 +2,8 @@
 
 import logging
 import shlex
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +15,32 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from theia.cli.data import DataParser, data_last
 from theia.cli.main import COMMANDS
-from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed, without
+from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
-from theia.cli.run import (
+from theia.cli.run_folder import (
     CONFIG,
     SaveRun,
-    check_left,
     check_newest,
-    check_processes,
-    check_trainer,
     check_unused,
     checkpoints,
     moved_run,
     resolve_checkpoint,
     run_of,
 )
+from theia.cli.signals import until_signalled
+from theia.cli.trainer import check_left, check_processes, check_trainer
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
-from theia.errors import CheckpointError, ConfigError
+from theia.errors import ConfigError
 from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.scoring.contract import scorer_names
-from theia.scoring.run import find_scorers, run_scorers, scores_table, translators_table, write_report
+from theia.scoring.scorers import find_scorers, run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput
-from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints, StopRequested, requeue
+from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
 from theia.training.records import METRICS, Events, MetricsCSV
 from theia.utils.files import check_folder, file_sha256
@@ -56,8 +51,6 @@ _RENAMED = {"FeatureDataModule": FeatureData.__qualname__}  # in checkpoints of 
 # Options of earlier versions are translated into those of today, in every config that is given.
 _read_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: older.config(_read_yaml(text)), (yaml.YAMLError,))
-
-_SIGNALLED = 128  # plus the number of the signal: the exit status that a shell reports for a program ended by a signal
 
 
 class TheiaCLI(LightningCLI):
@@ -80,7 +73,7 @@ class TheiaCLI(LightningCLI):
         """Describes ``--ckpt_path`` as it works here, not as in Lightning's trainer, and lists only options in use."""
         super().setup_parser(*args, **kwargs)
         for command, parser in self._subcommand_parsers.items():
-            parser.description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
+            parser.description = f"{COMMANDS[command].help[0].upper()}{COMMANDS[command].help[1:]}."
             unused = {name for name, option in OPTIONS.items() if command not in option.commands}
             if isinstance(parser, DataParser):
                 parser.hidden = frozenset(unused)
@@ -157,7 +150,7 @@ class TheiaCLI(LightningCLI):
             options.trainer.default_root_dir = options.run_folder
         self.run_folder = Path(options.run_folder)
         self.checkpoint: Path | None = None
-        self.loaded: dict[str, Any] | None = None
+        self.loaded: dict[str, Any] = {}
         self.scorers = find_scorers(options.scorers)
         self.asked = asked = options.ckpt_path
         if asked is None and self.subcommand != "fit":
@@ -180,7 +173,7 @@ class TheiaCLI(LightningCLI):
         self.state: dict[str, Any] = {"options": shaping(options), "changes": []}
         if not options.trainer.fast_dev_run:
             self._check_folder()
-        if self.checkpoint is not None and self.loaded is not None:
+        if self.loaded:
             self._check_resumed(options, self.loaded)
 
     def _check_folder(self) -> None:
@@ -189,8 +182,8 @@ class TheiaCLI(LightningCLI):
             return  # when the other processes start, the first one may have written there already
         run = self.run_folder
         check_folder(run, "--run_folder")
-        if self.checkpoint is not None and self.loaded is not None and self._is_own(self.checkpoint):
-            check_newest(self.checkpoint, self.loaded["global_step"], run, _steps_of(checkpoints(run) / LAST))
+        if self.checkpoint is not None and self._is_own(self.checkpoint):
+            check_newest(self.checkpoint, self.loaded["global_step"], run)
         elif self.asked != "last":
             check_unused(run)
 
@@ -231,7 +224,7 @@ class TheiaCLI(LightningCLI):
             )
         if self.subcommand == "fit":
             self.datamodule.check_training(self.trainer.world_size)
-        if self.loaded is not None:
+        if self.loaded:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
             if self.subcommand == "fit":
                 self.datamodule.check_state(self.loaded.get(type(self.datamodule).__qualname__, {}))
@@ -259,7 +252,7 @@ class TheiaCLI(LightningCLI):
             if trainer.logger is None or trainer.logger is True:
                 # Where 'last' found no checkpoint, rows of a run that was killed before its first one may lie there.
                 step = 0 if self.asked == "last" else None
-                step = step if self.loaded is None else self.loaded["global_step"]
+                step = self.loaded["global_step"] if self.loaded else step
                 kwargs["logger"] = [Events(run, step), MetricsCSV(run, step)]
             if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
                 callbacks.append(Checkpoints(checkpoints(run), options.checkpoint_every, self.state))
@@ -298,33 +291,32 @@ class TheiaCLI(LightningCLI):
 
     def test(self, **kwargs: Any) -> None:
         """Scores the student before and after training on the same held-out images."""
-        if self.checkpoint is None or self.loaded is None:
-            raise TypeError("a test without a checkpoint was refused before")
+        checkpoint = Path(self.config[self.subcommand].ckpt_path)
         before = None
         if self.config[self.subcommand].compare_untrained:
             self.model.start_untrained(self.loaded["state_dict"])
             before = self.trainer.test(self.model, self.datamodule, verbose=False)[0]
         # Goes beside a checkpoint that lies in a run, unless a folder was typed here rather than set in a config.
         asked = typed("run_folder", self.arguments)
-        run = self.run_folder if asked else run_of(self.checkpoint, self.run_folder)
-        figures = run / f"test_{self.checkpoint.stem}.json"
+        run = self.run_folder if asked else run_of(checkpoint, self.run_folder)
+        figures = run / f"test_{checkpoint.stem}.json"
         picture = figures.with_suffix(".png")
         self.trainer.callbacks.append(FeaturePictures(picture))  # type: ignore[attr-defined]
         after = self.trainer.test(**kwargs, weights_only=True, verbose=False)[0]
         if not self.trainer.is_global_zero:
             return
-        print(f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {self.checkpoint})")
+        print(f"Held-out images: {self.datamodule.held_out} (before: untrained student; after: {checkpoint})")
         print(translators_table(list(self.datamodule.teacher_shapes), before, after))
         report = {
-            "checkpoint": str(self.checkpoint),
-            "checkpoint_sha256": file_sha256(self.checkpoint),
+            "checkpoint": str(checkpoint),
+            "checkpoint_sha256": file_sha256(checkpoint),
             "samples": self.datamodule.held_out,
             "before": before,
             "after": after,
             "device": str(self.trainer.strategy.root_device),
             "precision": self.trainer.precision,
             "store": self.datamodule.provenance(),
-            **self._score(self.checkpoint),
+            **self._score(checkpoint),
         }
         write_report(figures, report)
         lines = (
@@ -358,41 +350,25 @@ def main(argv: Sequence[str]) -> int:
         argv: The command and its options.
 
     Returns:
-        Exit status: 0, or 128 plus the number of a signal that asked to stop.
+        Exit status: that of :func:`theia.cli.signals.until_signalled`.
     """
     _quieten()
-    try:
-        with _stopped_by_signals():
-            TheiaCLI(
-                Distillation,
-                TrainingData,
-                subclass_mode_data=True,
-                parser_class=DataParser,
-                save_config_callback=SaveRun,
-                seed_everything_default=0,
-                parser_kwargs={"prog": "theia"},
-                args=list(argv),
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
-    except StopRequested as stop:
-        if not getattr(rank_zero_only, "rank", 0):
-            again = shlex.join(["theia", *without("ckpt_path", argv), "--ckpt_path", "last"])
-            logger.warning(
-                "Stopped after step %d, as a signal asked for. %s holds it. Go on with: %s", stop.step, LAST, again
-            )
-        return _SIGNALLED + stop.number
-    except SIGTERMException:  # Lightning would exit with 0, as if all work were done
-        return _SIGNALLED + signal.SIGTERM
-    except _Stopped as stop:
-        return _ended(stop)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, _Stopped):
-            return _ended(stop.__context__)
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-    return 0
+    return until_signalled(lambda: _run(argv), argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    TheiaCLI(
+        Distillation,
+        TrainingData,
+        subclass_mode_data=True,
+        parser_class=DataParser,
+        save_config_callback=SaveRun,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "theia"},
+        args=list(argv),
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
 
 
 def fit_parser() -> ArgumentParser:
@@ -402,50 +378,6 @@ def fit_parser() -> ArgumentParser:
     parser: ArgumentParser = commands["fit"]
     parser.exit_on_error = False
     return parser
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal came before or after training, when there is nothing to save.
-
-    Lightning treats it as a Ctrl-C, so that it ends the other processes of this machine, too.
-    """
-
-    number: int
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Makes signals that ask to stop work at once, while training does not handle them itself."""
-
-    def stop(number: int, *_: Any) -> None:
-        stopped = _Stopped()
-        stopped.number = number
-        raise stopped
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ended(stopped: _Stopped) -> int:
-    if stopped.number == signal.SIGUSR1:
-        requeue()
-    logger.warning("Stopped by a signal, %s, when no training was under way.", signal.Signals(stopped.number).name)
-    return _SIGNALLED + stopped.number
-
-
-def _steps_of(checkpoint: Path) -> int | None:
-    """Number of steps that a checkpoint has taken; ``None`` if it is missing or damaged."""
-    try:
-        return int(read_checkpoint(checkpoint, mmap=True)["global_step"])
-    except CheckpointError:
-        return None
 
 
 def _quieten() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import inspect
 import logging
 import os
 import select
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from theia.errors import TheiaError
 from theia.utils.files import what_was_refused
@@ -18,22 +19,63 @@ from theia.version import __version__
 
 _LIGHTNING = "theia.cli.lightning"
 
-# Command -> (module with main(argv), one line of help).
+
+class Command(NamedTuple):
+    """Where a command is and how it is called.
+
+    Attributes:
+        help: One line about it.
+        module: Name of its module.
+        functions: Functions of the module whose signatures are the command line; several are subcommands. A module that
+            is named without functions parses its arguments itself, in ``main(argv)``.
+        description: What --help says of several functions together.
+        positional: Whether arguments that must be given are typed without their names.
+    """
+
+    help: str
+    module: str
+    functions: tuple[str, ...] = ()
+    description: str | None = None
+    positional: bool = False
+
+
 COMMANDS = {
-    "extract": ("theia.cli.extract", "run teachers over images once and store their features"),
-    "store": ("theia.cli.store", "say what is in a feature store, or verify every checksum of it"),
-    "teachers": ("theia.cli.teachers", "list the installed teachers"),
-    "fit": (_LIGHTNING, "train a student on a feature store or on data of your own, or resume its training"),
-    "validate": (_LIGHTNING, "print the held-out figures that fit logs, for any checkpoint; writes nothing"),
-    "test": (
-        _LIGHTNING,
-        "report on a checkpoint: beside the untrained student, with scorers; writes figures and a picture",
+    "extract": Command("run teachers over images once and store their features", "theia.cli.extract"),
+    "store": Command(
+        "say what is in a feature store, or verify every checksum of it",
+        "theia.cli.store",
+        ("info", "verify"),
+        "Say what is in a feature store, or check that all of it is whole.",
+        positional=True,
     ),
-    "ablate": ("theia.cli.ablate", "train, score and compare students: which teachers, which loss, which size"),
-    "analyze": ("theia.cli.analyze", "compare representations: norms, components, similarity, CKA; of any encoders"),
-    "probe": ("theia.cli.probe", "fit small heads to frozen features: classes, depth, normals, matches of views"),
-    "decode": ("theia.cli.decode", "show what a student has learned: masks, depth, strokes, colours; images or video"),
-    "export": ("theia.cli.export", "write a trained model for others: safetensors, ONNX, timm, the published layout"),
+    "teachers": Command("list the installed teachers", "theia.cli.teachers", ("teachers",)),
+    "fit": Command("train a student on a feature store or on data of your own, or resume its training", _LIGHTNING),
+    "validate": Command("print the held-out figures that fit logs, for any checkpoint; writes nothing", _LIGHTNING),
+    "test": Command(
+        "report on a checkpoint: beside the untrained student, with scorers; writes figures and a picture", _LIGHTNING
+    ),
+    "ablate": Command("train, score and compare students: which teachers, which loss, which size", "theia.cli.ablate"),
+    "analyze": Command(
+        "compare representations: norms, components, similarity, CKA; of any encoders",
+        "theia.cli.analyze",
+        ("analyze",),
+    ),
+    "probe": Command(
+        "fit small heads to frozen features: classes, depth, normals, matches of views",
+        "theia.cli.probe",
+        ("classification", "dense"),
+        "Fit small heads to the features of frozen encoders, and compare what they read out of them.",
+    ),
+    "decode": Command(
+        "show what a student has learned: masks, depth, strokes, colours; images or video",
+        "theia.cli.decode",
+        ("decode",),
+    ),
+    "export": Command(
+        "write a trained model for others: safetensors, ONNX, timm, the published layout",
+        "theia.cli.export",
+        ("export",),
+    ),
 }
 
 
@@ -51,12 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     def find_and_run() -> int:
         command = _parser().parse_args(arguments[:1]).command
         _log_to_stderr()
-        name = COMMANDS[command][0]
-        # LightningCLI's commands share one parser, so that is given the command, too.
-        given = arguments if name == _LIGHTNING else arguments[1:]
-        return carry_out(f"theia {command}", lambda: _import(name).main(given))
+        return carry_out(f"theia {command}", lambda: _call(command, arguments[1:]))
 
     return carry_out("theia", find_and_run)
+
+
+def _call(command: str, arguments: list[str]) -> int:
+    found = COMMANDS[command]
+    module = _import(found.module)
+    if found.module == _LIGHTNING:  # whose commands share one parser
+        return int(module.main([command, *arguments]))
+    if not found.functions:
+        return int(module.main(arguments))
+    functions = [getattr(module, name) for name in found.functions]
+    if not arguments and not inspect.signature(functions[0]).parameters:
+        return int(functions[0]())  # without jsonargparse, which takes as long to import as all else but torch
+    from theia.cli.parser import call
+
+    return call(functions, arguments, f"theia {command}", found.description, found.positional)
 
 
 def carry_out(name: str, work: Callable[[], object]) -> int:
@@ -138,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"theia {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command, (_, line) in COMMANDS.items():
-        commands.add_parser(command, help=line, add_help=False)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
     return parser
 
 

@@ -1,10 +1,11 @@
 """The parser of Theia's own commands, and the rules for the values of every option."""
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, auto_cli
 from jsonargparse.typing import register_type
 
 from theia.encoder import FORMS
@@ -68,6 +69,41 @@ class Parser(ArgumentParser):
         by_default = [action.dest for action in self._actions if config.get(action.dest) == action.default]
         positional = [action.dest for action in self._actions if not action.option_strings]
         return settle(config, [*self.may_be_empty, *by_default], positional)
+
+
+def call(
+    functions: Sequence[Callable[..., int]],
+    arguments: Sequence[str],
+    prog: str,
+    description: str | None = None,
+    positional: bool = False,
+) -> int:
+    """Calls a function whose signature and docstring are a command line, or the one of several that is asked for.
+
+    Args:
+        functions: One function, or those that are subcommands.
+        arguments: Arguments after the command.
+        prog: Name of the command.
+        description: What --help says of subcommands together; of one function, its docstring says it.
+        positional: Whether arguments without a default are typed without their names.
+
+    Returns:
+        Exit status that the function gives.
+
+    Raises:
+        ConfigError: For the reasons given under :func:`settle`.
+    """
+    first = functions[0]
+    if not inspect.signature(first).parameters:  # nor is there anything for a config file to say
+        Parser(prog=prog, description=inspect.getdoc(first)).parse_args(list(arguments))
+        return first()
+    components: Any = list(functions)
+    return int(
+        auto_cli(
+            components, args=list(arguments), as_positional=positional, prog=prog, description=description,
+            parser_class=Parser,
+        )
+    )  # fmt: skip
 
 
 def settle(config: Options, may_be_empty: Collection[str] = (), positional: Collection[str] = ()) -> Options:

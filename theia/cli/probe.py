@@ -1,33 +1,13 @@
 """``theia probe``: measures what small heads read out of frozen features."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import auto_cli
-
-from theia.cli.parser import Parser
 from theia.utils.arguments import check_number
 from theia.utils.device import Device
 
 if TYPE_CHECKING:
-    from theia.probing.run import Result
-
-
-def main(argv: list[str]) -> int:
-    """Runs ``theia probe classification`` or ``theia probe dense``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        TheiaError: If options do not fit the data, data cannot be read, or an encoder cannot be probed.
-    """
-    description = "Fit small heads to the features of frozen encoders, and compare what they read out of them."
-    options: dict[str, Any] = {"description": description, "as_positional": False, "parser_class": Parser}
-    return int(auto_cli([classification, dense], args=argv, prog="theia probe", **options))
+    from theia.probing.comparison import Result
 
 
 def classification(
@@ -65,9 +45,9 @@ def classification(
     check_number("neighbours", neighbours, 1)
 
     # torch takes seconds to import; --help does not need it.
-    from theia.probing import run
+    from theia.probing import comparison
 
-    return _say(run.classification(encoders, images, val, out, preset, neighbours, seeds, device, folder))
+    return _say(comparison.classification(encoders, images, val, out, preset, neighbours, seeds, device, folder))
 
 
 def dense(
@@ -102,9 +82,9 @@ def dense(
             the system's temporary folder by default.
     """
     # torch takes seconds to import; --help does not need it.
-    from theia.probing import run
+    from theia.probing import comparison
 
-    return _say(run.dense(encoders, data, tasks, out, preset, seeds, device, folder))
+    return _say(comparison.dense(encoders, data, tasks, out, preset, seeds, device, folder))
 
 
 def _say(result: "Result") -> int:

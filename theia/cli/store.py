@@ -3,30 +3,12 @@
 import json
 from pathlib import Path
 
-from jsonargparse import auto_cli
 from tabulate import tabulate
 from tqdm import tqdm
 
-from theia.cli.parser import Parser
 from theia.store.verify import Problem, SetSummary, describe
 from theia.store.verify import verify as verify_store
 from theia.utils.progress import readable_bytes
-
-
-def main(argv: list[str]) -> int:
-    """Runs ``theia store info`` or ``theia store verify``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-
-    Raises:
-        StoreError: If there is no store at the path.
-    """
-    description = "Say what is in a feature store, or check that all of it is whole."
-    return int(auto_cli([info, verify], args=argv, prog="theia store", description=description, parser_class=Parser))
 
 
 def info(path: Path) -> int:

@@ -2,21 +2,9 @@
 
 from tabulate import tabulate
 
-from theia.cli.parser import Parser
 
-
-def main(argv: list[str]) -> int:
-    """Prints the installed teachers, and below them those that cannot be used.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        Exit status.
-    """
-    parser = Parser(prog="theia teachers", description="List the installed teachers and what they give.")
-    parser.parse_args(argv)
-
+def teachers() -> int:
+    """List the installed teachers and what they give."""
     from theia import registry  # imports torch; --help does not need it
 
     found, broken = registry.find_all()

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from theia.data.ring import LABELS, RawBatch, Ring, Slot
+from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Slot
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
-from theia.data.transfer import DeviceCopies
 from theia.data.workers import Workers
 from theia.errors import ConfigError
 from theia.store.reader import Split

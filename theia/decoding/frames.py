@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError
-from theia.extraction.files import open_regular, reason
+from theia.extraction.images import UnreadableImageError
 from theia.extraction.sources import ImageSource
 from theia.extraction.stream import open_images
+from theia.extraction.user_files import open_regular, reason
 from theia.utils.files import replacing
 from theia.utils.pictures import Picture
 
@@ -29,7 +29,7 @@ class Frames(Protocol):
     """Images, or the frames of a video.
 
     Attributes:
-        skipped: By id, why a picture could not be read; filled while reading.
+        skipped: Reason why a picture could not be read, by id; filled while reading.
     """
 
     skipped: dict[str, str]
@@ -39,10 +39,10 @@ class Frames(Protocol):
         """Ids of all pictures, in order, unique."""
 
     def pick(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Reads some of them.
+        """Reads some of the pictures.
 
         Args:
-            indices: Which, ascending.
+            indices: Indices of the pictures to read, ascending.
 
         Yields:
             Index and picture, RGB, any size. Unreadable ones are left out and noted in ``skipped``.
@@ -91,7 +91,7 @@ class Video:
         frames_per_s: Average frame rate; one that varies becomes even.
         ids: ``frame-000000`` and so on, as many as the file announces.
         skipped: See :class:`Frames`.
-        film: Name for the video that is made of this one.
+        film: Name of the video that is made from this one.
 
     Raises:
         ConfigError: If PyAV is not installed.

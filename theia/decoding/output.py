@@ -49,7 +49,7 @@ class Output:
 
     Args:
         out: The folder; see :func:`check_free`.
-        names: By image id, its file relative to the folder.
+        names: File of each image relative to the folder, by image id.
     """
 
     def __init__(self, out: Path, names: Mapping[str, str]) -> None:
@@ -73,7 +73,7 @@ class Output:
         """Writes ``decoded.json``, and removes what only an earlier call wrote.
 
         Args:
-            record: What to write.
+            record: Record to write.
             files: The files that were written, relative to the folder.
         """
         self._write_record(record, finished=True, files=files)
@@ -99,7 +99,7 @@ def picture_names(ids: Sequence[str], endings: Sequence[str]) -> dict[str, str]:
         endings: Endings of image files; they are left out unless that gives two images the same name.
 
     Returns:
-        By id, relative to the folder of all pictures, and never outside of it.
+        File names by id, relative to the folder of all pictures and never outside of it.
     """
     names: dict[str, str] = {}
     for shorten in (True, False):

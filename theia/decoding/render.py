@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def paint(shown: Shown, colours: Colours, image: Picture) -> Picture:
     Args:
         shown: What is shown of the image.
         colours: From :func:`fit_colours` of the same kind.
-        image: Shown below masks.
+        image: Picture that is shown below masks.
 
     Returns:
         RGB, of the resolution of what is shown.
@@ -162,8 +163,8 @@ class Group:
     """Panels that belong together.
 
     Attributes:
-        title: Above all of them.
-        panels: Caption and picture of each; at least one.
+        title: Title above the panels.
+        panels: Caption and picture of each panel; at least one.
     """
 
     title: str
@@ -221,7 +222,5 @@ def _write(
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise TypeError("Pillow was built without FreeType")
-    return font
+    # Pillow gives its font without sizes only when it is asked for no size.
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))

@@ -4,9 +4,9 @@
 FORMS = {
     "FOLDER, FILE.ckpt or OWNER/NAME": "a Theia model: exported folder, checkpoint, or id on the hub",
     "the same with @random": "that model before its training: its architecture, untrained",
-    "teacher:NAME[@WEIGHTS]": "an installed teacher with its own weights, with those of a path or id, or 'random'",
+    "teacher:NAME[@WEIGHTS]": "an installed teacher; WEIGHTS is a path, an id or 'random', by default its own",
     "teacher:NAME@{OPTION: VALUE, ...}": "a teacher with any of its options, as in 'theia extract --help'",
     "timm:NAME[@random]": "a model of timm, pretrained or untrained",
-    "concat:NAME,NAME,...": "teachers, maybe with @WEIGHTS, side by side on the grid of the first, unscaled",
+    "concat:NAME,NAME,...": "several teachers (also with @WEIGHTS), joined on the grid of the first, unscaled",
     "random:theia_tiny": "an untrained student: theia_tiny, theia_small or theia_base",
 }

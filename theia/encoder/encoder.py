@@ -21,17 +21,18 @@ class Encoder(nn.Module):
     """A trained student with its translators.
 
     Images are RGB, ``(B, H, W, 3)`` or ``(B, 3, H, W)``, as tensor or numpy array, uint8 from 0 to 255 or floating
-    point from 0 to 1. Both sides must be multiples of the backbone's stride, 16 pixels for the paper's; the size need
-    not be that of training, but for :meth:`translate` and a few backbones of timm. The encoder normalises them itself.
+    point from 0 to 1. Both sides must be multiples of the backbone's stride, 16 pixels for the paper's. Sizes other
+    than the training size work too, except in :meth:`translate` and with a few timm backbones. The encoder normalises
+    the pixels itself.
 
-    The range of floating-point images is looked at in every plain call, and that of uint8 images never. On a GPU the
-    look makes the host wait for the GPU: a control loop gives uint8, or what is compiled. It is left out where values
-    cannot be looked at: in what is compiled, exported, traced or captured in a CUDA graph, under ``torch.func``
-    (``vmap``, ``grad``, ...) and under modes that see every operation, and for fake and meta tensors.
+    Every plain call checks the range of floating-point images; uint8 images need no check. On a GPU the check makes the
+    host wait for the GPU, so a control loop should pass uint8 images or compile the encoder. There is no check where
+    values cannot be read: in code that is compiled, exported, traced or captured in a CUDA graph, under ``torch.func``
+    (``vmap``, ``grad``, ...), under modes that intercept every operation, and for fake and meta tensors.
 
-    The parameters of the student can be trained from the start, those of the translators not before
-    ``encoder.distiller.translators.requires_grad_()``: a call does not use them, and distributed training waits for the
-    gradient of every parameter that can be trained.
+    The student's parameters are trainable from the start, the translators' only after
+    ``encoder.distiller.translators.requires_grad_()``: a call does not use them, and distributed training would wait
+    for their gradients.
 
     Args:
         architecture: Architecture to build, with untrained weights; :func:`theia.load` gives a trained encoder.
@@ -58,43 +59,42 @@ class Encoder(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of transformer blocks; of stages, for a backbone of another kind."""
+        """Number of transformer blocks, or of stages for another kind of backbone."""
         return len(self.distiller.student.backbone.blocks())
 
     @property
     def image_size(self) -> int:
-        """Pixels along each side of a training image."""
+        """Height and width of a training image, in pixels."""
         return self.distiller.student.backbone.image_hw[0]
 
     @property
     def teachers(self) -> list[str]:
-        """Teachers that tokens can be translated for."""
+        """Names of the teachers whose features the model predicts."""
         return self.distiller.teachers
 
     def forward(self, images: Images, pool: Pool | None = None) -> Tensor:
         """Features of a batch of images.
 
         Args:
-            images: See the class.
-            pool: ``"mean"`` or ``"max"`` over the patch tokens, the ``"cls"`` token, or ``"none"``: the patch tokens.
-                By default what the model was released with.
+            images: Images, as the class describes them.
+            pool: Pooling: ``"mean"`` or ``"max"`` over the patch tokens, the ``"cls"`` token, or ``"none"`` for all
+                patch tokens. By default the model's own.
 
         Returns:
-            Shape ``(B, C)``, or ``(B, N, C)`` without pooling.
+            Features, shape ``(B, C)``, or ``(B, N, C)`` without pooling.
 
         Raises:
-            ShapeError: If the images are of a wrong shape or size.
-            ImageError: If they are of a wrong type or range.
+            ShapeError: If the images have the wrong shape or size.
+            ImageError: If their type or range is wrong.
             ConfigError: If there is no such pooling, or no CLS token.
         """
-        wanted = check_pool(self.pool if pool is None else pool)
-        return self.pooled(self.forward_features(images), wanted)
+        return self.pooled(self.forward_features(images), self.pool if pool is None else pool)
 
     def pooled(self, tokens: StudentTokens, pool: Pool) -> Tensor:
-        """One vector of all tokens, ``(B, C)``; see :meth:`forward`.
+        """Pools tokens as :meth:`forward` does.
 
         Raises:
-            ConfigError: If there is no such pooling, or no CLS token to give.
+            ConfigError: If there is no such pooling, or no CLS token.
         """
         check_pool(pool)
         if pool == "cls":
@@ -111,11 +111,11 @@ class Encoder(nn.Module):
         """All tokens, after the final layer norm.
 
         Args:
-            images: See the class.
+            images: Images, as the class describes them.
 
         Raises:
-            ShapeError: If the images are of a wrong shape or size.
-            ImageError: If they are of a wrong type or range.
+            ShapeError: If the images have the wrong shape or size.
+            ImageError: If their type or range is wrong.
         """
         student = self.distiller.student
         if self._compile is not None and self._compiled is None:
@@ -128,16 +128,17 @@ class Encoder(nn.Module):
         """Tokens after some of the blocks.
 
         Args:
-            images: See the class.
-            indices: Blocks, from 0; negative ones count from the end. One number is one block; all by default.
-            norm: Whether to apply the final layer norm to each.
+            images: Images, as the class describes them.
+            indices: Block numbers, counted from 0, or a single one; negative numbers count from the end. All blocks by
+                default.
+            norm: Whether to apply the final layer norm to each result.
 
         Returns:
             One result for each index, in the order of the indices.
 
         Raises:
-            ShapeError: If the images are of a wrong shape or size.
-            ImageError: If they are of a wrong type or range.
+            ShapeError: If the images have the wrong shape or size.
+            ImageError: If their type or range is wrong.
             ConfigError: If there is no such block.
         """
         wanted = range(self.depth) if indices is None else one_or_several(indices)
@@ -146,21 +147,21 @@ class Encoder(nn.Module):
     def translate(
         self, images: Images, teachers: str | Iterable[str] | None = None, denormalize: bool = False
     ) -> dict[str, Tensor]:
-        """The teachers' features as the student predicts them.
+        """Predicts the teachers' features.
 
         Args:
-            images: See the class; of the size of training.
+            images: Images of the training size, as the class describes them.
             teachers: Names of the teachers, or a single name; all by default.
-            denormalize: Give them in the teacher's own scale, not normalised per channel.
+            denormalize: Whether to give the features on the teacher's own scale instead of normalised per channel.
 
         Returns:
-            By teacher, shape ``(B, N, C)`` with the teacher's tokens and channels, row by row.
+            Features by teacher name, shape ``(B, N, C)`` with the teacher's tokens and channels, row by row.
 
         Raises:
             UnknownTeacherError: If the model has no translator for a teacher.
-            ShapeError: If the images are of a wrong shape or size.
-            ImageError: If they are of a wrong type or range.
-            ConfigError: If the model came without statistics to denormalise with, as the published ones do.
+            ShapeError: If the images have the wrong shape or size.
+            ImageError: If their type or range is wrong.
+            ConfigError: If ``denormalize`` needs statistics that the model lacks, as all published models do.
         """
         names = self.teachers if teachers is None else one_or_several(teachers)
         unknown = [name for name in names if name not in self.teachers]
@@ -187,7 +188,7 @@ class Encoder(nn.Module):
         return self.distiller.student.backbone.nearest_size(height, width)
 
     def compile(self, **options: Any) -> None:
-        """Compiles the student at its first use, anew for each size of a batch.
+        """Compiles the student at its first use, and again for each new batch shape.
 
         Args:
             options: Options of ``torch.compile``.
@@ -195,16 +196,16 @@ class Encoder(nn.Module):
         self._compile, self._compiled = {"dynamic": False, **options}, None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: compiled code belongs to the parameters of the original."""
+        """State for copies and pickles, without compiled code, which belongs to the parameters of the original."""
         return {**self.__dict__, "_compiled": None}
 
     def freeze(self) -> "Encoder":
-        """Makes every parameter, also of the translators, fixed in training; returns the encoder."""
+        """Freezes every parameter, those of the translators included; returns the encoder."""
         self.requires_grad_(False)
         return self
 
     def freeze_translators(self) -> "Encoder":
-        """Makes only the translators fixed in training, as they are from the start; returns the encoder."""
+        """Freezes the translators alone, as they are from the start; returns the encoder."""
         self.distiller.translators.requires_grad_(False)
         self.distiller.cls_translators.requires_grad_(False)
         return self
@@ -212,15 +213,15 @@ class Encoder(nn.Module):
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
         """Makes the student's backbone trainable; returns the encoder.
 
-        A new or loaded encoder is so already: :meth:`freeze` it first to free a part alone. Translators stay as they
-        are: ``encoder.distiller.translators.requires_grad_()`` frees them.
+        It is trainable from the start: call :meth:`freeze` first to train only a part of it. The translators stay as
+        they are: ``encoder.distiller.translators.requires_grad_()`` unfreezes them.
 
         Args:
-            last_n_blocks: Only so many blocks (stages, for a backbone of another kind) before the output, and the final
-                norm. All by default, with patch embedding, positions and tokens. What was free before stays free.
+            last_n_blocks: Number of blocks (or stages) before the output to unfreeze, together with the final norm. By
+                default everything, patch embedding, positions and tokens included. What was trainable stays so.
 
         Raises:
-            ConfigError: If there are not so many blocks.
+            ConfigError: If the encoder has fewer blocks.
         """
         backbone = self.distiller.student.backbone
         if last_n_blocks is None:
@@ -259,25 +260,26 @@ _WANTED = "An encoder takes uint8 from 0 to 255 or floating point from 0 to 1"
 
 
 def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    """Brings a batch of images into the layout of the student, without touching its values.
+    """Brings a batch of images into the student's layout without changing its values.
 
     Args:
-        images: RGB, ``(B, H, W, 3)`` or ``(B, 3, H, W)``; uint8 from 0 to 255, or floating point from 0 to 1.
+        images: RGB images, shape ``(B, H, W, 3)`` or ``(B, 3, H, W)``; uint8 from 0 to 255, or floating point from 0
+            to 1.
         device: Device of the student.
 
     Returns:
         The same values, shape ``(B, 3, H, W)``, on the device.
 
     Raises:
-        ShapeError: If it is no batch of RGB images.
-        ImageError: If the type or the range is wrong. The range of uint8 needs no check. That of floating-point images
-            is checked in plain calls, which makes the host wait for a GPU, unless :func:`_has_values` says no.
+        ShapeError: If they are not a batch of RGB images.
+        ImageError: If their type is wrong, or the range of floating-point images, which is checked only where
+            :func:`_has_values`; on a GPU, the check makes the host wait.
     """
     batch = _from_numpy(images) if isinstance(images, np.ndarray) else images
     if not isinstance(batch, Tensor):
         raise ShapeError(
             f"Images of type {type(images).__name__}; an encoder takes a batch in a torch tensor or a numpy array. "
-            "A list of pictures makes one: numpy.stack([numpy.asarray(picture) for picture in pictures])."
+            "Make one from a list of pictures: numpy.stack([numpy.asarray(picture) for picture in pictures])."
         )
     shape = tuple(batch.shape)
     # Decided one by one: a compiled graph for any size cannot compare two comparisons.
@@ -296,24 +298,24 @@ def to_channels_first(images: Tensor | NDArray[Any], device: torch.device) -> Te
 
 
 def one_or_several(values: Any) -> list[Any]:
-    """A list of what was given: a single name or number is one, anything else is gone through once."""
-    # An array or tensor of no dimension says that it is iterable, too.
+    """A list of the given values: one for a single name or number; any other iterable is read once."""
+    # Arrays and tensors without dimensions count as iterable, too.
     if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         return [values]
     return list(values)
 
 
 def _has_values(batch: Tensor) -> bool:
-    """Whether this is a plain call with numbers to look at.
+    """Whether this is a plain call, in which the values of a tensor can be read.
 
-    Not so in what is compiled, exported, traced or recorded once for many images, under ``torch.func``, and for fake
-    and meta tensors: Python cannot decide by a value there, or would decide once and for all.
+    They cannot in code that is compiled, exported, traced or captured, under ``torch.func``, and for fake and meta
+    tensors: there Python cannot branch on a value, or the branch would be fixed for all later images.
     """
     return not (
         torch.compiler.is_compiling()
         or batch.is_meta
         or (batch.is_cuda and torch.cuda.is_current_stream_capturing())
-        # torch has no public questions for these: torch.jit.trace, transforms such as vmap, modes such as make_fx.
+        # torch has no public API to ask for these: torch.jit.trace, transforms such as vmap, modes such as make_fx.
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
@@ -325,21 +327,23 @@ def _from_numpy(images: NDArray[Any]) -> Tensor:
     if images.dtype.kind not in "uf" or images.dtype.itemsize > 8:
         raise ImageError(f"Images of type {images.dtype}. {_WANTED}, of 16, 32 or 64 bits.")
     native = images.astype(images.dtype.newbyteorder("="), copy=False)
-    # torch takes no negative strides, as of BGR turned to RGB, and warns of memory that it may not write to.
+    # torch takes no negative strides, which come from turning BGR to RGB, and warns of read-only memory.
     usable = native.flags.writeable and min(native.strides, default=0) >= 0
     return torch.from_numpy(native if usable else native.copy())
 
 
 def _check_range(batch: Tensor) -> None:
-    least, greatest = torch.stack(torch.aminmax(batch.detach())).tolist()  # in one go: a GPU is waited for once
-    # Resizing with a cubic overshoots by a few hundredths only where nobody clamps; that too is for the caller to see.
+    least, greatest = torch.stack(
+        torch.aminmax(batch.detach())
+    ).tolist()  # both at once: the host waits for a GPU only once
+    # A cubic resize overshoots by a few hundredths unless somebody clamps it; the caller should learn of that, too.
     if not (least >= 0 and greatest <= 1):
         if least < 0:
             guess = "they look normalised already; the encoder does that itself"
         elif greatest <= 255:
             guess = "they look like 0 to 255; divide by 255 or give uint8"
         else:
-            guess = "they are no images"
+            guess = "they are not images"
         if least != least or greatest != greatest:
             guess = "some values are not numbers"
         raise ImageError(f"Floating-point images from {least:g} to {greatest:g}: {guess}. {_WANTED}.")

@@ -1,4 +1,4 @@
-"""Any encoder by one name: trained students, teachers, timm's models, teachers side by side, untrained students."""
+"""Opens any encoder by one name: trained and untrained students, teachers, timm's models, teachers side by side."""
 
 import difflib
 import inspect
@@ -18,16 +18,16 @@ from theia import hub, registry
 from theia.encoder import FORMS
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
-from theia.errors import ConfigError, ShapeError, WeightsError
+from theia.errors import ConfigError, WeightsError
 from theia.models.architecture import Architecture
-from theia.models.backbone import THEIA_SHAPES, StudentTokens
+from theia.models.backbone import THEIA_SHAPES, StudentTokens, of_map
 from theia.models.timm_backbone import TimmBackbone
-from theia.teacher import Teacher
+from theia.teacher import Teacher, check_features
 from theia.utils.files import at_home
 
 _STUDENTS = {name: name for name in THEIA_SHAPES} | {name.replace("theia", "vit"): name for name in THEIA_SHAPES}
 _SEED = 0
-# None that a closing brace follows, with whole pairs of braces at most before it: it is one between options.
+# A comma outside of braces: no unmatched closing brace follows it. One inside braces separates options.
 _OUTER_COMMA = re.compile(r",(?![^{}]*(?:{[^{}]*}[^{}]*)*})")
 
 
@@ -58,14 +58,14 @@ class NamedEncoder(nn.Module):
         """Spatial tokens, float32.
 
         Args:
-            images: RGB, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, sides multiples of their
-                stride; the others resize them to their own size.
+            images: RGB images, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, so both sides must be
+                multiples of the stride; other models resize them to their own size.
 
         Returns:
-            ``patches`` of shape ``(B, N, C)`` row by row, ``grid`` ``(H, W)``, ``cls`` if there is one.
+            ``patches`` of shape ``(B, N, C)``, row by row; ``grid``, ``(H, W)``; ``cls`` if the model has it.
 
         Raises:
-            ShapeError: If the images are of another shape or size than the encoder takes.
+            ShapeError: If the encoder does not take images of this shape or size.
         """
         tokens: StudentTokens = self.inner(images)
         cls = None if tokens.cls is None else tokens.cls.float()
@@ -76,20 +76,20 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
     """Builds the encoder that a name stands for.
 
     Args:
-        name: One of the forms in :data:`theia.encoder.FORMS`; a path will do for a folder or file.
+        name: Name in one of the forms of :data:`theia.encoder.FORMS`, or the path of a folder or file.
         device: Device of the encoder.
 
     Raises:
         ConfigError: If the name has none of the forms, or a model has no spatial features.
         UnknownTeacherError: If no such teacher is installed.
-        WeightsError: If weights cannot be had.
+        WeightsError: If weights cannot be loaded.
     """
     name = os.fspath(name)
     kind, colon, rest = name.partition(":")
     if colon and kind in _KINDS and rest:
         return NamedEncoder(name, _KINDS[kind](rest)).to(device)
     model = name.removesuffix("@random")
-    # A word alone, or one before an unknown colon, is no path and no id: somebody forgot a prefix.
+    # A single word, or one before an unknown colon, is neither path nor id: somebody forgot a prefix.
     is_word = colon or "/" not in model
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
         forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in FORMS.items())
@@ -101,7 +101,7 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
 def _hint(name: str) -> str:
     meant = name.partition(":")[2] or name
     if "," in meant:
-        return " (several have blanks between them)"
+        return " (put blanks between several)"
     if meant in registry.names():
         return f"; teacher:{meant} does"
     return f"; timm:{meant} does" if timm.is_model(meant) else ""
@@ -123,7 +123,8 @@ class _OfTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> StudentTokens:
         features = self.inner(images)
-        return _tokens(features.patches, self.inner.spec.grid_hw, features.cls)
+        check_features(self.inner.spec, features, len(images))
+        return StudentTokens(features.cls, features.patches[:, :0], features.patches, self.inner.spec.grid_hw)
 
 
 class _OfTimm(nn.Module):
@@ -152,7 +153,7 @@ class _OfTimm(nn.Module):
 class _Concatenation(nn.Module):
     """The paper's naive combination: channels of several teachers on one grid, resampled bilinearly where needed.
 
-    Features keep their scale: those of the largest decide over norms, components and similarity.
+    Features keep their scale, so the largest ones dominate norms, components and similarity.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -168,26 +169,20 @@ class _Concatenation(nn.Module):
             else F.interpolate(tokens.as_map().float(), grid, mode="bilinear", antialias=True)
             for tokens in every
         ]
-        return _tokens(torch.cat(maps, 1).permute(0, 2, 3, 1).flatten(1, 2), grid, None)
-
-
-def _tokens(patches: Tensor, grid: tuple[int, int], cls: Tensor | None) -> StudentTokens:
-    if patches.shape[1] != grid[0] * grid[1]:
-        raise ShapeError(f"{patches.shape[1]} tokens do not lie on a grid of {grid[0]}x{grid[1]}.")
-    return StudentTokens(cls, patches[:, :0], patches, grid)
+        return of_map(torch.cat(maps, 1).permute(0, 2, 3, 1))
 
 
 def _teacher(text: str) -> nn.Module:
     name, at, weights = text.partition("@")
     if "," in name:
-        raise ConfigError(f"teacher:{text} has a comma. Put blanks between encoders; side by side is concat:NAME,NAME.")
+        raise ConfigError(f"teacher:{text} has a comma. Put blanks between encoders, or give concat:NAME,NAME.")
     if at and not weights.strip():
         raise ConfigError(
             f"teacher:{text} has nothing after @. Is a shell variable unset? Give weights, or leave it out."
         )
     found = registry.find(name)
     options = _options(weights) if weights.startswith("{") else {"weights": weights} if weights else {}
-    # Of one that stands behind a prefix no shell, and no parser, has looked for the home folder.
+    # Neither the shell nor a parser replaces a ~ that stands behind a prefix.
     options = {key: at_home(value) if isinstance(value, str) else value for key, value in options.items()}
     if "weights" in options and "weights" not in inspect.signature(found).parameters:
         raise ConfigError(f"Teacher {name!r} has no weights to choose. Leave out '@{weights}'.")
@@ -216,15 +211,13 @@ def _timm(text: str) -> nn.Module:
         with hub.known_to_answer(weights or name), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_SEED)
             model = timm.create_model(name, pretrained=not weights, num_classes=0)
-    except WeightsError as error:
-        raise WeightsError(f"{error} Untrained it is timm:{name.split('.')[0]}@random.") from error
     except Exception as error:
         # Between here and the weights lie several libraries, each with its own exceptions.
-        what, instead = f"timm's weights of {name} cannot be had", f" Untrained it is timm:{name.split('.')[0]}@random."
-        if weights:
-            what, instead = f"timm cannot build {name}", ""
+        what = f"timm cannot build {name}" if weights else f"timm's weights of {name} cannot be loaded"
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}".rstrip(".")
-        raise WeightsError(f"{what} ({reason}).{instead}") from error
+        said = str(error) if isinstance(error, WeightsError) else f"{what} ({reason})."
+        instead = "" if weights else f" Without them, take timm:{name.split('.')[0]}@random."
+        raise WeightsError(said + instead) from error
     return _OfTimm(model, name)
 
 

@@ -17,7 +17,7 @@ from theia.models.scaler import FeatureScaler
 
 
 class TheiaModel(PreTrainedModel):
-    """Loaded, saved and pushed to the hub by transformers; the parameters are those of :class:`Encoder`."""
+    """An :class:`Encoder` that transformers can load, save and push to the hub."""
 
     config_class = TheiaConfig
     base_model_prefix = "theia"
@@ -31,7 +31,7 @@ class TheiaModel(PreTrainedModel):
 
     def __init__(self, config: TheiaConfig) -> None:
         super().__init__(config)
-        # Not as a submodule, of which only its own part is one: the names in the file are those of a checkpoint.
+        # Not a submodule: only its distiller is one, so that the names in the file are those of a checkpoint.
         object.__setattr__(
             self, "encoder", Encoder(Architecture.of(config.architecture or {}), check_pool(config.pool))
         )
@@ -40,9 +40,9 @@ class TheiaModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As of transformers; what no file holds, and what can be trained, is as in an :class:`Encoder`."""
+        """Loads as transformers does, then restores what no file holds, such as the frozen translators."""
         loaded = super().from_pretrained(*args, **{"key_mapping": older.KEY_MAPPING, **options})
-        model: TheiaModel = loaded[0] if isinstance(loaded, tuple) else loaded  # with or without a report of it
+        model: TheiaModel = loaded[0] if isinstance(loaded, tuple) else loaded  # with or without a loading report
         model.encoder.freeze_translators()
         for module in model.modules():
             if isinstance(module, FeatureScaler):
@@ -56,15 +56,15 @@ class TheiaModel(PreTrainedModel):
 
         Args:
             pixel_values: Images as :class:`Encoder` takes them: uint8, or floating point from 0 to 1; not normalised.
-            return_dict: ``False`` gives a plain tuple, in the same order.
+            return_dict: Whether to give names to the results; ``False`` gives a plain tuple in the same order.
 
         Returns:
             ``last_hidden_state``: CLS, register and patch tokens in this order, shape ``(B, prefix + N, C)``;
             ``pooler_output``: shape ``(B, C)``.
 
         Raises:
-            ShapeError: If the images are of a wrong shape or size.
-            ImageError: If they are of a wrong type or range.
+            ShapeError: If the images have the wrong shape or size.
+            ImageError: If their type or range is wrong.
         """
         tokens = self.encoder.forward_features(pixel_values)
         cls = [] if tokens.cls is None else [tokens.cls[:, None]]
@@ -76,7 +76,7 @@ class TheiaModel(PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the file has every parameter."""
+        """Does nothing: the file has every parameter."""
 
 
 def register() -> None:

@@ -19,11 +19,11 @@ from theia.hub import known_to_answer
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
-from theia.models.strict import load_strictly
+from theia.models.weights import load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "theia-encoder"
-# In front of all names in our files, as in a training checkpoint.
+# Of all names in exported files, as in training checkpoints.
 PREFIX = "distiller."
 
 _SHOWN = 3  # paths in a message
@@ -41,7 +41,7 @@ def load(
 ) -> Encoder:
     """Loads a trained encoder.
 
-    No code from elsewhere is run. What is loaded is checked: every tensor is used and every parameter set.
+    No code in the files is run. Every tensor must be used, and every parameter set.
 
     Args:
         source: A folder that ``theia export`` wrote (or its ``config.json`` or ``model.safetensors``), a training
@@ -53,14 +53,13 @@ def load(
         revision: Branch, tag or commit on the hub; a local folder has none.
 
     Returns:
-        The encoder, in evaluation mode. Its student can be trained, its translators not before they are asked to; see
-        :meth:`Encoder.freeze` and :class:`Encoder`.
+        The encoder, in evaluation mode. Its student is trainable, its translators are frozen; see :class:`Encoder`.
 
     Raises:
-        WeightsError: If there is nothing to load, the hub cannot be reached, or files are damaged, of another kind, or
-            do not fit each other. Where a model lies nearby, it names the path to give.
-        CheckpointError: If a training checkpoint cannot be read, or a file is none.
-        ConfigError: If there is no such device or no such type of parameters.
+        WeightsError: If there is no model, the hub cannot be reached, or files are damaged, of another kind, or do not
+            belong together. The message names a model that lies nearby.
+        CheckpointError: If a file is not a training checkpoint, or cannot be read.
+        ConfigError: If there is no such device, or parameters cannot have this type.
     """
     path = local_path(source)
     _check_place(device, dtype)
@@ -75,14 +74,11 @@ def load(
             folder = _fetch(source, revision)
         except WeightsError as error:
             # A path such as RUN/exported looks like an id, too.
-            instead = _nearby(path)
-            if not instead:
-                raise
-            raise WeightsError(f"{error} {instead}") from error
+            raise WeightsError(f"{error} {_nearby(path)}".strip()) from error
         encoder = _from_folder(folder, source)
     else:
         raise WeightsError(
-            f"There is no file or folder {str(path)!r}, and it is no id on the hub (OWNER/NAME). "
+            f"There is no file or folder {str(path)!r}, and it is not an id on the hub (OWNER/NAME). "
             + (_nearby(path) or "Give a folder that 'theia export' wrote, a checkpoint of 'theia fit', or an id.")
         )
     encoder.to(device=device, dtype=dtype)
@@ -92,13 +88,13 @@ def load(
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
-    """Where a model is, if it is on this machine: a file of an exported folder stands for the folder.
+    """The path of a model, if it is on this machine; a file of an exported folder stands for the folder.
 
     Args:
         source: Folder, file or id, as for :func:`load`.
 
     Raises:
-        WeightsError: If it is empty or no path at all.
+        WeightsError: If it is empty or not a path.
     """
     given = os.fspath(source) if isinstance(source, str | os.PathLike) else source
     if not isinstance(given, str) or not given.strip():
@@ -119,7 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a folder.
 
     Raises:
-        WeightsError: If it is missing or no JSON object. Where a model lies nearby, it names the path to give.
+        WeightsError: If it is missing or not a JSON object. The message names a model that lies nearby.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -134,14 +130,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror or error}). Mend that, or copy the model."
         ) from error
     except ValueError as error:
-        raise WeightsError(f"{path} is no JSON ({error}). Fetch or export the model again.") from error
+        raise WeightsError(f"{path} is not JSON ({error}). Fetch or export the model again.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} holds no JSON object. Fetch or export the model again.")
     return config
 
 
 def _nearby(path: Path) -> str:
-    """What to give in place of a path that holds no model, if it is known: in it, moved away from it, or around it."""
+    """Advice where a path holds no model: those in it, set aside from it, or near it; empty if there are none."""
     around = [path.parent]
     if path.parent.name in ("onnx", "timm", "checkpoints"):
         around += [path.parent.parent, path.parent.parent.parent]
@@ -149,12 +145,12 @@ def _nearby(path: Path) -> str:
     for place in (path, *aside, *around):
         found = [model for model in _models_in(place) if model != path]
         if found:
-            return f"Give what is nearby: {' or '.join(str(model) for model in found[:_SHOWN])}."
+            return f"Give one nearby: {' or '.join(str(model) for model in found[:_SHOWN])}."
     return ""
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """An exported folder, what is in the folder of a run, or checkpoints; the best and the last one first."""
+    """Models in a folder or a run's folder: exported ones, then checkpoints, the best and the last one first."""
     usual = [folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
     others = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("checkpoints/*.ckpt"))
     exported = [place for place in (folder, folder / "exported") if (place / CONFIG).is_file()]
@@ -162,10 +158,10 @@ def _models_in(folder: Path) -> list[Path]:
 
 
 def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Checks device and type before the work of loading."""
+    """Checks device and type before anything is loaded."""
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(
-            f"The type {dtype!r} is none for parameters. Give torch.float32, torch.bfloat16 or torch.float16."
+            f"Parameters cannot be of type {dtype!r}. Give torch.float32, torch.bfloat16 or torch.float16."
         )
     try:
         torch.empty(0, device=device)
@@ -173,7 +169,7 @@ def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"There is no device {device!r} to put the encoder on: {reason}. Give 'cpu', or another."
+            f"The encoder cannot be put on device {device!r}: {reason}. Give 'cpu' or another device."
         ) from error
 
 
@@ -224,7 +220,7 @@ def _build_ours(config: dict[str, Any], origin: str) -> Encoder:
 def _build(options: dict[str, Any], pool: str, origin: str) -> Encoder:
     try:
         return Encoder(Architecture.of(options), check_pool(pool))
-    # What comes out of a file may be anything, and fail anywhere.
+    # A file may hold anything, and building from it may fail anywhere.
     except (TheiaError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"The architecture of {origin} is incomplete or wrong: {error} Export the model again."
@@ -251,17 +247,15 @@ def _fetch(repository: str, revision: str | None) -> Path:
     # Not at the top: it takes long to import, and a local model does not need it.
     from huggingface_hub import hf_hub_download
 
-    try:
-        with known_to_answer(repository):
+    with known_to_answer(repository):
+        try:
             paths = [hf_hub_download(repository, name, revision=revision) for name in (CONFIG, WEIGHTS)]
-    except WeightsError:
-        raise
-    except Exception as error:
-        # Between here and the hub are several libraries, each with its own exceptions.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"There is no local folder {repository!r}, and it cannot be had from the Hugging Face hub either: "
-            f"{type(error).__name__}: {reason} Without a network, give a local folder that holds {CONFIG} and "
-            f"{WEIGHTS}."
-        ) from error
+        except Exception as error:
+            # Between here and the hub are several libraries, each with its own exceptions.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WeightsError(
+                f"There is no local folder {repository!r}, and it cannot be loaded from the Hugging Face hub either: "
+                f"{type(error).__name__}: {reason} Without a network, give a local folder that holds {CONFIG} and "
+                f"{WEIGHTS}."
+            ) from error
     return Path(paths[0]).parent

@@ -1,7 +1,7 @@
 """The layout of the published models: their ``config.json`` and their names of the same parameters.
 
 A published folder names its teachers by hub id and holds no statistics of their features. Its transformer has the names
-of transformers' ViT, with queries, keys and values apart.
+of transformers' ViT, with separate queries, keys and values.
 """
 
 import re
@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from theia.encoder.encoder import Pool
-from theia.errors import WeightsError
+from theia.errors import ExportError, WeightsError
 from theia.models.architecture import Architecture
-from theia.models.backbone import THEIA_SHAPES
-from theia.models.positions import PositionRule
-from theia.models.strict import refuse_unless_equal
+from theia.models.backbone import THEIA_SHAPES, PositionRule
+from theia.models.weights import refuse_unless_equal
 
 _BACKBONE = re.compile(r"facebook/deit-(tiny|small|base)-patch16-224")
 _POOLS: dict[str | None, Pool] = {None: "none", "mean_pooling": "mean", "max_pooling": "max", "cls": "cls"}
 
 POSITIONS: PositionRule = "scale_factor"
-"""How the published models resize their position embedding; no training of ours makes such a model."""
+"""Rule by which published models resize their position embedding; models trained here use another."""
 
-# By our name, what the published models call a teacher. Any other is called what it is called here.
+# Names of teachers in published models, by our names. Other teachers have the same name in both.
 HUB_IDS = {
     "clip": "openai/clip-vit-large-patch14",
     "dinov2": "facebook/dinov2-large",
@@ -33,7 +32,7 @@ HUB_IDS = {
     "depth_anything": "LiheYoung/depth-anything-large-hf",
 }
 
-# timm's names of the student's transformer, and theirs.
+# Published names of the student's transformer, by timm's names.
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -56,7 +55,7 @@ _THEIR_HEADS = "translator.translator_heads."
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a published model."""
+    """Whether a ``config.json`` belongs to a published model."""
     return "backbone" in config and "target_feature_sizes" in config
 
 
@@ -68,7 +67,7 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
         origin: Path or id of the model, for messages.
 
     Raises:
-        WeightsError: If it is of a variant that was never released, or incomplete.
+        WeightsError: If the config is incomplete, or the model is of a kind that was never released.
     """
     match = _BACKBONE.fullmatch(str(config["backbone"]))
     unusual = {
@@ -90,20 +89,7 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
             "read."
         )
     teachers = {}
-    sizes = config["target_feature_sizes"]
-    if not isinstance(sizes, Mapping) or not sizes:
-        raise WeightsError(
-            f"The config of {origin} has target_feature_sizes {sizes!r}; it must give [channels, rows, columns] by "
-            "teacher. Fetch the model again."
-        )
-    for hub_id, size in sizes.items():
-        try:
-            channels, rows, columns = (int(value) for value in size)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(
-                f"The config of {origin} gives {hub_id!r} the feature size {size!r}; it must be [channels, rows, "
-                "columns]."
-            ) from error
+    for hub_id, (channels, rows, columns) in _feature_sizes(config, origin).items():
         if (rows, columns) not in ((16, 16), (64, 64)) or "." in hub_id:
             raise WeightsError(
                 f"The config of {origin} has a teacher {hub_id!r} with a grid of {rows}x{columns}; published "
@@ -114,15 +100,29 @@ def read_config(config: Mapping[str, Any], origin: str) -> tuple[Architecture, P
     return architecture, _POOLS[pooled]
 
 
+def _feature_sizes(config: Mapping[str, Any], origin: str) -> dict[str, tuple[int, int, int]]:
+    sizes = config["target_feature_sizes"]
+    try:
+        found = {name: (int(channels), int(rows), int(columns)) for name, (channels, rows, columns) in sizes.items()}
+    except (AttributeError, TypeError, ValueError):
+        found = {}
+    if not found:
+        raise WeightsError(
+            f"The config of {origin} has target_feature_sizes {sizes!r}; it must be [channels, rows, columns] for each "
+            "teacher. Fetch the model again."
+        )
+    return found
+
+
 def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
-    """The ``config.json`` that a model of ours would have been published with.
+    """The ``config.json`` of a model of ours in the published layout.
 
     Args:
         architecture: Architecture of the model.
         pool: Default pooling of the model.
 
     Raises:
-        WeightsError: If their layout cannot hold such a model.
+        ExportError: If the published layout cannot hold the model.
     """
     _check_can_be_published(architecture)
     return {
@@ -148,7 +148,7 @@ def write_config(architecture: Architecture, pool: Pool) -> dict[str, Any]:
 
 
 def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str) -> dict[str, Tensor]:
-    """Their tensors under our names.
+    """Tensors of a published file under our names.
 
     Args:
         tensors: All tensors of the published file, by name.
@@ -156,9 +156,9 @@ def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str
         origin: Path or id of the file, for messages.
 
     Raises:
-        WeightsError: If one is missing or left over; lists all of them, under their names.
+        WeightsError: If a tensor is missing or left over; the message lists them by their published names.
     """
-    # Some of their files have "_" in place of "/" in the names of heads.
+    # Some published files have "_" in place of "/" in the names of heads.
     tensors = {_flat(name): tensor for name, tensor in tensors.items()}
     wanted = {name: [_flat(theirs) for theirs in _theirs(name)] for name in names}
     expected = {theirs for group in wanted.values() for theirs in group}
@@ -170,7 +170,7 @@ def from_theirs(tensors: Mapping[str, Tensor], names: Iterable[str], origin: str
 
 
 def to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under their names.
+    """Our tensors under their published names.
 
     Args:
         tensors: Parameters of a distiller, without statistics.
@@ -183,7 +183,7 @@ def to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _theirs(name: str) -> list[str]:
-    """Their names of one of our parameters: one, or three of queries, keys and values."""
+    """The published names of one of our parameters: one, or three for queries, keys and values."""
     if name.startswith(_VIT):
         inner = name.removeprefix(_VIT)
         if inner in _EMBEDDINGS:
@@ -216,6 +216,6 @@ def _check_can_be_published(architecture: Architecture) -> None:
         if tuple(teacher["grid_hw"]) not in ((16, 16), (64, 64)):
             problems.append("teacher {!r} has a grid of {}x{}".format(name, *teacher["grid_hw"]))
     if problems:
-        raise WeightsError(
+        raise ExportError(
             f"The published layout cannot hold this model: {'; '.join(problems)}. Leave out the format 'authors'."
         )

@@ -15,7 +15,7 @@ The published model `{origin}`, in another form. Its training, figures and licen
 the licence of the published Theia models allows non-commercial use only.
 """
 
-# From the most liberal to the strictest; what is not here is stricter than all of them until somebody has read it.
+# From the most liberal to the strictest; a licence that is not here counts as stricter than all of them.
 _LICENCES = (
     "none",
     "public domain",
@@ -65,12 +65,12 @@ def text(
     Args:
         encoder: Model that the card describes.
         architecture: Architecture of the model.
-        record: What is known of its training, all of it optional: ``teachers`` (by name: ``weights``, ``revision``,
+        record: Record of its training. Every entry is optional: ``teachers`` (by name: ``weights``, ``revision``,
             ``licence``), ``data`` (``name``, ``images``, ``manifest_sha256``), ``recipe`` (options of the training by
-            name), ``changes`` (when the run was resumed: ``step``, ``option``, ``old``, ``new``), ``held_out`` (by
-            teacher: figures by name), ``held_out_images``, ``versions``, ``git_commit``; or ``origin``, the name of the
-            published model that it is.
-        formats: What lies beside the card in other formats, a phrase each.
+            name), ``changes`` (made when the run was resumed: ``step``, ``option``, ``old``, ``new``), ``held_out`` (by
+            teacher: figures by name), ``held_out_images``, ``versions``, ``git_commit``. For a published model, only
+            ``origin``, its name.
+        formats: Descriptions of the other formats in the folder, by format, a phrase each.
     """
     known = record.get("teachers", {})
     rows = []
@@ -137,10 +137,10 @@ def text(
 
 
 def strictest_licence(licences: list[str]) -> str:
-    """The one that allows least; one that is not known here comes before all others.
+    """The licence that allows least; one that is not known here counts as the strictest.
 
     Args:
-        licences: SPDX ids, or a few words.
+        licences: Licences, each as an SPDX id or in a few words.
     """
     if not licences:
         return _UNKNOWN

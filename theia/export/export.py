@@ -1,4 +1,4 @@
-"""Writes a model in some formats, as one folder that is there whole or not at all."""
+"""Writes a model in several formats into one folder, which is there whole or not at all."""
 
 import fcntl
 import os
@@ -41,20 +41,19 @@ def export(
     Args:
         source: Model to export, as for :func:`theia.load`.
         out: Folder to create.
-        formats: Of :data:`theia.export.formats.FORMATS`; several in one text have commas between them.
-        record: What is known of its training; see :func:`theia.export.card.text`. By default what the source itself
-            says.
-        overwrite: Replace a folder that an export wrote before.
-        int8: Also write ONNX in int8.
+        formats: Names from :data:`theia.export.formats.FORMATS`, one by one or in one text with commas.
+        record: Record of the training, as for :func:`theia.export.card.text`; by default the one in the source.
+        overwrite: Whether to replace a folder that an earlier export wrote.
+        int8: Whether to write an int8 ONNX graph, too.
 
     Returns:
-        One line of text for each thing that was written.
+        Descriptions of what was written, one line each.
 
     Raises:
         WeightsError: See :func:`theia.load`.
         CheckpointError: See :func:`theia.load`.
         ConfigError: If a format is unknown, or a package for it is missing.
-        ExportError: If a format cannot hold the model, a graph does not agree with it, or the folder cannot be written,
+        ExportError: If a format cannot hold the model, a graph gives other features, or the folder cannot be written,
             for instance on a full disk.
     """
     names = comma_list(",".join(str(name) for name in one_or_several(formats)))
@@ -72,14 +71,14 @@ def export(
             lines = [line for write in writers for line in write(model, part)]
             for path in [*part.rglob("*"), part]:
                 sync(path)
-            # Once more: what came meanwhile is not ours to replace.
+            # Again: what was put there meanwhile is not ours to replace.
             _check_free(out, overwrite)
             _put_in_place(part, out)
     return lines
 
 
 def _record_of(source: str | os.PathLike[str], encoder: Encoder) -> Mapping[str, Any]:
-    """What a model says of itself; a published one says nothing, so that where it comes from is all there is to say."""
+    """The record in a model's config. A published model has none, so its record only says where it comes from."""
     folder = local_path(source)
     if folder.is_file():
         return {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from theia.encoder import published
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import CONFIG, MODEL_TYPE, PREFIX, WEIGHTS
-from theia.errors import ConfigError, ExportError, WeightsError
+from theia.errors import ConfigError, ExportError
 from theia.export import card, onnx
 from theia.models.architecture import Architecture
 from theia.models.backbone import THEIA_SHAPES
@@ -31,9 +31,9 @@ class Exported:
     Attributes:
         encoder: Encoder on the CPU, in float32.
         architecture: Architecture of the encoder.
-        record: What is known of its training; see :func:`theia.export.card.text`.
+        record: Record of its training, as for :func:`theia.export.card.text`.
         formats: Names of all formats that the folder will hold.
-        int8: Whether ONNX comes in int8, too.
+        int8: Whether there is an int8 ONNX graph, too.
     """
 
     encoder: Encoder
@@ -77,7 +77,7 @@ def write_authors(model: Exported, folder: Path) -> list[str]:
 def write_timm(model: Exported, folder: Path) -> list[str]:
     """Weights of the student that ``timm.create_model(NAME, checkpoint_path=FILE)`` loads strictly.
 
-    timm's model has a classifier; the student has none, so it is all zeros. Its layer norms have another epsilon.
+    timm's model has a classifier, which is filled with zeros as the student has none, and another layer-norm epsilon.
 
     Raises:
         ExportError: If timm has no such model.
@@ -109,7 +109,7 @@ def write_onnx(model: Exported, folder: Path) -> list[str]:
 
     Raises:
         ConfigError: If packages are missing.
-        ExportError: If it does not agree.
+        ExportError: If the graph does not agree with the encoder.
     """
     found = onnx.export(model.encoder, folder / "onnx", model.int8)
     report = {"least_cosine_allowed": {onnx.MODEL: onnx.LEAST_COSINE, onnx.INT8_MODEL: onnx.LEAST_INT8_COSINE}, **found}
@@ -139,10 +139,7 @@ def check(model: Exported, formats: list[str]) -> None:
     if "timm" in formats:
         _timm_name(model.architecture)
     if "authors" in formats:
-        try:
-            published.write_config(model.architecture, model.encoder.pool)
-        except WeightsError as error:
-            raise ExportError(str(error)) from error
+        published.write_config(model.architecture, model.encoder.pool)
 
 
 def _timm_name(architecture: Architecture) -> str:
@@ -164,8 +161,8 @@ def _pixels(model: Exported) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # The format is read elsewhere, too: plain memory order, whatever is fastest here. Written by Python: the library's
-    # own writer has another error for a full disk, which nobody expects, and leaves the file to its owner alone.
+    # Others read these files: plain memory order, whatever is fastest here. Python writes them, as the library's own
+    # writer raises an error of its own on a full disk, and lets nobody but the owner read the file.
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
 
 
@@ -201,4 +198,4 @@ FORMATS: dict[str, Callable[[Exported, Path], list[str]]] = {
     "timm": write_timm,
     "authors": write_authors,
 }
-"""Writers by the names of ``--formats``; ``hf`` is another word for ``safetensors``, which ``AutoModel`` reads."""
+"""Writers by the names of ``--formats``; ``hf`` is another name for ``safetensors``, which ``AutoModel`` reads."""

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 MODEL = "encoder.onnx"
 INT8_MODEL = "encoder.int8.onnx"
-# Height and width in pixels at which a graph is checked: that of training, a smaller oblong and a larger one; or what
-# is nearest to them for the backbone.
+# Height and width in pixels of the images that a graph is checked on: the training size, a smaller oblong and a larger
+# one, or the sizes nearest to them that the backbone takes.
 SIZES = ((224, 224), (160, 240), (320, 256))
 LEAST_COSINE = 0.99999
 LEAST_INT8_COSINE = 0.999
@@ -51,19 +51,19 @@ def export(encoder: Encoder, folder: Path, int8: bool = False) -> dict[str, Pari
 
     The graph has one input, ``images``, uint8 ``(batch, height, width, 3)`` from 0 to 255, both sides multiples of the
     stride, and the outputs ``patches`` ``(batch, N, C)``, ``cls`` ``(batch, C)`` and ``registers`` ``(batch, R, C)``,
-    the last two if the model has them. Of a few backbones of timm it is for the training size alone.
+    the last two if the model has them. With a few timm backbones it takes the training size only.
 
     Args:
         encoder: Encoder on the CPU, in float32.
         folder: Folder for the files.
-        int8: Also write a graph whose weights are int8, with activations quantised as they come.
+        int8: Whether to write a second graph with int8 weights, which quantises activations at run time.
 
     Returns:
-        By file, by size, the largest difference and the least cosine; see :func:`parity`.
+        Result of :func:`parity` for each file.
 
     Raises:
         ConfigError: If packages are missing.
-        ExportError: If a graph does not give what the encoder gives; says how far off it is.
+        ExportError: If a graph gives other features than the encoder; the message says how far off they are.
     """
     check_installed()
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def write_graph(encoder: Encoder, path: Path) -> None:
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             graph,
             (example,),
             dynamo=True,
@@ -106,8 +106,6 @@ def write_graph(encoder: Encoder, path: Path) -> None:
             output_names=graph.outputs,
             dynamic_shapes={"images": shape},
         )
-    if program is None:
-        raise ExportError("torch.onnx.export gave no program. Export without 'onnx'.")
     _forget_sources(program.model)
     program.save(str(path))
 
@@ -116,16 +114,16 @@ def quantise(path: Path, target: Path) -> None:
     """Writes a graph with int8 weights, by ONNX Runtime's dynamic quantisation.
 
     Args:
-        path: The float graph.
-        target: The int8 graph.
+        path: Path of the float graph.
+        target: Path of the int8 graph to write.
 
     Raises:
-        ExportError: If it cannot be made.
+        ExportError: If ONNX Runtime fails.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet("root"):
-        # The patch embedding, a convolution, stays as it is: its input are pixels. Weights have 7 of their 8 bits: sums
+        # The patch embedding, a convolution, stays as it is: its input is pixels. Weights have 7 of their 8 bits: sums
         # of two full products overflow on CPUs without VNNI instructions.
         try:
             quantize_dynamic(
@@ -139,11 +137,11 @@ def quantise(path: Path, target: Path) -> None:
         except OSError:
             raise
         except Exception as error:
-            # It writes copies of the graph, on a full disk in part, and stumbles over what it reads back.
+            # It writes copies of the graph. On a full disk they are cut short, and it fails when it reads them back.
             reason = str(error).strip().partition("\n")[0]
             size = f"{path.stat().st_size:,} bytes"
             raise ExportError(
-                f"ONNX Runtime made no int8 graph of {path.name} ({type(error).__name__}: {reason}). Look whether "
+                f"ONNX Runtime made no int8 graph of {path.name} ({type(error).__name__}: {reason}). Check that "
                 f"file system {mount_of(path)} has room for two more copies of the graph, {size} each; if it "
                 "has, export without --int8."
             ) from error
@@ -219,8 +217,8 @@ class _Graph(nn.Module):
         batch, height, width, _ = images.shape
         side = self.encoder.distiller.student.backbone.stride
         rows, columns = height // side, width // side
-        # Cut into patches and put together again only so that a runtime refuses a size that is no multiple of them: the
-        # patch embedding alone would cut off what is left over.
+        # Cut into patches and joined again only so that a runtime refuses a size that is not a multiple of the stride:
+        # the patch embedding alone would crop it silently.
         pieces = images.reshape(batch, rows, side, columns, side, 3).permute(0, 5, 1, 2, 3, 4)
         found = _outputs(self.encoder, pieces.reshape(batch, 3, height, width))
         return tuple(found[name] for name in self.outputs)
@@ -258,7 +256,7 @@ def _refuse_below(least: float, found: Mapping[str, Mapping[str, float]], what: 
 
 
 class _quiet:
-    """Raises the level of loggers for a while: the exporter tells its own developers more than its users."""
+    """Raises the level of loggers for a while: what the exporter logs is for its own developers."""
 
     def __init__(self, *names: str) -> None:
         self._loggers = [logging.getLogger(None if name == "root" else name) for name in names]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from theia.errors import ConfigError
 from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
@@ -67,6 +67,8 @@ class ExtractConfig:
         check_number("max_skipped", self.max_skipped, 0, 1)
         if isinstance(self.devices, int):
             check_number("devices", self.devices, -1, MOST_PROCESSES)
+        if self.resize not in get_args(Resize):
+            raise ConfigError(f"--resize is {self.resize!r}; choose 'squash' or 'center_crop'.")
         if not self.teacher_names:
             raise ConfigError("--teachers is empty. Name at least one; `theia teachers` lists the installed ones.")
         repeated = sorted({name for name in self.teacher_names if self.teacher_names.count(name) > 1})

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec
+from typing import ParamSpec
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from theia import registry
 from theia.errors import ConfigError, ImageError, PluginError
 from theia.extraction.config import ExtractConfig
-from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.store.features import ShardWriter
@@ -101,8 +102,9 @@ class Handover:
         last.result()
 
 
-class DecodedImages(NamedTuple):
-    """A few images that are neighbours in the list.
+@dataclass(frozen=True)
+class DecodedImages:
+    """A few images that are neighbours in the list. The loader passes on an object of this kind as it is.
 
     Attributes:
         images: Pixels of the readable images, uint8, shape ``(n, 3, size, size)``.
@@ -157,7 +159,6 @@ def store_images(
         _Decoder(source, images.size, images.resize),
         sampler=[piece for shard in missing for piece in pieces[shard]],
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=config.workers,
     )
     decoded = iter(loader)
@@ -214,15 +215,6 @@ def _pieces(images: ImageSet, shard: int) -> list[range]:
     start = shard * images.shard_size
     stop = start + images.listed_in(shard)
     return [range(first, min(first + _DECODED_TOGETHER, stop)) for first in range(start, stop, _DECODED_TOGETHER)]
-
-
-def _unchanged(decoded: Any) -> Any:
-    return decoded
-
-
-class _HostFeatures(NamedTuple):
-    features: TeacherFeatures
-    copied: torch.cuda.Event | None  # the copies are complete when it has happened
 
 
 def store_features(
@@ -321,7 +313,7 @@ def _store_shard(
                 batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
                 for name, teacher in teachers.items():
                     features = _forward(teacher, batch, config, fabric)
-                    storing.give(_append, files[name], _to_host(features, fabric.device))
+                    storing.give(_append, files[name], *_to_host(features, fabric.device))
                 progress.advance(stop - start, row_bytes * (stop - start))
         # A slow disk takes long to sync a whole shard; the first batch of the next shard need not wait for it.
         storing.give(opened.pop_all().close)
@@ -341,19 +333,20 @@ def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fa
     return features
 
 
-def _to_host(features: TeacherFeatures, device: torch.device) -> _HostFeatures:
+def _to_host(features: TeacherFeatures, device: torch.device) -> tuple[TeacherFeatures, torch.cuda.Event | None]:
+    """Features in the memory of the host, and the event after which their copies are complete."""
     # Kept in the type that the teacher gave, which may be narrower: the thread that stores it converts it to float32.
     cuda = device.type == "cuda"
     patches = features.patches.to("cpu", non_blocking=cuda)
     cls = None if features.cls is None else features.cls.to("cpu", non_blocking=cuda)
     copied = torch.cuda.current_stream(device).record_event() if cuda else None
-    return _HostFeatures(TeacherFeatures(patches, cls), copied)
+    return TeacherFeatures(patches, cls), copied
 
 
-def _append(file: ShardWriter, host: _HostFeatures) -> None:
-    if host.copied is not None:
-        host.copied.synchronize()
-    patches, cls = host.features.patches, host.features.cls
+def _append(file: ShardWriter, features: TeacherFeatures, copied: torch.cuda.Event | None) -> None:
+    if copied is not None:
+        copied.synchronize()
+    patches, cls = features.patches, features.cls
     # Image by image: the conversions then need little memory, which stays in the processor's cache.
     for row in range(len(patches)):
         one = slice(row, row + 1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, to_square
-from theia.extraction.files import IMAGE_ENDINGS, is_folder
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.sources import FolderSource, ImageSource, open_source
+from theia.extraction.user_files import IMAGE_ENDINGS, is_folder
 
 _SEED = 0
 _MAX_THREADS = 8

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
-from theia.models.positions import PositionRule
 
 Registers = Literal[0, 1, 4, 8]
+# Rules for resizing a position embedding. "size", our rule and timm's: bicubic, antialiased, from corner to corner.
+# "scale_factor", the rule of the published models: bicubic with scale factor (n + 0.1) / trained, not antialiased.
+PositionRule = Literal["size", "scale_factor"]
 
 TIMM = "timm:"
 THEIA_SHAPES: dict[str, tuple[int, int, int]] = {  # width, depth and heads, as in DeiT

@@ -183,12 +183,13 @@ class Distiller(nn.Module):
 
 def _parse(name: str, record: Mapping[str, Any]) -> tuple[int, tuple[int, int], bool]:
     try:
-        rows, columns = record["grid_hw"]
-        channels, has_cls = record["channels"], record["has_cls"]
-    except (KeyError, TypeError, ValueError) as error:
+        channels, (rows, columns), has_cls = record["channels"], record["grid_hw"], record["has_cls"]
+        fits = min(channels, rows, columns) > 0
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
         raise ConfigError(
-            f"The record of teacher {name!r} is {record!r}; it needs channels, grid_hw: [rows, columns] and has_cls."
-        ) from error
-    if min(rows, columns, channels) < 1:
-        raise ConfigError(f"The record of teacher {name!r} is {record!r}; channels and grid must be positive.")
+            f"The record of teacher {name!r} is {record!r}; it needs has_cls and, in positive numbers, "
+            "channels and grid_hw: [rows, columns]."
+        )
     return int(channels), (int(rows), int(columns)), bool(has_cls)

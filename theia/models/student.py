@@ -82,7 +82,7 @@ class Student(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape or type.
         """
-        if images.dtype != torch.uint8:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(
                 f"Images of shape {tuple(images.shape)} and type {images.dtype}; a student takes uint8 (B, 3, H, W)."
             )
@@ -119,8 +119,6 @@ class Student(nn.Module):
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Normalised pixels in the type of the parameters."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ShapeError(f"Images of shape {tuple(images.shape)}; a student takes uint8 (B, 3, H, W).")
         self.backbone.check_size(*images.shape[-2:])
         precision = self.backbone.dtype
         # At least float32, whatever the precision of the weights: mean and std would lose bits in bfloat16.

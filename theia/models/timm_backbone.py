@@ -11,10 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, WeightsError
-from theia.models import deit
 from theia.models.backbone import TIMM, Backbone, StudentOptions, StudentTokens, check_divides
-from theia.models.strict import load_strictly
 from theia.models.vit import ViT
+from theia.models.weights import existing_file, load_strictly
 
 
 class TimmBackbone(Backbone):
@@ -69,7 +68,13 @@ class TimmBackbone(Backbone):
                 f"out {', '.join(f'model.{name}' for name in fixed)}."
             )
         name, size = options.backbone.removeprefix(TIMM), options.image_size
-        model, any_size = _create(name, size)
+        if not name.startswith("hf-hub:") and not timm.is_model(name):
+            near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
+            raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
+        try:
+            model, any_size = _create(name, size)
+        except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"timm cannot build {name} for images of {size} pixels: {error}") from error
         built = cls(name, model, (size, size), options.backbone_stage, any_size)
         # A convolutional network takes any size and rounds its grid, so images of other sizes would not lie on it.
         stages = built._stages
@@ -78,10 +83,10 @@ class TimmBackbone(Backbone):
         return built
 
     def load_weights(self, weights: str) -> None:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.load_weights`."""
         source: dict[str, Any] = {}
         if weights != "pretrained":
-            source = {"pretrained_cfg_overlay": {"file": str(deit.existing_file(weights))}}
+            source = {"pretrained_cfg_overlay": {"file": str(existing_file(weights))}}
         try:
             model, _ = _create(self.name, self.image_hw[0], pretrained=True, **source)
         except Exception as error:
@@ -93,15 +98,16 @@ class TimmBackbone(Backbone):
             ) from error
         own = self.model.state_dict().keys()
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name in own}
-        load_strictly(self.model, tensors, self.name if weights == "pretrained" else weights)
+        origin = self.name if weights == "pretrained" else weights
+        load_strictly(self.model, tensors, origin, advice=f"Give weights of timm's {self.name}.")
 
     def blocks(self) -> list[nn.Module]:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.blocks`."""
         every = super().blocks()
         return every if self.stage is None else every[: self.stage + 1]
 
     def tokens(self, pixels: Tensor) -> StudentTokens:
-        """Does what :class:`Backbone` says."""
+        """See :meth:`Backbone.tokens`."""
         if self.stage is not None:
             return self.intermediates(pixels, [self.stage], norm=self._is_transformer)[0]
         return super().tokens(pixels)
@@ -128,7 +134,7 @@ class TimmBackbone(Backbone):
                 size, grid = ("{}x{}".format(*pair) for pair in (self.image_hw, tokens.grid))
                 raise ConfigError(
                     f"timm's {self.name} gives a grid of {grid} for images of {size} pixels, which do not divide into "
-                    f"squares of {self.stride} pixels. Take images of another size."
+                    f"squares of {self.stride} pixels. Choose images of another size."
                 )
             parameters = list(self.parameters())
             by_patches = _unused(tokens.patches, parameters)
@@ -146,12 +152,12 @@ class TimmBackbone(Backbone):
             return
         if not isinstance(features, Tensor) or features.ndim != 3:
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigError(f"timm's {self.name} gives no spatial features, but {shape}. Take another.")
+            raise ConfigError(f"timm's {self.name} gives no spatial features, but {shape}. Choose another.")
         prefix = getattr(self.model, "num_prefix_tokens", None)
         if prefix is None:
             raise ConfigError(
                 f"timm's {self.name} gives tokens of shape {tuple(features.shape)} and does not tell how many of "
-                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Take another"
+                "them are prefix tokens, such as CLS, so that spatial ones cannot be told apart. Choose another"
                 f"{', or one of its stages with backbone_stage' if self._has_intermediates else ''}."
             )
         # Not all of timm's transformers tell whether they have a CLS token, but all with one call it cls_token and put
@@ -167,31 +173,21 @@ class TimmBackbone(Backbone):
             return grid[0], grid[1]
         side = math.isqrt(tokens)
         if side == 0 or side * side != tokens or self.image_hw[0] != self.image_hw[1]:
-            raise ConfigError(
-                f"timm's {self.name} gives {tokens} tokens on a grid that it does not tell. Take another."
-            )
+            raise ConfigError(f"timm's {self.name} gives {tokens} tokens and does not tell their grid. Choose another.")
         return side, side
 
 
-def _create(name: str, size: int, pretrained: bool = False, **options: Any) -> tuple[nn.Module, bool]:
+def _create(name: str, size: int, **options: Any) -> tuple[nn.Module, bool]:
     """Creates a timm model for one image size, and tells whether it also takes other sizes."""
-    if not pretrained and not name.startswith("hf-hub:") and not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
-        raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
     # Only transformers have to be told the image size, and only some of them can change it later.
     ways: list[dict[str, Any]] = [{"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}]
     for way in ways:
         try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **way, **options)
+            model = timm.create_model(name, num_classes=0, **way, **options)
+            break
         except TypeError as error:
-            if way and "unexpected keyword argument" in str(error):
-                continue
-            raise ConfigError(f"timm cannot build {name}: {error}") from error
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if pretrained:
+            if not way or "unexpected keyword argument" not in str(error):
                 raise
-            raise ConfigError(f"timm cannot build {name} for images of {size} pixels: {error}") from error
-        break
     asks = inspect.signature(type(model)).parameters
     return model, "img_size" not in asks or "dynamic_img_size" in asks
 

@@ -16,7 +16,7 @@ class Camera:
         intrinsics: Focal lengths and centre in pixels, shape ``(3, 3)``.
         to_world: Rotation and position of the camera, shape ``(4, 4)``.
         width: Width of the picture, in pixels.
-        height: The same.
+        height: Height of the picture, in pixels.
     """
 
     intrinsics: Floats
@@ -28,8 +28,8 @@ class Camera:
         """World directions through the centres of a grid of cells, of one unit of depth each.
 
         Args:
-            rows: Rows of cells over the whole picture.
-            columns: The same.
+            rows: Number of rows of cells over the whole picture.
+            columns: Number of columns of cells.
 
         Returns:
             Shape ``(rows, columns, 3)``.
@@ -43,7 +43,7 @@ class Camera:
         """World points of a depth map.
 
         Args:
-            depth: Along the optical axis, shape ``(H, W)``, of any size over the whole picture.
+            depth: Depth along the optical axis, shape ``(H, W)``, over the whole picture at any resolution.
 
         Returns:
             Shape ``(H, W, 3)``.

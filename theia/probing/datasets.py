@@ -1,4 +1,4 @@
-"""Pictures with what is true at their pixels."""
+"""Data for dense probes: pictures, the true maps of their pixels, and cameras, read from a folder and checked."""
 
 import hashlib
 import itertools
@@ -15,10 +15,10 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, read_image, to_square
-from theia.extraction.files import open_regular
+from theia.extraction.images import UnreadableImageError, read_image, to_square
+from theia.extraction.user_files import open_regular
 from theia.probing.cameras import Camera
-from theia.probing.metrics import IGNORED
+from theia.probing.dense_metrics import IGNORED
 from theia.utils.progress import Progress
 
 Task = Literal["depth", "normals", "segmentation", "correspondence"]
@@ -32,7 +32,7 @@ class Storage:
     """Gives arrays: in memory, or in files of a folder that are mapped into memory.
 
     Args:
-        folder: For the files; ``None`` for memory.
+        folder: Folder for the files; ``None`` keeps arrays in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -50,11 +50,11 @@ class Storage:
 
 @contextmanager
 def temporary(on_disk: bool, folder: Path | None) -> Iterator[Storage]:
-    """A storage whose files are deleted in the end.
+    """Gives a storage whose files are deleted when the block ends.
 
     Args:
         on_disk: Whether to map files; memory otherwise.
-        folder: Where to put them; the system's temporary folder by default.
+        folder: Folder to put them in; the system's temporary folder by default.
     """
     if not on_disk:
         yield Storage()
@@ -69,11 +69,11 @@ class DenseSplit:
 
     Attributes:
         images: RGB, uint8, shape ``(n, 3, S, S)``.
-        depth: Metres along the optical axis, float32, shape ``(n, S, S)``; 0 where it is not known.
-        normals: Unit length, float32, shape ``(n, 3, S, S)``; zero where it is not known.
+        depth: Depth in metres along the optical axis, float32, shape ``(n, S, S)``; 0 where it is not known.
+        normals: Surface normals of unit length, float32, shape ``(n, 3, S, S)``; zero where it is not known.
         labels: Class indices, uint8, shape ``(n, S, S)``; 255 where they do not count.
-        cameras: One per picture.
-        pairs: Places of two pictures of one scene each.
+        cameras: Camera of each picture.
+        pairs: Indices of the two pictures of each pair, which show the same scene.
     """
 
     images: NDArray[np.uint8]
@@ -89,10 +89,10 @@ class DenseData:
     """What dense probes are trained and tested on.
 
     Attributes:
-        train: Heads are fitted here.
-        val: Figures are of these.
+        train: Split that heads are fitted on.
+        val: Split that figures are measured on.
         classes: Names of the classes of ``labels``, or as many numbers.
-        description: What the record says of the data.
+        description: Description of the data, for the record.
     """
 
     train: DenseSplit
@@ -125,12 +125,12 @@ def open_folder(root: Path, tasks: Sequence[Task], storage: Storage) -> DenseDat
     """Checks all files of a folder, then reads them.
 
     Args:
-        root: Laid out as this module says.
-        tasks: What will be probed: other maps are not read.
+        root: Folder in the layout that ``docs/probing.md`` shows.
+        tasks: Tasks that will be probed; maps of other tasks are not read.
         storage: Where to keep what is read.
 
     Raises:
-        ImageError: If files are missing, cannot be read, or are not what they must be; names the first.
+        ImageError: If files are missing, cannot be read, or are not what they must be. The message names the first.
         ConfigError: If the labels of training are of one class, or those of val of none; or a split has no depth up to
             10 m, or no normal.
     """
@@ -201,7 +201,7 @@ def _read(split: Path, names: Sequence[str], maps: Sequence[str], storage: Stora
 
 
 def _check_known(split: Path, found: DenseSplit, tasks: Sequence[Task]) -> None:
-    """Where nothing is known there is nothing to learn, and no figure."""
+    """Refuses a split of which nothing is known: there would be nothing to learn, and no figure."""
     if "depth" in tasks and found.depth is not None:
         deepest = max(float(depth.max()) for depth in found.depth)
         if not any(((depth > 0) & (depth <= MAX_DEPTH)).any() for depth in found.depth):
@@ -269,15 +269,21 @@ def header(path: Path) -> tuple[tuple[int, int], str]:
     Raises:
         ImageError: If it cannot be read.
     """
+    with _opened(path) as image:
+        return image.size, image.mode
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with open_regular(path) as file, Image.open(file) as image:
-            return image.size, image.mode
+            yield image
     except (OSError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path} cannot be read: {error}. Remove or replace it.") from error
 
 
 def nearest_values(path: Path) -> NDArray[np.float32]:
-    """A map on the square grid of pictures; at each place the value of the pixel that is nearest.
+    """Reads a map and resizes it to the square of the pictures, by nearest neighbours.
 
     Returns:
         Shape ``(S, S)`` or ``(S, S, 3)``.
@@ -285,18 +291,15 @@ def nearest_values(path: Path) -> NDArray[np.float32]:
     Raises:
         ImageError: If it cannot be read.
     """
-    try:
-        with open_regular(path) as file, Image.open(file) as image:
-            values = np.asarray(image)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error}. Remove or replace it.") from error
+    with _opened(path) as image:
+        values = np.asarray(image)
     rows, columns = (((np.arange(IMAGE_SIZE) + 0.5) * edge / IMAGE_SIZE).astype(int) for edge in values.shape[:2])
     found: NDArray[np.float32] = values[rows][:, columns].astype(np.float32)
     return found
 
 
 def unit_vectors(colours: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normals of colours from 0 to 255, ``(S, S, 3)`` to ``(3, S, S)``; zero where far from unit length."""
+    """Unit normals ``(3, S, S)`` from colours of 0 to 255 ``(S, S, 3)``; zero where the length is far from 1."""
     vectors = (colours / 127.5 - 1).transpose(2, 0, 1)
     length = np.linalg.norm(vectors, axis=0)
     # 8 bits put a unit vector off by a hundredth; black has a length of 1.7.
@@ -315,7 +318,7 @@ def size_text(shape: Sequence[int]) -> str:
 
 
 def fingerprint(*parts: object) -> str:
-    """Letters that differ if one of the parts does: arrays, and what JSON can hold."""
+    """Digest of arrays and of values that JSON can hold; it differs if one of them does."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -327,7 +330,7 @@ def fingerprint(*parts: object) -> str:
 
 
 def of_data(data: DenseData) -> str:
-    """Of all pictures, maps, cameras and pairs."""
+    """Fingerprint of all pictures, maps, cameras and pairs."""
     parts: list[object] = [list(data.classes)]
     for split in (data.train, data.val):
         parts += [values for values in (split.images, split.depth, split.normals, split.labels) if values is not None]
@@ -337,7 +340,7 @@ def of_data(data: DenseData) -> str:
 
 
 def of_files(*roots: str | None) -> str:
-    """Of names, sizes and times of all files in folders, and of files."""
+    """Fingerprint of the names, sizes and times of files, and of all files in folders."""
     every = [path for root in roots if root for path in [Path(root), *sorted(Path(root).rglob("*"))]]
     return fingerprint([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in every if path.is_file()])
 
@@ -350,10 +353,10 @@ def read_cameras(split: Path, names: Sequence[str]) -> tuple[list[Camera], list[
         names: File names of the pictures.
 
     Returns:
-        A camera per picture, and places of two pictures each.
+        The camera of each picture, and the indices of the two pictures of each pair.
 
     Raises:
-        ImageError: If a file is missing or does not hold what it must; names it.
+        ImageError: If a file is missing or does not hold what it must. The message names it.
     """
     intrinsics = _matrix(split / "intrinsics.txt")[:3, :3]
     if min(intrinsics[0, 0], intrinsics[1, 1], intrinsics[2, 2]) <= 0:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from theia.probing.datasets import MAX_DEPTH, DenseData, DenseSplit, Task
-from theia.probing.features import Features
-from theia.probing.metrics import (
+from theia.probing.dense_metrics import (
     IGNORED,
     LEAST_DEPTH,
     confusion,
@@ -34,6 +33,7 @@ from theia.probing.metrics import (
     normal_metrics,
     pixel_accuracy,
 )
+from theia.probing.embedding import Features
 from theia.utils.progress import Progress
 
 _UPSAMPLING = 4  # of the tokens' grid, before what a head gives becomes depth
@@ -49,9 +49,9 @@ class Fit:
 
     Attributes:
         epochs: Passes over the training images.
-        warmup: How many of the epochs the learning rate rises for.
-        batch_size: Images per step.
-        learning_rate: The highest learning rate of AdamW.
+        warmup: Number of epochs in which the learning rate rises.
+        batch_size: Number of images per step.
+        learning_rate: Highest learning rate of AdamW.
     """
 
     epochs: int
@@ -69,7 +69,7 @@ class LinearHead(nn.Module):
     Args:
         mean: Mean of each channel, shape ``(C,)``.
         whitening: Matrix that centred tokens are multiplied by from the right, shape ``(C, C)``.
-        out: Channels that it gives.
+        out: Number of channels of the maps.
     """
 
     mean: Tensor
@@ -86,7 +86,7 @@ class LinearHead(nn.Module):
 
         Args:
             tokens: Patch tokens, shape ``(B, N, C)``.
-            grid: Their rows and columns.
+            grid: Rows and columns of the tokens.
             size: Height and width of pictures, in pixels.
 
         Returns:
@@ -115,14 +115,14 @@ def fit_head(
 
     Args:
         features: Features of the training images.
-        white: What :func:`whitening` gives for these features.
+        white: Result of :func:`whitening` for these features.
         targets: True maps of the training images, shape ``(n, ..., S, S)``.
-        out: Channels of the head.
-        loss: Takes the head's maps and a batch of targets.
+        out: Number of channels of the head's maps.
+        loss: Loss of the head's maps and a batch of targets.
         fit: How the head is fitted.
         seed: Seed of the first weights and of the order of images.
-        device: Where to fit it.
-        label: What the progress bar says.
+        device: Device to fit it on.
+        label: Text for the progress bar.
 
     Source: probe3D, ``train_depth.py`` and ``cosine_decay_linear_warmup``.
     """
@@ -153,9 +153,9 @@ def rate(step: int, steps: int, warmup: float) -> float:
     """Share of the learning rate at a step.
 
     Args:
-        step: From 0.
-        steps: All.
-        warmup: Steps of them in which it rises.
+        step: Number of the step, from 0.
+        steps: Number of all steps.
+        warmup: Number of steps in which the learning rate rises.
     """
     if step <= warmup:
         share = step / warmup if warmup else 1.0
@@ -169,13 +169,13 @@ def apply_head(head: LinearHead, features: Features, size: int, batch_size: int)
     """A head's maps of all images, in order.
 
     Args:
-        head: Fitted.
+        head: Fitted head.
         features: Features of the images.
         size: Height and width of pictures, in pixels.
-        batch_size: Images at a time.
+        batch_size: Number of images at a time.
 
     Yields:
-        Which images, and their maps, shape ``(B, out, h, w)``.
+        Places of some images, and their maps, shape ``(B, out, h, w)``.
     """
     for start in range(0, len(features.tokens), batch_size):
         part = slice(start, start + batch_size)
@@ -184,7 +184,7 @@ def apply_head(head: LinearHead, features: Features, size: int, batch_size: int)
 
 
 def whitening(tokens: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """What makes tokens of mean 0 and, over all tokens of all images, of covariance 1; bounded in memory.
+    """Finds the map that gives all tokens of all images a mean of 0 and a covariance of 1, in bounded memory.
 
     Channels are standardised, then turned into the principal axes of their correlations, then each axis is divided by
     the root of its variance plus a thousandth.
@@ -222,16 +222,16 @@ class HeadTask(Protocol):
     channels: int
 
     def targets(self, split: DenseSplit) -> NDArray[Any]:
-        """What is true, of all pictures of a split."""
+        """True maps of all pictures of a split."""
 
     def loss(self, maps: Tensor, target: Tensor) -> Tensor:
-        """What training makes small; a scalar."""
+        """The loss that training makes small, a scalar."""
 
     def predict(self, maps: Tensor, size: int) -> Tensor:
-        """What a head's maps say at every pixel: metres ``(B, S, S)``, vectors ``(B, 3, S, S)``, or class indices."""
+        """Prediction at every pixel: metres ``(B, S, S)``, vectors ``(B, 3, S, S)``, or class indices ``(B, S, S)``."""
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Figures of a batch that :meth:`summarise` takes together."""
+        """Figures of a batch, for :meth:`summarise`."""
 
     def summarise(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         """Figures of all batches."""
@@ -241,7 +241,7 @@ class HeadTask(Protocol):
 
 
 def head_task(name: Task, data: DenseData) -> HeadTask:
-    """The task of a name; correspondence has no head."""
+    """The task of this name, which is not correspondence: that has no head."""
     if name == "depth":
         return DepthTask()
     return NormalTask() if name == "normals" else SegmentationTask(len(data.classes))

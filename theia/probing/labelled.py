@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from theia.errors import ConfigError, ImageError
-from theia.extraction.decode import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.sources import FolderSource, ImageSource, open_source
 from theia.probing.datasets import IMAGE_SIZE, header
 from theia.utils.progress import Progress
@@ -46,7 +46,7 @@ class Labelled:
         """Decoded images, uint8, shape ``(B, 3, 224, 224)``, in order.
 
         Raises:
-            ImageError: If one cannot be read; names it.
+            ImageError: If an image cannot be read. The message names it.
         """
         # Pillow lets go of the interpreter's lock while it decodes and resizes.
         with _threads() as pool:
@@ -55,7 +55,7 @@ class Labelled:
                 yield torch.from_numpy(np.stack(images))
 
     def some(self, count: int) -> NDArray[np.uint8]:
-        """A few images spread over all, shape ``(count, 3, 224, 224)``; at most all."""
+        """A few images, spread evenly over all of them, shape ``(count, 3, 224, 224)``; at most all."""
         spread = np.unique(np.linspace(0, len(self) - 1, count).round().astype(int))
         return np.stack([self._decode(place) for place in self.places[spread]])
 
@@ -71,8 +71,9 @@ def open_labelled(images: str, val: str | None, neighbours: int) -> tuple[Labell
 
     Args:
         images: A folder whose sub-folders are the classes.
-        val: The same for the held-out images; every fifth image of each class of ``images`` by default.
-        neighbours: Training images that are needed at least.
+        val: Folder of held-out images with the same sub-folders; every fifth image of each class of ``images`` by
+            default.
+        neighbours: Smallest number of training images.
 
     Returns:
         Training images, held-out images; classes are numbered alike.

@@ -30,7 +30,7 @@ class Schedule:
         batch_size: Images per step; all of them if there are fewer.
         base_rate: Learning rate per 256 images of a step.
         epochs: Passes over the training images.
-        warmup: How many of the epochs the learning rate rises for.
+        warmup: Number of epochs in which the learning rate rises.
     """
 
     batch_size: int
@@ -62,6 +62,21 @@ class LinearProbe(nn.Module):
         scores: Tensor = self.linear(self.norm(vectors))
         return scores
 
+    @torch.no_grad()
+    def classify(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Finds the most likely class of each vector, some vectors at a time to bound memory.
+
+        Args:
+            vectors: Vectors to classify, shape ``(m, C)``.
+
+        Returns:
+            Class indices, shape ``(m,)``.
+        """
+        device = self.linear.weight.device
+        starts = range(0, len(vectors), _CHUNK)
+        parts = (torch.from_numpy(vectors[start : start + _CHUNK]).to(device) for start in starts)
+        return torch.cat([self(part).argmax(1).cpu() for part in parts]).numpy()
+
 
 def lars(probe: LinearProbe, rate: float) -> Lars:
     """LARS as in MAE: momentum 0.9, no weight decay, no scaling of the bias's steps.
@@ -83,10 +98,10 @@ def rate_at(epoch: float, peak: float, epochs: float, warmup: float) -> float:
     """Learning rate at a point of the training: linear from 0 to the peak, then half a cosine down to 0.
 
     Args:
-        epoch: Epochs done so far, with their fraction.
-        peak: The highest learning rate.
+        epoch: Number of epochs done so far, with their fraction.
+        peak: Highest learning rate.
         epochs: Length of the training, in epochs.
-        warmup: How many of the epochs the learning rate rises for.
+        warmup: Number of epochs in which the learning rate rises.
 
     Source: MAE's ``util/lr_sched.py``.
     """
@@ -114,8 +129,8 @@ def train_probe(
         classes: Number of classes.
         schedule: How the probe is trained.
         seed: Seed of the first weights and of the order of images.
-        device: Where to train.
-        label: What the progress bar says.
+        device: Device to train on.
+        label: Text for the progress bar.
 
     Returns:
         The probe in evaluation mode.
@@ -145,36 +160,3 @@ def train_probe(
                 optimizer.step()  # type: ignore[no-untyped-call]
             progress.advance(1)
     return probe.eval()
-
-
-@torch.no_grad()
-def linear_classes(
-    train: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    queries: NDArray[np.float32],
-    classes: int,
-    schedule: Schedule,
-    seed: int,
-    device: torch.device,
-    label: str,
-) -> NDArray[np.int64]:
-    """Trains a probe and classifies other vectors with it.
-
-    Args:
-        train: Training vectors, shape ``(n, C)``.
-        labels: Class index of each training vector, shape ``(n,)``.
-        queries: Vectors to classify, shape ``(m, C)``.
-        classes: Number of classes.
-        schedule: See :func:`train_probe`.
-        seed: Likewise.
-        device: Likewise.
-        label: Likewise.
-
-    Returns:
-        Class indices, shape ``(m,)``.
-    """
-    with torch.enable_grad():
-        probe = train_probe(train, labels, classes, schedule, seed, device, label)
-    starts = range(0, len(queries), _CHUNK)
-    parts = (torch.from_numpy(queries[start : start + _CHUNK]).to(device) for start in starts)
-    return torch.cat([probe(part).argmax(1).cpu() for part in parts]).numpy()

@@ -21,7 +21,7 @@ from torch import Tensor
 from theia.errors import ConfigError
 from theia.probing.cameras import Camera, Floats, viewpoint_angle
 from theia.probing.datasets import IMAGE_SIZE
-from theia.probing.features import Features
+from theia.probing.embedding import Features
 from theia.utils.progress import Progress
 
 # Pixels of a picture 640 wide; of others in proportion.
@@ -50,7 +50,7 @@ def correspondence(
         depth: Depth in metres, shape ``(n, S, S)``; 0 where it is not known.
         cameras: One camera per picture.
         pairs: Indices of the two pictures of each pair.
-        device: Where to compare features.
+        device: Device to compare features on.
 
     Returns:
         ``recall_5px`` and so on, ``recall_5cm``, and ``recall_10px_0-15deg`` and so on; shares from 0 to 1. Bins
@@ -87,7 +87,7 @@ def match(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         first: Features of the first view, shape ``(n, C)``.
         second: Features of the second view, shape ``(m, C)``, ``m`` at least 2.
-        count: How many matches to give at most.
+        count: Largest number of matches.
 
     Returns:
         Places in both, shape ``(min(n, count),)`` each, the most distinct first.
@@ -104,8 +104,8 @@ def reprojection_error(points: Floats, matched: Floats, camera: Camera) -> Float
 
     Args:
         points: Points in space, shape ``(n, 3)``.
-        matched: The same.
-        camera: That takes the picture.
+        matched: Points that they were matched with, same shape.
+        camera: Camera that takes the picture.
 
     Returns:
         Shape ``(n,)``; infinite where a point is behind the camera.
@@ -122,10 +122,10 @@ def binned(angles: Iterable[float], recalls: Iterable[float]) -> dict[str, float
 
     Args:
         angles: Angle between the cameras of each pair, in degrees.
-        recalls: The same number.
+        recalls: Recall of each pair.
 
     Returns:
-        By ``0-15`` and so on; a bin without a pair is left out.
+        Mean of each bin, by ``0-15`` and so on; a bin without a pair is left out.
     """
     pairs = list(zip(angles, recalls, strict=True))
     found: dict[str, float] = {}

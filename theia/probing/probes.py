@@ -12,10 +12,10 @@ from torch import Tensor
 from theia.analysis.classifiers import logistic_classes, nearest_classes
 from theia.encoder.from_name import NamedEncoder
 from theia.probing.datasets import IMAGE_SIZE, DenseData, DenseSplit, Storage, Task
-from theia.probing.features import pooled_features, token_features
+from theia.probing.embedding import pooled_features, token_features
 from theia.probing.heads import Fit, HeadTask, apply_head, fit_head, head_task, whitening
 from theia.probing.labelled import Labelled
-from theia.probing.linear_probe import Schedule, linear_classes
+from theia.probing.linear_probe import Schedule, train_probe
 from theia.probing.matching import correspondence
 
 
@@ -24,8 +24,8 @@ class Probed:
     """What was found of one encoder.
 
     Attributes:
-        figures: By ``task/figure``, one value per seed, or a single one where seeds play no part.
-        maps: By task, predictions for a few pictures of val, shape ``(k, ..., S, S)``.
+        figures: One value per seed, or a single one where seeds play no part, by ``task/figure``.
+        maps: Predictions for a few pictures of val, by task, shape ``(k, ..., S, S)``.
     """
 
     figures: dict[str, list[float]]
@@ -48,11 +48,11 @@ def probe_classes(
         encoder: The frozen encoder.
         training: Images to fit on.
         testing: Held-out images.
-        neighbours: How many neighbours vote.
+        neighbours: Number of neighbours that vote.
         schedule: How MAE's linear probe is trained; ``None`` takes logistic regression instead.
         seeds: One of MAE's linear probes is trained with each seed; logistic regression needs none.
-        device: Where the probes run.
-        storage: Where the vectors are kept.
+        device: Device that the probes run on.
+        storage: Storage for the vectors.
 
     Returns:
         Figures ``classification/knn`` and ``classification/linear``: shares of held-out images classified correctly.
@@ -68,10 +68,10 @@ def probe_classes(
         answers = [logistic_classes(train, training.labels, test)]
     else:
         answers = [
-            linear_classes(
-                train, training.labels, test, len(training.classes), schedule, seed, device,
+            train_probe(
+                train, training.labels, len(training.classes), schedule, seed, device,
                 f"{encoder.name}: linear probe, seed {seed}",
-            )
+            ).classify(test)
             for seed in seeds
         ]  # fmt: skip
     knn = [float((nearest == truth).float().mean())]
@@ -80,7 +80,7 @@ def probe_classes(
 
 
 def probe_nothing(training: Labelled, testing: Labelled) -> Probed:
-    """Without an encoder: always says the most frequent class of the training images."""
+    """What can be told without an encoder, by always predicting the most frequent class of the training images."""
     usual = np.bincount(training.labels).argmax()
     share = [float((testing.labels == usual).mean())]
     return Probed({"classification/knn": share, "classification/linear": share}, {})
@@ -100,11 +100,11 @@ def probe_pixels(
     Args:
         encoder: The frozen encoder.
         data: Pictures, with the maps that the tasks need.
-        tasks: What to probe.
+        tasks: Tasks to probe.
         fit: How the heads are fitted.
         seeds: One head is fitted with each seed; correspondence has no head.
-        device: Where the heads run.
-        storage: Where the tokens are kept.
+        device: Device that the heads run on.
+        storage: Storage for the tokens.
 
     Returns:
         Figures by ``task/figure``, and the maps that the first seed's heads predict for the pictures in :func:`shown`.
@@ -134,13 +134,13 @@ def probe_pixels(
 
 
 def probe_places(data: DenseData, tasks: Sequence[Task]) -> Probed:
-    """Without an encoder: predicts at each place of a picture what is usual there in the training pictures.
+    """What can be told without an encoder, by predicting what is usual at each place in the training pictures.
 
     A head whose figures are no better than these has learned nothing but where a token lies.
 
     Args:
         data: Pictures, with the maps that the tasks need.
-        tasks: What to probe; correspondence is left out.
+        tasks: Tasks to probe; correspondence is left out.
     """
     found = Probed({}, {})
     for name in tasks:

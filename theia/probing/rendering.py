@@ -38,8 +38,8 @@ class Plane:
     """All points of a plane.
 
     Attributes:
-        point: One of them.
-        normal: Unit length.
+        point: Any point of the plane.
+        normal: Normal of unit length.
     """
 
     point: Floats
@@ -66,8 +66,8 @@ class Sphere:
     """A ball.
 
     Attributes:
-        centre: World point.
-        radius: Metres.
+        centre: Centre, a world point.
+        radius: Radius in metres.
     """
 
     centre: Floats
@@ -96,9 +96,9 @@ class Box:
     """A cuboid, turned about the vertical.
 
     Attributes:
-        centre: World point.
+        centre: Centre, a world point.
         half: Half of its three edges, in metres.
-        turn: Radians.
+        turn: Angle of the turn, in radians.
     """
 
     centre: Floats
@@ -143,7 +143,7 @@ class Texture:
     """A pattern between two colours, on a finer one that makes places of one colour differ.
 
     Attributes:
-        pattern: Which.
+        pattern: Kind of the pattern.
         colours: RGB from 0 to 1, shape ``(2, 3)``.
         scale: Periods per metre.
         phase: Phase of its waves, shape ``(3,)``, radians.
@@ -163,7 +163,7 @@ class Texture:
         return mixed
 
     def _share(self, waves: Floats) -> Floats:
-        """Of the first colour, from 0 to 1."""
+        """Share of the first colour, from 0 to 1."""
         sines = np.sin(waves)
         if self.pattern == "checks":
             # Half a period off, so that no face of a box lies on the border of checks.
@@ -192,12 +192,12 @@ _LIFT = 1e-4  # metres that a shadow's ray starts above the surface
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape with its looks.
+    """A shape and how it looks.
 
     Attributes:
-        shape: Its geometry.
-        texture: Its colours.
-        label: Place in :data:`CLASSES`.
+        shape: Geometry of the thing.
+        texture: Colours of the thing.
+        label: Index into :data:`CLASSES`.
     """
 
     shape: Shape
@@ -210,7 +210,7 @@ class Scene:
     """Things and a light.
 
     Attributes:
-        things: What there is; every ray must meet one.
+        things: Things in the scene; every ray must meet one.
         light: Position of a lamp.
     """
 
@@ -224,9 +224,10 @@ class View:
 
     Attributes:
         image: RGB, uint8, shape ``(3, H, W)``.
-        depth: Metres along the optical axis at the centre of each pixel, shape ``(H, W)``; 0 where there is nothing.
-        normals: Unit length, in the camera's axes, towards the camera, shape ``(3, H, W)``.
-        labels: Places in :data:`CLASSES`, shape ``(H, W)``; 255 where there is nothing.
+        depth: Depth in metres along the optical axis at the centre of each pixel, shape ``(H, W)``; 0 where there is
+            nothing.
+        normals: Normals of unit length, in the camera's axes, towards the camera, shape ``(3, H, W)``.
+        labels: Indices into :data:`CLASSES`, shape ``(H, W)``; 255 where there is nothing.
     """
 
     image: NDArray[np.uint8]
@@ -239,8 +240,8 @@ def render(scene: Scene, camera: Camera) -> View:
     """Renders a view; geometry is exact to float64.
 
     Args:
-        scene: What to render.
-        camera: From where; sets the size.
+        scene: Scene to render.
+        camera: Camera to render from, which sets the size.
     """
     origin, directions = camera.to_world[:3, 3], camera.rays(camera.height, camera.width)
     hits = np.stack([thing.shape.hit(origin, directions) for thing in scene.things])

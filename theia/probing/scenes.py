@@ -19,8 +19,8 @@ def scenes(train: int, val: int, storage: Storage, seed: int = 0) -> DenseData:
     Args:
         train: Number of rooms that heads are fitted on.
         val: Number of rooms that they are tested on; all pairs of views of one room are matched.
-        storage: Where to keep the views.
-        seed: Another gives other rooms.
+        storage: Storage for the views.
+        seed: Seed of the rooms.
     """
     found = {name: _split(name, count, storage, seed) for name, count in zip(_SPLITS, (train, val), strict=True)}
     views = len(AZIMUTHS)
@@ -69,7 +69,7 @@ def random_room(random: np.random.Generator) -> Scene:
     """A closed room with four to seven balls and boxes that stand apart. Colours say nothing of what a thing is.
 
     Args:
-        random: Decides everything.
+        random: Generator that decides everything.
     """
     half_x, half_y = random.uniform(3.2, 4.2, 2)
     height = random.uniform(2.6, 3.4)
@@ -93,7 +93,7 @@ def cameras_around(random: np.random.Generator, size: int) -> list[Camera]:
     Height and aim differ from room to room, so that a place in the picture alone does not tell how far away things are.
 
     Args:
-        random: Decides where the first stands, what they look at, and small differences between them.
+        random: Generator that decides where the first camera stands, what all look at, and how little they differ.
         size: Width and height of the pictures, in pixels.
     """
     start = random.uniform(0, 360)
@@ -112,9 +112,9 @@ def camera_at(eye: Floats, target: Floats, size: int) -> Camera:
     """A camera with a square picture of 60 degrees and its x axis level.
 
     Args:
-        eye: Its position.
-        target: What is in the middle of the picture; not right above or below the eye.
-        size: Width and height, in pixels.
+        eye: Position of the camera.
+        target: Point in the middle of the picture; not right above or below the eye.
+        size: Width and height of the picture, in pixels.
     """
     ahead = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(ahead, [0, 0, 1])

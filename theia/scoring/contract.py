@@ -1,6 +1,6 @@
-"""The contract of a scorer: what the author of a plug-in reads.
+"""The contract of a scorer, for authors of plug-ins.
 
-A scorer is a function that is given a trained student and gives numbers::
+A scorer is a function that takes a trained student and returns numbers::
 
     def brightness(trained: Trained) -> dict[str, float]:
         '''How well the brightness of an image can be read out of its pooled tokens.'''
@@ -34,13 +34,13 @@ if TYPE_CHECKING:  # `theia ablate --help` names the scorers without torch
 
 
 class Part(Protocol):
-    """Images of one part of a store."""
+    """One part of the data: training images or held-out images."""
 
     def __call__(self, features: bool = True) -> Iterable[FeatureBatch]:
-        """Batches, from the beginning.
+        """Gives all batches, from the first.
 
         Args:
-            features: Whether to read the teachers' features too; without, reading is many times as fast.
+            features: Whether to read the teachers' features too; reading is many times faster without them.
         """
 
 
@@ -48,21 +48,20 @@ class Part(Protocol):
 class Trained:
     """A trained student, and the images and features to score it with.
 
-    ``train`` and ``held_out`` give their images on each call from the beginning, each image once, in the order of the
-    store, with the features of every teacher in :attr:`shapes`, on :attr:`device`. A batch is a view of memory that is
-    used again: it is valid until the next one is taken, so clone what you keep. Two iterations over the same part at
-    once are refused.
+    Each call of ``train`` and ``held_out`` starts over and gives each image once, in the order of the store, with the
+    features of every teacher in :attr:`shapes`, on :attr:`device`. A batch is a view of memory that is reused: it is
+    valid until the next one is taken, so clone what you keep. Two iterations over the same part at once are refused.
 
-    A scorer runs in one process, the others of a distributed test have ended: no collectives.
+    A scorer runs in a single process and must not use collectives: the others of a distributed test have ended.
 
     Attributes:
         checkpoint: Checkpoint file of the student.
         encoder: The student, in evaluation mode and frozen, on :attr:`device`; a fresh one for every scorer.
-        shapes: By name of every teacher that the store has, ``{"channels": int, "grid_hw": [rows, columns],
-            "has_cls": bool}``. The student was distilled from those in ``encoder.teachers``, perhaps not from others.
+        shapes: Shapes of the features of every teacher in the store, by teacher name: ``{"channels": int, "grid_hw":
+            [rows, columns], "has_cls": bool}``. The student was distilled from those in ``encoder.teachers`` only.
         statistics: Statistics that each teacher's features are normalised with, by teacher name.
         train: Images to fit on, at most as many as ``--scorer_images``: a fixed part of the training split.
-        held_out: Images to score on, which neither the student nor ``train`` has.
+        held_out: Images to score on, which were neither trained on nor are in ``train``.
         device: Device to compute on.
         seed: Seed of everything random; torch, numpy and Python are seeded with it before each scorer.
     """
@@ -91,13 +90,13 @@ def scorer_names() -> list[str]:
 
 
 def find_scorer(name: str) -> "Scorer":
-    """One scorer.
+    """Finds one scorer.
 
     Args:
-        name: Name of its entry point.
+        name: Name of the scorer's entry point.
 
     Raises:
-        UnknownScorerError: If nothing registers the name; lists what is installed and the nearest name.
+        UnknownScorerError: If nothing registers the name. The message lists what is installed and the nearest name.
         PluginError: If the plugin cannot be imported, is not a function, or shares its name with another.
     """
     return cast("Scorer", _SCORERS.load(name, lambda scorer: _problem(scorer, name)))

@@ -13,9 +13,9 @@ from theia.types import FeatureBatch
 
 _STAGE = "readout"
 _AVERAGED = ("cosine", "explained_variance")
-_TOKENS = 1 << 16  # of one product: float64 copies of a whole batch of 64x64 tokens would take gigabytes
-# Of the inputs' mean square. Far below what a channel carries, and above the rounding of float32 tokens, so that a
-# direction in which they do not move gets no weight.
+_TOKENS = 1 << 16  # in one product: float64 copies of a whole batch of 64x64 tokens would take gigabytes
+# Relative to the mean square of the inputs. It is far below the variance of a channel and above the rounding of float32
+# tokens, so that a direction without variance gets no weight.
 _RIDGE = 1e-10
 
 
@@ -25,8 +25,8 @@ def readout(trained: Trained) -> dict[str, float]:
 
     The translator is the one of ``translator: linear``: the student's patch tokens, resized bilinearly where the
     teacher has another grid, and one linear layer with bias to the teacher's normalised features. It is not trained
-    but solved: least squares over all tokens of the training images, in float64. What is kept meanwhile grows with
-    the square of the student's width and with the teachers' channels, not with the images.
+    but solved: least squares over all tokens of the training images, in float64. Memory grows with the square of the
+    student's width and with the teachers' channels, not with the number of images.
 
     Args:
         trained: The student.
@@ -117,9 +117,9 @@ def _solve(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
     count = gram[-1, -1]
     mean, target_mean = gram[:-1, -1] / count, cross[-1] / count
     second = gram[:-1, :-1] / count
-    # Tokens that are zero everywhere leave nothing but the smallest number, and a weight of zero.
+    # If all tokens are zero, the ridge is the smallest number and the weight zero.
     ridge = _RIDGE * second.diagonal().mean() + torch.finfo(torch.float64).tiny
-    # About the means, so that the ridge does not pull at the bias.
+    # Around the means, so that the ridge does not shrink the bias.
     covariance = second - mean.outer(mean) + ridge * torch.eye(len(mean), dtype=gram.dtype, device=gram.device)
     weight = torch.linalg.solve(covariance, cross[:-1] / count - mean.outer(target_mean))
     return weight, target_mean - mean @ weight

@@ -1,7 +1,8 @@
 """File handling of the store, on top of files that are whole or absent: its errors, its lock, and digests."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -10,6 +11,8 @@ from theia.errors import StoreError
 from theia.utils import files
 
 _KEPT = "Whole shards are kept"
+# Turns a system error in a block into a StoreError that names the file and, if its disk is full, the disk.
+writing = partial(files.writing, error=StoreError, kept=_KEPT)
 
 
 class UnreadableFileError(StoreError):
@@ -75,8 +78,3 @@ def file_size(path: Path) -> int | None:
             return path.stat().st_size
         except FileNotFoundError:
             return None
-
-
-def writing(path: Path) -> AbstractContextManager[None]:
-    """Turns a system error in the block into a StoreError that names the file and, if its disk is full, the disk."""
-    return files.writing(path, StoreError, _KEPT)

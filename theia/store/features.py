@@ -49,7 +49,9 @@ class ShardWriter:
             FeatureError: If shapes do not fit the spec or the number of images, or a value cannot be stored.
             StoreError: If the disk is full.
         """
-        patches, cls = _prepared(patches), None if cls is None else _prepared(cls)
+        # torch warns about arrays that it may not write to.
+        patches = np.require(patches, np.float32, ["C", "W"])
+        cls = None if cls is None else np.require(cls, np.float32, ["C", "W"])
         tensors = TeacherFeatures(torch.from_numpy(patches), None if cls is None else torch.from_numpy(cls))
         check_features(self._spec, tensors, len(patches))
         stop = self._rows + len(patches)
@@ -185,8 +187,3 @@ def _refuse(spec: TeacherSpec, ids: Sequence[str], values: Float32, token: str, 
     raise FeatureError(
         f"{where} is beyond float16, whose largest value is {_FLOAT16_MAX:g}. {remedy} that image from the source."
     )
-
-
-def _prepared(values: NDArray[Any]) -> NDArray[np.float32]:
-    # torch warns about arrays that it may not write to.
-    return np.require(values, np.float32, ["C", "W"])

@@ -62,17 +62,14 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     try:
         content = json.loads(path.read_bytes())
+        _check_schema(path, content)
+        return Manifest({name: _split_from(values) for name, values in content["splits"].items()})
     except FileNotFoundError:
         raise StoreError(
             f"{root} is not a feature store: it has no {MANIFEST}. Give the folder that 'theia extract --store' wrote."
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}). Restore it from a copy, or extract again.") from error
-    _check_schema(path, content)
-    try:
-        return Manifest({name: _split_from(values) for name, values in content["splits"].items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or extract again."

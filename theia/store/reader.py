@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
-from theia.store.disk import file_size, unreadable
+from theia.store.disk import unreadable
 from theia.store.manifest import Manifest, check_splits, read_manifest, with_shards
 from theia.store.schema import IMAGE, MANIFEST, Field, SplitRecord, set_folder, statistics_path
 from theia.store.sets import LABEL, SetLayout, missing_shards
-from theia.store.shard import KEY, Dataset, Shard, as_bytes, damaged, decode, read_shard
+from theia.store.shard import KEY, Dataset, Shard, as_bytes, decode, read_whole
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
 
@@ -178,13 +178,7 @@ class Split:
     def _read(self, path: str, target: memoryview, offset: int) -> None:
         try:
             file = self._file(path)
-            done = os.preadv(file.descriptor, (target,), offset)
-            # Network file systems may give less than was asked for.
-            while done < len(target):
-                more = os.preadv(file.descriptor, (target[done:],), offset + done)
-                if not more:
-                    raise StoreError(damaged(path, "it ends too early"))
-                done += more
+            read_whole(file.descriptor, target, offset, path)
         except OSError as error:
             raise unreadable(path, error) from error
 
@@ -315,7 +309,7 @@ class FeatureStore:
         shards: dict[str, list[Shard]] = {name: [] for name in layouts}
         for index in range(record.images.shard_count):
             for name, layout in layouts.items():
-                shard = _validated(layout, index)
+                shard = layout.open(index, layout.record.shards[index])
                 if name != IMAGE:
                     _check_keys(shards[IMAGE][index], shard)
                 shards[name].append(shard)
@@ -361,18 +355,6 @@ class FeatureStore:
     def _command(self, split: str, teachers: str) -> str:
         lacks = ["--split", split, "--teachers", teachers, "--store", str(self.root)]
         return shlex.join(["theia", "extract", "--images", "DIR", *lacks])
-
-
-def _validated(layout: SetLayout, index: int) -> Shard:
-    path, record = layout.path(index), layout.record.shards[index]
-    size = file_size(path)
-    if size is not None and size != record.bytes:
-        raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
-    shard = read_shard(path)
-    layout.check(shard, index)
-    if shard.rows != record.rows:
-        raise StoreError(damaged(path, f"it has {shard.rows} samples, the manifest says {record.rows}"))
-    return shard
 
 
 def _check_keys(images: Shard, features: Shard) -> None:

@@ -135,11 +135,6 @@ def set_folder(root: Path, split: str, name: str) -> Path:
     return root / split / name
 
 
-def shard_path(root: Path, split: str, name: str, index: int) -> Path:
-    """Path of one shard."""
-    return set_folder(root, split, name) / f"shard-{index:06d}.h5"
-
-
 def statistics_path(root: Path, teacher: str) -> Path:
     """Path of the statistics of one teacher."""
     return root / STATISTICS / f"{teacher}.npz"

@@ -26,13 +26,13 @@ from theia.store.schema import (
     feature_fields,
     image_fields,
     preprocessing_hash,
-    shard_path,
+    set_folder,
     statistics_path,
     to_plain,
 )
 from theia.store.shard import CRC32, KEY, SCHEMA, Shard, damaged, decode, encode, file_sha256, read_shard
 from theia.store.statistics import ChannelStatistics, Moments
-from theia.types import Json
+from theia.types import Json, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class SetLayout:
 
     def path(self, index: int) -> Path:
         """Path of one shard."""
-        return shard_path(self.root, self.split, self.name, index)
+        return set_folder(self.root, self.split, self.name) / f"shard-{index:06d}.h5"
 
     def sidecar(self, index: int) -> Path:
         """Path of the file that keeps the record of a shard until the manifest has it."""
@@ -118,6 +118,27 @@ class SetLayout:
             "spec": to_plain(spec),
             "preprocessing_sha256": preprocessing_hash(spec),
         }
+
+    def open(self, index: int, record: ShardRecord | None) -> Shard:
+        """Opens a shard, and checks that it is the one that was written.
+
+        Args:
+            index: Number of the shard.
+            record: Record of the shard; ``None`` if there is none, because something other than the writer put the file
+                there.
+
+        Raises:
+            StoreError: If the file is missing, damaged, or disagrees with its record or with the manifest.
+        """
+        path = self.path(index)
+        size = file_size(path)
+        if record is not None and size is not None and size != record.bytes:
+            raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
+        shard = read_shard(path)
+        self.check(shard, index)
+        if record is not None and shard.rows != record.rows:
+            raise StoreError(damaged(path, f"it has {shard.rows} samples, the manifest says {record.rows}"))
+        return shard
 
     def check(self, shard: Shard, index: int) -> None:
         """Checks that a file agrees with the manifest.
@@ -229,15 +250,10 @@ class WholeShards:
     def _validated(self, name: str, index: int, images: Shard | None) -> Shard | None:
         layout = self._layouts[name]
         path = layout.path(index)
-        size = file_size(path)
-        if size is None:
+        if file_size(path) is None:
             return None
         try:
-            shard = read_shard(path)
-            layout.check(shard, index)
-            recorded = layout.recorded(index)
-            if recorded is not None and recorded.bytes != size:
-                raise StoreError(damaged(path, f"it has not the {recorded.bytes} bytes that were written"))
+            shard = layout.open(index, layout.recorded(index))
             if images is not None and not np.array_equal(shard.read(KEY), images.read(KEY)):
                 raise StoreError(damaged(path, "it has other samples than the image shard"))
         except UnreadableFileError:
@@ -251,14 +267,14 @@ class WholeShards:
 
 
 def complete(layout: SetLayout, shards: Sequence[Shard]) -> SetRecord:
-    """Writes the statistics of a complete set, if it is of the training split, and gives its final record.
+    """Gives the final record of a set, and writes the statistics of a teacher's set of the training split.
 
     Args:
         layout: Layout of the set.
-        shards: All shards of the set.
+        shards: All its shards.
 
     Raises:
-        StoreError: If a shard is damaged, or no shard has a sample.
+        StoreError: For the reasons given under :func:`teacher_statistics`.
     """
     records = tuple(_shard_record(layout, index, shard) for index, shard in enumerate(shards))
     record = replace(layout.record, shards=records, complete=True)
@@ -266,23 +282,21 @@ def complete(layout: SetLayout, shards: Sequence[Shard]) -> SetRecord:
         target = statistics_path(layout.root, layout.name)
         # A teacher that was complete before stays untouched.
         if record != layout.record or not target.exists():
-            set_statistics(layout, shards).save(target)
+            teacher_statistics(layout, record.spec, shards).save(target)
     return record
 
 
-def set_statistics(layout: SetLayout, shards: Iterable[Shard]) -> ChannelStatistics:
-    """Statistics of a teacher's set, merged from the sums that its shards hold.
+def teacher_statistics(layout: SetLayout, spec: TeacherSpec, shards: Iterable[Shard]) -> ChannelStatistics:
+    """Merges the sums that a teacher's shards hold into its statistics.
 
     Args:
-        layout: Layout of the set.
+        layout: Layout of the teacher's set, for the message.
+        spec: Spec of the teacher.
         shards: All shards of the set.
 
     Raises:
         StoreError: If a shard is damaged, or no shard has a sample.
     """
-    spec = layout.record.spec
-    if spec is None:
-        raise StoreError(f"{layout.name!r} of {layout.root} has no statistics: they are for teachers.")
     patches, cls = Moments.zero(spec.channels), Moments.zero(spec.channels)
     for shard in shards:
         total, squares = (shard.read(name) for name in PATCH_SUMS)

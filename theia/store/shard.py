@@ -85,9 +85,8 @@ class Shard:
         if not values.nbytes:
             return values
         with reading(self.path), self.path.open("rb", buffering=0) as file:
-            read = _read_whole(file.fileno(), values, dataset.offset + start * dataset.field.row_bytes)
-        if read != values.nbytes:
-            raise StoreError(damaged(self.path, "it ends too early"))
+            offset = dataset.offset + start * dataset.field.row_bytes
+            read_whole(file.fileno(), as_bytes(values), offset, self.path)
         return values
 
     def keys(self) -> list[str]:
@@ -182,12 +181,26 @@ def locate(dataset: h5py.h5d.DatasetID) -> Dataset:
     return Dataset(offset or 0, field, rows)
 
 
-def _read_whole(file: int, values: NDArray[Any], offset: int) -> int:
-    view = as_bytes(values)
-    done = 0
-    while done < len(view) and (count := os.preadv(file, (view[done:],), offset + done)):
-        done += count
-    return done
+def read_whole(file: int, target: memoryview, offset: int, path: Path | str) -> None:
+    """Reads until a buffer is full.
+
+    Args:
+        file: Descriptor of the open file.
+        target: Buffer to fill.
+        offset: First byte to read.
+        path: Path of the file, for the message.
+
+    Raises:
+        StoreError: If the file ends before the buffer is full.
+        OSError: If the system refuses to read.
+    """
+    done = os.preadv(file, (target,), offset)
+    # Network file systems may give less than was asked for.
+    while done < len(target):
+        more = os.preadv(file, (target[done:],), offset + done)
+        if not more:
+            raise StoreError(damaged(path, "it ends too early"))
+        done += more
 
 
 class NewShard:

@@ -10,7 +10,7 @@ from theia.errors import StoreError
 from theia.store.disk import file_size
 from theia.store.manifest import read_manifest
 from theia.store.schema import IMAGE, TRAIN, FeatureDtype, ImageSet, ShardRecord, set_folder, statistics_path
-from theia.store.sets import SetLayout, missing_shards, set_statistics, shard_records, split_layouts
+from theia.store.sets import SetLayout, missing_shards, shard_records, split_layouts, teacher_statistics
 from theia.store.shard import CRC32, KEY, Shard, file_sha256, read_shard
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
@@ -64,8 +64,8 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
             for event in _verify_set(layout, layouts[0]):
                 found = found or isinstance(event, Problem)
                 yield event
-            if not found and split == TRAIN and layout.name != IMAGE:
-                yield from _verify_statistics(layout)
+            if not found and split == TRAIN and layout.record.spec is not None:
+                yield from _verify_statistics(layout, layout.record.spec)
 
 
 def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Checked]:
@@ -121,11 +121,11 @@ def _damage(shard: Shard) -> str:
     return f"has damaged samples: {', '.join(f'{keys[row]!r} (row {row})' for row in rows[:_SHOWN])}{more}"
 
 
-def _verify_statistics(layout: SetLayout) -> Iterator[Problem]:
+def _verify_statistics(layout: SetLayout, spec: TeacherSpec) -> Iterator[Problem]:
     path = statistics_path(layout.root, layout.name)
     try:
         paths = (layout.path(index) for index in range(layout.images.shard_count))
-        stored, computed = ChannelStatistics.load(path), set_statistics(layout, map(read_shard, paths))
+        stored, computed = ChannelStatistics.load(path), teacher_statistics(layout, spec, map(read_shard, paths))
     except StoreError as error:
         yield Problem(path, str(error).removeprefix(f"{path} "))
         return

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -101,10 +101,10 @@ class FeaturePictures(L.Callback):
         self._shown = batch.images[:count].clone()
 
     def _board(self, trainer: L.Trainer, module: L.LightningModule, images: Tensor) -> Any:
-        if not isinstance(module, Distillation):
-            raise TypeError(f"feature pictures of a {type(module).__name__}")
+        # Pictures are kept of this module only.
+        distiller = cast(Distillation, module).distiller
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            tokens, predictions, _ = module.distiller(images)
+            tokens, predictions, _ = distiller(images)
         columns = [("image", list(images.permute(0, 2, 3, 1).cpu().numpy()))]
         for name, target in self._targets.items():
             rows, width = module.hparams["teachers"][name]["grid_hw"]

@@ -73,8 +73,6 @@ class DurableCheckpoints(TorchCheckpointIO):
         Raises:
             FileError: If the checkpoint cannot be written, for instance on a full disk.
         """
-        if storage_options is not None:
-            raise TypeError("checkpoints are local files, which take no storage_options")
         with replacing(Path(path), again=RESUME) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)

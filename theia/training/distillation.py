@@ -13,9 +13,8 @@ from theia.errors import DivergenceError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.training import losses
-from theia.training.losses import PAPER, FeatureLoss
+from theia.training.losses import PAPER, FeatureLoss, Objective
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
-from theia.training.objective import Objective
 from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
 from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number

@@ -1,13 +1,19 @@
-"""Files that are whole or absent: written beside their target, synced, renamed. Also the messages for a full disk."""
+"""Files that are whole or absent: written beside their target, synced, renamed.
+
+Also the messages for a full disk, and values in a form that JSON can hold.
+"""
 
 import errno
 import hashlib
+import json
+import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from theia.errors import ConfigError, FileError, TheiaError
 
@@ -113,6 +119,34 @@ def what_was_refused(cause: OSError) -> str:
         return what_failed(cause.filename, cause) if cause.filename else "Disk full. Free space and run it again."
     where = "" if cause.filename is None else f"{os.fsdecode(cause.filename)}: "
     return f"{where}{cause.strerror or cause}. Mend that and run the same command again."
+
+
+def jsonable(value: Any) -> Any:
+    """Copies nested values into a form that any JSON reader takes, since JSON knows neither NaN nor infinity.
+
+    Args:
+        value: Mappings, lists and tuples, with whatever they hold.
+
+    Returns:
+        Dictionaries with text as keys, lists, text, integers, booleans and finite floats. ``None`` stands for a float
+        that is not finite; anything else, such as a path, becomes text.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): jsonable(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(part) for part in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file whose loss costs nothing but what it says; empty if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def file_sha256(path: Path) -> str:

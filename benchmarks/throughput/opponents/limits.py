@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.throughput.data import ROW, Batch, Samples
 
-# Batches in turn: as many as the loader has slots with one worker, so that caches help all alike.
+# As many batches in turn as the loader has slots with one worker, so that caches help all contenders alike.
 RING = 4
 
 Rows = NDArray[np.int64]
@@ -24,7 +24,7 @@ class Preadv:
 
     Args:
         store: Folder of the store.
-        samples: What it holds.
+        samples: Samples that the store holds.
         ring: Buffers of one batch each, by column.
     """
 
@@ -68,7 +68,7 @@ def copies(samples: Samples, ring: Sequence[Buffers], batches: Sequence[Rows]) -
     """Copies rows of arrays in memory in a given order.
 
     Args:
-        samples: The arrays.
+        samples: Samples to copy.
         ring: Buffers of one batch each, by column.
         batches: Rows of each batch.
     """
@@ -82,5 +82,5 @@ def copies(samples: Samples, ring: Sequence[Buffers], batches: Sequence[Rows]) -
 
 
 def as_batch(rows: Rows, buffers: Buffers) -> Batch:
-    """What a training process would be given."""
+    """The batch that a training process would get."""
     return {ROW: torch.from_numpy(rows)} | {name: torch.from_numpy(buffer) for name, buffer in buffers.items()}

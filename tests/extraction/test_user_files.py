@@ -7,9 +7,9 @@ from extraction.tiny_plugin import write_images
 
 from theia.decoding.frames import Video
 from theia.errors import ImageError
-from theia.extraction.decode import UnreadableImageError, read_image
-from theia.extraction.files import open_regular
+from theia.extraction.images import UnreadableImageError, read_image
 from theia.extraction.stream import open_images
+from theia.extraction.user_files import open_regular
 
 pytestmark = pytest.mark.usefixtures("never_waits")
 

@@ -1,4 +1,4 @@
-"""Runs the scorers of ``theia test`` and shows their scores."""
+"""The scorers of ``theia test``: runs them, tabulates their scores, and writes the report."""
 
 import inspect
 import json
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
-    """Scorers by name.
+    """Finds scorers by their names.
 
     Raises:
         UnknownScorerError: If one is not installed.
@@ -46,11 +46,11 @@ def run_scorers(
     images: int,
     seed: int,
 ) -> dict[str, float]:
-    """Scores a student. To be called in one process.
+    """Scores a student. Must be called in a single process.
 
     Args:
         scorers: Scorers by name.
-        data: Data with every teacher; their workers are ended afterwards.
+        data: Data with every teacher; its workers are ended afterwards.
         checkpoint: Checkpoint file of the student.
         device: Device to compute on.
         images: Largest number of training images to fit on.
@@ -60,7 +60,7 @@ def run_scorers(
         Scores by ``scorer/key``, all finite.
 
     Raises:
-        PluginError: If a scorer fails, or gives something else than finite numbers.
+        PluginError: If a scorer fails, or gives anything but finite numbers.
         TheiaError: If a scorer raises one.
     """
     labelled = data.labels_agree()
@@ -83,7 +83,7 @@ def run_scorers(
     try:
         for name, scorer in scorers.items():
             seed_everything(seed, verbose=False)
-            # Loaded anew: what one scorer does to its encoder is no concern of the next.
+            # Loaded anew, so that no scorer sees what another did to its encoder.
             encoder = load(checkpoint, device=device).freeze()
             trained = Trained(
                 checkpoint=checkpoint,
@@ -109,8 +109,8 @@ def scores_table(
     Args:
         scorer: Name of the scorer.
         scores: Scores of all scorers, by ``scorer/key``.
-        teachers: Names of all that the data have: a key that ends in one goes into its row.
-        distilled: Those that the student was distilled from; they are marked.
+        teachers: Names of all teachers in the data; a key that ends in a name goes into that teacher's row.
+        distilled: Names of the teachers that the student was distilled from, which the table marks.
 
     Returns:
         A table as text.
@@ -167,7 +167,7 @@ def _finite(name: str, key: str, value: object) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise PluginError(
-            f"Scorer {name!r} gave {value!r} for {key!r}, which is no finite number; no report was written. "
+            f"Scorer {name!r} gave {value!r} for {key!r}, which is not a finite number; no report was written. "
             "Leave it out of --scorers, or correct it."
         )
     return number
@@ -178,11 +178,11 @@ _SHOWN = {"cosine": "cosine", "explained_variance": "explained variance"}
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the figures as JSON, whole or not at all: that the file is there says that the test is finished.
+    """Writes the report of a test as JSON, whole or not at all: the file is there only once the test is finished.
 
     Args:
-        path: JSON file.
-        report: Plain values.
+        path: Path of the JSON file.
+        report: Content of the report, as plain values.
 
     Raises:
         FileError: If it cannot be written, for instance on a full disk.
@@ -191,11 +191,11 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def translators_table(teachers: list[str], before: Mapping[str, float] | None, after: Mapping[str, float]) -> str:
-    """Held-out figures per teacher.
+    """A table of held-out figures per teacher.
 
     Args:
-        teachers: Names, one row each.
-        before: Metrics of the untrained student by logged name, ``test/<metric>/<teacher>``; ``None`` to leave out.
+        teachers: Names of the teachers, one row each.
+        before: Metrics of the untrained student by logged name, ``test/<metric>/<teacher>``; ``None`` leaves them out.
         after: Metrics of the trained student, by the same names.
 
     Returns:

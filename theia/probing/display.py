@@ -1,7 +1,8 @@
-"""Predicted maps beside what is true."""
+"""What was found of all encoders: as a table, as JSON, and as predicted maps beside what is true."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,64 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from tabulate import tabulate
 
 from theia.probing.datasets import MAX_DEPTH, TASKS, DenseData
+from theia.probing.dense_metrics import IGNORED
 from theia.probing.heads import head_task
-from theia.probing.metrics import IGNORED
 from theia.probing.probes import Probed, shown
 from theia.utils.files import replacing
 from theia.utils.pictures import wrapped
+
+_UNITS = {"rmse": "m", "aligned_rmse": "m", "angular_rmse": "degrees", "silog": "100 log m"}
+
+
+def figures_table(found: Mapping[str, Probed]) -> str:
+    """A row per figure, a column per encoder: the mean over seeds, and with several their standard deviation.
+
+    Args:
+        found: What was found of each encoder.
+    """
+    figures = dict.fromkeys(figure for probed in found.values() for figure in probed.figures)
+    rows = []
+    for figure in figures:
+        cells = [_cell(probed.figures.get(figure, ())) for probed in found.values()]
+        rows.append([figure, _unit(figure), _better(figure), *cells])
+    table: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
+    return table
+
+
+def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
+    """The figures for the JSON file, by encoder and figure, with the value of every seed.
+
+    Args:
+        found: What was found of each encoder.
+    """
+    return {
+        encoder: {
+            figure: {
+                "mean": fmean(values), "values": list(values), "unit": _unit(figure), "better": _better(figure),
+            }
+            for figure, values in probed.figures.items()
+        }
+        for encoder, probed in found.items()
+    }  # fmt: skip
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _unit(figure: str) -> str:
+    return _UNITS.get(figure.rpartition("/")[2], "")
+
+
+def _better(figure: str) -> str:
+    """Figures with a unit are errors, the others are shares."""
+    return "less" if _unit(figure) else "more"
+
 
 _INCHES = 1.5  # of a map
 _UNKNOWN = 255  # white
@@ -25,9 +77,9 @@ def draw(path: Path, data: DenseData, probed: Mapping[str, Probed]) -> None:
     """Two val pictures with what is true, what is usual, and what the head on each encoder says.
 
     Args:
-        path: PNG to write.
-        data: Whose val pictures were probed.
-        probed: What was found, by name of the column; each has maps of the same tasks.
+        path: PNG file to write.
+        data: Data whose val pictures were probed.
+        probed: Results by name of the column; each has maps of the same tasks.
     """
     mapped = next(iter(probed.values())).maps
     tasks = [task for task in TASKS if task in mapped]

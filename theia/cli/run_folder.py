@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,14 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from theia.cli.options import Change
-from theia.errors import ConfigError
+from theia.errors import CheckpointError, ConfigError
+from theia.models.checkpoint import read_checkpoint
 from theia.training.checkpoints import LAST
 from theia.training.records import METRICS
-from theia.utils.arguments import check_number
-from theia.utils.files import write_whole
+from theia.utils.files import read_json, write_whole
 from theia.utils.provenance import git_commit, installed
 
 logger = logging.getLogger(__name__)
@@ -30,19 +27,6 @@ _VERSIONS = (
     "theia", "torch", "lightning", "timm", "transformers", "segment-anything", "jsonargparse", "h5py", "torchmetrics",
     "numpy",
 )  # fmt: skip
-
-# Smallest allowed values of Lightning's numbers, which it does not check, or refuses only deep in its own code.
-_LEAST = {
-    "num_nodes": 1, "fast_dev_run": 0, "max_epochs": -1, "min_epochs": 1, "max_steps": -1, "min_steps": 1,
-    "check_val_every_n_epoch": 1, "num_sanity_val_steps": -1, "log_every_n_steps": 1, "accumulate_grad_batches": 1,
-    "gradient_clip_val": 0, "reload_dataloaders_every_n_epochs": 0,
-}  # fmt: skip
-# An integer is a number of batches, any other number is a share of them.
-_SHARES = {
-    "limit_train_batches": 1, "limit_val_batches": 0, "limit_test_batches": 1, "limit_predict_batches": 0,
-    "overfit_batches": 0, "val_check_interval": 1,
-}  # fmt: skip
-_LARGEST_SEED = 2**32 - 1
 
 
 def checkpoints(run: Path) -> Path:
@@ -97,81 +81,6 @@ def resolve_checkpoint(ckpt_path: str, run: Path, starting: bool) -> Path | None
     return path
 
 
-def check_trainer(options: Namespace) -> None:
-    """Refuses options of the run that would fail only after work has begun.
-
-    Args:
-        options: Options of one command.
-
-    Raises:
-        ConfigError: If an option is refused. The message names it.
-    """
-    check_number("checkpoint_every", options.checkpoint_every, 1)
-    check_number("scorer_images", options.scorer_images, 1)
-    check_number("seed_everything", options.seed_everything, 0, _LARGEST_SEED)
-    trainer = options.trainer
-    for name, least in _LEAST.items():
-        check_number(f"trainer.{name}", trainer[name], least)
-    for name in ("max_epochs", "max_steps"):
-        if trainer[name] == 0:
-            raise ConfigError(f"trainer.{name} is 0: nothing would be trained. Give -1 for no limit, or at least 1.")
-    for name, least in _SHARES.items():
-        value = trainer[name]
-        if isinstance(value, float):
-            check_number(f"trainer.{name}", value, 0, 1, above=least > 0)
-        elif isinstance(value, int):
-            check_number(f"trainer.{name}", value, least)
-    try:
-        Timer(duration=trainer.max_time)
-    except MisconfigurationException as error:
-        raise ConfigError(
-            f"trainer.max_time is {trainer.max_time!r}; write days, hours, minutes and seconds as DD:HH:MM:SS."
-        ) from error
-    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
-    if endless and trainer.max_steps == -1:
-        raise ConfigError("The warm-up is a share of all steps. Set trainer.max_epochs or trainer.max_steps.")
-    if str(trainer.precision) in ("16-true", "bf16-true"):
-        raise ConfigError(
-            f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
-            f"Use {str(trainer.precision).replace('true', 'mixed')}."
-        )
-
-
-def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses to resume a run for a shorter training than it has done.
-
-    Args:
-        trainer: Options of the trainer.
-        checkpoint: Content of the checkpoint that the run goes on from.
-
-    Raises:
-        ConfigError: If the training would be shorter. The message names the option.
-    """
-    steps = checkpoint["global_step"]
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
-    for name, done, what in (("max_epochs", epochs, "epochs begun or done"), ("max_steps", steps, "steps taken")):
-        most = trainer[name]
-        if most not in (None, -1) and most < done:
-            raise ConfigError(
-                f"trainer.{name} is {most}, but the checkpoint has {done} {what}. Raise it to train on, or score what "
-                "there is with 'theia test'."
-            )
-
-
-def check_processes(trainer: Trainer) -> None:
-    """Refuses a launcher that started more processes than the trainer knows of, as each would train on its own.
-
-    Raises:
-        ConfigError: If there are more. The message names the options that must agree.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched not in (1, trainer.world_size):
-        raise ConfigError(
-            f"The launcher started {launched} processes, but the trainer expects {trainer.world_size}. Set "
-            "trainer.devices to the processes per node and trainer.num_nodes to the nodes."
-        )
-
-
 def check_unused(run: Path) -> None:
     """Refuses to start a run in the folder of another run.
 
@@ -184,19 +93,22 @@ def check_unused(run: Path) -> None:
         )
 
 
-def check_newest(checkpoint: Path, steps: int, run: Path, newest: int | None) -> None:
+def check_newest(checkpoint: Path, steps: int, run: Path) -> None:
     """Refuses to lose steps of a run by going on from one of its earlier checkpoints.
 
     Args:
         checkpoint: Path of the checkpoint to go on from.
         steps: Number of steps that this checkpoint has taken.
         run: Path of the run folder.
-        newest: Number of steps that the run's ``last.ckpt`` has taken; ``None`` if it is missing or damaged.
 
     Raises:
         ConfigError: If steps would be lost. The message says how to go on.
     """
-    if newest is not None and newest > steps:
+    try:
+        newest = int(read_checkpoint(checkpoints(run) / LAST, mmap=True)["global_step"])
+    except CheckpointError:
+        return  # missing or damaged, so there is nothing to lose
+    if newest > steps:
         raise ConfigError(
             f"{checkpoint} is of step {steps}, but {checkpoints(run) / LAST} of step {newest}: the steps between would "
             "be lost. Go on with --ckpt_path last, or branch off into another folder with --run_folder FOLDER."
@@ -240,7 +152,7 @@ class SaveRun(SaveConfigCallback):
             "images": datamodule.trained_on if datamodule else None,
         }
         path = run / ENVIRONMENT
-        started_from = self._started_from or _read(path).get("started_from")
+        started_from = self._started_from or read_json(path).get("started_from")
         if started_from:
             environment["started_from"] = dict(started_from)
         changes = [change._asdict() for change in self._changes]
@@ -259,7 +171,7 @@ def _with_changes(
     path: Path, environment: Mapping[str, Any], changes: list[dict[str, Any]], step: int
 ) -> list[dict[str, Any]]:
     """All changes since the run began: known ones, and differences between the last environment and this one."""
-    before = _read(path)
+    before = read_json(path)
     if not before:
         return changes  # the run was moved without that file
     said = before.get("changes", [])
@@ -275,15 +187,6 @@ def _with_changes(
             logger.warning("From step %d on, %s is %s; until then it was %s.", step, name, change.new, change.old)
             kept.append(change._asdict())
     return sorted([*changes, *kept], key=lambda change: int(change["step"]))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

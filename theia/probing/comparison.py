@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from theia.encoder.from_name import NamedEncoder
 from theia.errors import ConfigError, ImageError
@@ -27,11 +25,11 @@ from theia.probing.datasets import (
     tasks_of,
     temporary,
 )
-from theia.probing.features import check_encoders, open_all
+from theia.probing.display import as_json, draw, figures_table
+from theia.probing.embedding import check_encoders, open_all
 from theia.probing.heads import Fit
 from theia.probing.labelled import open_labelled
 from theia.probing.linear_probe import Schedule
-from theia.probing.picture import draw
 from theia.probing.probes import Probed, probe_classes, probe_nothing, probe_pixels, probe_places
 from theia.probing.scenes import scenes
 from theia.utils.arguments import comma_list
@@ -85,12 +83,12 @@ PRESETS: dict[Preset, Effort] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command says in the end.
+    """What a command prints when it is done.
 
     Attributes:
         table: A row per figure, a column per encoder.
-        notes: What a reader of the table must know.
-        files: The JSON and, of dense tasks, the picture.
+        notes: Sentences that a reader of the table must know.
+        files: The JSON file and, for dense tasks, the picture.
     """
 
     table: str
@@ -187,11 +185,11 @@ class Run:
 
     Attributes:
         kind: Name of the command.
-        device: Where encoders and probes run.
-        seeds: Seeds of what is fitted.
-        effort: How much work there is.
-        folder: Where files that are mapped into memory go; the system's temporary folder by default.
-        out: Folder for the JSON, and for what is finished when a run is interrupted.
+        device: Device that encoders and probes run on.
+        seeds: Seeds of the probes.
+        effort: Amount of work, as the preset sets it.
+        folder: Folder for files that are mapped into memory; the system's temporary folder by default.
+        out: Folder for the JSON file, and for finished encoders when a run is interrupted.
     """
 
     kind: str
@@ -215,15 +213,15 @@ class Run:
 
         Args:
             encoders: All encoders.
-            looks: Fingerprint of each encoder's features, by name.
+            looks: Fingerprint of each encoder's features, by its name.
             data: Fingerprint of the data.
-            nothing: What can be said without an encoder.
-            probe: Probes one encoder.
+            nothing: Figures that can be reached without an encoder.
+            probe: Function that probes one encoder.
             settings: Options that the figures depend on.
-            notes: What a reader of the figures must know.
+            notes: Sentences that a reader of the figures must know.
 
         Returns:
-            What was found, by the encoder's label, that without an encoder first; and the JSON.
+            The results by the encoder's label, first those without an encoder; and the path of the JSON file.
         """
         # Paths of this machine mean nothing elsewhere, so columns have short labels.
         labels = short_labels([encoder.name for encoder in encoders])
@@ -254,14 +252,14 @@ class Unfinished:
     """Finished encoders of an unfinished run, one file each.
 
     Args:
-        folder: Where the files lie; made and removed as needed.
+        folder: Folder of the files, made and removed as needed.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, identity: str) -> Probed | None:
-        """What was found of an encoder, if it is finished."""
+        """Results of an encoder, if it is finished."""
         path = self._path(identity)
         if not path.is_file():
             return None
@@ -285,56 +283,6 @@ class Unfinished:
 
     def _path(self, identity: str) -> Path:
         return self._folder / f"{identity}.npz"
-
-
-_UNITS = {"rmse": "m", "aligned_rmse": "m", "angular_rmse": "degrees", "silog": "100 log m"}
-
-
-def figures_table(found: Mapping[str, Probed]) -> str:
-    """A row per figure, a column per encoder: the mean over seeds, and with several their standard deviation.
-
-    Args:
-        found: What was found of each encoder.
-    """
-    figures = dict.fromkeys(figure for probed in found.values() for figure in probed.figures)
-    rows = []
-    for figure in figures:
-        cells = [_cell(probed.figures.get(figure, ())) for probed in found.values()]
-        rows.append([figure, _unit(figure), _better(figure), *cells])
-    table: str = tabulate(rows, headers=["figure", "unit", "better", *found], disable_numparse=True)
-    return table
-
-
-def as_json(found: Mapping[str, Probed]) -> dict[str, dict[str, Any]]:
-    """The same for the JSON, by encoder and figure, with the value of every seed.
-
-    Args:
-        found: What was found of each encoder.
-    """
-    return {
-        encoder: {
-            figure: {
-                "mean": fmean(values), "values": list(values), "unit": _unit(figure), "better": _better(figure),
-            }
-            for figure, values in probed.figures.items()
-        }
-        for encoder, probed in found.items()
-    }  # fmt: skip
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _unit(figure: str) -> str:
-    return _UNITS.get(figure.rpartition("/")[2], "")
-
-
-def _better(figure: str) -> str:
-    """Figures with a unit are errors, the others are shares."""
-    return "less" if _unit(figure) else "more"
 
 
 def _open_run(kind: str, device: Device, seeds: str | None, folder: Path | None, preset: Preset, out: Path) -> Run:

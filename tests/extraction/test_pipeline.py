@@ -18,7 +18,7 @@ from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
 from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
-from theia.extraction.extract import extract
+from theia.extraction.pipeline import extract
 from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 
@@ -319,6 +319,7 @@ def test_running_on_the_cpu_unasked_is_said_loudly(config, caplog: pytest.LogCap
         ({"batch_size": 0}, "--batch_size is 0"),
         ({"workers": -1}, "--workers is -1"),
         ({"max_skipped": 1.5}, "--max_skipped is 1.5"),
+        ({"resize": "stretch"}, "--resize is 'stretch'; choose 'squash' or 'center_crop'"),
         ({"teachers": " , "}, "--teachers is empty"),
         ({"teachers": "mean,pooled,mean"}, "names mean twice"),
         ({"images": {}}, "--images is empty"),

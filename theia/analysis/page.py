@@ -24,7 +24,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Makes sure that an analysis can be written there, before hours are spent on it; leaves no trace.
 
     Args:
-        folder: Where it is to go.
+        folder: Folder of the analysis.
         overwrite: Whether an earlier analysis may be replaced.
 
     Raises:
@@ -48,8 +48,8 @@ def write_report(folder: Path, analysis: Analysis) -> list[Path]:
     The files of an earlier analysis are replaced; others in the folder are left alone.
 
     Args:
-        folder: Where to write; see :func:`check_free`.
-        analysis: What to write.
+        folder: Folder to write into; see :func:`check_free`.
+        analysis: Analysis to write.
 
     Returns:
         The files, the page last.
@@ -137,7 +137,7 @@ def page(analysis: Analysis, pictures: Sequence[str]) -> str:
     """The report in Markdown.
 
     Args:
-        analysis: What to report.
+        analysis: Analysis to report.
         pictures: Names of the image files beside it.
     """
     parts: list[str | None] = ["# Analysis of encoders\n", _subject(analysis), main_table(analysis, "github")]
@@ -163,7 +163,7 @@ def main_table(analysis: Analysis, style: str = "simple") -> str:
     """The figures that are one number per encoder.
 
     Args:
-        analysis: What to report.
+        analysis: Analysis to report.
         style: Name of a format of tabulate: ``"simple"`` for a terminal, ``"github"`` for Markdown.
     """
     headers = ["encoder", "width", "grid", "norm entropy", "relative", "outliers", "PCA area", "cosine to mean"]
@@ -193,7 +193,7 @@ def _subject(analysis: Analysis) -> str:
     longer = [[analysis.labels[name], name] for name in analysis.measured.encoders if analysis.labels[name] != name]
     if longer:
         lines.append(_table(longer, ["called here", "encoder"], "github"))
-    facts = [[name.replace("_", " "), str(value)] for name, value in analysis.statement.items() if value is not None]
+    facts = [[name.replace("_", " "), str(value)] for name, value in analysis.provenance.items() if value is not None]
     if facts:
         lines.append(_table(facts, ["", ""], "github"))
     return "\n".join(lines)

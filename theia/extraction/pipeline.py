@@ -1,4 +1,4 @@
-"""Runs teachers over images and fills a feature store. Finished shards are kept, whatever happens."""
+"""An extraction from its options to a finished store: what is to be done, whether it fits, and in which order."""
 
 import logging
 import platform
@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from theia.errors import ConfigError, StoreError
 from theia.extraction.config import ExtractConfig
-from theia.extraction.decode import RESIZE_FILTER
+from theia.extraction.images import RESIZE_FILTER
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images

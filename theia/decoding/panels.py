@@ -1,4 +1,4 @@
-"""Decodes pictures in one pass: some that decide what colours mean, then the others, each into a row of panels."""
+"""Decodes pictures into rows of panels, in one pass: first those that decide what colours mean, then the others."""
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from theia.decoding.frames import Frames, Video, video_writer
-from theia.decoding.output import Output, check_free, picture_names
+from theia.decoding.output import Output, picture_names
 from theia.decoding.render import Colours, Group, Shown, Tokens, fit_colours, paint, row
-from theia.decoding.viewer import Subject, View, Viewer
+from theia.decoding.subjects import Subject
+from theia.decoding.viewer import View, Viewer
 from theia.errors import ImageError
-from theia.extraction.files import IMAGE_ENDINGS
+from theia.extraction.user_files import IMAGE_ENDINGS
 from theia.types import Depth, Masks
 from theia.utils.pictures import Picture
 from theia.utils.progress import Progress
@@ -28,26 +29,23 @@ Scores = dict[str, dict[str, float]]  # by teacher and name of a score
 
 
 def decode(
-    viewer: Viewer, frames: Frames, limit: int | None, out: Path, overwrite: bool, origin: Mapping[str, Any]
+    viewer: Viewer, frames: Frames, limit: int | None, out: Path, origin: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Path]:
     """Shows pictures through a student and its teachers, and writes them.
 
     Args:
         viewer: Student and teachers.
-        frames: What to show.
-        limit: How many of the frames, from the first; all by default.
-        out: Folder to write into.
-        overwrite: Whether the pictures of an earlier call may be replaced.
-        origin: What the record says of the model and the version.
+        frames: Pictures to show.
+        limit: Largest number of frames to show, from the first; all by default.
+        out: Folder to write into, which :func:`theia.decoding.output.check_free` has allowed.
+        origin: Record of the model and of Theia's version.
 
     Returns:
-        The record, as it stands in ``decoded.json``; and what was written: the folder, or the video in it.
+        The record, as it stands in ``decoded.json``; and the path of what was written, the folder or the video in it.
 
     Raises:
-        ConfigError: If the folder holds something else, or pictures that are not to be replaced.
         ImageError: If nothing can be read.
     """
-    check_free(out, overwrite)
     count = min(len(frames.ids), limit or len(frames.ids))
     film = out / frames.film if isinstance(frames, Video) else None
     names = picture_names(frames.ids[:count], IMAGE_ENDINGS)
@@ -67,7 +65,7 @@ def decode(
         with _writer(frames, film, output) as write:
             for view in heapq.merge(fitted, others, key=attrgetter("index")):
                 sample_id = frames.ids[view.index]
-                write(sample_id, _row(viewer, view, frames, colours))
+                write(sample_id, _row(sample_id, view, colours))
                 scores[sample_id] = {name: pair.scores for name, pair in view.pairs.items()}
                 progress.advance(1)
         progress.advance(count - len(scores))  # unreadable
@@ -92,19 +90,16 @@ def _fit(subject: Subject, views: Sequence[View]) -> tuple[Colours, Colours]:
     return (colours if subject.comparable else translated), colours
 
 
-def _row(viewer: Viewer, view: View, frames: Frames, colours: ByTeacher) -> Picture:
-    groups = [Group("image", [(frames.ids[view.index], np.asarray(view.image))])]
-    groups += [_group(subject, view, *colours[subject.name]) for subject in viewer.subjects]
+def _row(sample_id: str, view: View, colours: ByTeacher) -> Picture:
+    groups = [Group("image", [(sample_id, np.asarray(view.image))])]
+    for name, pair in view.pairs.items():
+        translated, own = colours[name]
+        scores = (f"   {said} {pair.scores[key]:.2f}" for key, said in _SCORE_NAMES.items() if key in pair.scores)
+        panels = [("student" + _kind(pair.translated), paint(pair.translated, translated, view.square))]
+        if pair.own is not None:
+            panels.append(("teacher" + _kind(pair.own), paint(pair.own, own, view.square)))
+        groups.append(Group(name + next(scores, ""), panels))
     return row(groups, view.image.width / view.image.height)
-
-
-def _group(subject: Subject, view: View, translated: Colours, own: Colours) -> Group:
-    pair = view.pairs[subject.name]
-    score = next((f"   {said} {pair.scores[key]:.2f}" for key, said in _SCORE_NAMES.items() if key in pair.scores), "")
-    panels = [("student" + _kind(pair.translated), paint(pair.translated, translated, view.square))]
-    if pair.own is not None:
-        panels.append(("teacher" + _kind(pair.own), paint(pair.own, own, view.square)))
-    return Group(subject.name + score, panels)
 
 
 def _kind(shown: Shown) -> str:

@@ -1,4 +1,4 @@
-"""How far depth is from the truth. Every figure is of one image, over its valid pixels; a mean over images follows."""
+"""Metrics of depth, normals and classes of pixels. Depth and normals are judged image by image, over valid pixels."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ def depth_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     """All figures of depth.
 
     Args:
-        prediction: Metres, shape ``(B, H, W)``.
-        target: The same; 0 where it is not known.
+        prediction: Predicted depth in metres, shape ``(B, H, W)``.
+        target: True depth in metres, same shape; 0 where it is not known.
 
     Returns:
-        By name, shape ``(B,)``; NaN for an image without a valid pixel.
+        One value per image, shape ``(B,)``, by name; NaN for an image without a valid pixel.
 
     Source: El Banani et al., "Probing the 3D Awareness of Visual Foundation Models", 2024: per image, then averaged;
         scale invariant is after the best scale and shift.
@@ -50,8 +50,8 @@ def silog(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     Args:
         prediction: Predicted depth, shape ``(B, H, W)``.
-        target: The same.
-        valid: Which pixels count, bool, the same shape.
+        target: True depth, same shape.
+        valid: Mask of the pixels that count, bool, same shape.
 
     Returns:
         Shape ``(B,)``.
@@ -69,8 +69,8 @@ def align(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     Args:
         prediction: Predicted depth, shape ``(B, H, W)``. One without variation gets a shift alone.
-        target: The same.
-        valid: Which pixels count, bool, the same shape.
+        target: True depth, same shape.
+        valid: Mask of the pixels that count, bool, same shape.
 
     Returns:
         The prediction aligned, same shape.
@@ -100,8 +100,8 @@ def normal_metrics(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
     """All figures of surface normals.
 
     Args:
-        prediction: Any length, shape ``(B, 3, H, W)``; one of length zero is off by 90 degrees.
-        target: Unit length, same shape; zero where it is not known.
+        prediction: Predicted normals of any length, shape ``(B, 3, H, W)``; one of length zero is off by 90 degrees.
+        target: True normals of unit length, same shape; zero where it is not known.
 
     Returns:
         ``angular_rmse`` in degrees, and shares of pixels off by less than 11.25, 22.5 and 30 degrees; by name, shape
@@ -136,8 +136,8 @@ def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """Counts pixels by true class (rows) and predicted class (columns).
 
     Args:
-        prediction: Class indices, any shape.
-        target: The same shape; pixels of 255 are left out.
+        prediction: Predicted class indices, any shape.
+        target: True class indices, same shape; pixels of 255 are left out.
         classes: Number of classes.
 
     Returns:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from theia.utils.json import jsonable
+from theia.utils.files import jsonable
 
 
 def test_what_json_cannot_hold_becomes_what_it_can() -> None:

@@ -1,0 +1,101 @@
+"""Options of the trainer and of a run that Lightning would not refuse, or only after work has begun."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
+
+from theia.errors import ConfigError
+from theia.utils.arguments import check_number
+
+# Smallest allowed values of Lightning's numbers, which it does not check, or refuses only deep in its own code.
+_LEAST = {
+    "num_nodes": 1, "fast_dev_run": 0, "max_epochs": -1, "min_epochs": 1, "max_steps": -1, "min_steps": 1,
+    "check_val_every_n_epoch": 1, "num_sanity_val_steps": -1, "log_every_n_steps": 1, "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0, "reload_dataloaders_every_n_epochs": 0,
+}  # fmt: skip
+# An integer is a number of batches, any other number is a share of them.
+_SHARES = {
+    "limit_train_batches": 1, "limit_val_batches": 0, "limit_test_batches": 1, "limit_predict_batches": 0,
+    "overfit_batches": 0, "val_check_interval": 1,
+}  # fmt: skip
+_LARGEST_SEED = 2**32 - 1
+
+
+def check_trainer(options: Namespace) -> None:
+    """Refuses options of the run that would fail only after work has begun.
+
+    Args:
+        options: Options of one command.
+
+    Raises:
+        ConfigError: If an option is refused. The message names it.
+    """
+    check_number("checkpoint_every", options.checkpoint_every, 1)
+    check_number("scorer_images", options.scorer_images, 1)
+    check_number("seed_everything", options.seed_everything, 0, _LARGEST_SEED)
+    trainer = options.trainer
+    for name, least in _LEAST.items():
+        check_number(f"trainer.{name}", trainer[name], least)
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise ConfigError(f"trainer.{name} is 0: nothing would be trained. Give -1 for no limit, or at least 1.")
+    for name, least in _SHARES.items():
+        value = trainer[name]
+        if isinstance(value, float):
+            check_number(f"trainer.{name}", value, 0, 1, above=least > 0)
+        elif isinstance(value, int):
+            check_number(f"trainer.{name}", value, least)
+    try:
+        Timer(duration=trainer.max_time)
+    except MisconfigurationException as error:
+        raise ConfigError(
+            f"trainer.max_time is {trainer.max_time!r}; write days, hours, minutes and seconds as DD:HH:MM:SS."
+        ) from error
+    endless = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is not None)
+    if endless and trainer.max_steps == -1:
+        raise ConfigError("The warm-up is a share of all steps. Set trainer.max_epochs or trainer.max_steps.")
+    if str(trainer.precision) in ("16-true", "bf16-true"):
+        raise ConfigError(
+            f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
+            f"Use {str(trainer.precision).replace('true', 'mixed')}."
+        )
+
+
+def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses to resume a run for a shorter training than it has done.
+
+    Args:
+        trainer: Options of the trainer.
+        checkpoint: Content of the checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: If the training would be shorter. The message names the option.
+    """
+    steps = checkpoint["global_step"]
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+    for name, done, what in (("max_epochs", epochs, "epochs begun or done"), ("max_steps", steps, "steps taken")):
+        most = trainer[name]
+        if most not in (None, -1) and most < done:
+            raise ConfigError(
+                f"trainer.{name} is {most}, but the checkpoint has {done} {what}. Raise it to train on, or score what "
+                "there is with 'theia test'."
+            )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuses a launcher that started more processes than the trainer knows of, as each would train on its own.
+
+    Raises:
+        ConfigError: If there are more. The message names the options that must agree.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched not in (1, trainer.world_size):
+        raise ConfigError(
+            f"The launcher started {launched} processes, but the trainer expects {trainer.world_size}. Set "
+            "trainer.devices to the processes per node and trainer.num_nodes to the nodes."
+        )
