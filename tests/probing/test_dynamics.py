@@ -164,7 +164,7 @@ def test_mean_and_correlation_are_those_of_the_training_tokens(tmp_path: Path) -
     np.testing.assert_allclose(found.correlation, np.corrcoef(training.astype(np.float64).T), atol=1e-3)
 
 
-def test_ridge_is_that_of_scikit_learn(subtests: Any = None) -> None:
+def test_ridge_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     x, noise_of = rng.normal(size=(5000, 12)) * np.arange(1, 13) + 3, rng.normal(size=(5000, 2))
     y = x @ rng.normal(size=(12, 2)) + noise_of
@@ -252,9 +252,13 @@ def test_a_horizon_beyond_every_episode_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_robot_that_never_moves_is_refused(tmp_path: Path) -> None:
-    writer = LeRobotWriter(tmp_path / "data", 10, {"observation.state": ["x"]}, {CAMERA: (SIDE, SIDE)}, ["rest"], "image")
+    writer = LeRobotWriter(
+        tmp_path / "data", 10, {"observation.state": ["x"]}, {CAMERA: (SIDE, SIDE)}, ["rest"], "image"
+    )
     for index in range(3):
-        writer.write(index, "rest", {"observation.state": np.full((8, 1), 0.5)}, {CAMERA: np.zeros((8, SIDE, SIDE, 3), np.uint8)})
+        writer.write(
+            index, "rest", {"observation.state": np.full((8, 1), 0.5)}, {CAMERA: np.zeros((8, SIDE, SIDE, 3), np.uint8)}
+        )
     writer.finish()
     with pytest.raises(TrajectoryError, match="never moves"):
         run(tmp_path / "out", tmp_path / "data", ["perfect"])

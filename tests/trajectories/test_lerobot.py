@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.trajectories.record import LENGTHS, TASKS
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import LeRobotFolder, held_out
-from tests.trajectories.record import LENGTHS, TASKS
 
 EVERY = ("theirs_v30_video", "theirs_v30_image", "theirs_v21_video", "theirs_v21_image")
 

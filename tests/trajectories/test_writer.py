@@ -36,7 +36,11 @@ def episode(index: int, length: int) -> tuple[str, dict[str, Any], dict[str, Any
     frames[..., 0] = 12 * np.arange(length)[:, None, None]
     frames[..., 1] = 80 * index
     sizes = {"action": 2, "observation.state": 3, "reward": 1}
-    return "push" if index < 2 else "pull", {key: rng.normal(size=(length, n)) for key, n in sizes.items()}, {CAMERA: frames}
+    return (
+        "push" if index < 2 else "pull",
+        {key: rng.normal(size=(length, n)) for key, n in sizes.items()},
+        {CAMERA: frames},
+    )
 
 
 def record(root: Path, pictures: Literal["video", "image"] = "video") -> None:
@@ -87,7 +91,12 @@ def test_statistics_of_the_whole_are_those_of_all_frames(tmp_path: Path) -> None
     record(tmp_path / "data")
     statistics = json.loads((tmp_path / "data/meta/stats.json").read_text())
     every = np.concatenate([episode(index, length)[1]["action"] for index, length in enumerate(LENGTHS)])
-    for name, expected in (("mean", every.mean(0)), ("std", every.std(0)), ("min", every.min(0)), ("max", every.max(0))):
+    for name, expected in (
+        ("mean", every.mean(0)),
+        ("std", every.std(0)),
+        ("min", every.min(0)),
+        ("max", every.max(0)),
+    ):
         np.testing.assert_allclose(statistics["action"][name], expected, atol=1e-9)
     assert statistics["action"]["count"] == [39]
 

@@ -61,9 +61,9 @@ COMMANDS = {
         ("analyze",),
     ),
     "probe": Command(
-        "fit small heads to frozen features: classes, depth, normals, matches of views",
+        "fit small heads to frozen features: classes, depth, normals, views, a robot's motion",
         "theia.cli.probe",
-        ("classification", "dense"),
+        ("classification", "dense", "dynamics"),
         "Fit small heads to the features of frozen encoders, and compare what they read out of them.",
     ),
     "decode": Command(

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from theia.errors import ConfigError
 from theia.utils.arguments import check_number
-from theia.utils.device import Device
+from theia.utils.device import Device, choose_device
+from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
     from theia.probing.comparison import Result
+    from theia.probing.dynamics import DynamicsResult
 
 
 def classification(
@@ -87,6 +90,68 @@ def dense(
     return _say(comparison.dense(encoders, data, tasks, out, preset, seeds, device, folder))
 
 
-def _say(result: "Result") -> int:
+def dynamics(
+    encoders: list[str],
+    data: str,
+    out: Path,
+    test: list[str] | None = None,
+    camera: str | None = None,
+    horizon: int = 16,
+    target: Literal["action", "displacement", "mean_action"] | None = None,
+    readout: Literal["ridge", "transformer"] = "ridge",
+    preset: Literal["small", "full"] = "small",
+    seeds: str | None = None,
+    reference: str | None = None,
+    batch_size: int = 32,
+    device: Device = "auto",
+) -> int:
+    """Predict where a robot goes, from recorded trajectories: its plan from one frame, its motion between two.
+
+    Two questions are put to the frozen tokens of every encoder, on the same frames, pairs and split. Plan: from frame t
+    alone, where will the robot be at t + h? Motion: from frames t and t + h, what happened between them? Every fifth
+    episode of each task is held out. Three controls are always in the table: blind sees nothing, state sees the robot's
+    state at t, and pixels sees 16x16 mean colours. An encoder's name followed by @random is the same student untrained.
+    After an interruption, the same command goes on where it stopped.
+
+    Args:
+        encoders: Encoders to compare.
+        data: Data set folder of LeRobot, v3.0 or v2.1, as lerobot:FOLDER or FOLDER.
+        out: Folder for the JSON file and the picture, named after the time so that they never replace earlier ones,
+            and for the embeddings, which later runs use again.
+        test: Further data sets of the same robot that are only tested on, such as with another camera or light; each is
+            a column of the table.
+        camera: Key of the camera, or the end of it. It must be given if there are several.
+        horizon: Number of frames between t and t + h.
+        target: What is predicted: action is action[t + h - 1] - state[t], displacement is state[t + h] - state[t],
+            mean_action is the mean of the actions between. By default action where actions are positions named like the
+            state, else displacement, else mean_action.
+        readout: ridge is a regression in closed form on 7x7 averaged tokens, seconds on a CPU. transformer is
+            HIVE-Bench's, minutes to hours.
+        preset: Size of the transformer: small has two layers of 128 on 7x7 tokens, full is HIVE-Bench's rule on all
+            tokens.
+        seeds: Seeds of the transformer, separated by commas; 0 by default. Nothing in ridge is random.
+        reference: Encoder that the others are compared with, episode by episode; by default the first one.
+        batch_size: Number of frames that are given to an encoder together.
+        device: Device that encoders and transformers run on; auto takes a GPU if there is one.
+    """
+    check_number("horizon", horizon, 1)
+    check_number("batch_size", batch_size, 1)
+    if seeds is not None and readout == "ridge":
+        raise ConfigError("--seeds: nothing in --readout ridge is random. Leave it out, or take transformer.")
+    check_folder(out, "--out")
+
+    # torch takes seconds to import; --help does not need it.
+    from theia.probing import dynamics as probing
+    from theia.probing.comparison import seed_numbers
+
+    return _say(
+        probing.dynamics(
+            encoders, data, test or [], out, camera, horizon, target, readout, preset, seed_numbers(seeds), reference,
+            choose_device(device), batch_size,
+        )
+    )  # fmt: skip
+
+
+def _say(result: "Result | DynamicsResult") -> int:
     print("\n".join([result.table, *result.notes, *map(str, result.files)]))
     return 0

@@ -15,10 +15,13 @@ class ExtractConfig:
 
     Attributes:
         images: Where the images are: a folder, a folder of tar shards, one tar file, or ``sample:COUNT`` for crops of
-            the sample photographs. Several splits at once as ``{train: PLACE, val: PLACE}``.
+            the sample photographs; frames of recordings as ``lerobot:FOLDER``, ``lerobot:FOLDER#CAMERA`` or
+            ``video:FOLDER``. Several splits at once as ``{train: PLACE, val: PLACE}``; of recordings, one place for
+            both: every fifth episode or video is held out of train.
         teachers: Names of teachers, comma-separated or as a list; see ``theia teachers``.
         store: Folder of the feature store. An existing store is continued, or gets the new teachers and splits.
         split: Name of the split if ``images`` is a single place; train by default.
+        every: Distance between the frames that are taken of recordings: 1 takes all.
         labels: Keep class labels, from the first level of sub-folders or from the ``.cls`` members of tar shards.
         size: Height and width of every stored image, in pixels; a multiple of 16, the patch size of the paper's
             students, or of 14.
@@ -42,6 +45,7 @@ class ExtractConfig:
     teachers: list[str] | str
     store: Path
     split: str | None = None
+    every: int = 1
     labels: bool = False
     size: int = 224
     resize: Resize = "squash"
@@ -59,6 +63,7 @@ class ExtractConfig:
     teacher_options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_number("every", self.every, 1)
         check_number("size", self.size, 1, MOST_PIXELS)
         check_number("batch_size", self.batch_size, 1)
         check_number("shard_size", self.shard_size, 1)

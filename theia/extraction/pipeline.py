@@ -104,7 +104,9 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     writers = {split: SplitWriter(config.store, split) for split in config.locations}
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(
-        lambda: {split: open_source(place, split, labels=config.labels) for split, place in config.locations.items()}
+        lambda: {
+            split: open_source(place, split, config.labels, config.every) for split, place in config.locations.items()
+        }
     )
     image_sets = {split: _image_set(source, config) for split, source in sources.items()}
     # Each teacher is built once before any work, so that a problem of the last one does not come to light after days.

@@ -16,6 +16,32 @@ LEROBOT, VIDEO = "lerobot", "video"
 _TRAIN = "train"
 
 
+def open_recordings(kind: str, place: str, split: str, labels: bool, every: int) -> "EpisodeSource | VideoSource":
+    """Opens recorded episodes or videos; see :func:`theia.extraction.sources.open_source`.
+
+    Args:
+        kind: ``lerobot`` or ``video``.
+        place: Folder, with ``#CAMERA`` after that of a data set with several cameras; or one video.
+        split: Name of the split.
+        labels: Whether labels are asked for, which recordings do not have.
+        every: Distance between the frames that are taken.
+    """
+    if labels:
+        raise ImageError("Recordings have no labels. Extract without labels, or give a folder of classes.")
+    if kind == LEROBOT:
+        root, _, camera = place.partition("#")
+        folder = LeRobotFolder(Path(root).expanduser())
+        return EpisodeSource(folder, folder.camera(camera or None), split, every)
+    path = Path(place).expanduser()
+    if path.is_file():
+        return VideoSource(path.parent, [path.name], split, every)
+    if not path.is_dir():
+        raise ImageError(f"There is no {path}. Give a folder of videos, or one video.")
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/"))]
+    return VideoSource(path, sorted(set(names) - set(hidden)), split, every)
+
+
 class EpisodeSource:
     """Every k-th frame of one camera of a LeRobot data set.
 
@@ -42,9 +68,7 @@ class EpisodeSource:
             )
         self._folder, self._camera = folder, camera
         self._places = [(episode, frame) for episode in episodes for frame in range(0, episode.length, every)]
-        self.ids: Sequence[str] = [
-            f"episode-{episode.index:06d}/frame-{frame:06d}" for episode, frame in self._places
-        ]
+        self.ids: Sequence[str] = [f"episode-{episode.index:06d}/frame-{frame:06d}" for episode, frame in self._places]
         self.labels: Sequence[int] | None = None
         self.classes: list[str] | None = None
         self.description: dict[str, Json] = {
@@ -68,10 +92,10 @@ class EpisodeSource:
 class VideoSource:
     """Every k-th frame of the videos in a folder, at any depth, in sorted order.
 
-    The split ``train`` has all videos but every fifth; any other split has every fifth. A single video is for ``train``.
+    The split ``train`` has all videos but every fifth; any other split has every fifth. A single one is for ``train``.
 
     Args:
-        root: Folder of the videos, or one video.
+        root: Folder of the videos.
         names: Paths of the videos relative to it.
         split: Name of the split.
         every: Distance between the frames that are taken.
@@ -88,8 +112,8 @@ class VideoSource:
         chosen = [name for place, name in enumerate(videos) if (place in out) != (split == _TRAIN)]
         if not chosen:
             raise ImageError(
-                f"{root / videos[0]} is the only video, and it is for the split 'train'; none is left for {split!r}. Give "
-                "videos of another place for it."
+                f"{root / videos[0]} is the only video, and it is for the split 'train'; none is left for {split!r}. "
+                "Give videos of another place for it."
             )
         self._root, self._videos, self._cursor = root, chosen, VideoCursor()
         infos = []

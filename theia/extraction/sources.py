@@ -1,4 +1,4 @@
-"""Where images come from: a folder, tar files (:mod:`theia.extraction.tars`), or the sample photographs."""
+"""Where images come from: a folder, tar files (:mod:`theia.extraction.tars`), recordings, or sample photographs."""
 
 import logging
 import os
@@ -11,8 +11,9 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from PIL import Image
 
-from theia.errors import ImageError
+from theia.errors import ConfigError, ImageError
 from theia.extraction.images import UnreadableImageError, read_image
+from theia.extraction.recordings import LEROBOT, VIDEO, open_recordings
 from theia.extraction.tars import TarSource
 from theia.extraction.user_files import COMPRESSED_TAR_ENDINGS, IMAGE_ENDINGS, TAR_ENDING, PassedOver, is_folder
 from theia.types import Json
@@ -54,7 +55,7 @@ class ImageSource(Protocol):
         """
 
 
-def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
+def open_source(location: str, split: str, labels: bool = False, every: int = 1) -> ImageSource:
     """Opens images for extraction.
 
     Args:
@@ -66,8 +67,12 @@ def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
               the member ``a.cls`` holds the class of ``a.jpg`` as an integer.
             - ``sample`` or ``sample:COUNT``: crops of photographs that come with scikit-image. A folder of that
               name is ``./sample``.
-        split: Split whose photographs ``sample`` shows. Folders and tar files hold one split each.
+            - ``lerobot:FOLDER`` or ``lerobot:FOLDER#CAMERA``: frames of recorded robot episodes.
+            - ``video:FOLDER``: frames of the videos in a folder, at any depth, or of one video.
+        split: Split whose photographs ``sample`` shows. Of recordings, ``train`` has all but every fifth episode or
+            video, and any other split has every fifth. Folders and tar files of images hold one split each.
         labels: Whether to read class labels.
+        every: Distance between the frames that are taken of recordings.
 
     Files that are not read are logged in one line. A file that is named like an image but is not a regular file is
     listed as an image that cannot be read.
@@ -75,8 +80,15 @@ def open_source(location: str, split: str, labels: bool = False) -> ImageSource:
     Raises:
         ImageError: If the place does not exist or holds no image, tar files and images are mixed, a tar file is damaged
             or compressed, a name is not valid UTF-8, or labels are asked for and missing.
+        TrajectoryError: If recorded episodes cannot be read.
+        ConfigError: If a camera is not there, what reads recordings is not installed, or ``every`` has no use.
     """
-    if location.partition(":")[0] == SAMPLE:
+    kind, colon, place = location.partition(":")
+    if colon and kind in (LEROBOT, VIDEO):
+        return open_recordings(kind, place, split, labels, every)
+    if every != 1:
+        raise ConfigError(f"--every is for recordings ({LEROBOT}: and {VIDEO}:), and {location} is none. Leave it out.")
+    if kind == SAMPLE:
         return _open_sample(location, split, labels)
     root = Path(location)
     source: ImageSource

@@ -30,8 +30,7 @@ from theia.probing.motion import (
 from theia.probing.ridge import fit, predict
 from theia.probing.token_transformer import FULL, SMALL, Rule, fit_and_predict
 from theia.trajectories.lerobot import STATE, LeRobotFolder, held_out
-from theia.utils.files import replacing, write_whole
-from theia.utils.json import jsonable
+from theia.utils.files import jsonable, replacing, write_whole
 from theia.utils.pictures import short_labels
 from theia.utils.provenance import machine, versions
 
@@ -170,12 +169,14 @@ class _Problem:
     def solve(self, name: str, tokens_of: TokensOf | None, look: str) -> Outcome:
         """Fits the read-outs of one encoder and measures their errors."""
         if name == BLIND:
-            return self._by_ridge({q: [lambda places: np.zeros((len(places), 1))] * len(self.recordings) for q in QUESTIONS})
+            return self._by_ridge(
+                {q: [lambda places: np.zeros((len(places), 1))] * len(self.recordings) for q in QUESTIONS}
+            )
         if name == STATE_ONLY:
             states = [_state(recording, self.recordings[0]) for recording in self.recordings]
             of_pairs = [_first_of(state, r.pairs) for state, r in zip(states, self.recordings, strict=True)]
             return self._by_ridge({question: of_pairs for question in QUESTIONS})
-        assert tokens_of is not None  # noqa: S101
+        assert tokens_of is not None
         pooled = name != PIXELS and (self.readout == "ridge" or self.rule is SMALL)
         every = [
             embed(
@@ -189,7 +190,8 @@ class _Problem:
             return self._by_transformer(name, every)
         components = np.eye(every[0].tokens.shape[2], dtype=np.float32) if name == PIXELS else every[0].components()
         projected = [
-            FrameTokens(part.tokens, part.grid, every[0].mean, every[0].deviation, every[0].correlation) for part in every
+            FrameTokens(part.tokens, part.grid, every[0].mean, every[0].deviation, every[0].correlation)
+            for part in every
         ]
 
         def features(part: FrameTokens, pairs: Pairs, question: Question) -> Callable[..., NDArray[np.floating]]:
@@ -231,7 +233,8 @@ class _Problem:
 
         def tokens_of(places: NDArray[np.int64]) -> NDArray[np.float16]:
             number = int(np.searchsorted(starts, places[0], "right")) - 1  # all of one data set
-            return every[number].tokens[places - starts[number]]
+            found: NDArray[np.float16] = every[number].tokens[places - starts[number]]
+            return found
 
         for question in QUESTIONS:
             frames = 1 if question == "plan" else 2
@@ -274,7 +277,7 @@ def _open_recordings(
     out = folder.held_out_episodes()
     if not out:
         raise ConfigError(
-            f"{folder.root} has one episode. One to fit on and one to test on are needed: the frames of one episode are "
+            f"{folder.root} has one episode. One to fit on and one to test on are needed: the frames of an episode are "
             "never divided between the two. Record more."
         )
     places = [train, *tests]
@@ -283,7 +286,7 @@ def _open_recordings(
     if len(set(names)) < len(names):
         labels = short_labels([str(path) for path in paths])
         names = [labels[str(path)] for path in paths]
-    recordings = []
+    recordings: list[Recording] = []
     for place, name in zip(places, names, strict=True):
         here = folder if place == train else LeRobotFolder(_path(place))
         pairs = make_pairs(here, kind, horizon)
@@ -299,8 +302,10 @@ def _open_recordings(
             else Recording(name, here, here.camera(camera), pairs, everything, frozenset())
         )
         if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
-            raise ConfigError(f"No episode to {'fit or ' * (here is folder)}test on in {here.root} has more than {horizon} "
-                              "frames. Give a smaller --horizon.")  # fmt: skip
+            raise ConfigError(
+                f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
+                "are needed. Give a smaller --horizon."
+            )
     return recordings, kind, notes
 
 
@@ -381,7 +386,8 @@ def _report(
         dynamics_report.draw(temporary, summary, f"{describe_target(target, horizon)}, L1 in deviations")
     size = sum(file.stat().st_size for file in (out / "embeddings").rglob("*.npy"))
     notes.append(
-        f"The embeddings in {out / 'embeddings'} ({size / 1e6:.0f} MB) are used again by the next run; delete them freely."
+        f"The embeddings in {out / 'embeddings'} ({size / 1e6:.0f} MB) are used again by the next run; you may "
+        "delete them."
     )
     for file in (out / "unfinished").glob("*.json"):
         file.unlink()

@@ -52,7 +52,9 @@ class Summary:
                 row += ["", ""] if other is None else [_signed(other.difference), f"{other.p:.3f}"]
             rows.append(row)
         text = str(tabulate(rows, headers=headers, disable_numparse=True))
-        tasks = list(dict.fromkeys(task for columns in self.by_task.values() for parts in columns.values() for task in parts))
+        tasks = list(
+            dict.fromkeys(task for columns in self.by_task.values() for parts in columns.values() for task in parts)
+        )
         if 1 < len(tasks) <= _MOST_TASKS:
             for column in self.columns:
                 of_tasks = [
@@ -113,7 +115,9 @@ def summarise(
                 raw[name, column] = compare(here, there, weights[data])
             labels = np.asarray(tasks[data])
             by_task[name][column] = {
-                str(task): float((here.mean(0) * weights[data])[labels == task].sum() / weights[data][labels == task].sum())
+                str(task): float(
+                    (here.mean(0) * weights[data])[labels == task].sum() / weights[data][labels == task].sum()
+                )
                 for task in dict.fromkeys(tasks[data])
             }
     adjusted = holm([comparison.p for comparison in raw.values()]) if raw else []

@@ -1,4 +1,4 @@
-"""Tokens of all frames of a recording, computed once by a frozen encoder and kept in files that are mapped into memory."""
+"""Tokens of all frames of a recording, computed once by a frozen encoder and kept in files mapped into memory."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,9 +97,11 @@ def embed(
     state = _State.read(folder)
     ahead = _frames(recording, camera, state.episodes, batch_size)
     file = folder / "tokens.npy"
-    kept: NDArray[np.float16] | None = np.load(file, mmap_mode="r+") if state.episodes else None
+    kept: np.memmap[Any, Any] | None = np.lib.format.open_memmap(file, "r+") if state.episodes else None
     last_saved = time.monotonic()
-    done = recording.episodes[state.episodes].start if state.episodes < len(recording.episodes) else recording.frame_count
+    done = (
+        recording.episodes[state.episodes].start if state.episodes < len(recording.episodes) else recording.frame_count
+    )
     with Progress(f"{name}: frames", recording.frame_count - done, unit="frame") as progress:
         for episode, start, pixels in ahead:
             tokens = tokens_of(torch.from_numpy(pixels).to(device))
@@ -122,7 +125,7 @@ def embed(
             if start + len(small) == episode.length:
                 state.episodes = episode.index + 1
                 if time.monotonic() - last_saved > _SAVE_EVERY_S or state.episodes == len(recording.episodes):
-                    kept.flush()  # type: ignore[attr-defined]
+                    kept.flush()
                     sync(file)
                     state.write(folder)
                     last_saved = time.monotonic()
@@ -187,7 +190,7 @@ def pixel_means(images: Tensor) -> StudentTokens:
 
 def _pooled(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
     rows, columns = min(grid[0], MOST_ROWS), min(grid[1], MOST_ROWS)
-    maps = patches.transpose(1, 2).unflatten(2, grid)
+    maps = patches.transpose(1, 2).reshape(len(patches), patches.shape[2], *grid)
     return F.adaptive_avg_pool2d(maps, (rows, columns)).flatten(2).transpose(1, 2), (rows, columns)
 
 
@@ -207,7 +210,7 @@ def _frames(
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(decode, *places[0]) if places else None
         for number, (episode, start) in enumerate(places):
-            assert ahead is not None  # noqa: S101
+            assert ahead is not None
             pixels = ahead.result()
             ahead = pool.submit(decode, *places[number + 1]) if number + 1 < len(places) else None
             yield episode, start, pixels

@@ -67,13 +67,13 @@ def choose_target(folder: LeRobotFolder, wanted: Target | None) -> tuple[Target,
         lacking = [key for key in _needs(wanted) if key not in folder.features]
         if lacking:
             raise ConfigError(
-                f"--target {wanted} needs {' and '.join(_needs(wanted))}, and {folder.root} has no {lacking[0]}. Choose "
-                "another target."
+                f"--target {wanted} needs {' and '.join(_needs(wanted))}, and {folder.root} has no {lacking[0]}. "
+                "Choose another target."
             )
         if wanted == "action" and folder.features[STATE].shape != folder.features[ACTION].shape:
             raise ConfigError(
-                f"--target action needs actions of the state's shape; {folder.root} has {folder.features[ACTION].shape} "
-                f"and {folder.features[STATE].shape}. Choose displacement or mean_action."
+                f"--target action needs actions of the state's shape, but {folder.root} has "
+                f"{folder.features[ACTION].shape} and {folder.features[STATE].shape}. Choose another target."
             )
         return wanted, "as --target says"
     if has_state and has_action and _are_positions(folder):
@@ -115,7 +115,7 @@ def make_pairs(folder: LeRobotFolder, target: Target, horizon: int) -> Pairs:
     elif target == "displacement" and state is not None:
         values = state[first + horizon] - state[first]
     else:
-        assert action is not None  # noqa: S101
+        assert action is not None
         sums = np.concatenate([np.zeros((1, action.shape[1])), np.cumsum(action, 0)])
         values = (sums[first + horizon] - sums[first]) / horizon
     return Pairs(first, first + horizon, episode, values)

@@ -20,7 +20,7 @@ _PIECE = 2048
 class Moments(NamedTuple):
     """Sums over samples from which a ridge regression follows; those of two sets of samples can be added."""
 
-    count: int
+    samples: int
     x: Array  # (P,)
     y: Array  # (D,)
     xx: Array  # (P, P)
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 
     def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
         return Moments(
-            self.count + other.count, self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy,
+            self.samples + other.samples, self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy,
             np.minimum(self.low, other.low), np.maximum(self.high, other.high),
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ def measure(features_of: FeaturesOf, samples: NDArray[np.int64], targets: Array)
         y = targets[piece]
         part = Moments(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, x.min(0), x.max(0))
         total = part if total is None else total + part
-    assert total is not None  # noqa: S101
+    assert total is not None
     return total
 
 
@@ -86,23 +86,21 @@ def solve(moments: Moments, targets: Array, penalty: float) -> Line:
         targets: Their targets, for the range, shape ``(n, D)``.
         penalty: In units of the mean variance of a feature times the number of samples.
     """
-    x_mean, y_mean = moments.x / moments.count, moments.y / moments.count
-    xx = moments.xx - moments.count * np.outer(x_mean, x_mean)
-    xy = moments.xy - moments.count * np.outer(x_mean, y_mean)
+    x_mean, y_mean = moments.x / moments.samples, moments.y / moments.samples
+    xx = moments.xx - moments.samples * np.outer(x_mean, x_mean)
+    xy = moments.xy - moments.samples * np.outer(x_mean, y_mean)
     scale = np.trace(xx) / len(xx)
     # Features that are all constant predict the mean.
     absolute = penalty * scale if scale > 0 else 1.0
     xx[np.diag_indices_from(xx)] += absolute
     weights: Array = cho_solve(cho_factor(xx, overwrite_a=True), xy)
-    return Line(
-        weights, y_mean - x_mean @ weights, (moments.low, moments.high), (targets.min(0), targets.max(0))
-    )
+    return Line(weights, y_mean - x_mean @ weights, (moments.low, moments.high), (targets.min(0), targets.max(0)))
 
 
 def absolute_penalty(moments: Moments, penalty: float) -> float:
     """The penalty ``a`` itself, as other libraries count it."""
-    x_mean = moments.x / moments.count
-    return penalty * float(np.trace(moments.xx) - moments.count * (x_mean @ x_mean)) / len(x_mean)
+    x_mean = moments.x / moments.samples
+    return penalty * float(np.trace(moments.xx) - moments.samples * (x_mean @ x_mean)) / len(x_mean)
 
 
 def fit(
@@ -114,8 +112,8 @@ def fit(
         features_of: Gives features of samples.
         samples: Places of the samples, shape ``(n,)``.
         targets: Values to predict, shape ``(n, D)``.
-        checked: Which samples choose the penalty, shape ``(n,)``; whole episodes. Without any, the penalty is the middle
-            one.
+        checked: Which samples choose the penalty, shape ``(n,)``; whole episodes. Without any, the middle penalty
+            is taken.
 
     Returns:
         The regression on all samples, and its penalty.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,9 @@ class LeRobotFolder:
         ConfigError: If pyarrow is not installed.
     """
 
+    cameras: tuple[str, ...]
+    episodes: tuple[Episode, ...]
+
     def __init__(self, root: Path) -> None:
         self.root = root
         info = self._json(INFO)
@@ -98,7 +101,7 @@ class LeRobotFolder:
             )
         try:
             self.frames_per_s = float(info["fps"])
-            self.features = {key: _feature(about) for key, about in info["features"].items()}
+            self.features: dict[str, Feature] = {key: _feature(about) for key, about in info["features"].items()}
             self._data_path, self._video_path = str(info["data_path"]), str(info.get("video_path"))
             self._chunk_size = int(info.get("chunks_size") or 1000)
             total = int(info["total_episodes"])
@@ -127,7 +130,9 @@ class LeRobotFolder:
         """
         there = f"{self.root} has the cameras {', '.join(self.cameras)}." if self.cameras else ""
         if not self.cameras:
-            raise ConfigError(f"{self.root} has no camera: no column of {INFO} is a video or an image. Record pictures.")
+            raise ConfigError(
+                f"{self.root} has no camera: no column of {INFO} is a video or an image. Record pictures."
+            )
         if key is None:
             if len(self.cameras) > 1:
                 raise ConfigError(f"{there} Choose one.")
@@ -136,7 +141,9 @@ class LeRobotFolder:
             name for name in self.cameras if name.endswith((f".{key}", f"/{key}"))
         ]
         if len(found) != 1:
-            raise ConfigError(f"{there} {'None' if not found else 'More than one'} of them is {key!r}. Correct the name.")
+            raise ConfigError(
+                f"{there} {'None' if not found else 'More than one'} of them is {key!r}. Correct the name."
+            )
         return found[0]
 
     def column(self, key: str) -> NDArray[np.float32]:
@@ -160,7 +167,9 @@ class LeRobotFolder:
                 for name, about in self.features.items()
                 if about.dtype not in ("video", "image", "string") and name not in BOOKKEEPING
             ]
-            raise ConfigError(f"{self.root} has no column {key!r} of numbers. There are: {', '.join(numbers) or 'none'}.")
+            raise ConfigError(
+                f"{self.root} has no column {key!r} of numbers. There are: {', '.join(numbers) or 'none'}."
+            )
         size = int(np.prod(feature.shape))
         values = np.empty((self.frame_count, size), np.float32)
         for path, episodes in self._by_file.items():
@@ -230,8 +239,8 @@ class LeRobotFolder:
         rows = self._episode_rows()
         if len(rows) != total:
             raise TrajectoryError(
-                f"The metadata of {self.root} list {len(rows)} episodes, but {INFO} says {total}. The recording was not "
-                "finished, or a file is missing: finish it, or copy the data set again."
+                f"The metadata of {self.root} list {len(rows)} episodes, but {INFO} says {total}. The recording was "
+                "not finished, or a file is missing: finish it, or copy the data set again."
             )
         if not rows:
             raise TrajectoryError(f"{self.root} has no episodes. Record some.")
@@ -281,8 +290,8 @@ class LeRobotFolder:
             return {name: int(episode.record[f"{part}/{name}"]) for name in ("chunk_index", "file_index")}
         except (KeyError, TypeError) as error:
             raise TrajectoryError(
-                f"The metadata of episode {episode.index} of {self.root} do not say where its {part} are. Copy the data "
-                "set again."
+                f"The metadata of episode {episode.index} of {self.root} do not say where its {part} are. Copy the "
+                "data set again."
             ) from error
 
     def _picture(self, episode: Episode, index: int, camera: str) -> Image.Image:
@@ -360,9 +369,7 @@ def held_out(groups: Sequence[str]) -> frozenset[int]:
     by_group: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         by_group.setdefault(group, []).append(place)
-    chosen = [
-        place for places in by_group.values() for place in (places[4::5] if len(places) > 4 else places[1:][-1:])
-    ]
+    chosen = [place for places in by_group.values() for place in (places[4::5] if len(places) > 4 else places[1:][-1:])]
     # Where every task was recorded once, every fifth recording.
     return frozenset(chosen or range(len(groups))[4::5] or range(len(groups))[1:][-1:])
 
@@ -374,19 +381,21 @@ def load_parquet() -> ModuleType:
         ConfigError: If it is not installed.
     """
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
             "Data sets of LeRobot are read by pyarrow, which is not installed: pip install 'theia[robots]'."
         ) from error
-    return parquet
+    return cast(ModuleType, pyarrow.parquet)
 
 
 def _feature(about: Mapping[str, Any]) -> Feature:
     names = about.get("names")
     if isinstance(names, Mapping):  # such as {"motors": [...]}
         names = next((part for part in names.values() if isinstance(part, list)), list(names))
-    return Feature(str(about["dtype"]), tuple(map(int, about["shape"])), None if names is None else tuple(map(str, names)))
+    return Feature(
+        str(about["dtype"]), tuple(map(int, about["shape"])), None if names is None else tuple(map(str, names))
+    )
 
 
 def _flat(column: Any, rows: int) -> NDArray[np.float32] | None:

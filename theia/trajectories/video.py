@@ -74,14 +74,20 @@ class VideoCursor:
     It can be pickled and forked; every process opens files of its own. Threads take turns.
     """
 
+    _container: Any
+    _path: Path | None
+    _frames: Iterator[Any]
+    _frame: Any
+    _time_s: float
+
     def __init__(self) -> None:
-        self._close()
+        self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._close()
+        self._begin()
 
     def read(self, path: Path, time_s: float, frames_per_s: float, exact: bool = True) -> Image.Image:
         """Decodes the frame that is shown at a time.
@@ -101,8 +107,8 @@ class VideoCursor:
             ConfigError: If PyAV is not installed.
         """
         with self._lock:
-            if self._process != os.getpid():
-                self._close()
+            if self._process != os.getpid():  # forked; what the parent has open is not touched
+                self._begin()
             try:
                 return self._read(path, time_s, 0.5 / frames_per_s, exact)
             except BaseException:
@@ -156,18 +162,15 @@ class VideoCursor:
             raise TrajectoryError(_cannot_read(path, error, time_s)) from error
         self._path, self._frames = path, self._container.decode(stream)
 
-    def _close(self) -> None:
+    def _begin(self) -> None:
         self._lock, self._process = Lock(), os.getpid()
-        self._container: Any = None
-        self._close_file()
+        self._container, self._path, self._frames, self._frame = None, None, iter(()), None
+        self._time_s, self._start_s = float("-inf"), 0.0
 
     def _close_file(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container: Any = None
-        self._path: Path | None = None
-        self._frames: Iterator[Any] = iter(())
-        self._frame: Any = None
+        self._container, self._path, self._frames, self._frame = None, None, iter(()), None
         self._time_s, self._start_s = float("-inf"), 0.0
 
 

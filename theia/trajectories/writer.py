@@ -198,8 +198,8 @@ class LeRobotWriter:
             tasks = json.loads((self.root / "meta/tasks.json").read_text())
         except (OSError, ValueError) as error:
             raise TrajectoryError(
-                f"{self.root} holds a data set that was not begun here ({error}), so it cannot be continued. Give a new "
-                "folder."
+                f"{self.root} holds a data set that was not begun here ({error}), so it cannot be continued. Give a "
+                "new folder."
             ) from error
         fixed = ("codebase_version", "fps", "features", "video_path")
         different = [name for name in fixed if there.get(name) != self._info[name]] + ["tasks"] * (tasks != self._tasks)
@@ -252,7 +252,9 @@ class LeRobotWriter:
         }
         if self._pictures == "image":
             for key, frames in pictures.items():
-                columns[key] = pyarrow.array([{"bytes": _png(frame), "path": None} for frame in frames], _IMAGE())
+                columns[key] = pyarrow.array(
+                    [{"bytes": _png(frame), "path": None} for frame in frames], _picture_type()
+                )
         numbers = np.arange(length)
         columns |= {
             "timestamp": pyarrow.array((numbers / self._info["fps"]).astype(np.float32)),
@@ -302,7 +304,7 @@ class LeRobotWriter:
             container.mux(stream.encode())
 
 
-def _IMAGE() -> Any:  # noqa: N802
+def _picture_type() -> Any:
     import pyarrow
 
     return pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -335,7 +337,10 @@ def _statistics(values: NDArray[Any]) -> dict[str, list[Any]]:
 
 def _merged(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
     """Statistics of all episodes from those of each."""
-    parts = {name: np.array([row[f"stats/{key}/{name}"] for row in rows], np.float64) for name in _statistics(np.ones((1, 1)))}
+    parts = {
+        name: np.array([row[f"stats/{key}/{name}"] for row in rows], np.float64)
+        for name in _statistics(np.ones((1, 1)))
+    }
     counts = parts["count"].reshape(-1, *[1] * (parts["mean"].ndim - 1))
     total = counts.sum()
     mean = (counts * parts["mean"]).sum(0) / total
