@@ -1,6 +1,7 @@
 """Shared fixtures. The environment is set before torch is imported."""
 
 import os
+import tarfile
 
 # Tests run side by side: one thread each is faster than two that fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -134,3 +135,12 @@ def checkpoint(encoder: Encoder, tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "last.ckpt"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def written_by_lerobot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small data sets that LeRobot 0.4.4 (v3.0) and 0.3.3 (v2.1) wrote; see ``trajectories/record.py``."""
+    folder = tmp_path_factory.mktemp("lerobot")
+    with tarfile.open(Path(__file__).parent / "trajectories" / "lerobot.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
