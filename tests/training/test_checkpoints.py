@@ -229,7 +229,7 @@ def test_validations_in_the_midst_of_a_step_are_refused(tmp_path: Path) -> None:
         if works:
             trainer.fit(Scripted(LOSSES), data, data)
         else:
-            with pytest.raises(ConfigError, match=r"trainer\.val_check_interval to a multiple of 2"):
+            with pytest.raises(ConfigError, match=r"trainer\.val_check_interval .* 2"):
                 trainer.fit(Scripted(LOSSES), data, data)
 
 
