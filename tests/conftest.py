@@ -15,6 +15,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,31 @@ def _signals_as_found() -> Iterator[None]:
     yield
     for number, handler in found.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def _parser() -> dict[str, Any]:
+    """Of ``theia fit``, ``validate`` and ``test``, once it is made."""
+    return {}
+
+
+@pytest.fixture
+def one_parser(_parser: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has commands that train or score share one parser: to make it takes longer than all else of one that refuses."""
+    from theia.cli.lightning import TheiaCLI
+
+    make = TheiaCLI.setup_parser
+
+    def setup_parser(self: TheiaCLI, *args: Any, **kwargs: Any) -> None:
+        if not _parser:
+            make(self, *args, **kwargs)
+            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            _parser.update({name: getattr(self, name) for name in names})
+        for parser in _parser["_subcommand_parsers"].values():
+            parser.exit_on_error = True  # a sweep takes that of fit for its own
+        vars(self).update(_parser)
+
+    monkeypatch.setattr(TheiaCLI, "setup_parser", setup_parser)
 
 
 @pytest.fixture

@@ -159,6 +159,11 @@ def run(*arguments: str, path: Path | None = None) -> Started:
     return done
 
 
+def environment() -> dict[str, str]:
+    """Of a process that starts :data:`PROGRAM`."""
+    return {**os.environ, _ADDRESS: _server()}
+
+
 def sweeps(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Has the trainings and tests of sweeps in this process forked too."""
     monkeypatch.setenv(_ADDRESS, _server())

@@ -14,6 +14,8 @@ from theia.errors import ExportError
 from theia.export import onnx
 from theia.export.formats import Exported, check
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 IMAGES = torch.arange(2 * 32 * 32 * 3).remainder(251).to(torch.uint8).reshape(2, 32, 32, 3)
 
 # By kind: options, stride and width of a token.

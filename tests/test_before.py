@@ -14,6 +14,8 @@ import theia
 from theia.cli.main import main
 from theia.store.reader import FeatureStore
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 CHECKPOINTS = {
     "run": "run/checkpoints/last.ckpt",
     "best": "run/checkpoints/best.ckpt",

@@ -16,6 +16,8 @@ from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter
 from theia.types import TeacherSpec
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 FIT = sorted(CONFIGS.glob("*.yaml"))
 SWEEPS = sorted(CONFIGS.glob("ablations/*.yaml"))

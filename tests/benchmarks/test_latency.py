@@ -25,6 +25,8 @@ SMALL = {"width": 48, "depth": 2, "heads": 3}
 # Compiling takes longer than all the rest. OpenVINO in the process of other tests has crashed those that fork or
 # compile.
 QUICK = {name: runtime for name, runtime in RUNTIMES.items() if not name.startswith(("compiled", "OpenVINO"))}
+# In float32 as well, Encoder.compile has its test beside the encoder's.
+COMPILED_ONCE = {name: runtime for name, runtime in RUNTIMES.items() if name != "compiled"}
 PHOTOGRAPHS = photographs(224, 224)
 
 
@@ -74,7 +76,7 @@ def test_every_runtime_gives_the_same_tokens_and_its_times(case: Case) -> None:
 def all_rows(folder: Path) -> list[Row]:
     torch.set_num_threads(1)
     shallow = random_encoder("theia_tiny", **{**SMALL, "depth": 1})  # each block takes long to compile
-    return rows_of(Case(shallow, 1, 1, folder), RUNTIMES, turn_s=0.2)
+    return rows_of(Case(shallow, 1, 1, folder), COMPILED_ONCE, turn_s=0.2)
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_all_runtimes_of_the_command_give_the_same_tokens(tmp_path: Path) -> Non
     # In a process of its own, as the command's.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
         rows = processes.submit(all_rows, tmp_path).result()
-    check(rows, list(RUNTIMES), 2)
+    check(rows, list(COMPILED_ONCE), 2)
     assert {row.runtime: row.precision for row in rows}["OpenVINO, float32"] == "float32"
 
 
@@ -108,7 +110,7 @@ def test_a_runtime_that_gives_other_tokens_is_refused(case: Case) -> None:
         run = eager(case).run
         return Started(lambda images: run(images[:, :, ::-1].copy()), "float32", 1)
 
-    with pytest.raises(ParityError, match=r"'mirror' \(float32\) gives other patch tokens"):
+    with pytest.raises(ParityError, match=r"'mirror' \(float32\)"):
         rows_of(case, {BASELINE: eager, "mirror": mirrored})
 
 
@@ -134,7 +136,7 @@ def test_more_threads_than_given_are_refused(said: int, cpu_s: float, fine: bool
     if fine:
         check_threads("quick", turns, said, 1)
     else:
-        with pytest.raises(BenchmarkError, match="'quick' was to take 1 threads"):
+        with pytest.raises(BenchmarkError, match=r"'quick' .* 1 threads"):
             check_threads("quick", turns, said, 1)
 
 
@@ -209,7 +211,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         runtimes,
         "RUNTIMES",
-        {**{name: QUICK[name] for name in (BASELINE, "ONNX Runtime")}, DEFAULT: partial(eager, bfloat16=True)},
+        {**{name: QUICK[name] for name in (BASELINE, "eager, autocast")}, DEFAULT: partial(eager, bfloat16=True)},
     )
     monkeypatch.setattr(command, "measure", partial(measure, turn_s=0.01))
     monkeypatch.setattr(command, "random_encoder", lambda size: random_encoder(size, **SMALL))
@@ -248,7 +250,7 @@ def test_the_command_prints_the_table_and_writes_everything(
         f"{size}, cpu, batch {batch}" for size in ("theia_tiny", "theia_small") for batch in (1, 2)
     ]
     rows = written["suites"]["theia_small, cpu, batch 1"]["details"]["rows"]
-    assert [row["runtime"] for row in rows] == [BASELINE, "ONNX Runtime", DEFAULT]
+    assert [row["runtime"] for row in rows] == [BASELINE, "eager, autocast", DEFAULT]
     assert {len(row["costs"]) for row in rows} == {3}
     assert torch.get_num_threads() == threads
 

@@ -7,7 +7,12 @@ from benchmarks.throughput.measure import BenchmarkError, Settings
 
 
 @pytest.mark.slow
-def test_the_suite_measures_every_step_and_its_parity(tmp_path: Path) -> None:
+def test_the_suite_measures_every_step_and_its_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each number of channels would take a compiled loss of its own.
+    for name in ("CDIV", "ALL_FIVE"):
+        narrow = {teacher: (8, rows) for teacher, (_, rows) in getattr(step, name).items()}
+        monkeypatch.setattr(step, name, narrow)
+
     result = step.run(Settings(tmp_path, pairs=2, small=True))
 
     assert len(result.measures) == 11

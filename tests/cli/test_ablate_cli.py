@@ -14,6 +14,8 @@ from trainings import hold, standing
 from theia.ablation.sweep_run import lock
 from theia.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 FIT = [
     "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2",
     "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false", "--model.width=16", "--model.depth=1",

@@ -62,7 +62,9 @@ def test_a_report_of_three_encoders_with_scores(
 def test_an_earlier_analysis_is_replaced_on_request_and_other_files_stay(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert analyze("--encoders", *ENCODERS, "--images", folder, "--out", tmp_path / "out") == 0
+    first = ["--encoders", *ENCODERS[:2], "--images", folder, "--out", tmp_path / "out", "--pictures=1"]
+    assert analyze(*first) == 0
+    assert {"norm_maps.png", "cka.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out/mine.txt").write_text("a note")
     again = ["--encoders", "teacher:hog", "--images", folder, "--out", tmp_path / "out", "--pictures=0"]
     assert analyze(*again) == 1

@@ -16,6 +16,8 @@ from trainings import hold, standing
 
 from theia.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 SMALL = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=16"]
 
 
@@ -239,7 +241,7 @@ def test_a_launcher_with_more_processes_than_the_trainer_expects_is_refused(
      "--trainer.callbacks=LearningRateMonitor", "--trainer.gradient_clip_val=1.0 --trainer.precision=bf16-mixed"],
 )  # fmt: skip
 def test_the_trainers_own_options_work(store: Path, tmp_path: Path, option: str) -> None:
-    assert main(["fit", *options(store, tmp_path / "run", *option.split())]) == 0
+    assert main(["fit", *options(store, tmp_path / "run", "--trainer.max_epochs=1", *option.split())]) == 0
 
 
 def test_no_validation_means_no_best_checkpoint_and_says_so(
@@ -293,27 +295,38 @@ def test_a_run_killed_for_good_is_resumed_by_the_command(store: Path, run: Path,
     assert (folder / "metrics.csv").read_text().count("\n") >= rows_before.count("\n")
 
 
+def learned(run: Path) -> list[float]:
+    """Losses of a run and sums over its weights."""
+    with (run / "metrics.csv").open() as file:
+        curve = [float(row[name]) for row in csv.DictReader(file) for name in ("train/loss", "val/loss") if row[name]]
+    assert len(curve) == 12  # ten steps and two validations
+    weights = torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
+    return curve + [float(value.double().abs().sum()) for value in weights.values() if value.is_floating_point()]
+
+
+def spread(store: Path, run: Path, processes: int) -> list[str]:
+    return ["fit", *options(store, run, "--trainer.log_every_n_steps=1", f"--trainer.devices={processes}",
+                            "--trainer.strategy=ddp")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_one(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """What one process learns."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    forked.run(*spread(store, run, 1))
+    return learned(run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str) -> None:
-    curves = []
-    for processes in (1, 2):
-        run = tmp_path / str(processes)
-        python = [sys.executable, "-m"]
-        if processes == 2 and launcher == "torchrun":
-            python += ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-        more = ["--trainer.log_every_n_steps=1", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
-        if len(python) == 2:
-            forked.run("fit", *options(store, run, *more))
-        else:
-            subprocess.run([*python, "theia", "fit", *options(store, run, *more)], check=True, capture_output=True)
-        with (run / "metrics.csv").open() as file:
-            curve = [
-                float(row[name]) for row in csv.DictReader(file) for name in ("train/loss", "val/loss") if row[name]
-            ]
-        assert len(curve) == 12  # ten steps and two validations
-        weights = torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
-        norms = [float(value.double().abs().sum()) for value in weights.values() if value.is_floating_point()]
-        curves.append(curve + norms)
+def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str, by_one: list[float]) -> None:
+    command = spread(store, tmp_path, 2)
+    if launcher == "lightning":
+        forked.run(*command)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+        subprocess.run(
+            [*torchrun, *forked.PROGRAM, *command], env=forked.environment(), check=True, capture_output=True
+        )
 
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert by_one == pytest.approx(learned(tmp_path), rel=1e-4)

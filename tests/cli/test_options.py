@@ -40,7 +40,8 @@ def parser_of(program: str) -> ArgumentParser:
     """The parser of a command, as it would parse its command line."""
     if program.startswith("benchmarks."):
         return capture_parser(lambda: importlib.import_module(f"{program}.__main__").main([]))
-    return capture_parser(lambda: theia(program.split()))
+    # "--help", as a command without options may do without a parser; it is caught before it is shown.
+    return capture_parser(lambda: theia([*program.split(), "--help"]))
 
 
 def run(program: str, arguments: list[str]) -> int:

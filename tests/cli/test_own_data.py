@@ -17,6 +17,8 @@ from theia.cli.data import data_last, flat
 from theia.cli.main import main
 from theia.cli.options import changes, shaping
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 CONFIG = Path("configs/cdiv_tiny.yaml").absolute()
 TOY = "--data=toy_data.Toy"
 SMALL = [

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from theia.scoring import scorers as scoring
 from theia.scoring.contract import Trained
 from theia.scoring.scorers import write_report
 
+pytestmark = pytest.mark.usefixtures("one_parser")
+
 OPTIONS = ["--trainer.accelerator=cpu", "--model.width=16", "--model.depth=1", "--model.heads=2", "--data.workers=0"]
 Register = Callable[[Callable[[Trained], Any]], None]
 
@@ -24,13 +27,19 @@ def command_line(store: Path, run: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture
-def run(store: Path, tmp_path: Path) -> Path:
-    """A run folder whose student was distilled from one of the store's two teachers."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose student was distilled from one of the store's two teachers. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
     options = [f"--data.store={store}", "--data.teachers=alpha", f"--run_folder={folder}", "--data.batch_size=16"]
     assert main(["fit", *OPTIONS, *options, "--trainer.max_steps=3"]) == 0
     return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, for one test."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -64,7 +73,8 @@ def test_a_teacher_that_the_student_never_saw_is_scored(
 
 def test_the_run_s_own_config_takes_scorers_as_a_list(store: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "scorers.yaml").write_text("scorers: [classification]\n")
-    configs = [f"--config={run / 'config.yaml'}", f"--config={tmp_path / 'scorers.yaml'}"]
+    # The last one could tell where a run has been moved to, and is not of a run.
+    configs = [f"--config={run / 'config.yaml'}", f"--config={tmp_path / 'scorers.yaml'}", f"--run_folder={run}"]
 
     assert main(["test", *configs, "--ckpt_path=last", "--compare_untrained=false"]) == 0
 

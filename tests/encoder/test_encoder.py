@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_blocks_are_named_by_any_numbers(encoder: Encoder, indices, blocks: list
 @pytest.mark.parametrize("indices", [[3], [-4], [1.0], ["1"], "1", 1.5, [None]], ids=repr)
 def test_what_is_no_block_is_named(encoder: Encoder, indices) -> None:
     wrong = re.escape(repr(indices[0] if isinstance(indices, list | str) else indices))
-    with pytest.raises(ConfigError, match=rf"no block {wrong}; this student has 3"):
+    with pytest.raises(ConfigError, match=rf"block {wrong}; .* 3"):
         encoder.forward_intermediates(images(32, 32), indices)
 
 
@@ -161,7 +162,7 @@ def test_freezing_leaves_what_was_asked_for(encoder: Encoder) -> None:
     assert {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= free()
     assert not any("translators" in name for name in free())
     for wrong in (4, -1, 1.0, "1"):
-        with pytest.raises(ConfigError, match=f"last_n_blocks is {wrong!r}; this encoder has 3 blocks"):
+        with pytest.raises(ConfigError, match=f"last_n_blocks is {wrong!r}; .* 3 blocks"):
             encoder.unfreeze(last_n_blocks=wrong)
 
 
@@ -177,7 +178,7 @@ def test_a_loaded_encoder_trains_what_its_features_come_from(checkpoint: Callabl
         assert encoder.distiller.translators["odd"].last.weight.grad is not None
 
 
-def train_in_parallel(rank: int, world: int, folder: Path) -> None:
+def train_in_parallel(rank: int, world: int, folder: Path | str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
     try:
         torch.manual_seed(0)
@@ -191,7 +192,7 @@ def train_in_parallel(rank: int, world: int, folder: Path) -> None:
             torch.autograd.backward(model(images(32, 32)[rank:] / (step + 1) / 255, pool="mean").square().mean())
             optimizer.step()
         assert not torch.equal(encoder.distiller.student.backbone.model.pos_embed, before)
-        torch.save(encoder.state_dict(), folder / f"{rank}-of-{world}.pt")
+        torch.save(encoder.state_dict(), f"{folder}/{rank}-of-{world}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -202,7 +203,9 @@ def test_distributed_training_waits_for_no_gradient_that_never_comes(tmp_path: P
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_encoder(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_in_parallel, (2, tmp_path), 2)
+    module, name = "encoder.test_encoder", train_in_parallel.__name__
+    ranks = [forked.function(module, name, rank, 2, str(tmp_path)) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.err for rank in ranks]
     first, second = (torch.load(tmp_path / f"{rank}-of-2.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

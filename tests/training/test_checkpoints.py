@@ -45,6 +45,7 @@ LOSSES = {1: 2.06, 2: 1.81, 3: 1.68, 4: 1.11, 5: 1.0045, 6: 1.0746, 7: 1.01, 8: 
 
 
 def fit(run: Path, epochs: int, *more: L.Callback, resume: str | None = "last", every: int = 1, rows: int = 1) -> None:
+    """Trains, from a checkpoint of the run, or of anywhere if ``resume`` is a path, if there is one."""
     last = run / "checkpoints" / f"{resume}.ckpt"
     steps = torch.load(last, weights_only=True)["global_step"] if last.exists() else None
     data = DataLoader(TensorDataset(torch.ones(rows, 1)))
@@ -165,6 +166,17 @@ class Signalled(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Killed(BaseException):
+    """In place of the signal that ends a process."""
+
+
+class Kill(L.Callback):
+    """Ends this process' training before its first step."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        raise Killed
+
+
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A SLURM whose ``scontrol`` notes what it was asked."""
@@ -200,13 +212,6 @@ def test_a_damaged_last_checkpoint_never_becomes_the_best(tmp_path: Path) -> Non
     fit(tmp_path, 3)
     (folder / "last.ckpt").write_bytes(b"damaged")
 
-    class Killed(BaseException):
-        pass
-
-    class Kill(L.Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            raise Killed
-
     with pytest.raises(Killed):
         fit(tmp_path, 3, Kill(), resume="early")
 
@@ -224,31 +229,18 @@ def test_validations_in_the_midst_of_a_step_are_refused(tmp_path: Path) -> None:
         if works:
             trainer.fit(Scripted(LOSSES), data, data)
         else:
-            with pytest.raises(ConfigError, match=r"trainer\.val_check_interval to a multiple of 2"):
+            with pytest.raises(ConfigError, match=r"trainer\.val_check_interval .* 2"):
                 trainer.fit(Scripted(LOSSES), data, data)
 
 
 def test_a_branch_that_is_killed_at_once_goes_on_from_where_it_left_the_other_run(tmp_path: Path) -> None:
     fit(tmp_path / "run", 3)
     branch = tmp_path / "branch"
-    (branch / "checkpoints").mkdir(parents=True)
-    fork = branch / "fork.ckpt"
-    shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", fork)
-    data = DataLoader(TensorDataset(torch.ones(1, 1)))
-
-    class Killed(BaseException):
-        pass
-
-    class Kill(L.Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            raise Killed
+    branch.mkdir()
+    shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", branch / "fork.ckpt")
 
     with pytest.raises(Killed):
-        L.Trainer(
-            accelerator="cpu", max_epochs=5, logger=MetricsCSV(branch, 3), enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, plugins=[DurableCheckpoints()], log_every_n_steps=1,
-            callbacks=[Kill(), Checkpoints(branch / "checkpoints", 1)],
-        ).fit(Scripted(LOSSES), data, data, ckpt_path=fork, weights_only=True)  # fmt: skip
+        fit(branch, 5, Kill(), resume=str(branch / "fork"))
     assert {path.name for path in (branch / "checkpoints").iterdir()} == {"last.ckpt"}
 
     fit(branch, 5)

@@ -159,7 +159,7 @@ def test_no_images_give_no_features(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.uint16, torch.complex64])
 def test_numbers_that_are_no_pixels_are_refused(encoder: Encoder, dtype: torch.dtype) -> None:
-    with pytest.raises(ImageError, match=f"type {dtype}.*16, 32 or 64 bits"):
+    with pytest.raises(ImageError, match=f"type {dtype}.* bits"):
         encoder(photos().to(dtype))
 
 

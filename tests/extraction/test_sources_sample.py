@@ -76,7 +76,7 @@ def test_a_longer_set_begins_with_the_shorter_one():
 def test_crops_are_the_same_in_another_process():
     # Another hash seed: nothing may depend on the order of a set.
     other = subprocess.run(
-        [sys.executable, "-c", "from test_samples import digest; print(digest('val', 24))"],
+        [sys.executable, "-c", "from test_sources_sample import digest; print(digest('val', 24))"],
         cwd=Path(__file__).parent,
         env={"PYTHONHASHSEED": "1"},
         capture_output=True,
