@@ -313,10 +313,10 @@ def _digest(files: list[Path]) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """The error and its root: the hub client hides a network failure behind a cache miss."""
+    """The error and its root, which the hub client and the HTTP library below it wrap in errors of their own."""
     root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
+    while below := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
+        root = below
     outer, inner = (textwrap.shorten(str(each), 200, placeholder=" ...").rstrip(".!") for each in (error, root))
     return f"{type(error).__name__}: {outer}" + (f" ({inner})" if inner not in outer else "")
 

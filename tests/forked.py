@@ -32,7 +32,6 @@ _ADDRESS = "THEIA_TESTS_FORK_SERVER"
 _IMPORTED = (
     *(f"theia.cli.{name}" for name in ("lightning", "extract", "ablate")), "theia.scoring.scorers",
     "sklearn.decomposition", "sklearn.neighbors", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
-    "rich.console",
 )  # fmt: skip
 # As `python -m theia`, for a sweep. It lasts as long as what it stands for, and ends as that does.
 PROGRAM = (sys.executable, "-S", __file__)
@@ -195,6 +194,8 @@ def _serve(address: str) -> Sequence[str]:
     """Returns in each process that is forked, with the arguments of its command, and at the end of all, with none."""
     for name in _IMPORTED:
         importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):  # only newer releases of other packages bring it along
+        importlib.import_module("rich.console")
     gc.collect()
     gc.freeze()  # else every process would copy what its garbage collector looks through
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait

@@ -40,7 +40,7 @@ def timms_own(name: str, pixels: torch.Tensor) -> tuple[torch.nn.Module, torch.T
         ("vit_tiny_patch16_224", 1, (14, 14)),
         ("vit_small_patch16_dinov3", 5, (16, 16)),
         ("deit_tiny_distilled_patch16_224", 2, (14, 14)),
-        ("cait_xxs24_224", 1, (14, 14)),
+        ("tnt_s_patch16_224", 1, (14, 14)),
     ],
 )
 def test_timms_tokens_are_timms(name: str, prefix: int, grid: tuple[int, int]) -> None:

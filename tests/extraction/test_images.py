@@ -2,6 +2,7 @@ import errno
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -248,7 +249,7 @@ def animation_of_nothing():
     ("data", "warning"),
     [
         (encode(Image.new("RGB", (11, 10))), "could be decompression bomb"),
-        (exif_cut_short(), "Tag data larger than file"),
+        (exif_cut_short(), "Tag data larger than file|Truncated File Read"),  # depends on Pillow's release
         (animation_of_nothing(), "Invalid APNG"),
     ],
     ids=["large", "cut EXIF", "animation of nothing"],
@@ -259,7 +260,7 @@ def test_what_pillow_warns_of_is_decoded_without_a_word(data, warning, monkeypat
         warnings.simplefilter("always")
         with Image.open(io.BytesIO(data)) as image:
             image.getexif()
-        assert warning in str(warned[0].message)
+        assert re.search(warning, str(warned[0].message))
         warned.clear()
         assert decode(data).mode == "RGB"
         assert not warned

@@ -94,7 +94,7 @@ def test_a_training_size_that_does_not_divide_into_the_stride_is_refused():
 
 
 def test_a_model_of_one_size_says_so():
-    backbone = build_backbone(StudentOptions(backbone="timm:cait_xxs24_224", image_size=32))
+    backbone = build_backbone(StudentOptions(backbone="timm:tnt_s_patch16_224", image_size=32))
     with pytest.raises(ShapeError, match="32x32 alone"):
         backbone.check_size(48, 32)
     assert backbone.nearest_size(48, 32) == (32, 32)
