@@ -8,6 +8,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from trajectories.discs import record
 
 from theia.cli.main import main
 from theia.scoring import scorers as scoring
@@ -263,3 +264,26 @@ def test_a_report_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     write_report(path, {"scores": {}})
     assert json.loads(path.read_text()) == {"scores": {}}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_student_is_scored_on_recorded_trajectories(run: Path, store: Path, tmp_path: Path) -> None:
+    data = record(tmp_path / "robot", episodes=6, frames=20)
+
+    assert main(command_line(store, run, f"--scorers=dynamics@{data}")) == 0
+
+    report = json.loads((run / "test_last.json").read_text())
+    assert report["scorers"] == [f"dynamics@{data}"]
+    assert set(report["scores"]) == {"dynamics/plan_error", "dynamics/motion_error"}
+    assert all(0 < error < 5 for error in report["scores"].values())
+
+
+@pytest.mark.parametrize(
+    ("scorers", "noun"),
+    [("dynamics", "dynamics@FOLDER"), ("dynamics@nowhere", "nowhere"), ("readout,readout@x", "twice")],
+)
+def test_what_a_scorer_of_trajectories_lacks_is_said(
+    run: Path, store: Path, capsys: pytest.CaptureFixture[str], scorers: str, noun: str
+) -> None:
+    assert main(command_line(store, run, f"--scorers={scorers}")) == 1
+
+    assert noun in capsys.readouterr().err

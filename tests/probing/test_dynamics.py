@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
+from trajectories.discs import CAMERA, EPISODES, FRAMES, HORIZON, SIDE, paths, record
 
 from theia.errors import ConfigError, TrajectoryError
 from theia.models.backbone import StudentTokens
@@ -20,39 +21,6 @@ from theia.probing.ridge import Line, absolute_penalty, fit, measure, solve
 from theia.probing.token_transformer import Rule, fit_and_predict
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.trajectories.writer import LeRobotWriter
-
-CAMERA = "observation.images.top"
-SIDE = 64
-EPISODES, FRAMES, HORIZON = 25, 10, 4
-
-
-def paths(seed: int = 0, episodes: int = EPISODES) -> np.ndarray:
-    """Positions that run towards the middle, so that one frame tells what comes: (episodes, T, 2)."""
-    starts = np.random.default_rng(seed).uniform(8, SIDE - 8, (episodes, 1, 2))
-    return SIDE / 2 + (starts - SIDE / 2) * 0.93 ** np.arange(FRAMES)[None, :, None]
-
-
-def pictures(path: np.ndarray) -> np.ndarray:
-    y, x = np.mgrid[:SIDE, :SIDE]
-    inside = (x - path[:, None, None, 0]) ** 2 + (y - path[:, None, None, 1]) ** 2 < 36
-    return np.where(inside[..., None], np.uint8([230, 30, 30]), np.uint8([20, 20, 20])).astype(np.uint8)
-
-
-def record(root: Path, seed: int = 0, shuffled: bool = False, absolute: bool = False, episodes: int = EPISODES) -> Path:
-    names = ["x", "y"]
-    values = {"action": names if absolute else ["dx", "dy"], "observation.state": names}
-    writer = LeRobotWriter(root, 10, values, {CAMERA: (SIDE, SIDE)}, ["reach"], "image")
-    every = paths(seed, episodes)
-    shown = np.stack([pictures(path) for path in every])
-    if shuffled:
-        flat = shown.reshape(-1, SIDE, SIDE, 3)
-        shown = flat[np.random.default_rng(1).permutation(len(flat))].reshape(shown.shape)
-    for index, path in enumerate(every):
-        following = np.concatenate([path[1:], path[-1:]])
-        action = following if absolute else following - path
-        writer.write(index, "reach", {"action": action, "observation.state": path}, {CAMERA: shown[index]})
-    writer.finish()
-    return root
 
 
 def coordinates(images: Tensor) -> StudentTokens:
@@ -98,25 +66,25 @@ def blind_error(seed: int = 0) -> float:
 def test_a_perfect_encoder_reaches_zero_and_a_blind_one_the_deviation(tmp_path: Path) -> None:
     found = run(tmp_path / "out", record(tmp_path / "data"), ["perfect", "constant"])["summary"]
     for question in ("plan", "motion"):
-        assert found["perfect"][question]["value"] < 0.08
-        assert found["blind"][question]["value"] == pytest.approx(blind_error(), rel=1e-6)
-        assert found["constant"][question]["value"] == pytest.approx(blind_error(), rel=1e-6)
+        assert found["perfect"][question]["mean"] < 0.08
+        assert found["blind"][question]["mean"] == pytest.approx(blind_error(), rel=1e-6)
+        assert found["constant"][question]["mean"] == pytest.approx(blind_error(), rel=1e-6)
         assert found["blind"][question]["difference"]["low"] > 0.3
     # The state tells where the disc is, and so what comes.
-    assert found["state"]["plan"]["value"] < 1e-3
+    assert found["state"]["plan"]["mean"] < 1e-3
 
 
 def test_frames_shuffled_among_episodes_tell_nothing(tmp_path: Path) -> None:
     found = run(tmp_path / "out", record(tmp_path / "data", shuffled=True), ["perfect"])["summary"]
-    blind = found["blind"]["plan"]["value"]
-    assert found["perfect"]["plan"]["value"] == pytest.approx(blind, abs=0.2 * blind)
+    blind = found["blind"]["plan"]["mean"]
+    assert found["perfect"]["plan"]["mean"] == pytest.approx(blind, abs=0.2 * blind)
 
 
 def test_a_second_data_set_is_tested_on_and_never_fitted_on(tmp_path: Path) -> None:
     train, other = record(tmp_path / "data"), record(tmp_path / "other", seed=3)
     found = run(tmp_path / "out", train, ["perfect"], [str(other)])
     assert found["tested episodes"] == {"data": [4, 9, 14, 19, 24], "other": list(range(EPISODES))}
-    assert found["summary"]["perfect"]["plan, other"]["value"] < 0.1
+    assert found["summary"]["perfect"]["plan, other"]["mean"] < 0.1
     alone = run(tmp_path / "alone", train, ["perfect"])
     assert alone["errors"]["perfect"]["plan"]["data"] == found["errors"]["perfect"]["plan"]["data"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trajectories.record import LENGTHS, TASKS
 
-from tests.trajectories.record import LENGTHS, TASKS
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import LeRobotFolder, held_out
 

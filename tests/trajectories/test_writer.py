@@ -105,9 +105,9 @@ KILLED = """
 import sys
 from pathlib import Path
 import os, signal
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
 import theia.trajectories.writer as writer
-from tests.trajectories.test_writer import episode, open_writer
+from trajectories.test_writer import episode, open_writer
 whole, left = writer.replacing, [{files}]
 def replacing(path, *a, **k):
     if left[0] == 0:

@@ -1,9 +1,17 @@
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from theia.utils.estimates import correlation, estimate, holm, paired_difference
+from theia.utils.estimates import (
+    correlation,
+    estimate,
+    holm,
+    over_episodes,
+    paired_difference,
+    paired_over_episodes,
+)
 
 # Of the t distribution, from a printed table: 97.5 % with 1 and 2 degrees of freedom.
 T_1, T_2 = 12.706, 4.303
@@ -107,3 +115,35 @@ def test_agrees_with_scipy() -> None:
     assert found is not None
     assert found.p == pytest.approx(expected.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(200):
+        found = over_episodes(rng.gamma(2, 1, (1, 40)), np.ones(40))
+        assert found.low is not None
+        assert found.high is not None
+        covered.append(found.low <= 2 <= found.high)
+    assert 0.88 < np.mean(covered) < 0.99
+
+
+def test_episodes_count_by_their_weight() -> None:
+    assert over_episodes(np.array([[1.0, 3.0]]), np.array([3.0, 1.0])).mean == 1.5
+
+
+def test_a_paired_difference_sees_what_the_spread_of_episodes_hides() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(5, 3, (1, 30))
+    found = paired_over_episodes(reference - 0.2 + rng.normal(0, 0.1, (1, 30)), reference, np.ones(30))
+    assert found.high is not None
+    assert found.high < 0
+    assert found.p is not None
+    assert found.p < 0.001
+    assert paired_over_episodes(reference, reference, np.ones(30)).p == 1
+
+
+def test_the_p_value_of_flipped_signs_is_exact_for_few_episodes() -> None:
+    # All eight differences have one sign: of 256 ways to flip them, two are as extreme.
+    found = paired_over_episodes(np.arange(1.0, 9)[None], np.zeros((1, 8)), np.ones(8))
+    assert found.p == 2 / 256

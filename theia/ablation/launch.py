@@ -120,7 +120,7 @@ class Job:
         test = ["test", *options, CHECKPOINT, "--compare_untrained", "false"]
         # A test replaces its report, so that all scorers of the earlier one have to run again.
         report = self.run.report or {"scorers": []}
-        earlier = [name for name in report["scorers"] if name in scorer_names()]
+        earlier = [name for name in report["scorers"] if name.partition("@")[0] in scorer_names()]
         scorers = dict.fromkeys([*self.run.scorers, *earlier])
         chosen = ["--scorers", ",".join(scorers)] if scorers else []
         return [["fit", *options, "last"], [*test, *chosen]]

@@ -25,6 +25,8 @@ _HEADLINES = (
     "readout/explained_variance",
     "classification/linear_probe_accuracy",
     "classification/knn_accuracy",
+    "dynamics/plan_error",
+    "dynamics/motion_error",
 )
 
 _AID = """Each row is a set of teachers and options; each seed is one student that was trained with them.

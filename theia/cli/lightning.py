@@ -107,8 +107,8 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
-            help="What to score beyond the student's own translators, comma-separated or a YAML list. "
-            f"Installed: {', '.join(scorer_names()) or 'none'}.",
+            help="What to score beyond the student's own translators, comma-separated or a YAML list; dynamics is "
+            f"followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
             "--scorer_images", type=int, default=10000,
@@ -339,7 +339,9 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         print(f"Scorers fitted on {images} training images, on the same held-out images:")
         for name in self.scorers:
-            print(scores_table(name, scores, self.scored.teacher_shapes, self.datamodule.teacher_shapes))
+            print(
+                scores_table(name.partition("@")[0], scores, self.scored.teacher_shapes, self.datamodule.teacher_shapes)
+            )
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from theia.errors import ConfigError
-from theia.utils.arguments import check_number
+from theia.utils.arguments import check_number, comma_list
 from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder
 
@@ -94,7 +94,7 @@ def dynamics(
     encoders: list[str],
     data: str,
     out: Path,
-    test: list[str] | None = None,
+    test: str = "",
     camera: str | None = None,
     horizon: int = 16,
     target: Literal["action", "displacement", "mean_action"] | None = None,
@@ -118,9 +118,9 @@ def dynamics(
         data: Data set folder of LeRobot, v3.0 or v2.1, as lerobot:FOLDER or FOLDER.
         out: Folder for the JSON file and the picture, named after the time so that they never replace earlier ones,
             and for the embeddings, which later runs use again.
-        test: Further data sets of the same robot that are only tested on, such as with another camera or light; each is
-            a column of the table.
-        camera: Key of the camera, or the end of it. It must be given if there are several.
+        test: Further data sets of the same robot, separated by commas, that are only tested on, such as with another
+            camera or light; each is a column of the table.
+        camera: Key of the camera, or the end of it; a data set with several needs it, here or as FOLDER#CAMERA.
         horizon: Number of frames between t and t + h.
         target: What is predicted: action is action[t + h - 1] - state[t], displacement is state[t + h] - state[t],
             mean_action is the mean of the actions between. By default action where actions are positions named like the
@@ -146,7 +146,7 @@ def dynamics(
 
     return _say(
         probing.dynamics(
-            encoders, data, test or [], out, camera, horizon, target, readout, preset, seed_numbers(seeds), reference,
+            encoders, data, comma_list(test), out, camera, horizon, target, readout, preset, seed_numbers(seeds), reference,
             choose_device(device), batch_size,
         )
     )  # fmt: skip

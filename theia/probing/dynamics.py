@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ Preset = Literal["small", "full"]
 BLIND, STATE_ONLY, PIXELS = "blind", "state", "pixels"
 CONTROLS = (BLIND, STATE_ONLY, PIXELS)
 _PREFIX = "lerobot:"
-_GREY = 128
+_HORIZON = 16
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,37 @@ def dynamics(
         write_whole(kept, json.dumps(outcome.__dict__))
         found[labels[name]] = outcome
     return _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
+
+
+def dynamics_scorer(trained: Any) -> dict[str, float]:
+    """What the patch tokens know of a robot's plans and motions: ridge regression on recorded trajectories.
+
+    Protocol: that of ``theia probe dynamics`` with its defaults. Data: the data set folder of LeRobot that follows the
+    scorer's name, as in ``--scorers dynamics@/data/my_robot`` or ``dynamics@/data/my_robot#CAMERA``.
+
+    Args:
+        trained: The student, a :class:`theia.scoring.contract.Trained`.
+
+    Returns:
+        ``plan_error`` and ``motion_error``: mean L1 errors on held-out episodes, in deviations of the target.
+
+    Raises:
+        ConfigError: If no data set was given.
+        TrajectoryError: If it cannot be read.
+    """
+    if trained.argument is None:
+        raise ConfigError("The scorer dynamics needs recorded trajectories: --scorers dynamics@FOLDER.")
+    recordings, _, _ = _open_recordings(trained.argument, [], None, _HORIZON, None)
+    varies = moving(recordings[0].pairs.of(recordings[0].fitted))
+    deviation = recordings[0].pairs.of(recordings[0].fitted).target.std(0)[varies]
+    with TemporaryDirectory(prefix="theia-dynamics-") as folder:
+        problem = _Problem(recordings, varies, deviation, "ridge", SMALL, [], trained.device, 32, Path(folder), "")
+        outcome = problem.solve("student", trained.encoder.forward_features, "")
+    weights = _weights(recordings[0])
+    return {
+        f"{question}_error": float(np.average(outcome.errors[question][recordings[0].name][0], weights=weights))
+        for question in QUESTIONS
+    }
 
 
 @dataclass(frozen=True)
@@ -262,6 +294,11 @@ def _by_episode(error: NDArray[np.float64], recording: Recording, tested: NDArra
     return [float(error[episodes == episode].mean()) for episode in tested_episodes(recording)]
 
 
+def _weights(recording: Recording) -> NDArray[np.float64]:
+    """Number of pairs in each tested episode."""
+    return np.array([(recording.pairs.episode == episode).sum() for episode in tested_episodes(recording)], np.float64)
+
+
 def tested_episodes(recording: Recording) -> list[int]:
     """Tested episodes that are long enough to hold a pair, in order."""
     there = set(recording.pairs.episode.tolist())
@@ -296,10 +333,11 @@ def _open_recordings(
                 f"{recordings[0].pairs.target.shape[1]}: they are not of one robot. Give another --test."
             )
         everything = frozenset(range(len(here.episodes)))
+        seen = here.camera(camera if camera is not None else _camera(place))
         recordings.append(
-            Recording(name, here, here.camera(camera), pairs, out, everything - out)
+            Recording(name, here, seen, pairs, out, everything - out)
             if here is folder
-            else Recording(name, here, here.camera(camera), pairs, everything, frozenset())
+            else Recording(name, here, seen, pairs, everything, frozenset())
         )
         if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
             raise ConfigError(
@@ -310,7 +348,11 @@ def _open_recordings(
 
 
 def _path(place: str) -> Path:
-    return Path(place.removeprefix(_PREFIX)).expanduser()
+    return Path(place.removeprefix(_PREFIX).partition("#")[0]).expanduser()
+
+
+def _camera(place: str) -> str | None:
+    return place.partition("#")[2] or None
 
 
 def _with_controls(encoders: Sequence[str]) -> list[str]:
@@ -364,12 +406,7 @@ def _report(
     target: Target,
     horizon: int,
 ) -> DynamicsResult:
-    weights = {
-        recording.name: np.array(
-            [(recording.pairs.episode == episode).sum() for episode in tested_episodes(recording)], np.float64
-        )
-        for recording in recordings
-    }
+    weights = {recording.name: _weights(recording) for recording in recordings}
     tasks = {r.name: [r.folder.tasks[episode] for episode in tested_episodes(r)] for r in recordings}
     summary = dynamics_report.summarise({name: o.errors for name, o in found.items()}, weights, tasks, reference)
     path = out / f"probing-dynamics-{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -1,7 +1,7 @@
 """Errors of all encoders as a table with intervals and paired differences, and as a picture."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from theia.utils.estimates import Difference, Estimate, holm, over_episodes, paired_over_episodes
 from theia.utils.pictures import wrapped
-from theia.utils.statistics import Comparison, Interval, compare, holm, interval
 
 # Errors by encoder, question and data set: shape (seeds, episodes).
 Errors = Mapping[str, Mapping[str, Mapping[str, Sequence[Sequence[float]]]]]
@@ -31,8 +31,8 @@ class Summary:
         reference: Name of the encoder that the others are compared with.
     """
 
-    means: dict[str, dict[tuple[str, str], Interval]]
-    differences: dict[str, dict[tuple[str, str], Comparison]]
+    means: dict[str, dict[tuple[str, str], Estimate]]
+    differences: dict[str, dict[tuple[str, str], Difference]]
     by_task: dict[str, dict[tuple[str, str], dict[str, float]]]
     columns: list[tuple[str, str]]
     reference: str
@@ -48,8 +48,8 @@ class Summary:
             row = [name]
             for column in self.columns:
                 mean, other = means[column], self.differences[name].get(column)
-                row += [f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"]
-                row += ["", ""] if other is None else [_signed(other.difference), f"{other.p:.3f}"]
+                row += [f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"]
+                row += ["", ""] if other is None else [_signed(other), f"{other.p:.3f}"]
             rows.append(row)
         text = str(tabulate(rows, headers=headers, disable_numparse=True))
         tasks = list(
@@ -65,20 +65,13 @@ class Summary:
         return text
 
     def as_json(self) -> dict[str, Any]:
-        """The same for the JSON."""
+        """The figures for the JSON, by encoder and column."""
         return {
             name: {
                 self._title(column): {
-                    **mean._asdict(),
-                    **(
-                        {}
-                        if column not in self.differences[name]
-                        else {
-                            "difference": self.differences[name][column].difference._asdict(),
-                            "p": self.differences[name][column].p,
-                        }
-                    ),
-                    "tasks": self.by_task.get(name, {}).get(column, {}),
+                    **asdict(mean),
+                    "difference": asdict(other) if (other := self.differences[name].get(column)) else None,
+                    "tasks": self.by_task[name][column],
                 }
                 for column, mean in means.items()
             }
@@ -102,17 +95,17 @@ def summarise(
         reference: Encoder that the others are compared with.
     """
     columns = [(question, data) for question, of in errors[reference].items() for data in of]
-    means: dict[str, dict[tuple[str, str], Interval]] = {}
-    raw: dict[tuple[str, tuple[str, str]], Comparison] = {}
+    means: dict[str, dict[tuple[str, str], Estimate]] = {}
+    raw: dict[tuple[str, tuple[str, str]], Difference] = {}
     by_task: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for name, of in errors.items():
         means[name], by_task[name] = {}, {}
         for column in columns:
             question, data = column
             here, there = np.asarray(of[question][data]), np.asarray(errors[reference][question][data])
-            means[name][column] = interval(here, weights[data])
+            means[name][column] = over_episodes(here, weights[data])
             if name != reference:
-                raw[name, column] = compare(here, there, weights[data])
+                raw[name, column] = paired_over_episodes(here, there, weights[data])
             labels = np.asarray(tasks[data])
             by_task[name][column] = {
                 str(task): float(
@@ -120,10 +113,10 @@ def summarise(
                 )
                 for task in dict.fromkeys(tasks[data])
             }
-    adjusted = holm([comparison.p for comparison in raw.values()]) if raw else []
-    differences: dict[str, dict[tuple[str, str], Comparison]] = {name: {} for name in errors}
-    for ((name, column), comparison), p in zip(raw.items(), adjusted, strict=True):
-        differences[name][column] = Comparison(comparison.difference, p)
+    corrected = holm({f"{name} {column}": found.p or 0.0 for (name, column), found in raw.items()})
+    differences: dict[str, dict[tuple[str, str], Difference]] = {name: {} for name in errors}
+    for (name, column), found in raw.items():
+        differences[name][column] = replace(found, p=corrected[f"{name} {column}"])
     return Summary(means, differences, by_task, columns, reference)
 
 
@@ -141,8 +134,9 @@ def draw(path: Path, summary: Summary, label: str) -> None:
     places = np.arange(len(names))[::-1]
     for axis, column in zip(axes, summary.columns, strict=True):
         found = [summary.means[name][column] for name in names]
-        values = np.array([part.value for part in found])
-        spread = np.array([[part.value - part.low for part in found], [part.high - part.value for part in found]])
+        values = np.array([part.mean for part in found])
+        ends = np.array([[part.low, part.high] for part in found], np.float64).T
+        spread = np.abs(ends - values)
         colours = ["tab:orange" if name == summary.reference else "tab:blue" for name in names]
         axis.barh(places, values, color=colours, alpha=0.75)
         axis.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", capsize=3)
@@ -154,5 +148,5 @@ def draw(path: Path, summary: Summary, label: str) -> None:
     FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
 
 
-def _signed(difference: Interval) -> str:
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+def _signed(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"

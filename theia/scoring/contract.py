@@ -64,6 +64,7 @@ class Trained:
         held_out: Images to score on, which were neither trained on nor are in ``train``.
         device: Device to compute on.
         seed: Seed of everything random; torch, numpy and Python are seeded with it before each scorer.
+        argument: What follows the scorer's name, as in ``--scorers NAME@ARGUMENT``; ``None`` if nothing does.
     """
 
     checkpoint: Path
@@ -74,6 +75,7 @@ class Trained:
     held_out: Part
     device: "torch.device"
     seed: int
+    argument: str | None = None
 
 
 # Keys are a metric, or metric/teacher. All values are finite.
@@ -93,12 +95,13 @@ def find_scorer(name: str) -> "Scorer":
     """Finds one scorer.
 
     Args:
-        name: Name of the scorer's entry point.
+        name: Name of the scorer's entry point; ``@`` and an argument for it may follow.
 
     Raises:
         UnknownScorerError: If nothing registers the name. The message lists what is installed and the nearest name.
         PluginError: If the plugin cannot be imported, is not a function, or shares its name with another.
     """
+    name = name.partition("@")[0]
     return cast("Scorer", _SCORERS.load(name, lambda scorer: _problem(scorer, name)))
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from theia.data.protocol import TrainingData
 from theia.encoder.load import load
-from theia.errors import PluginError, TheiaError
+from theia.errors import ConfigError, PluginError, TheiaError
 from theia.scoring.contract import Part, Scorer, Trained, find_scorer
 from theia.types import FeatureBatch
 from theia.utils.arguments import comma_list
@@ -28,13 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
-    """Finds scorers by their names.
+    """Finds scorers by their names, each with its argument, if any: ``NAME@ARGUMENT``.
 
     Raises:
         UnknownScorerError: If one is not installed.
         PluginError: If one cannot be used.
+        ConfigError: If one is named twice.
     """
-    return {name: find_scorer(name) for name in comma_list(names)}
+    chosen = comma_list(names)
+    plain = [name.partition("@")[0] for name in chosen]
+    twice = [name for place, name in enumerate(plain) if name in plain[:place]]
+    if twice:
+        raise ConfigError(f"--scorers names {twice[0]} twice. Name each once.")
+    return {name: find_scorer(name) for name in chosen}
 
 
 def run_scorers(
@@ -81,7 +87,8 @@ def run_scorers(
 
     scores: dict[str, float] = {}
     try:
-        for name, scorer in scorers.items():
+        for full_name, scorer in scorers.items():
+            name, _, argument = full_name.partition("@")
             seed_everything(seed, verbose=False)
             # Loaded anew, so that no scorer sees what another did to its encoder.
             encoder = load(checkpoint, device=device).freeze()
@@ -94,6 +101,7 @@ def run_scorers(
                 held_out=batches("held_out", name),
                 device=device,
                 seed=seed,
+                argument=argument or None,
             )
             scores |= _scores(name, scorer, trained)
     finally:

@@ -165,3 +165,54 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation | None:
 def is_constant(values: Sequence[float] | npt.NDArray[Any]) -> bool:
     """Whether all values are the same, apart from rounding."""
     return bool(np.ptp(values) <= ROUNDING * np.max(np.abs(values)))
+
+
+_DRAWS = 2000
+_FLIPS = 10_000
+
+
+def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> Estimate:
+    """Weighted mean over episodes, with a bootstrap interval over episodes and seeds.
+
+    The frames of an episode are alike, and so are its errors: it is drawn as a whole.
+
+    Args:
+        errors: Mean error of each episode, shape ``(seeds, episodes)``.
+        weights: Weight of each episode, such as its number of samples, shape ``(episodes,)``.
+    """
+    rng = np.random.default_rng(0)
+    seeds, episodes = errors.shape
+    counts = rng.multinomial(episodes, np.full(episodes, 1 / episodes), _DRAWS) * weights
+    shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _DRAWS) / seeds
+    draws = (counts * (shares @ errors)).sum(1) / counts.sum(1)
+    low, high = np.percentile(draws, [50 - 50 * CONFIDENCE, 50 + 50 * CONFIDENCE])
+    return Estimate(float(np.average(errors.mean(0), weights=weights)), float(low), float(high), episodes)
+
+
+def paired_over_episodes(
+    errors: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+) -> Difference:
+    """Difference from a reference on the same episodes.
+
+    Args:
+        errors: Mean error of each episode, shape ``(seeds, episodes)``.
+        reference: The reference's, on the same episodes, with as many seeds or with one.
+        weights: Weight of each episode, shape ``(episodes,)``.
+
+    Returns:
+        The mean of ``errors - reference``, with a bootstrap interval, and the p value of the two-sided test that flips
+        the signs of the episodes' differences (exact for up to 13 episodes).
+    """
+    from scipy import stats
+
+    if len(errors) != len(reference):
+        errors, reference = errors.mean(0, keepdims=True), reference.mean(0, keepdims=True)
+    differences = errors - reference
+    found = over_episodes(differences, weights)
+    of_episodes = (differences.mean(0) * weights,)
+    p = 1.0  # of differences that are all zero, or of one
+    if len(weights) > 1:
+        p = stats.permutation_test(
+            of_episodes, np.sum, permutation_type="samples", n_resamples=_FLIPS, random_state=0
+        ).pvalue
+    return Difference(found.mean, found.low, found.high, found.n, float(p))
