@@ -94,7 +94,7 @@ def dynamics(
     encoders: list[str],
     data: str,
     out: Path,
-    test: str = "",
+    test: str | None = None,
     camera: str | None = None,
     horizon: int = 16,
     target: Literal["action", "displacement", "mean_action"] | None = None,
@@ -146,8 +146,8 @@ def dynamics(
 
     return _say(
         probing.dynamics(
-            encoders, data, comma_list(test), out, camera, horizon, target, readout, preset, seed_numbers(seeds), reference,
-            choose_device(device), batch_size,
+            encoders, data, comma_list(test), out, camera, horizon, target, readout, preset, seed_numbers(seeds),
+            reference, choose_device(device), batch_size,
         )
     )  # fmt: skip
 
