@@ -15,11 +15,11 @@ from theia.extraction.images import UnreadableImageError
 from theia.extraction.sources import ImageSource
 from theia.extraction.stream import open_images
 from theia.extraction.user_files import open_regular, reason
+from theia.trajectories.video import VIDEO_ENDINGS
 from theia.utils.files import replacing
 from theia.utils.pictures import Picture
 
 GIF = ".gif"
-VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", GIF)
 
 _QUALITY = "18"  # of x264: no difference is seen
 _MILLISECONDS = 100  # of a GIF's frame that does not say

@@ -38,7 +38,7 @@ def load_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ConfigError("Videos are read by PyAV, which is not installed: pip install 'theia[robots]'.") from error
+        raise ConfigError("Videos are read by PyAV, which is not installed: pip install 'theia[video]'.") from error
     return av
 
 
