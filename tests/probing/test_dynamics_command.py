@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 from trajectories.discs import record
 
@@ -71,3 +72,12 @@ def test_bad_input_is_one_line_before_any_work(
 
     assert noun in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = record(tmp_path / "data", episodes=2, frames=6)
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"):
+        command = ["probe", "dynamics", "--encoders", "pixels", "--data", str(data), "--horizon", "3"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "Another run" in capsys.readouterr().err

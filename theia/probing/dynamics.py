@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from theia.encoder.from_name import open_encoder
@@ -57,6 +59,7 @@ class Recording:
         pairs: All pairs of frames.
         tested: Numbers of the episodes that are tested on.
         fitted: Numbers of the episodes that are fitted on; none for data that are only tested on.
+        identity: Fingerprint of the files and the camera.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Recording:
     pairs: Pairs
     tested: frozenset[int]
     fitted: frozenset[int]
+    identity: str
 
 
 @dataclass
@@ -130,22 +134,34 @@ def dynamics(
         sum(recording.folder.frame_count for recording in recordings), len(fitted), len(recordings[0].fitted),
         ", ".join(f"{len(r.tested)} episodes of {r.name} to test on" for r in recordings),
     )  # fmt: skip
-    data = fingerprint(*[[of_files(str(r.folder.root)), r.camera] for r in recordings])
-    problem = _Problem(recordings, varies, deviation, readout, rule, seeds, device, batch_size, out, data)
+    problem = _Problem(recordings, varies, deviation, readout, rule, seeds, device, batch_size, out)
     opened = {name: _tokens_of(name, device) for name in names if name not in (BLIND, STATE_ONLY)}
+    data = [recording.identity for recording in recordings]
     found: dict[str, Outcome] = {}
-    for number, name in enumerate(names, 1):
-        identity = fingerprint(settings, versions(), data, name, opened[name][1] if name in opened else "")
-        kept = out / "unfinished" / f"{identity}.json"
-        if kept.is_file():
-            logger.info("Encoder %d of %d: %s was finished before", number, len(names), name)
-            found[labels[name]] = Outcome(**json.loads(kept.read_text()))
-            continue
-        logger.info("Encoder %d of %d: %s", number, len(names), name)
-        outcome = problem.solve(name, *opened.get(name, (None, "")))
-        write_whole(kept, json.dumps(outcome.__dict__))
-        found[labels[name]] = outcome
-    return _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
+    with _alone_in(out):
+        for number, name in enumerate(names, 1):
+            identity = fingerprint(settings, versions(), data, name, opened[name][1] if name in opened else "")
+            kept = out / "unfinished" / f"{identity}.json"
+            if kept.is_file():
+                logger.info("Encoder %d of %d: %s was finished by an interrupted run", number, len(names), name)
+                found[labels[name]] = Outcome(**json.loads(kept.read_text()))
+                continue
+            logger.info("Encoder %d of %d: %s", number, len(names), name)
+            outcome = problem.solve(name, *opened.get(name, (None, "")))
+            write_whole(kept, json.dumps(asdict(outcome)))
+            found[labels[name]] = outcome
+        return _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"Another run works in {folder}. Wait for it, or choose another --out.") from error
 
 
 def dynamics_scorer(trained: Any) -> dict[str, float]:
@@ -170,7 +186,7 @@ def dynamics_scorer(trained: Any) -> dict[str, float]:
     varies = moving(recordings[0].pairs.of(recordings[0].fitted))
     deviation = recordings[0].pairs.of(recordings[0].fitted).target.std(0)[varies]
     with TemporaryDirectory(prefix="theia-dynamics-") as folder:
-        problem = _Problem(recordings, varies, deviation, "ridge", SMALL, [], trained.device, 32, Path(folder), "")
+        problem = _Problem(recordings, varies, deviation, "ridge", SMALL, [], trained.device, 32, Path(folder))
         outcome = problem.solve("student", trained.encoder.forward_features, "")
     weights = _weights(recordings[0])
     return {
@@ -192,7 +208,6 @@ class _Problem:
     device: torch.device
     batch_size: int
     out: Path
-    data: str
 
     def targets(self, pairs: Pairs) -> NDArray[np.float64]:
         """Targets in deviations, shape ``(n, D)``."""
@@ -213,10 +228,10 @@ class _Problem:
         every = [
             embed(
                 tokens_of, name, recording.folder, recording.camera, recording.fitted,
-                self.out / "embeddings" / fingerprint(look, self.data, number, pooled), self.device,
-                self.batch_size, pooled,
+                self.out / "embeddings" / fingerprint(look, recording.identity, sorted(recording.fitted), pooled),
+                self.device, self.batch_size, pooled,
             )
-            for number, recording in enumerate(self.recordings)
+            for recording in self.recordings
         ]  # fmt: skip
         if self.readout == "transformer":
             return self._by_transformer(name, every)
@@ -334,11 +349,9 @@ def _open_recordings(
             )
         everything = frozenset(range(len(here.episodes)))
         seen = here.camera(camera if camera is not None else _camera(place))
-        recordings.append(
-            Recording(name, here, seen, pairs, out, everything - out)
-            if here is folder
-            else Recording(name, here, seen, pairs, everything, frozenset())
-        )
+        tested, fitted = (out, everything - out) if here is folder else (everything, frozenset())
+        identity = fingerprint(of_files(str(here.root)), seen)
+        recordings.append(Recording(name, here, seen, pairs, tested, fitted, identity))
         if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
             raise ConfigError(
                 f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
