@@ -278,7 +278,7 @@ def test_a_silent_hub_is_said_once_for_all_teachers(
     decode(path, images / "d.png", tmp_path / "out", "--teachers_side_by_side")
 
     said = capsys.readouterr().err
-    assert said.count("as HF_HUB_OFFLINE is set") == said.count("clip, dinov2: the teacher cannot be had") == 1
+    assert said.count("as HF_HUB_OFFLINE is set") == said.count("clip, dinov2: the teacher cannot be loaded") == 1
 
 
 def test_absent_weights_are_said_and_the_translation_is_shown(

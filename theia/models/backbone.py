@@ -253,7 +253,7 @@ class Backbone(nn.Module, ABC):
         except TypeError:
             number = depth
         if not -depth <= number < depth:
-            raise ConfigError(f"There is no block {index!r}; this student has {depth}, numbered from 0.")
+            raise ConfigError(f"There is no block or stage {index!r}; this student has {depth}, numbered from 0.")
         return number % depth
 
     def _split(self, features: Tensor, pixels: Tensor) -> StudentTokens:
