@@ -398,7 +398,7 @@ def test_teacher_options_from_a_file_are_settled_like_typed_ones(
         (["--teacher_options={{odd: {{}}}}", "--teachers=clip"], "--teacher_options has 'odd', but nothing is shown"),
         (["--teacher_options={{clip: {{weights: x}}}}"], "--teacher_options has 'clip', but nothing is shown"),
         (["--teacher_options={tmp}/absent.yaml"], "absent.yaml cannot be read"),
-        (["--teacher_options={{odd: {{colour: red}}}}"], "unexpected keyword argument 'colour'"),
+        (["--teacher_options={{odd: {{colour: red}}}}"], "no option 'colour'"),
         (["--teacher_options={{odd: {{fault: raises}}}}"], "Teacher 'odd' cannot decode: RuntimeError: no idea"),
         (["--teacher_options={{odd: {{fault: shape}}}}"], "neither Depth, Masks nor Pictures"),
         (["--teacher_options={{odd: {{fault: nan}}}}"], "Teacher 'odd' decoded features to depth that is not finite"),

@@ -221,6 +221,8 @@ class Backbone(nn.Module, ABC):
         wanted = [self._number(index) for index in indices]
         if not wanted:
             return []
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ConfigError(f"{type(self.model).__name__} gives no features of blocks. Ask for the last ones only.")
         options: dict[str, Any] = {"norm": norm, "stop_early": True, "intermediates_only": True}
         if self._is_transformer:
             options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
