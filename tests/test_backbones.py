@@ -66,7 +66,7 @@ def test_a_backbone_goes_the_whole_way(kind: str, store: Path, tmp_path: Path, m
         (["--model.backbone=timm:convnext_nothing"], "no model 'convnext_nothing'"),
         (["--model.backbone=timm:test_convnext", "--model.width=32"], "model.width"),
         (["--model.backbone=timm:test_convnext", "--model.registers=4"], "model.registers"),
-        (["--model.backbone=timm:test_convnext", "--model.backbone_stage=9"], "no block 9"),
+        (["--model.backbone=timm:test_convnext", "--model.backbone_stage=9"], "no block or stage 9"),
         (["--model.backbone=timm:test_convnext", "--model.distill_cls=true"], "CLS token"),
         (["--model.backbone_stage=1"], "no stages"),
         (["--model.backbone=timm:test_vit", "--model.weights=nothing.pth"], "No weights file"),

@@ -7,7 +7,7 @@ import distributions
 import pytest
 
 from theia import registry
-from theia.errors import PluginError, UnknownTeacherError
+from theia.errors import ConfigError, PluginError, UnknownTeacherError
 
 Install = Callable[..., None]
 
@@ -133,3 +133,10 @@ def test_loading_every_teacher_class_imports_no_model_library() -> None:
         "print({'segment_anything', 'skimage', 'timm', 'transformers'} & sys.modules.keys())"
     )
     assert heavy.strip() == "set()"
+
+
+def test_an_option_that_a_teacher_does_not_have_is_named_with_those_it_has() -> None:
+    with pytest.raises(ConfigError, match=r"'weights'.*none"):
+        registry.create("hog", {"weights": 3})
+    with pytest.raises(ConfigError, match=r"'wieghts'.*weights, revision, architecture"):
+        registry.create("clip", {"wieghts": "random"})

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from theia.errors import PluginError, TheiaError, UnknownTeacherError
+from theia.errors import ConfigError, PluginError, TheiaError, UnknownTeacherError
 from theia.plugins import NAME, NAME_RULE, Plugins
 from theia.teacher import Teacher
 from theia.types import TeacherSpec
@@ -64,11 +64,18 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Teacher:
 
     Raises:
         UnknownTeacherError: If nothing registers the name.
-        PluginError: If the plugin is broken or does not take these options.
+        ConfigError: If the teacher does not have one of the options. The message lists those that it has.
+        PluginError: If the plugin is broken.
         WeightsError: If the teacher's weights cannot be loaded.
     """
+    found = find(name)
+    # A class without a constructor inherits torch's, which takes anything and then fails.
+    taken = {} if found.__init__ is nn.Module.__init__ else inspect.signature(found).parameters
+    unknown = [option for option in options or {} if option not in taken]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        raise ConfigError(f"Teacher {name!r} has no option {unknown[0]!r}. It has: {', '.join(taken) or 'none'}.")
     try:
-        teacher = find(name)(**(options or {}))
+        teacher = found(**(options or {}))
     except TheiaError:
         raise
     except Exception as error:

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a suite that failed with a message, 130 after Ctrl-C.
     """
     parser = Parser(prog="python -m benchmarks.throughput", description="Measures how fast Theia is here.")
-    parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"of: {', '.join(SUITES)}")
+    parser.add_argument("suites", nargs="*", default=DEFAULT, metavar="SUITE", help=f"Any of {', '.join(SUITES)}.")
     parser.add_function_arguments(bench, skip={"suites"})
     return carry_out("benchmarks.throughput", lambda: bench(**parser.parse_args(argv).as_dict()))
 

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from theia.cli.main import main
+from theia.errors import ImageError
+from theia.probing.datasets import tasks_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
@@ -188,3 +190,12 @@ def _options() -> list[str]:
 @pytest.mark.parametrize("option", _options())
 def test_a_training_has_the_options_that_the_pages_name(option: str) -> None:
     assert option in re.findall(r"--([\w.]+)", _help("fit"))
+
+
+def test_the_page_of_probes_shows_every_file_that_a_folder_may_hold(tmp_path: Path) -> None:
+    layout = (ROOT / "docs" / "probing.md").read_text().partition("## Layout of a folder")[2]
+    with pytest.raises(ImageError) as error:
+        tasks_of(tmp_path)
+    named = set(re.findall(r"rgb|depth|normals|labels|pose|[a-z]+\.txt", str(error.value)))
+    assert len(named) == 7
+    assert not [name for name in named if not re.search(rf"^    {re.escape(name)}\b", layout, re.MULTILINE)]

@@ -74,7 +74,7 @@ def analyze(
     measured = _measure(opened, stream, shown, chosen)
     if stream.skipped:
         logger.warning("Images that could not be read, named in the report: %d", len(stream.skipped))
-    statement = {
+    provenance = {
         "images": ", ".join(f"{key}: {_text(value)}" for key, value in source.description.items()),
         "images listed": len(source.ids),
         "max_images": max_images,
@@ -85,7 +85,7 @@ def analyze(
     distilled = {
         name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
     }
-    analysis = assemble(measured, distilled, read, stream.skipped, statement)
+    analysis = assemble(measured, distilled, read, stream.skipped, provenance)
     files = write_report(out, analysis)
     _say(analysis, files[-1])
     return 0

@@ -31,6 +31,8 @@ def export(
     path = Path(encoder)
     run = path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else None
     if out is None and run is None:
+        if path.suffix == ".ckpt" and not path.exists():
+            raise ConfigError(f"There is no checkpoint {path}. Correct --encoder.")
         raise ConfigError(
             "Say where to write the model: --out FOLDER. Only a checkpoint in a run folder has a default."
         )

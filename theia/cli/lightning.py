@@ -107,12 +107,13 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
-            help="What to score beyond the student's own translators, comma-separated or a YAML list; dynamics is "
-            f"followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
+            help="Scorers to run besides those of the student's own translators, comma-separated or a YAML list; dynamics "
+            f"is followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
             "--scorer_images", type=int, default=10000,
-            help="Training images that scorers fit on at most, a fixed part of all; the held-out ones are all used.",
+            help="Largest number of training images that scorers are fitted on, always the same ones. They score on "
+            "all held-out images.",
         )  # fmt: skip
         parser.link_arguments("run_folder", "trainer.default_root_dir")
         # The data module knows its teachers and image size, so one config serves any store.

@@ -72,7 +72,7 @@ def dense(
 
     Args:
         encoders: Encoders to compare.
-        data: Folder with train and val, each with rgb and what the tasks need (docs/analysis.md shows the layout), or
+        data: Folder with train and val, each with rgb and what the tasks need (docs/probing.md shows the layout), or
             scenes for rendered rooms. A folder of that name is ./scenes.
         out: Folder for the JSON file and the picture, which are named after the time and never replace earlier ones.
         tasks: Any of depth, normals, segmentation and correspondence, separated by commas; by default, all tasks that

@@ -30,7 +30,7 @@ class FeatureData(TrainingData):
     Args:
         store: Folder of the feature store that `theia extract` wrote.
         teachers: Teachers to use, comma-separated or a YAML list; all teachers in the store by default.
-        batch_size: Global training batch: samples per step over all processes (and per accumulated batch).
+        batch_size: Samples per training batch over all processes. With accumulated gradients, a step takes several.
         val_batch_size: Samples per batch and process in validation and test.
         workers: Reading processes per training process; 0 reads in the training process.
         fraction: Share of the training samples to use, in (0, 1]; the same samples for every seed.

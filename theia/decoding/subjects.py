@@ -176,7 +176,7 @@ def open_subject(
             raise
         own = "; its own output is not shown" if side_by_side else ""
         why = error.reason if isinstance(error, hub.UnreachableError) else error
-        subject.notes.append(f"the teacher cannot be had, translations are shown as PCA colours{own}: {why}")
+        subject.notes.append(f"the teacher cannot be loaded, translations are shown as PCA colours{own}: {why}")
         return subject
     if _shape(teacher.spec) != shape:
         raise ConfigError(

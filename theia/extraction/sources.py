@@ -151,7 +151,7 @@ def _check_names(ids: Sequence[str], root: Path) -> None:
             sample_id.encode()
         except UnicodeEncodeError as error:
             raise ImageError(
-                f"The name {sample_id!r} in {root} is no valid UTF-8 and cannot be a sample id. Rename it."
+                f"The name {sample_id!r} in {root} is not valid UTF-8 and cannot be a sample id. Rename it."
             ) from error
 
 

@@ -221,6 +221,8 @@ class Backbone(nn.Module, ABC):
         wanted = [self._number(index) for index in indices]
         if not wanted:
             return []
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ConfigError(f"{type(self.model).__name__} gives no features of blocks. Ask for the last ones only.")
         options: dict[str, Any] = {"norm": norm, "stop_early": True, "intermediates_only": True}
         if self._is_transformer:
             options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
@@ -253,7 +255,7 @@ class Backbone(nn.Module, ABC):
         except TypeError:
             number = depth
         if not -depth <= number < depth:
-            raise ConfigError(f"There is no block {index!r}; this student has {depth}, numbered from 0.")
+            raise ConfigError(f"There is no block or stage {index!r}; this student has {depth}, numbered from 0.")
         return number % depth
 
     def _split(self, features: Tensor, pixels: Tensor) -> StudentTokens:

@@ -133,11 +133,11 @@ class SetLayout:
         path = self.path(index)
         size = file_size(path)
         if record is not None and size is not None and size != record.bytes:
-            raise StoreError(damaged(path, f"it has {size} bytes, the manifest says {record.bytes}"))
+            raise StoreError(damaged(path, f"it has {size} bytes, its record says {record.bytes}"))
         shard = read_shard(path)
         self.check(shard, index)
         if record is not None and shard.rows != record.rows:
-            raise StoreError(damaged(path, f"it has {shard.rows} samples, the manifest says {record.rows}"))
+            raise StoreError(damaged(path, f"it has {shard.rows} samples, its record says {record.rows}"))
         return shard
 
     def check(self, shard: Shard, index: int) -> None:
