@@ -295,7 +295,11 @@ def load_mujoco() -> ModuleType:
     """
     check_installed()
     find_opengl()
-    return importlib.import_module("mujoco")
+    try:
+        return importlib.import_module("mujoco")
+    except Exception as error:
+        # A library that is missing makes OpenGL's bindings raise nearly anything.
+        raise ConfigError(_no_opengl(f"{type(error).__name__}: {error}")) from error
 
 
 def check_installed() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench import collect as collecting
+from benchmarks.cortexbench import simulation
 from benchmarks.cortexbench.demonstrations import MOST_ATTEMPTS, Plan, first_success
 from benchmarks.cortexbench.simulation import SimulationError, find_opengl, find_tasks
 from theia.errors import ConfigError, TrajectoryError
@@ -105,6 +106,17 @@ def test_without_opengl_the_packages_of_the_system_are_named(monkeypatch: pytest
         find_opengl()
     assert tried == ["egl", "osmesa"]
     assert "MUJOCO_GL" not in os.environ
+
+
+def test_a_library_that_was_chosen_and_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(simulation, "check_installed", lambda: None)
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match=r"MUJOCO_GL=osmesa.*glGetError.*apt-get install"):
+        simulation.load_mujoco.__wrapped__()
 
 
 @pytest.mark.parametrize(
