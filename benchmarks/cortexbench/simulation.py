@@ -25,8 +25,9 @@ Quality = Literal["fast", "full"]
 Expert = Callable[[NDArray[np.float64]], NDArray[np.float32]]
 
 HORIZON = 500
-ACTIONS = ("x", "y", "z", "gripper")
-STATES = ("x", "y", "z", "gripper")
+# Actions are relative, so they must not share the names of positions.
+ACTIONS = ("dx", "dy", "dz", "gripper_effort")
+STATES = ("x", "y", "z", "gripper_opening")
 
 # Names that stand for several tasks. The five are those of CortexBench.
 GROUPS = {

@@ -128,7 +128,9 @@ def test_quality_costs_smooth_edges_and_shadows_only() -> None:
 def test_an_action_that_is_none_is_refused(action: list[Any]) -> None:
     with environment() as made:
         made.reset(0)
-        with pytest.raises(SimulationError, match=r"drawer-open-v3 was given.*4 finite numbers: x, y, z, gripper"):
+        with pytest.raises(
+            SimulationError, match=r"drawer-open-v3 was given.*4 finite numbers: dx, dy, dz, gripper_effort"
+        ):
             made.step(np.array(action))
 
 
