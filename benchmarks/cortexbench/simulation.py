@@ -25,8 +25,9 @@ Quality = Literal["fast", "full"]
 Expert = Callable[[NDArray[np.float64]], NDArray[np.float32]]
 
 HORIZON = 500
-ACTIONS = ("x", "y", "z", "gripper")
-STATES = ("x", "y", "z", "gripper")
+# Actions are relative, so they must not share the names of positions.
+ACTIONS = ("dx", "dy", "dz", "gripper_effort")
+STATES = ("x", "y", "z", "gripper_opening")
 
 # Names that stand for several tasks. The five are those of CortexBench.
 GROUPS = {
@@ -295,7 +296,11 @@ def load_mujoco() -> ModuleType:
     """
     check_installed()
     find_opengl()
-    return importlib.import_module("mujoco")
+    try:
+        return importlib.import_module("mujoco")
+    except Exception as error:
+        # A library that is missing makes OpenGL's bindings raise nearly anything.
+        raise ConfigError(_no_opengl(f"{type(error).__name__}: {error}")) from error
 
 
 def check_installed() -> None:

@@ -115,6 +115,11 @@ def replacing(path, *a, **k):
     left[0] -= 1
     return whole(path, *a, **k)
 writer.replacing = replacing
+def write_whole(path, content):
+    with writer.replacing(path) as temporary:
+        temporary.write_text(content)
+if {beginning}:
+    writer.write_whole = write_whole
 data = open_writer(Path({data!r}))
 for index in range(2):
     data.write(index, *episode(index, 7))
@@ -122,10 +127,10 @@ data.finish()
 """
 
 
-@pytest.mark.parametrize("files", [0, 1, 2, 4, 6, 7])
-def test_a_killed_recording_goes_on(tmp_path: Path, files: int) -> None:
+@pytest.mark.parametrize(("files", "beginning"), [(n, False) for n in (0, 1, 2, 4, 6, 7)] + [(0, True), (1, True)])
+def test_a_killed_recording_goes_on(tmp_path: Path, files: int, beginning: bool) -> None:
     data, root = tmp_path / "data", Path(__file__).parents[2]
-    code = KILLED.format(root=str(root), data=str(data), files=files)
+    code = KILLED.format(root=str(root), data=str(data), files=files, beginning=beginning)
     killed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     writer = open_writer(data)

@@ -107,8 +107,8 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
-            help="Scorers to run besides those of the student's own translators, comma-separated or a YAML list; dynamics "
-            f"is followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
+            help="Scorers to run besides those of the student's own translators, comma-separated or a YAML list; "
+            f"dynamics is followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
             "--scorer_images", type=int, default=10000,

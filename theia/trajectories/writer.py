@@ -186,16 +186,19 @@ class LeRobotWriter:
         load_parquet()
         if self._pictures == "video" and self._cameras:
             load_av()
-        path = self.root / INFO
+        path, of_tasks = self.root / INFO, self.root / "meta/tasks.json"
         if not path.exists():
-            if self.root.exists() and any(self.root.iterdir()):
+            # A recording that was killed while it began has left the list of tasks at most.
+            left = {of_tasks.parent, of_tasks, *of_tasks.parent.glob(f".{of_tasks.name}~*")}
+            left |= set(path.parent.glob(f".{path.name}~*"))
+            if any(one not in left for one in self.root.rglob("*")):
                 raise TrajectoryError(f"{self.root} is not empty and holds no data set. Give an empty or new folder.")
+            write_whole(of_tasks, json.dumps(self._tasks))
             write_whole(path, json.dumps(self._info, indent=2))
-            write_whole(self.root / "meta/tasks.json", json.dumps(self._tasks))
             return
         try:
             there = json.loads(path.read_text())
-            tasks = json.loads((self.root / "meta/tasks.json").read_text())
+            tasks = json.loads(of_tasks.read_text())
         except (OSError, ValueError) as error:
             raise TrajectoryError(
                 f"{self.root} holds a data set that was not begun here ({error}), so it cannot be continued. Give a "

@@ -1,0 +1,54 @@
+import math
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+
+from benchmarks.cortexbench.scenes import Scene, View, check_factors, draw_scene, view_from
+from theia.errors import ConfigError
+
+OWN = View(-90.0, -60.0, 0.7, (0.0, 0.6, 0.0))
+BOTH = ("camera", "light")
+
+
+def test_a_scene_is_a_function_of_seed_and_task() -> None:
+    scene = draw_scene(OWN, BOTH, "hammer-v3", 3)
+    assert scene == draw_scene(OWN, BOTH, "hammer-v3", 3)
+    assert len({scene, draw_scene(OWN, BOTH, "hammer-v3", 4), draw_scene(OWN, BOTH, "assembly-v3", 3)}) == 3
+
+
+def test_camera_and_light_are_drawn_independently_of_each_other() -> None:
+    both = draw_scene(OWN, BOTH, "hammer-v3", 3)
+    assert draw_scene(OWN, ("camera",), "hammer-v3", 3) == Scene(both.view)
+    assert draw_scene(OWN, ("light",), "hammer-v3", 3) == Scene(OWN, both.light)
+    assert draw_scene(OWN, (), "hammer-v3", 3) == Scene(OWN)
+
+
+def test_scenes_are_spread_over_their_whole_range() -> None:
+    scenes = [draw_scene(OWN, BOTH, "hammer-v3", seed) for seed in range(500)]
+    views = np.array([[*astuple(scene.view)[:3], *scene.view.look_at_m] for scene in scenes])
+    away = views - [-90, -60, 0.7, 0, 0.6, 0]
+    most = np.array([15, 8, 0.15, 0.05, 0.05, 0.05])
+    assert (np.abs(away) <= most).all()
+    assert (away.max(0) > 0.95 * most).all()
+    assert (away.min(0) < -0.95 * most).all()
+    lights = np.array([scene.light for scene in scenes])
+    assert lights.min(0) == pytest.approx([0.4] * 3, abs=0.03)
+    assert lights.max(0) == pytest.approx([1.4] * 3, abs=0.03)
+
+
+def test_a_camera_stands_where_it_was_put_and_looks_at_its_target() -> None:
+    position, target = np.array([0.2, 0.9, 0.6]), np.array([0.0, 0.6, 0.1])
+    view = view_from(position, target)
+    azimuth, elevation = math.radians(view.azimuth_deg), math.radians(view.elevation_deg)
+    forward = np.array(
+        [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)]
+    )
+    assert target - view.distance_m * forward == pytest.approx(position)
+    assert view.look_at_m == pytest.approx(tuple(target))
+
+
+def test_what_can_be_varied_is_listed() -> None:
+    assert check_factors(["light", "camera"]) == ("camera", "light")
+    with pytest.raises(ConfigError, match=r"'lite'.*camera, light"):
+        check_factors(["lite"])
