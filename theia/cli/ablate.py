@@ -209,9 +209,7 @@ def _fit_parser() -> Parse:
         except ArgumentError as error:
             raise ConfigError(" ".join(str(error).split())) from error
         check_trainer(options)
-        # Keeps options that are None. The parameter for this has one name before jsonargparse 4.49 and another one
-        # since.
-        config: dict[str, Any] = yaml.safe_load(parser.dump(options, "yaml", False))
+        config: dict[str, Any] = yaml.safe_load(parser.dump(options, "yaml", skip_unset=False))
         return config
 
     return parse

@@ -51,6 +51,11 @@ _RENAMED = {"FeatureDataModule": FeatureData.__qualname__}  # in checkpoints of 
 # Options of earlier versions are translated into those of today, in every config that is given.
 _read_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: older.config(_read_yaml(text)), (yaml.YAMLError,))
+# Python keeps either Union[int, float] or Union[float, int], whichever is asked for first, and jsonargparse tries types
+# in their order: with some releases of torch, 3 batches would be read as 3.0, a share.
+for _name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+    Trainer.__init__.__annotations__[_name] = int | float | None
+Trainer.__init__.__annotations__["overfit_batches"] = int | float
 
 
 class TheiaCLI(LightningCLI):

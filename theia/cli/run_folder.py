@@ -162,8 +162,7 @@ class SaveRun(SaveConfigCallback):
             environment["changes"] = changes
         config = self.config.clone()
         config.ckpt_path = None  # belongs to this start, not to the run
-        # With options that are None. Their parameter has one name before jsonargparse 4.49, another since.
-        write_whole(run / CONFIG, self.parser.dump(config, "yaml", False))
+        write_whole(run / CONFIG, self.parser.dump(config, "yaml", skip_unset=False))
         write_whole(path, json.dumps(environment, indent=2) + "\n")
 
 
