@@ -257,7 +257,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
     """
     tasks = list(dict.fromkeys(task for of in results.values() for task in of))
     figure = Figure((3.4 * len(tasks) + 2.2, 5.2), layout="constrained")
-    axes = figure.subplots(2, len(tasks), squeeze=False, sharey="row")
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col", sharey="row")
     for column, task in enumerate(tasks):
         above, below = axes[0, column], axes[1, column]
         for number, (name, of) in enumerate(results.items()):

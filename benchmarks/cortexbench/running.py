@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.cortexbench.cloning import BATCH_SIZE, Demonstrations, Training, load_policy, save_policy
 from benchmarks.cortexbench.commands import Features, PresetName
 from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
-from benchmarks.cortexbench.encoders import Eyes, TaskRecording, open_all
+from benchmarks.cortexbench.encoders import PIXELS, Eyes, TaskRecording, open_all
 from benchmarks.cortexbench.folders import alone
 from benchmarks.cortexbench.policies import Policy
 from benchmarks.cortexbench.reporting import RECORD, report
@@ -64,8 +64,8 @@ class Preset:
 
 
 PRESETS = {
-    "smoke": Preset(2, 8, (7,), (100,), 2, 60, 10, 24),
-    "small": Preset(25, 40, (19, 39), (100, 200), 20, 200, 20, 24),
+    "smoke": Preset(2, 20, (9, 19), (100,), 2, 60, 10, 24),
+    "small": Preset(25, 40, (39,), (100, 200), 25, 150, 20, 24),
     "full": Preset(None, 100, (*range(5, 100, 5), 99), (100, 200, 300), 25, HORIZON, None, None),
 }
 
@@ -286,17 +286,16 @@ class _Run:
         tokens: FrameTokens | None = None
         if eyes.tokens_of is not None:
             numbers = [one.index for one in recording.originals]
-            place = fingerprint(eyes.look, self._pooled, of_files(str(recording.folder.root)), numbers)
+            place = fingerprint(eyes.look, self._pooled(eyes), of_files(str(recording.folder.root)), numbers)
             tokens = embed(
                 eyes.tokens_of, eyes.label, recording, CAMERA, frozenset(range(len(recording.episodes))),
-                self.out / "embeddings" / place, self.device, self.batch_size, self._pooled,
+                self.out / "embeddings" / place, self.device, self.batch_size, self._pooled(eyes),
             )  # fmt: skip
         lengths = [one.length for one in recording.episodes]
         return Demonstrations.of(tokens, eyes.known(observations), actions, lengths)
 
-    @property
-    def _pooled(self) -> bool:
-        return self.plan.preset.components is not None
+    def _pooled(self, eyes: Eyes) -> bool:
+        return self.plan.preset.components is not None and eyes.name != PIXELS  # which is small already
 
     def _policy(self, eyes: Eyes, demonstrations: Demonstrations) -> Policy:
         grid = demonstrations.tokens.grid if demonstrations.tokens is not None else (1, 1)
@@ -328,7 +327,7 @@ class _Run:
         encoding, tokens = 0.0, None
         if eyes.tokens_of is not None:
             rows, columns = eyes.grid
-            if self._pooled:
+            if self._pooled(eyes):
                 rows, columns = min(rows, MOST_ROWS), min(columns, MOST_ROWS)
             pictures = torch.zeros((self.workers, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=self.device)
             encoding = _time(lambda: eyes.tokens_of(pictures)) / self.workers
