@@ -134,3 +134,20 @@ def test_the_rollouts_begin_as_the_environment_does_and_the_expert_succeeds_in_t
                 last = simulators.receive(slot)
             assert last.success == trial.at_end
             assert last.picture is None
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_a_simulator_that_is_killed_is_said_to_be_gone():
+    from benchmarks.cortexbench.simulation import SimulationError
+    from benchmarks.cortexbench.simulators import Command, Course, Simulators
+
+    course = Course("drawer-open-v3", (1_000_000, 1_000_001), (), 64, "fast", 32, 200, None)
+    with Simulators(course, 1) as simulators:
+        simulators.send(Command(0, False, seed=0))
+        simulators.receive(0)
+        simulators._processes[0].kill()
+        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):
+            for _ in range(2):
+                simulators.send(Command(0, False, seed=0))
+                simulators.receive(0)
