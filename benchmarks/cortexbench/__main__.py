@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.cortexbench.collect import collect
+from benchmarks.cortexbench.commands import report, run
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
 
 _PROG = "python -m benchmarks.cortexbench"
-_COMMANDS: dict[str, Callable[..., str]] = {"collect": collect}
+_COMMANDS: dict[str, Callable[..., str]] = {"collect": collect, "run": run, "report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, function in _COMMANDS.items():
         about = inspect.getdoc(function) or ""
         command = Parser(description=about.partition("\n\nArgs:")[0])
-        command.add_function_arguments(function)
+        command.add_function_arguments(function, as_positional=name == "report")
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
 
-    def run() -> None:
+    def chosen() -> None:
         config = parser.parse_args(argv)
         print(_COMMANDS[config.command](**config[config.command].as_dict()))
 
-    return carry_out("benchmarks.cortexbench", run)
+    return carry_out("benchmarks.cortexbench", chosen)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,24 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from theia.errors import FeatureError
 from theia.extraction.images import to_square
 from theia.models.backbone import StudentTokens
 from theia.probing.datasets import IMAGE_SIZE
-from theia.trajectories.lerobot import Episode, LeRobotFolder
+from theia.trajectories.lerobot import Episode
 from theia.utils.files import replacing, sync
 from theia.utils.progress import Progress
 
@@ -30,6 +31,21 @@ COMPONENTS = 24
 _SAVE_EVERY_S = 20.0
 
 TokensOf = Callable[[Tensor], StudentTokens]
+
+
+class Recording(Protocol):
+    """Episodes with pictures: a whole :class:`~theia.trajectories.lerobot.LeRobotFolder`, or a part of one."""
+
+    @property
+    def episodes(self) -> Sequence[Episode]:
+        """Episodes, numbered from 0, one after another."""
+
+    @property
+    def frame_count(self) -> int:
+        """Number of frames of all episodes."""
+
+    def frames(self, episode: Episode, camera: str, indices: Iterable[int]) -> Iterator[Image.Image]:
+        """Decodes frames of an episode, ascending."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class FrameTokens:
 def embed(
     tokens_of: TokensOf,
     name: str,
-    recording: LeRobotFolder,
+    recording: Recording,
     camera: str,
     training: frozenset[int],
     folder: Path,
@@ -195,7 +211,7 @@ def _pooled(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, 
 
 
 def _frames(
-    recording: LeRobotFolder, camera: str, first: int, batch_size: int
+    recording: Recording, camera: str, first: int, batch_size: int
 ) -> Iterator[tuple[Episode, int, NDArray[np.uint8]]]:
     """Episode, number of the first frame, and pixels ``(B, 3, S, S)``, decoded a batch ahead."""
 

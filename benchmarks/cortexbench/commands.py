@@ -1,0 +1,106 @@
+"""The commands that train and test policies: their options, checked before anything heavy is loaded."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.cortexbench.simulation import check_installed
+from theia.utils.arguments import MOST_PROCESSES, check_number
+from theia.utils.device import Device, choose_device
+from theia.utils.files import check_folder
+
+Features = Literal["spatial", "vector"]
+PresetName = Literal["smoke", "small", "full"]
+
+_MOST_ROLLOUTS = 1000
+
+
+def run(
+    encoders: list[str],
+    data: Path,
+    out: Path,
+    tasks: str | None = None,
+    preset: PresetName = "small",
+    vary: str | None = None,
+    rollouts: int | None = None,
+    seeds: str | None = None,
+    epochs: int | None = None,
+    features: Features = "spatial",
+    videos: int = 0,
+    reference: str | None = None,
+    workers: int | None = None,
+    batch_size: int = 32,
+    device: Device = "auto",
+) -> str:
+    """Trains policies on frozen encoders from demonstrations, and counts how often they succeed in the simulator.
+
+    Besides encoders, there are three controls: blind is given the robot's own state and no picture, state is given the
+    whole state of the simulator, pixels sees 16x16 mean colours. random:theia_tiny is a student untrained, teacher:hog
+    needs no weights. All policies act from the same initial states. After an interruption, the same command goes on
+    where it stopped; encoders, tasks and seeds can be added to a finished run.
+
+    Args:
+        encoders: Encoders and controls to compare.
+        data: Folder with demonstrations, which the command collect records.
+        out: Folder for the policies, the rollouts, the report and the embeddings.
+        tasks: Names of tasks, separated by commas; by default, all that there are demonstrations of. smoke takes the
+            first.
+        preset: full is the paper's protocol: all tokens, 100 epochs, 3 seeds, 20 evaluations of 25 rollouts of 500
+            steps; hours per encoder and task. small gives the policy 24 principal components of 7x7 averaged tokens, 40
+            epochs and 2 seeds, and tests it once, on 25 rollouts of 150 steps that end earlier where the task stays
+            fulfilled. smoke shows in a minute or two that everything works, and nothing else.
+        vary: What differs between rollouts: camera, light, camera,light, or none. By default, what differs between
+            demonstrations.
+        rollouts: Number of rollouts at each evaluation, in place of the preset's.
+        seeds: Seeds of the training, separated by commas, in place of the preset's.
+        epochs: Number of epochs, in place of the preset's; the policy then acts after half of them and after the last.
+        features: spatial gives patch tokens to the paper's convolutions; vector gives the CLS token, or else the mean
+            of the patch tokens, to its MLP.
+        videos: Number of rollouts of each finished policy that are written to mp4, with what the policy sees of them.
+        reference: Encoder that the others are compared with; by default, the first one that is no control.
+        workers: Number of simulator processes; by default, as many as there are cores.
+        batch_size: Number of frames that are given to an encoder together when demonstrations are embedded.
+        device: Device that encoders and policies run on; auto takes a GPU if there is one.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: If an option is wrong, the folder holds another run or is in use, or the simulator is missing.
+        TrajectoryError: If the demonstrations cannot be read, or lack what is needed.
+        SimulationError: If a simulation fails.
+    """
+    check_installed()
+    check_number("rollouts", rollouts, 2, _MOST_ROLLOUTS)
+    check_number("epochs", epochs, 2)
+    check_number("videos", videos, 0)
+    check_number("workers", workers, 1, MOST_PROCESSES)
+    check_number("batch_size", batch_size, 1)
+    check_folder(out, "--out")
+
+    # torch takes seconds to import, and recording demonstrations does not need it.
+    from benchmarks.cortexbench import running
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return running.run(
+        encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, videos, reference,
+        workers or cores, batch_size, choose_device(device),
+    )  # fmt: skip
+
+
+def report(folder: Path, reference: str | None = None) -> str:
+    """Says how often the policies of a run succeeded, finished or not, and writes it down with pictures.
+
+    Args:
+        folder: Folder of the run.
+        reference: Encoder that the others are compared with; by default, the first one that is no control.
+
+    Returns:
+        Tables, with what must be known to read them.
+
+    Raises:
+        ConfigError: If the folder holds no finished policy, or none of that encoder.
+    """
+    from benchmarks.cortexbench import reporting
+
+    return reporting.report(folder, reference)

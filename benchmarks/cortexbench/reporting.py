@@ -1,0 +1,343 @@
+"""``report``: success per task and in the mean, with intervals and paired comparisons, and learning curves."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from benchmarks.cortexbench.encoders import CONTROLS
+from theia.errors import ConfigError
+from theia.utils.estimates import Difference, Estimate, holm, over_episodes, paired_over_episodes
+from theia.utils.files import jsonable, read_json, replacing, write_whole
+
+RECORD = "run.json"
+MEAN = "mean"
+
+NOT_COMPARABLE = (
+    "These figures must not be compared with published ones, the paper's table of CortexBench included: the "
+    "demonstrations are by other experts, the physics are those of another release of MuJoCo and of MetaWorld"
+)
+_PRESETS_DIFFER = ", and the preset {name} trains and tests less than the paper does"
+_BEST = (
+    "Success is that at the last step of a rollout. 'best' is the best evaluation of each seed, which is chosen on the "
+    "rollouts themselves and so flatters everybody; 'at any step' counts rollouts that fulfilled the task at some step."
+)
+_COMPARED = (
+    "Differences are paired by initial state, their intervals by bootstrap over rollouts and seeds; p is by McNemar's "
+    "exact test with one seed, else by flipping the signs of the differences of whole rollouts, corrected by Holm."
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rollouts of one encoder on one task.
+
+    Attributes:
+        seeds: Seeds of the training.
+        epochs: Epochs after which the policy acted.
+        success: Success at the last step, shape ``(seeds, evaluations, rollouts)``.
+        anywhere: Success at any step, same shape.
+        losses: Mean loss of each epoch, by seed.
+        states: Seeds of the rollouts.
+        seconds: Time of training and of rollouts.
+    """
+
+    seeds: tuple[int, ...]
+    epochs: tuple[int, ...]
+    success: NDArray[np.bool_]
+    anywhere: NDArray[np.bool_]
+    losses: list[list[float]]
+    states: tuple[int, ...]
+    seconds: tuple[float, float]
+
+    @property
+    def last(self) -> NDArray[np.float64]:
+        """Success after the last epoch, shape ``(seeds, rollouts)``."""
+        return self.success[:, -1].astype(np.float64)
+
+    @property
+    def best(self) -> float:
+        """Mean over seeds of the best evaluation."""
+        return float(self.success.mean(2).max(1).mean())
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table.
+
+    Attributes:
+        encoder: Name of the encoder.
+        task: Name of the task, or ``mean``.
+        last: Success after the last epoch.
+        best: Success after the best epoch.
+        anywhere: Success at any step, after the last epoch.
+        difference: Paired difference of ``last`` to the reference; ``None`` for the reference itself.
+    """
+
+    encoder: str
+    task: str
+    last: Estimate
+    best: float
+    anywhere: float
+    difference: Difference | None
+
+
+def report(folder: Path, reference: str | None = None) -> str:
+    """Says how often the policies of a run succeeded, and writes it down with pictures.
+
+    Args:
+        folder: Folder of the run.
+        reference: Encoder that the others are compared with; by default, the first one that is no control.
+
+    Returns:
+        Tables, with what must be known to read them.
+
+    Raises:
+        ConfigError: If the folder holds no finished policy, or none of that encoder.
+    """
+    about = read_json(folder / RECORD)
+    results, unfinished = load(folder)
+    if not results:
+        raise ConfigError(f"{folder} holds no finished policy. Run the command run with --out {folder}, to its end.")
+    chosen = _reference(reference, list(results))
+    lines = compare(results, chosen)
+    notes = _notes(about, lines, unfinished)
+    text = "\n\n".join([table(lines, chosen), *notes])
+    record = {
+        **about, "reference": chosen, "lines": [asdict(line) for line in lines], "notes": notes,
+        "seconds": {name: {task: one.seconds for task, one in of.items()} for name, of in results.items()},
+        "rollout seeds": {task: one.states for of in results.values() for task, one in of.items()},
+    }  # fmt: skip
+    write_whole(folder / "report.json", json.dumps(jsonable(record), indent=1))
+    write_whole(folder / "report.txt", text + "\n")
+    with replacing(folder / "curves.png") as temporary:
+        draw(temporary, results)
+    return f"{text}\n\n{folder / 'report.json'}\n{folder / 'curves.png'}"
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
+    """Reads the rollouts of a run.
+
+    Returns:
+        Results by encoder and task, of those policies that are finished; and the names of those that are not.
+
+    Raises:
+        ConfigError: If a file is damaged, or encoders did not begin in the same states.
+    """
+    found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    unfinished = []
+    for path in sorted((folder / "policies").glob("*/*/seed-*")):
+        records = [_read(file) for file in sorted(path.glob("rollouts-*.json"))]
+        if not records or not records[-1]["last"]:
+            unfinished.append(str(path.relative_to(folder / "policies")))
+            continue
+        first = records[0]
+        found.setdefault((first["encoder"], first["task"]), {})[int(first["seed"])] = records
+    _check_beginnings(found)
+    results: dict[str, dict[str, Results]] = {}
+    controls = list(CONTROLS)
+    order = sorted(found, key=lambda key: (key[0] not in controls, key[0], key[1]))
+    for encoder, task in order:
+        by_seed = dict(sorted(found[encoder, task].items()))
+        every = list(by_seed.values())
+        success = [[[one["success"] for one in record["rollouts"]] for record in records] for records in every]
+        anywhere = [
+            [[one["first_success"] is not None for one in record["rollouts"]] for record in records]
+            for records in every
+        ]
+        last = [records[-1] for records in every]
+        results.setdefault(encoder, {})[task] = Results(
+            tuple(by_seed), tuple(record["epoch"] for record in every[0]), np.array(success), np.array(anywhere),
+            [record["losses"] for record in last], tuple(one["seed"] for one in last[0]["rollouts"]),
+            (
+                sum(record["training seconds"] for record in last),
+                sum(record["rollout seconds"] for records in every for record in records),
+            ),
+        )  # fmt: skip
+    return results, unfinished
+
+
+def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> list[Line]:
+    """Computes intervals and comparisons, per task and in the mean over the tasks of the reference.
+
+    Args:
+        results: Results by encoder and task.
+        reference: Encoder that the others are compared with.
+    """
+    tasks = list(results[reference])
+    lines = []
+    for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
+        included = tasks if task == MEAN else [task]
+        found = {name: of for name, of in results.items() if all(one in of for one in included)}
+        lines += [_line(name, task, [of[one] for one in included],
+                        [results[reference][one] for one in included] if name != reference else None)
+                  for name, of in found.items()]  # fmt: skip
+    # The mean answers another question than the tasks do, and is corrected by itself.
+    for family in (tasks, [MEAN]):
+        raw = {
+            f"{place}": line.difference.p
+            for place, line in enumerate(lines)
+            if line.task in family and line.difference is not None and line.difference.p is not None
+        }
+        for place, p in holm(raw).items():
+            line = lines[int(place)]
+            assert line.difference is not None
+            lines[int(place)] = replace(line, difference=replace(line.difference, p=p))
+    return lines
+
+
+def _line(name: str, task: str, ours: Sequence[Results], theirs: Sequence[Results] | None) -> Line:
+    seeds = set.intersection(*(set(one.seeds) for one in ours))
+    last = _joined(ours, seeds)
+    ones = np.ones(last.shape[1])
+    difference = None
+    if theirs is not None:
+        common = seeds.intersection(*(set(one.seeds) for one in theirs))
+        if common:
+            difference = paired(_joined(ours, common), _joined(theirs, common))
+    best = float(np.mean([one.best for one in ours]))
+    anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in ours]))
+    return Line(name, task, over_episodes(last, ones), best, anywhere, difference)
+
+
+def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Difference:
+    """Difference in success on the same initial states.
+
+    Args:
+        ours: Success of each rollout, 0 or 1, shape ``(seeds, rollouts)``.
+        theirs: The same of the reference.
+
+    Returns:
+        The mean of ``ours - theirs``; its p value is McNemar's exact one for one seed, else that of flipping signs.
+    """
+    from scipy import stats
+
+    found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]))
+    if len(ours) > 1:
+        return found
+    better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
+    p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return replace(found, p=p)
+
+
+def table(lines: Sequence[Line], reference: str) -> str:
+    """Tables, one for each task and one for the mean."""
+    parts = []
+    for task in dict.fromkeys(line.task for line in lines):
+        rows = []
+        for line in (line for line in lines if line.task == task):
+            other = line.difference
+            rows.append(
+                [
+                    f"{line.encoder} (control)" if line.encoder in CONTROLS else line.encoder,
+                    _interval(line.last, ".2f"), f"{line.best:.2f}", f"{line.anywhere:.2f}",
+                    "" if other is None else _interval(other, "+.2f"),
+                    "" if other is None or other.p is None else f"{other.p:.3f}",
+                ]
+            )  # fmt: skip
+        title = "Mean over tasks" if task == MEAN else task
+        headers = [title, "success", "best", "at any step", f"to {reference}", "p"]
+        parts.append(str(tabulate(rows, headers=headers, disable_numparse=True)))
+    return "\n\n".join(parts)
+
+
+def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
+    """Draws success and loss over the epochs, a column for each task.
+
+    Args:
+        path: PNG to write.
+        results: Results by encoder and task.
+    """
+    tasks = list(dict.fromkeys(task for of in results.values() for task in of))
+    figure = Figure((3.4 * len(tasks) + 2.2, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharex="col", sharey="row")
+    for column, task in enumerate(tasks):
+        above, below = axes[0, column], axes[1, column]
+        for number, (name, of) in enumerate(results.items()):
+            if task not in of:
+                continue
+            one, style = of[task], {"color": f"C{number % 10}", "linestyle": "--" if name in CONTROLS else "-"}
+            above.plot(one.epochs, one.success.mean((0, 2)), marker="o", markersize=3, label=name, **style)
+            below.plot(np.mean(one.losses, 0), **style)
+        above.set_title(task, fontsize=10)
+        above.set_ylim(-0.05, 1.05)
+        below.set_yscale("log")
+        below.set_xlabel("epoch")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("success")
+    axes[1, 0].set_ylabel("loss on demonstrations")
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
+
+
+def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence[str]) -> list[str]:
+    settings = about.get("settings", {})
+    name = settings.get("preset", "")
+    factors = settings.get("vary") or []
+    varied = f"{' and '.join(factors)} drawn anew for every rollout" if factors else "one fixed camera and light"
+    demonstrated = about.get("demonstrations", {}).get("vary") or []
+    notes = [
+        f"Preset {name}: {settings.get('epochs')} epochs, {settings.get('rollouts')} rollouts of at most "
+        f"{settings.get('horizon')} steps, {varied}"
+        + ("." if list(factors) == list(demonstrated) else f"; demonstrations: {', '.join(demonstrated) or 'fixed'}."),
+        f"{NOT_COMPARABLE}{'' if name == 'full' else _PRESETS_DIFFER.format(name=name)}.",
+        "Controls: " + "; ".join(f"{control} is given {what}" for control, what in CONTROLS.items()) + ".",
+        _BEST,
+        _COMPARED,
+    ]
+    if any(line.last.low == line.last.high for line in lines):
+        notes.append(
+            "An interval without width is of rollouts that all ended alike; of n such rollouts, up to 3/n of all may "
+            "still end otherwise."
+        )
+    if unfinished:
+        notes.append(f"Not finished, and left out: {', '.join(unfinished)}.")
+    return notes
+
+
+def _joined(parts: Iterable[Results], seeds: set[int]) -> NDArray[np.float64]:
+    """Success of some seeds on one task after another, shape ``(seeds, rollouts of all tasks)``."""
+    return np.concatenate([one.last[[one.seeds.index(seed) for seed in sorted(seeds)]] for one in parts], 1)
+
+
+def _check_beginnings(found: Mapping[tuple[str, str], Mapping[int, Sequence[Mapping[str, Any]]]]) -> None:
+    """Paired comparisons mean nothing unless all policies began in the same states."""
+    first: dict[str, tuple[str, list[Any]]] = {}
+    for (encoder, task), by_seed in found.items():
+        for records in by_seed.values():
+            for record in records:
+                begun = [[one["seed"], one["beginning"]] for one in record["rollouts"]]
+                other, expected = first.setdefault(task, (encoder, begun))
+                if begun != expected:
+                    raise ConfigError(
+                        f"The rollouts of {encoder} on {task} did not begin in the states in which those of {other} "
+                        "began. They cannot be compared: run both anew in one folder."
+                    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not record:
+        raise ConfigError(f"{path} is damaged. Delete it with its folder, and run the same command again.")
+    return record
+
+
+def _reference(wanted: str | None, names: Sequence[str]) -> str:
+    if wanted is None:
+        return next((name for name in names if name not in CONTROLS), names[0])
+    if wanted not in names:
+        raise ConfigError(f"--reference is {wanted!r}, which is none of the encoders: {', '.join(names)}.")
+    return wanted
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"

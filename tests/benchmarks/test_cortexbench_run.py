@@ -1,0 +1,153 @@
+"""The command run: refusals without a simulator, and whole runs in an environment that has one."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cortexbench import __main__ as command
+
+HAS_SIMULATOR = importlib.util.find_spec("metaworld") is not None
+needs_simulator = pytest.mark.skipif(
+    not HAS_SIMULATOR, reason="MetaWorld is not installed: pip install 'theia[simulation]'"
+)
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    return ["run", "--encoders", "blind", "pixels", "--data", str(data), "--out", str(out), "--preset", "smoke", *more]
+
+
+@pytest.mark.skipif(HAS_SIMULATOR, reason="MetaWorld is installed")
+def test_without_a_simulator_the_extra_is_named(tmp_path, capsys):
+    assert command.main(arguments(tmp_path, tmp_path / "out")) == 1
+    assert "pip install 'theia[simulation]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_loading_the_commands_loads_neither_torch_nor_the_simulator():
+    code = "import benchmarks.cortexbench.__main__, sys; print([m for m in ('torch', 'mujoco') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_simulator_s_process_loads_no_torch():
+    code = "import benchmarks.cortexbench.simulators, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demonstrations") / "data"
+    collect = ["collect", "--tasks=drawer-open,reach", f"--out={folder}", "--episodes=2", "--size=64", "--vary=camera"]
+    assert command.main([*collect, "--workers=2"]) == 0
+    return folder
+
+
+def outcomes(out: Path) -> dict[str, object]:
+    """All that a run measured, without how long it took."""
+    found = {}
+    for path in sorted(out.glob("policies/*/*/*/rollouts-*.json")):
+        record = json.loads(path.read_text())
+        found[str(path.relative_to(out))] = {name: part for name, part in record.items() if "seconds" not in name}
+    return found
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations, tmp_path, capsys):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = ("--workers=2", "--rollouts=3", "--videos=1")
+    assert command.main(arguments(demonstrations, whole, *options)) == 0
+    said = capsys.readouterr()
+    assert "blind (control)" in said.out
+    assert "At most about" in said.err
+    assert len(list(whole.glob("videos/*.mp4"))) == 2
+    assert len({record["task"] for record in outcomes(whole).values()}) == 1  # smoke takes the first
+    for stage in ("run.json", "policies/blind/*/*/policy.pt", "policies/pixels/*/*/rollouts-*.json"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cortexbench", *arguments(demonstrations, killed, *options)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        while not any(killed.glob(stage)) and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert command.main(arguments(demonstrations, killed, *options)) == 0
+    assert outcomes(killed) == outcomes(whole)
+    capsys.readouterr()
+    # Whatever differs from what the folder was begun with is refused.
+    assert command.main(arguments(demonstrations, killed, "--rollouts=4")) == 1
+    assert "begun with rollouts 3, not 4" in capsys.readouterr().err
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_two_runs_into_one_folder_are_refused(demonstrations, tmp_path, capsys):
+    from benchmarks.cortexbench.folders import alone
+
+    with alone(tmp_path):
+        assert command.main(arguments(demonstrations, tmp_path)) == 1
+    assert "Another process works in" in capsys.readouterr().err
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_wrong_data_and_tasks_are_refused(demonstrations, tmp_path, capsys):
+    for options, message in (
+        (("--tasks=hammer",), "There is no task 'hammer'"),
+        (("--tasks=draw-open",), "Is it 'drawer-open'?"),
+        (("--vary=wind",), "--vary has 'wind'"),
+    ):
+        assert command.main(arguments(demonstrations, tmp_path / "out", *options)) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_the_rollouts_begin_as_the_environment_does_and_the_expert_succeeds_in_them():
+    """Through the processes, an expert does as well as in the environment itself."""
+    import numpy as np
+
+    from benchmarks.cortexbench.demonstrations import attempt
+    from benchmarks.cortexbench.simulation import Environment
+    from benchmarks.cortexbench.simulators import Command, Course, Simulators
+
+    course = Course("drawer-open-v3", (1_000_000, 1_000_001, 1_000_002), ("camera",), 64, "fast", 32, 200, None)
+    with Environment("drawer-open", 64, "fast", ("camera",)) as environment, Simulators(course, 2) as simulators:
+        for number, seed in enumerate(course.seeds):
+            trial = attempt(environment, seed, 0.0, 5)
+            slot = number % 2
+            simulators.send(Command(slot, True, seed=seed))
+            first = simulators.receive(slot)
+            np.testing.assert_array_equal(first.observation, trial.observations[0])
+            assert first.picture.shape == (3, 32, 32)
+            for action in trial.actions:
+                simulators.send(Command(slot, False, action=action))
+                last = simulators.receive(slot)
+            assert last.success == trial.at_end
+            assert last.picture is None
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_a_simulator_that_is_killed_is_said_to_be_gone():
+    from benchmarks.cortexbench.simulation import SimulationError
+    from benchmarks.cortexbench.simulators import Command, Course, Simulators
+
+    course = Course("drawer-open-v3", (1_000_000, 1_000_001), (), 64, "fast", 32, 200, None)
+    with Simulators(course, 1) as simulators:
+        simulators.send(Command(0, False, seed=0))
+        simulators.receive(0)
+        simulators._processes[0].kill()
+        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):
+            for _ in range(2):
+                simulators.send(Command(0, False, seed=0))
+                simulators.receive(0)
