@@ -17,7 +17,10 @@ class UnreachableError(WeightsError):
 
     def __init__(self, weights: str, hub: str) -> None:
         self.reason = f"{hub}. Check the network, or fetch the weights elsewhere and give their path"
-        super().__init__(f"The weights of {weights!r} are not on this machine, and {self.reason}.")
+        super().__init__(
+            f"The weights of {weights!r} are not on this machine, neither in a file or folder of that name "
+            f"nor in the hub's cache, and {self.reason}."
+        )
 
 
 @contextmanager

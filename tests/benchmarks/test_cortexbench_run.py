@@ -147,7 +147,7 @@ def test_a_simulator_that_is_killed_is_said_to_be_gone():
         simulators.send(Command(0, False, seed=0))
         simulators.receive(0)
         simulators._processes[0].kill()
-        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):
+        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):  # noqa: PT012
             for _ in range(2):
                 simulators.send(Command(0, False, seed=0))
                 simulators.receive(0)

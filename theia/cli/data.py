@@ -65,6 +65,10 @@ class DataParser(LightningArgumentParser):
 
     hidden: frozenset[str] = frozenset()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.allow_abbrev = False  # a misspelt option is not the beginning of another one
+
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> list[str]:

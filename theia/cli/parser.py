@@ -45,6 +45,10 @@ class Parser(ArgumentParser):
 
     may_be_empty: Collection[str] = ()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.allow_abbrev = False  # a misspelt option is not the beginning of another one
+
     def add_argument(self, *args: Any, **options: Any) -> Any:
         """See ``argparse``."""
         if args[0] in _SEVERAL_WORDS:

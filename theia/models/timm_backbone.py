@@ -1,5 +1,6 @@
 """Any timm model that gives spatial features, as the backbone of a student."""
 
+import difflib
 import inspect
 import math
 from typing import Any
@@ -60,17 +61,18 @@ class TimmBackbone(Backbone):
                 apply to timm backbones.
             ShapeError: If the image size does not divide into the stride.
         """
-        fixed = [name for name in ("width", "depth", "heads") if getattr(options, name) is not None]
+        name, size = options.backbone.removeprefix(TIMM), options.image_size
+        if not name.startswith("hf-hub:") and not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), 5)
+            raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
+        fixed = [option for option in ("width", "depth", "heads") if getattr(options, option) is not None]
         fixed += ["registers"] if options.registers != StudentOptions.registers else []
         if fixed:
             raise ConfigError(
-                f"{options.backbone} has its own {' and '.join(fixed)}: only theia_* backbones have a choice. Leave "
-                f"out {', '.join(f'model.{name}' for name in fixed)}."
+                f"{' and '.join(f'model.{option}' for option in fixed)} do not apply to {options.backbone}: only "
+                "theia_* backbones have a choice. Leave them out; to undo what a config file sets, say for instance "
+                "--model.width null."
             )
-        name, size = options.backbone.removeprefix(TIMM), options.image_size
-        if not name.startswith("hf-hub:") and not timm.is_model(name):
-            near = timm.list_models(f"*{name.partition('.')[0]}*")[:5]
-            raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
         try:
             model, any_size = _create(name, size)
         except (TypeError, RuntimeError, AssertionError, ValueError) as error:
