@@ -18,21 +18,24 @@ from numpy.typing import NDArray
 from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError
 from theia.probing import dynamics_report
-from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
+from theia.probing.datasets import IMAGE_SIZE, fingerprint
 from theia.probing.frame_tokens import FrameTokens, TokensOf, embed, pixel_means
 from theia.probing.motion import (
     QUESTIONS,
     Pairs,
     Question,
+    Recording,
     Target,
-    choose_target,
     describe_target,
-    make_pairs,
+    episode_weights,
     moving,
+    open_recordings,
+    standardised_state,
+    tested_episodes,
 )
 from theia.probing.ridge import fit, predict
 from theia.probing.token_transformer import FULL, SMALL, Rule, fit_and_predict
-from theia.trajectories.lerobot import STATE, LeRobotFolder, held_out
+from theia.trajectories.lerobot import held_out
 from theia.utils.files import jsonable, replacing, write_whole
 from theia.utils.pictures import short_labels
 from theia.utils.provenance import machine, versions
@@ -44,31 +47,7 @@ Preset = Literal["small", "full"]
 
 BLIND, STATE_ONLY, PIXELS = "blind", "state", "pixels"
 CONTROLS = (BLIND, STATE_ONLY, PIXELS)
-_PREFIX = "lerobot:"
 _HORIZON = 16
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One data set, as the probe sees it.
-
-    Attributes:
-        name: Short name, for the table.
-        folder: The data set.
-        camera: Key of the camera.
-        pairs: All pairs of frames.
-        tested: Numbers of the episodes that are tested on.
-        fitted: Numbers of the episodes that are fitted on; none for data that are only tested on.
-        identity: Fingerprint of the files and the camera.
-    """
-
-    name: str
-    folder: LeRobotFolder
-    camera: str
-    pairs: Pairs
-    tested: frozenset[int]
-    fitted: frozenset[int]
-    identity: str
 
 
 @dataclass
@@ -117,7 +96,7 @@ def dynamics(
     names = [*dict.fromkeys(CONTROLS), *encoders] if not set(CONTROLS) & set(encoders) else _with_controls(encoders)
     labels = short_labels(names)
     chosen = _reference(reference, names, encoders)
-    recordings, kind, notes = _open_recordings(train, tests, camera, horizon, target)
+    recordings, kind, notes = open_recordings(train, tests, camera, horizon, target)
     fitted = recordings[0].pairs.of(recordings[0].fitted)
     varies = moving(fitted)
     deviation = fitted.target.std(0)[varies]
@@ -182,13 +161,13 @@ def dynamics_scorer(trained: Any) -> dict[str, float]:
     """
     if trained.argument is None:
         raise ConfigError("The scorer dynamics needs recorded trajectories: --scorers dynamics@FOLDER.")
-    recordings, _, _ = _open_recordings(trained.argument, [], None, _HORIZON, None)
+    recordings, _, _ = open_recordings(trained.argument, [], None, _HORIZON, None)
     varies = moving(recordings[0].pairs.of(recordings[0].fitted))
     deviation = recordings[0].pairs.of(recordings[0].fitted).target.std(0)[varies]
     with TemporaryDirectory(prefix="theia-dynamics-") as folder:
         problem = _Problem(recordings, varies, deviation, "ridge", SMALL, [], trained.device, 32, Path(folder))
         outcome = problem.solve("student", trained.encoder.forward_features, "")
-    weights = _weights(recordings[0])
+    weights = episode_weights(recordings[0])
     return {
         f"{question}_error": float(np.average(outcome.errors[question][recordings[0].name][0], weights=weights))
         for question in QUESTIONS
@@ -220,7 +199,7 @@ class _Problem:
                 {q: [lambda places: np.zeros((len(places), 1))] * len(self.recordings) for q in QUESTIONS}
             )
         if name == STATE_ONLY:
-            states = [_state(recording, self.recordings[0]) for recording in self.recordings]
+            states = [standardised_state(recording, self.recordings[0]) for recording in self.recordings]
             of_pairs = [_first_of(state, r.pairs) for state, r in zip(states, self.recordings, strict=True)]
             return self._by_ridge({question: of_pairs for question in QUESTIONS})
         assert tokens_of is not None
@@ -309,65 +288,6 @@ def _by_episode(error: NDArray[np.float64], recording: Recording, tested: NDArra
     return [float(error[episodes == episode].mean()) for episode in tested_episodes(recording)]
 
 
-def _weights(recording: Recording) -> NDArray[np.float64]:
-    """Number of pairs in each tested episode."""
-    return np.array([(recording.pairs.episode == episode).sum() for episode in tested_episodes(recording)], np.float64)
-
-
-def tested_episodes(recording: Recording) -> list[int]:
-    """Tested episodes that are long enough to hold a pair, in order."""
-    there = set(recording.pairs.episode.tolist())
-    return [episode for episode in sorted(recording.tested) if episode in there]
-
-
-def _open_recordings(
-    train: str, tests: Sequence[str], camera: str | None, horizon: int, target: Target | None
-) -> tuple[list[Recording], Target, list[str]]:
-    folder = LeRobotFolder(_path(train))
-    kind, reason = choose_target(folder, target)
-    notes = [f"Target: {describe_target(kind, horizon)} ({reason}). Errors are in its standard deviations."]
-    out = folder.held_out_episodes()
-    if not out:
-        raise ConfigError(
-            f"{folder.root} has one episode. One to fit on and one to test on are needed: the frames of an episode are "
-            "never divided between the two. Record more."
-        )
-    places = [train, *tests]
-    paths = [_path(place).resolve() for place in places]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        labels = short_labels([str(path) for path in paths])
-        names = [labels[str(path)] for path in paths]
-    recordings: list[Recording] = []
-    for place, name in zip(places, names, strict=True):
-        here = folder if place == train else LeRobotFolder(_path(place))
-        pairs = make_pairs(here, kind, horizon)
-        if here is not folder and pairs.target.shape[1] != recordings[0].pairs.target.shape[1]:
-            raise ConfigError(
-                f"{here.root} has targets of {pairs.target.shape[1]} values and {folder.root} of "
-                f"{recordings[0].pairs.target.shape[1]}: they are not of one robot. Give another --test."
-            )
-        everything = frozenset(range(len(here.episodes)))
-        seen = here.camera(camera if camera is not None else _camera(place))
-        tested, fitted = (out, everything - out) if here is folder else (everything, frozenset())
-        identity = fingerprint(of_files(str(here.root)), seen)
-        recordings.append(Recording(name, here, seen, pairs, tested, fitted, identity))
-        if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
-            raise ConfigError(
-                f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
-                "are needed. Give a smaller --horizon."
-            )
-    return recordings, kind, notes
-
-
-def _path(place: str) -> Path:
-    return Path(place.removeprefix(_PREFIX).partition("#")[0]).expanduser()
-
-
-def _camera(place: str) -> str | None:
-    return place.partition("#")[2] or None
-
-
 def _with_controls(encoders: Sequence[str]) -> list[str]:
     return [*(control for control in CONTROLS if control not in encoders), *encoders]
 
@@ -395,16 +315,6 @@ def _tokens_of(name: str, device: torch.device) -> tuple[TokensOf, str]:
     return tokens_of, fingerprint(name, list(tokens.grid), tokens.patches.cpu().numpy())
 
 
-def _state(recording: Recording, main: Recording) -> NDArray[np.float64]:
-    """Standardised state of every frame; one constant column where none is recorded."""
-    if STATE not in recording.folder.features:
-        return np.zeros((recording.folder.frame_count, 1))
-    state = main.folder.column(STATE).astype(np.float64)
-    deviation = state.std(0)
-    here = state if recording is main else recording.folder.column(STATE).astype(np.float64)
-    return np.asarray((here - state.mean(0)) / np.where(deviation > 0, deviation, 1))
-
-
 def _first_of(state: NDArray[np.float64], pairs: Pairs) -> Callable[..., NDArray[np.floating]]:
     return lambda places: state[pairs.first[places]]
 
@@ -419,7 +329,7 @@ def _report(
     target: Target,
     horizon: int,
 ) -> DynamicsResult:
-    weights = {recording.name: _weights(recording) for recording in recordings}
+    weights = {recording.name: episode_weights(recording) for recording in recordings}
     tasks = {r.name: [r.folder.tasks[episode] for episode in tested_episodes(r)] for r in recordings}
     summary = dynamics_report.summarise({name: o.errors for name, o in found.items()}, weights, tasks, reference)
     path = out / f"probing-dynamics-{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ConfigError, TrajectoryError
+from theia.probing.datasets import fingerprint, of_files
 from theia.trajectories.lerobot import ACTION, STATE, LeRobotFolder
+from theia.utils.pictures import short_labels
 
 Target = Literal["action", "displacement", "mean_action"]
 Question = Literal["plan", "motion"]
 
 QUESTIONS: tuple[Question, ...] = ("plan", "motion")
+_PREFIX = "lerobot:"
 _MEANING: dict[Target, str] = {
     "action": "action[t + {h} - 1] - state[t]",
     "displacement": "state[t + {h}] - state[t]",
@@ -44,6 +48,85 @@ class Pairs:
         """The pairs of some episodes."""
         mask = np.isin(self.episode, list(episodes))
         return Pairs(self.first[mask], self.second[mask], self.episode[mask], self.target[mask])
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One data set, as the probe sees it.
+
+    Attributes:
+        name: Short name, for the table.
+        folder: The data set.
+        camera: Key of the camera.
+        pairs: All pairs of frames.
+        tested: Numbers of the episodes that are tested on.
+        fitted: Numbers of the episodes that are fitted on; none for data that are only tested on.
+        identity: Fingerprint of the files and the camera.
+    """
+
+    name: str
+    folder: LeRobotFolder
+    camera: str
+    pairs: Pairs
+    tested: frozenset[int]
+    fitted: frozenset[int]
+    identity: str
+
+
+def open_recordings(
+    train: str, tests: Sequence[str], camera: str | None, horizon: int, target: Target | None
+) -> tuple[list[Recording], Target, list[str]]:
+    """Opens the data set to fit on and those that are only tested on.
+
+    Args:
+        train: Place of the data set to fit on; every fifth episode of each task is held out and tested on.
+        tests: Places of further data sets of the same robot.
+        camera: Key of the camera, for all of them; by default, what follows ``#`` in each place, or the only one.
+        horizon: Number of frames between the two of a pair.
+        target: What is predicted; chosen by :func:`choose_target` by default.
+
+    Returns:
+        The data sets, the one to fit on first; the target; and what a reader of the figures must know.
+
+    Raises:
+        ConfigError: If there are too few or too short episodes, or the data sets are not of one robot.
+        TrajectoryError: If one cannot be read.
+    """
+    folder = LeRobotFolder(_path(train))
+    kind, reason = choose_target(folder, target)
+    notes = [f"Target: {describe_target(kind, horizon)} ({reason}). Errors are in its standard deviations."]
+    out = folder.held_out_episodes()
+    if not out:
+        raise ConfigError(
+            f"{folder.root} has one episode. One to fit on and one to test on are needed: the frames of an episode are "
+            "never divided between the two. Record more."
+        )
+    places = [train, *tests]
+    paths = [_path(place).resolve() for place in places]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        labels = short_labels([str(path) for path in paths])
+        names = [labels[str(path)] for path in paths]
+    recordings: list[Recording] = []
+    for place, name in zip(places, names, strict=True):
+        here = folder if place == train else LeRobotFolder(_path(place))
+        pairs = make_pairs(here, kind, horizon)
+        if here is not folder and pairs.target.shape[1] != recordings[0].pairs.target.shape[1]:
+            raise ConfigError(
+                f"{here.root} has targets of {pairs.target.shape[1]} values and {folder.root} of "
+                f"{recordings[0].pairs.target.shape[1]}: they are not of one robot. Give another --test."
+            )
+        everything = frozenset(range(len(here.episodes)))
+        seen = here.camera(camera if camera is not None else _camera(place))
+        tested, fitted = (out, everything - out) if here is folder else (everything, frozenset())
+        identity = fingerprint(of_files(str(here.root)), seen)
+        recordings.append(Recording(name, here, seen, pairs, tested, fitted, identity))
+        if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
+            raise ConfigError(
+                f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
+                "are needed. Give a smaller --horizon."
+            )
+    return recordings, kind, notes
 
 
 def choose_target(folder: LeRobotFolder, wanted: Target | None) -> tuple[Target, str]:
@@ -132,6 +215,35 @@ def moving(pairs: Pairs) -> NDArray[np.bool_]:
     if not varies.any():
         raise TrajectoryError("The robot never moves in the training episodes: there is nothing to predict.")
     return varies
+
+
+def tested_episodes(recording: Recording) -> list[int]:
+    """Tested episodes that are long enough to hold a pair, in order."""
+    there = set(recording.pairs.episode.tolist())
+    return [episode for episode in sorted(recording.tested) if episode in there]
+
+
+def episode_weights(recording: Recording) -> NDArray[np.float64]:
+    """Number of pairs in each tested episode."""
+    return np.array([(recording.pairs.episode == episode).sum() for episode in tested_episodes(recording)], np.float64)
+
+
+def standardised_state(recording: Recording, main: Recording) -> NDArray[np.float64]:
+    """Standardised state of every frame; one constant column where none is recorded."""
+    if STATE not in recording.folder.features:
+        return np.zeros((recording.folder.frame_count, 1))
+    state = main.folder.column(STATE).astype(np.float64)
+    deviation = state.std(0)
+    here = state if recording is main else recording.folder.column(STATE).astype(np.float64)
+    return np.asarray((here - state.mean(0)) / np.where(deviation > 0, deviation, 1))
+
+
+def _path(place: str) -> Path:
+    return Path(place.removeprefix(_PREFIX).partition("#")[0]).expanduser()
+
+
+def _camera(place: str) -> str | None:
+    return place.partition("#")[2] or None
 
 
 def _needs(target: Target) -> tuple[str, ...]:
