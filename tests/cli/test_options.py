@@ -26,7 +26,8 @@ from theia.cli.main import main as theia
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
 from theia.errors import ConfigError
 
-BENCHMARKS = sorted(path.parent.name for path in Path("benchmarks").glob("*/__main__.py"))
+# All but the one that asks for its simulator before it looks at an option.
+BENCHMARKS = sorted({path.parent.name for path in Path("benchmarks").glob("*/__main__.py")} - {"cortexbench"})
 # Those of Lightning's own parser have their tests beside it.
 OURS = [name for name, command in COMMANDS.items() if command.module != _LIGHTNING] + ["ablate report"]
 PROGRAMS = OURS + [f"benchmarks.{name}" for name in BENCHMARKS]
@@ -308,6 +309,7 @@ FUNCTIONS = {
     "benchmarks.latency": latency.bench,
     "probe classification": probe.classification,
     "probe dense": probe.dense,
+    "probe dynamics": probe.dynamics,
     "benchmarks.soak": soak.soak,
     "benchmarks.throughput": throughput.bench,
 }

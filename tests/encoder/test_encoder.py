@@ -124,7 +124,7 @@ def test_blocks_are_named_by_any_numbers(encoder: Encoder, indices, blocks: list
 @pytest.mark.parametrize("indices", [[3], [-4], [1.0], ["1"], "1", 1.5, [None]], ids=repr)
 def test_what_is_no_block_is_named(encoder: Encoder, indices) -> None:
     wrong = re.escape(repr(indices[0] if isinstance(indices, list | str) else indices))
-    with pytest.raises(ConfigError, match=rf"block {wrong}; .* 3"):
+    with pytest.raises(ConfigError, match=rf"block or stage {wrong}; .* 3"):
         encoder.forward_intermediates(images(32, 32), indices)
 
 

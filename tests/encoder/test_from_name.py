@@ -172,7 +172,7 @@ def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_a
         ("teacher:clip@", ConfigError, "nothing after @. Is a shell variable unset"),
         ("concat:hog,clip@", ConfigError, "nothing after @"),
         ("timm:vit_tiny_patch16_224@", ConfigError, "can only be 'random'"),
-        ("teacher:hog@{sides: 3}", PluginError, "unexpected keyword argument 'sides'"),
+        ("teacher:hog@{sides: 3}", ConfigError, "no option 'sides'"),
         ("timm:vit_tinny_patch16_224", ConfigError, "Similar names: vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.mine@random", WeightsError, r"cannot build .*tag \(mine\) .*\)\.$"),
     ],

@@ -90,6 +90,7 @@ OTHERWISE = {
         "job.run.log.open('a')": "likewise",
     },
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
+    "benchmarks/cortexbench/cloning.py": {"torch.save(state, buffer)": "into memory"},
     "theia/analysis/page.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
     "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from theia.probing.comparison import Result
     from theia.probing.dynamics import DynamicsResult
 
+_MOST = 1_000_000  # frames, of a horizon or of a batch
+
 
 def classification(
     encoders: list[str],
@@ -134,8 +136,8 @@ def dynamics(
         batch_size: Number of frames that are given to an encoder together.
         device: Device that encoders and transformers run on; auto takes a GPU if there is one.
     """
-    check_number("horizon", horizon, 1)
-    check_number("batch_size", batch_size, 1)
+    check_number("horizon", horizon, 1, _MOST)
+    check_number("batch_size", batch_size, 1, _MOST)
     if seeds is not None and readout == "ridge":
         raise ConfigError("--seeds: nothing in --readout ridge is random. Leave it out, or take transformer.")
     check_folder(out, "--out")

@@ -107,7 +107,7 @@ from pathlib import Path
 import os, signal
 sys.path[:0] = [{root!r}, {root!r} + '/tests']
 import theia.trajectories.writer as writer
-from trajectories.test_writer import episode, open_writer
+from trajectories.test_lerobot_writer import episode, open_writer
 whole, left = writer.replacing, [{files}]
 def replacing(path, *a, **k):
     if left[0] == 0:
