@@ -25,6 +25,10 @@ NOT_COMPARABLE = (
     "demonstrations are by other experts, the physics are those of another release of MuJoCo and of MetaWorld"
 )
 _PRESETS_DIFFER = ", and the preset {name} trains and tests less than the paper does"
+LOSSY = (
+    "The demonstrations are kept as lossy video, and the pictures of rollouts are not lossy: encoders that see fine "
+    "texture, such as HOG, are given other tokens than they were fitted on. Record with --pictures image instead"
+)
 _BEST = (
     "Success is that at the last step of a rollout. 'best' is the best evaluation of each seed, which is chosen on the "
     "rollouts themselves and so flatters everybody; 'at any step' counts rollouts that fulfilled the task at some step."
@@ -290,6 +294,7 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
         f"{settings.get('horizon')} steps, {varied}"
         + ("." if list(factors) == list(demonstrated) else f"; demonstrations: {', '.join(demonstrated) or 'fixed'}."),
         f"{NOT_COMPARABLE}{'' if name == 'full' else _PRESETS_DIFFER.format(name=name)}.",
+        *([f"{LOSSY}."] if about.get("demonstrations", {}).get("pictures") == "video" else []),
         "Controls: " + "; ".join(f"{control} is given {what}" for control, what in CONTROLS.items()) + ".",
         _BEST,
         _COMPARED,

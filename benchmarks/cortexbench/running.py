@@ -19,7 +19,7 @@ from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
 from benchmarks.cortexbench.encoders import PIXELS, Eyes, TaskRecording, open_all
 from benchmarks.cortexbench.folders import alone
 from benchmarks.cortexbench.policies import Policy
-from benchmarks.cortexbench.reporting import RECORD, report
+from benchmarks.cortexbench.reporting import LOSSY, RECORD, report
 from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
 from benchmarks.cortexbench.scenes import Factor, check_factors
 from benchmarks.cortexbench.simulation import ACTIONS, HORIZON, Quality, find_tasks
@@ -181,6 +181,8 @@ class _Run:
         for one in eyes:
             self._check_weights(one)
         told = False
+        if self.plan.collected.get("pictures") == "video":
+            _say(f"{LOSSY}.")
         for task in self.plan.tasks:
             if all(self._finished(one, task, seed) for one in eyes for seed in self.seeds):
                 continue

@@ -80,6 +80,13 @@ def test_the_report_names_controls_and_what_it_must_not_be_compared_with(tmp_pat
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(("pictures", "warns"), [("video", True), ("image", False)])
+def test_the_report_warns_of_demonstrations_that_are_lossy(tmp_path, pictures, warns):
+    write(tmp_path, "a", "t", 100, {9: [1, 0]})
+    (tmp_path / "run.json").write_text(json.dumps({"demonstrations": {"pictures": pictures}}))
+    assert ("kept as lossy video" in report(tmp_path)) == warns
+
+
 def test_policies_that_began_elsewhere_are_not_compared(tmp_path):
     write(tmp_path, "a", "t", 100, {9: [1, 0]})
     other = [{"seed": 50, "success": True, "first_success": 1, "steps": 5, "beginning": {"positions": [9.0]}}]

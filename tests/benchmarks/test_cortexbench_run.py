@@ -46,7 +46,7 @@ def test_a_simulator_s_process_loads_no_torch():
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demonstrations") / "data"
     collect = ["collect", "--tasks=drawer-open,reach", f"--out={folder}", "--episodes=2", "--size=64", "--vary=camera"]
-    assert command.main([*collect, "--workers=2"]) == 0
+    assert command.main([*collect, "--pictures=image", "--workers=2"]) == 0
     return folder
 
 
@@ -68,6 +68,7 @@ def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations
     said = capsys.readouterr()
     assert "blind (control)" in said.out
     assert "At most about" in said.err
+    assert "lossy" not in said.err + said.out
     assert len(list(whole.glob("videos/*.mp4"))) == 2
     assert len({record["task"] for record in outcomes(whole).values()}) == 1  # smoke takes the first
     for stage in ("run.json", "policies/blind/*/*/policy.pt", "policies/pixels/*/*/rollouts-*.json"):
@@ -147,7 +148,34 @@ def test_a_simulator_that_is_killed_is_said_to_be_gone():
         simulators.send(Command(0, False, seed=0))
         simulators.receive(0)
         simulators._processes[0].kill()
-        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):  # noqa: PT012
-            for _ in range(2):
-                simulators.send(Command(0, False, seed=0))
-                simulators.receive(0)
+        simulators._processes[0].join()
+        with pytest.raises(SimulationError, match="simulates drawer-open-v3 is gone"):
+            simulators.receive(0)
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_a_policy_is_shown_in_rollouts_what_it_was_fitted_on(demonstrations):
+    import numpy as np
+
+    from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
+    from benchmarks.cortexbench.encoders import TaskRecording
+    from benchmarks.cortexbench.simulators import Command, Course, Simulators
+    from theia.extraction.images import to_square
+    from theia.trajectories.lerobot import ACTION, LeRobotFolder
+
+    folder = LeRobotFolder(demonstrations)
+    recording = TaskRecording(folder, "drawer-open-v3", 2)
+    episode = recording.episodes[1]
+    rows = recording.rows[episode.start : episode.start + episode.length]
+    actions, observations = folder.column(ACTION)[rows], folder.column(SCENE_STATE)[rows]
+    seeds = (int(episode.record["seed"]),)
+    course = Course("drawer-open-v3", seeds, ("camera",), 64, "fast", 224, 200, None)
+    pictures = recording.frames(episode, CAMERA, range(episode.length))
+    with Simulators(course, 1) as simulators:
+        simulators.send(Command(0, True, seed=seeds[0]))
+        for picture, action, observation in zip(pictures, actions, observations, strict=True):
+            moment = simulators.receive(0)
+            np.testing.assert_array_equal(moment.picture, to_square(picture, 224, "squash"))
+            np.testing.assert_allclose(moment.observation, observation, atol=1e-6)
+            simulators.send(Command(0, True, action=action))
