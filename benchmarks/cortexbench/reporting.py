@@ -121,8 +121,7 @@ def report(folder: Path, reference: str | None = None) -> str:
     }  # fmt: skip
     write_whole(folder / "report.json", json.dumps(jsonable(record), indent=1))
     write_whole(folder / "report.txt", text + "\n")
-    with replacing(folder / "curves.png") as temporary:
-        draw(temporary, results)
+    draw(folder / "curves.png", results)
     return f"{text}\n\n{folder / 'report.json'}\n{folder / 'curves.png'}"
 
 
@@ -280,7 +279,8 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
     axes[1, 0].set_ylabel("loss on demonstrations")
     handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
 
 
 def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence[str]) -> list[str]:

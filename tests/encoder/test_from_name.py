@@ -11,7 +11,7 @@ import theia
 from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.encoder.from_name import open_encoder
-from theia.errors import ConfigError, FeatureError, PluginError, UnknownTeacherError, WeightsError
+from theia.errors import ConfigError, FeatureError, UnknownTeacherError, WeightsError
 from theia.export.export import export
 
 

@@ -36,7 +36,7 @@ from theia.probing.motion import (
 from theia.probing.ridge import fit, predict
 from theia.probing.token_transformer import FULL, SMALL, Rule, fit_and_predict
 from theia.trajectories.lerobot import held_out
-from theia.utils.files import jsonable, replacing, write_whole
+from theia.utils.files import jsonable, write_whole
 from theia.utils.pictures import short_labels
 from theia.utils.provenance import machine, versions
 
@@ -342,8 +342,8 @@ def _report(
         "details": {name: outcome.details for name, outcome in found.items()},
     }  # fmt: skip
     write_whole(path, json.dumps(jsonable(record), indent=1) + "\n")
-    with replacing(path.with_suffix(".png")) as temporary:
-        dynamics_report.draw(temporary, summary, f"{describe_target(target, horizon)}, L1 in deviations")
+    label = f"{describe_target(target, horizon)}, L1 in deviations"
+    dynamics_report.draw(path.with_suffix(".png"), summary, label)
     size = sum(file.stat().st_size for file in (out / "embeddings").rglob("*.npy"))
     notes.append(
         f"The embeddings in {out / 'embeddings'} ({size / 1e6:.0f} MB) are used again by the next run; you may "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from theia.utils.estimates import Difference, Estimate, holm, over_episodes, paired_over_episodes
+from theia.utils.files import replacing
 from theia.utils.pictures import wrapped
 
 # Errors by encoder, question and data set: shape (seeds, episodes).
@@ -145,7 +146,8 @@ def draw(path: Path, summary: Summary, label: str) -> None:
         axis.set_xlim(left=0)
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel(f"error (less is better): {label}", fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(path))  # type: ignore[no-untyped-call]
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))  # type: ignore[no-untyped-call]
 
 
 def _signed(difference: Difference) -> str:
