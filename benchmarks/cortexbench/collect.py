@@ -1,6 +1,5 @@
 """Records demonstrations of many tasks in several processes, whole after any kill."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -8,10 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,7 +31,7 @@ from benchmarks.cortexbench.simulation import (
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
-from theia.utils.files import check_folder, jsonable, write_whole
+from theia.utils.files import alone, check_folder, jsonable, write_whole
 from theia.utils.provenance import installed
 
 _RECORD = "meta/collection.json"
@@ -105,8 +103,8 @@ def collect(
         A table of what the folder holds.
 
     Raises:
-        ConfigError: If an option is wrong, or the simulator is not installed.
-        TrajectoryError: If the folder holds another data set, or another process records into it.
+        ConfigError: If an option is wrong, the simulator is not installed, or another process works in the folder.
+        TrajectoryError: If the folder holds another data set.
         SimulationError: If an expert fails again and again, or a process is killed.
     """
     check_installed()
@@ -122,7 +120,7 @@ def collect(
     check_folder(out, "--out")
     plan = Plan(tuple(find_tasks(comma_list(tasks))), seed, factors, noise, after_success, size, quality, pictures)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with _alone(out):
+    with alone(out):
         return _record(plan, out, episodes, workers or cores)
 
 
@@ -270,19 +268,3 @@ def _check_record(plan: Plan, out: Path) -> None:
         raise TrajectoryError(
             f"{out} was begun with {said}. Go on with the same options and versions, or give a new folder."
         )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process records into. A process that was killed holds it no longer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise TrajectoryError(
-            f"Another process records into {folder}. Wait for it, or choose another folder with --out."
-        ) from error
-    finally:
-        os.close(descriptor)

@@ -2,15 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
+from benchmarks.cortexbench.presets import Features, PresetName
 from benchmarks.cortexbench.simulation import check_installed
 from theia.utils.arguments import MOST_PROCESSES, check_number
 from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder
-
-Features = Literal["spatial", "vector"]
-PresetName = Literal["smoke", "small", "full"]
 
 _MOST_ROLLOUTS = 1000
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.cortexbench.commands import Features
+from benchmarks.cortexbench.presets import Features
 from benchmarks.cortexbench.simulation import STATES
 from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError

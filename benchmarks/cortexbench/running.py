@@ -14,15 +14,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cortexbench.cloning import BATCH_SIZE, Demonstrations, Training, load_policy, save_policy
-from benchmarks.cortexbench.commands import Features, PresetName
 from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
 from benchmarks.cortexbench.encoders import PIXELS, Eyes, TaskRecording, open_all
-from benchmarks.cortexbench.folders import alone
 from benchmarks.cortexbench.policies import Policy
+from benchmarks.cortexbench.presets import PRESETS, Features, Preset, PresetName
 from benchmarks.cortexbench.reporting import LOSSY, RECORD, report
 from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
 from benchmarks.cortexbench.scenes import Factor, check_factors
-from benchmarks.cortexbench.simulation import ACTIONS, HORIZON, Quality, find_tasks
+from benchmarks.cortexbench.simulation import ACTIONS, Quality, find_tasks
 from benchmarks.cortexbench.simulators import Command, Course, Simulators
 from theia.errors import ConfigError, TrajectoryError
 from theia.probing.comparison import seed_numbers
@@ -30,44 +29,11 @@ from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
 from theia.probing.frame_tokens import MOST_ROWS, FrameTokens, embed
 from theia.trajectories.lerobot import ACTION, LeRobotFolder
 from theia.utils.arguments import comma_list
-from theia.utils.files import jsonable, read_json, write_whole
+from theia.utils.files import alone, jsonable, read_json, write_whole
 from theia.utils.provenance import installed, machine, versions
 
 _FIRST_SEED = 1_000_000  # of rollouts, far from those of demonstrations
 _TRIED_STEPS = 12
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How much is done.
-
-    Attributes:
-        demonstrations: Number of demonstrations of each task that are used; ``None`` for all.
-        epochs: Number of passes over them.
-        evaluations: Epochs, counted from 0, after which the policy acts.
-        seeds: Seeds of the training.
-        rollouts: Number of rollouts at each evaluation.
-        horizon: Number of steps of a rollout.
-        hold: Number of steps on end that the task must be fulfilled for a rollout to end before; ``None`` for never.
-        components: Number of principal components of 7x7 averaged tokens that the policy is given; ``None`` for all
-            tokens as they are.
-    """
-
-    demonstrations: int | None
-    epochs: int
-    evaluations: tuple[int, ...]
-    seeds: tuple[int, ...]
-    rollouts: int
-    horizon: int
-    hold: int | None
-    components: int | None
-
-
-PRESETS = {
-    "smoke": Preset(2, 20, (9, 19), (100,), 2, 60, 10, 24),
-    "small": Preset(25, 40, (39,), (100, 200), 25, 150, 20, 24),
-    "full": Preset(None, 100, (*range(5, 100, 5), 99), (100, 200, 300), 25, HORIZON, None, None),
-}
 
 
 def run(

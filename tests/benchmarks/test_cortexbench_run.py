@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations
 @needs_simulator
 @pytest.mark.slow
 def test_two_runs_into_one_folder_are_refused(demonstrations, tmp_path, capsys):
-    from benchmarks.cortexbench.folders import alone
+    from theia.utils.files import alone
 
     with alone(tmp_path):
         assert command.main(arguments(demonstrations, tmp_path)) == 1

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from PIL import Image
 from trajectories.discs import record
 
 from theia.cli.main import main
+from theia.utils.files import alone
 
 
 def test_the_table_has_controls_and_the_picture_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +76,7 @@ def test_bad_input_is_one_line_before_any_work(
 
 def test_two_runs_into_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = record(tmp_path / "data", episodes=2, frames=6)
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out/.lock"):
+    with alone(tmp_path / "out"):
         command = ["probe", "dynamics", "--encoders", "pixels", "--data", str(data), "--horizon", "3"]
         assert main([*command, "--out", str(tmp_path / "out")]) == 1
-    assert "Another run" in capsys.readouterr().err
+    assert "Another process" in capsys.readouterr().err

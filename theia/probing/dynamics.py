@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from theia.encoder.from_name import open_encoder
@@ -36,7 +34,7 @@ from theia.probing.motion import (
 from theia.probing.ridge import fit, predict
 from theia.probing.token_transformer import FULL, SMALL, Rule, fit_and_predict
 from theia.trajectories.lerobot import held_out
-from theia.utils.files import jsonable, write_whole
+from theia.utils.files import alone, jsonable, write_whole
 from theia.utils.pictures import short_labels
 from theia.utils.provenance import machine, versions
 
@@ -117,7 +115,7 @@ def dynamics(
     opened = {name: _tokens_of(name, device) for name in names if name not in (BLIND, STATE_ONLY)}
     data = [recording.identity for recording in recordings]
     found: dict[str, Outcome] = {}
-    with _alone_in(out):
+    with alone(out):
         for number, name in enumerate(names, 1):
             identity = fingerprint(settings, versions(), data, name, opened[name][1] if name in opened else "")
             kept = out / "unfinished" / f"{identity}.json"
@@ -130,17 +128,6 @@ def dynamics(
             write_whole(kept, json.dumps(asdict(outcome)))
             found[labels[name]] = outcome
         return _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ConfigError(f"Another run works in {folder}. Wait for it, or choose another --out.") from error
 
 
 def dynamics_scorer(trained: Any) -> dict[str, float]:

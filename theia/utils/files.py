@@ -4,6 +4,7 @@ Also the messages for a full disk, and values in a form that JSON can hold.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -147,6 +148,30 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made if need be. One that is killed holds it no longer.
+
+    Args:
+        folder: Folder that the option ``--out`` names.
+
+    Raises:
+        ConfigError: If another process works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"Another process works in {folder}. Wait for it, or choose another folder with --out."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

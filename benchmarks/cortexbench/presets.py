@@ -1,0 +1,42 @@
+"""How much a benchmark of policies does, by name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.cortexbench.simulation import HORIZON
+
+Features = Literal["spatial", "vector"]
+PresetName = Literal["smoke", "small", "full"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is done.
+
+    Attributes:
+        demonstrations: Number of demonstrations of each task that are used; ``None`` for all.
+        epochs: Number of passes over them.
+        evaluations: Epochs, counted from 0, after which the policy acts.
+        seeds: Seeds of the training.
+        rollouts: Number of rollouts at each evaluation.
+        horizon: Number of steps of a rollout.
+        hold: Number of steps on end that the task must be fulfilled for a rollout to end before; ``None`` for never.
+        components: Number of principal components of 7x7 averaged tokens that the policy is given; ``None`` for all
+            tokens as they are.
+    """
+
+    demonstrations: int | None
+    epochs: int
+    evaluations: tuple[int, ...]
+    seeds: tuple[int, ...]
+    rollouts: int
+    horizon: int
+    hold: int | None
+    components: int | None
+
+
+PRESETS = {
+    "smoke": Preset(2, 20, (9, 19), (100,), 2, 60, 10, 24),
+    "small": Preset(25, 40, (39,), (100, 200), 25, 150, 20, 24),
+    "full": Preset(None, 100, (*range(5, 100, 5), 99), (100, 200, 300), 25, HORIZON, None, None),
+}
