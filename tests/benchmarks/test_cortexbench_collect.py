@@ -142,17 +142,6 @@ def test_a_wrong_option_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_two_recordings_into_one_folder_are_refused(tmp_path: Path) -> None:
-    with (
-        collecting._alone(tmp_path),
-        pytest.raises(ConfigError, match="Another process"),
-        collecting._alone(tmp_path),
-    ):
-        pass
-    with collecting._alone(tmp_path):
-        pass
-
-
 def test_a_folder_goes_on_with_the_options_that_it_was_begun_with(tmp_path: Path) -> None:
     collecting._check_record(PLAN, tmp_path)
     collecting._check_record(PLAN, tmp_path)
