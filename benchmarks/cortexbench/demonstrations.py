@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.cortexbench.scenes import Factor, generator
 from benchmarks.cortexbench.simulation import ACTIONS, HORIZON, STATES, Environment, Quality, SimulationError
 from theia.trajectories.lerobot import ACTION, STATE
-from theia.trajectories.writer import LeRobotWriter, Values
+from theia.trajectories.lerobot_writer import LeRobotWriter, Values
 
 CAMERA = "observation.images.top"
 SCENE_STATE = "observation.environment_state"

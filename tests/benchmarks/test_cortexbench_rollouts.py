@@ -130,7 +130,7 @@ def test_an_interrupted_video_leaves_nothing(tmp_path: Path):
 
 def test_the_demonstrations_of_one_task_are_numbered_by_themselves(tmp_path: Path):
     pytest.importorskip("pyarrow")
-    from theia.trajectories.writer import LeRobotWriter
+    from theia.trajectories.lerobot_writer import LeRobotWriter
 
     writer = LeRobotWriter(tmp_path, 20, {"action": ["x"]}, {"top": (16, 16)}, ["a", "b"], "image")
     for number, (task, length) in enumerate([("a", 3), ("b", 2), ("a", 4), ("b", 5), ("a", 2)]):

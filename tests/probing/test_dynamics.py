@@ -20,7 +20,7 @@ from theia.probing.motion import choose_target, make_pairs
 from theia.probing.ridge import Line, absolute_penalty, fit, measure, solve
 from theia.probing.token_transformer import Rule, fit_and_predict
 from theia.trajectories.lerobot import LeRobotFolder
-from theia.trajectories.writer import LeRobotWriter
+from theia.trajectories.lerobot_writer import LeRobotWriter
 
 
 def coordinates(images: Tensor) -> StudentTokens:

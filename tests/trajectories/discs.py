@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from theia.trajectories.writer import LeRobotWriter
+from theia.trajectories.lerobot_writer import LeRobotWriter
 
 CAMERA = "observation.images.top"
 SIDE = 64

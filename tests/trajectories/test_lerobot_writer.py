@@ -13,7 +13,7 @@ import pytest
 
 from theia.errors import TrajectoryError
 from theia.trajectories.lerobot import LeRobotFolder
-from theia.trajectories.writer import LeRobotWriter
+from theia.trajectories.lerobot_writer import LeRobotWriter
 
 CAMERA = "observation.images.top"
 LENGTHS = (12, 7, 20)
@@ -106,7 +106,7 @@ import sys
 from pathlib import Path
 import os, signal
 sys.path[:0] = [{root!r}, {root!r} + '/tests']
-import theia.trajectories.writer as writer
+import theia.trajectories.lerobot_writer as writer
 from trajectories.test_lerobot_writer import episode, open_writer
 whole, left = writer.replacing, [{files}]
 def replacing(path, *a, **k):
