@@ -94,18 +94,7 @@ class Line:
 
 
 def report(folder: Path, reference: str | None = None) -> str:
-    """Says how often the policies of a run succeeded, and writes it down with pictures.
-
-    Args:
-        folder: Folder of the run.
-        reference: Encoder that the others are compared with; by default, the first one that is no control.
-
-    Returns:
-        Tables, with what must be known to read them.
-
-    Raises:
-        ConfigError: If the folder holds no finished policy, or none of that encoder.
-    """
+    """Carries out the command; see :func:`benchmarks.cortexbench.commands.report` for the arguments."""
     about = read_json(folder / RECORD)
     results, unfinished = load(folder)
     if not results:

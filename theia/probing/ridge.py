@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,8 @@ PENALTIES = tuple(10.0**power for power in range(-6, 3))
 _PIECE = 2048
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Sums over samples from which a ridge regression follows; those of two sets of samples can be added."""
 
     samples: int
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
     low: Array  # (P,)
     high: Array  # (P,)
 
-    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+    def __add__(self, other: "Moments") -> "Moments":
         return Moments(
             self.samples + other.samples, self.x + other.x, self.y + other.y, self.xx + other.xx, self.xy + other.xy,
             np.minimum(self.low, other.low), np.maximum(self.high, other.high),
