@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def killed_at(run: Path, call: int, work: Callable[[], object]) -> bool:
             sys.addaudithook(watch)
             work()
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
