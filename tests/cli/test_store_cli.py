@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def test_info_lists_every_set_of_every_split(store: Path, capsys: pytest.Capture
     assert main(["store", "info", str(store)]) == 0
     printed = capsys.readouterr().out
     assert "train: 80 images, 32x32 pixels (squash)" in printed
+    assert "from test\n" in printed
     assert "val: 20 images" in printed
     table = rows(printed)
     manifest = json.loads((store / "manifest.json").read_text())["splits"]["train"]["sets"]
@@ -41,6 +43,37 @@ def test_info_shows_where_an_extraction_is_unfinished(
     table = rows(capsys.readouterr().out)
     assert table["alpha"][-1] == "unfinished"
     assert table["beta"][-1] == "complete"
+
+
+def test_info_says_where_images_come_from_in_words(
+    make_split: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_split(tmp_path / "store", "train", 20)
+    manifest = tmp_path / "store" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["splits"]["train"]["images"]["source"] = {"kind": "sample", "crops": 20, "of": ["a", "b"], "labels": False}
+    manifest.write_text(json.dumps(content))
+    assert main(["store", "info", str(tmp_path / "store")]) == 0
+    assert "from sample (crops: 20; of: a, b; labels: no)\n" in capsys.readouterr().out
+
+
+def test_info_names_files_that_are_gone_or_cut_short(
+    make_split: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_split(tmp_path / "store", "train", 20)
+    cut, gone = (tmp_path / "store" / "train" / name / "shard-000000.h5" for name in ("alpha", "beta"))
+    size = cut.stat().st_size
+    os.truncate(cut, size - 1)
+    gone.unlink()
+    assert main(["store", "info", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out
+    table = rows(printed)
+    assert {name: table[name][-1] for name in ("image", "alpha", "beta")} == {
+        "image": "complete", "alpha": "damaged", "beta": "damaged",
+    }  # fmt: skip
+    again = "un its theia extract again."
+    assert f"{cut} has {size - 1} bytes, the manifest says {size}. Delete it and r{again}" in printed
+    assert f"{gone} is missing. R{again}" in printed
 
 
 def test_verify_of_a_whole_store_counts_its_shards(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """``theia store``: lists the content of a feature store, and checks that all of it is whole."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from tabulate import tabulate
@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from theia.store.verify import Problem, SetSummary, describe
 from theia.store.verify import verify as verify_store
+from theia.types import Json
 from theia.utils.progress import readable_bytes
 
 
 def info(path: Path) -> int:
-    """Show what is in a feature store.
+    """Show what is in a feature store, and which of its files are missing or cut short.
 
     Args:
         path: Folder of the store.
@@ -22,7 +23,7 @@ def info(path: Path) -> int:
         images = split.images
         lines = [
             f"{split.name}: {images.listed} images, {images.size}x{images.size} pixels ({images.resize})",
-            f"  from {json.dumps(dict(images.source))}",
+            f"  from {_origin(images.source)}",
         ]
         if images.classes is not None:
             lines.append(f"  {len(images.classes)} classes")
@@ -31,7 +32,8 @@ def info(path: Path) -> int:
         rows = [_row(part, images.size, images.shard_count) for part in split.sets]
         # A revision may be a long digest.
         widths = [None] * 7 + [36, 36, None]
-        print("\n".join([*lines, tabulate(rows, headers, maxcolwidths=widths), ""]))
+        problems = [f"{problem.path} {problem.text}" for part in split.sets for problem in part.problems]
+        print("\n".join([*lines, tabulate(rows, headers, maxcolwidths=widths), *problems, ""]))
     return 0
 
 
@@ -60,9 +62,22 @@ def verify(path: Path) -> int:
     return 1 if problems else 0
 
 
+def _origin(source: Mapping[str, Json]) -> str:
+    """The record of an image source in words."""
+    facts = {name: _words(value) for name, value in source.items()}
+    kind = facts.pop("kind", "unknown")
+    return f"{kind} ({'; '.join(f'{name}: {words}' for name, words in facts.items())})" if facts else kind
+
+
+def _words(value: Json) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _row(part: SetSummary, size: int, shards: int) -> tuple[str, ...]:
     spec = part.spec
-    state = "complete" if part.complete else "unfinished"
+    state = "damaged" if part.problems else "complete" if part.complete else "unfinished"
     there = (part.name, str(part.rows), f"{part.shards} of {shards}", readable_bytes(part.bytes))
     if spec is None:
         return (*there, f"{size}x{size} x 3", "", "uint8", "", "", state)

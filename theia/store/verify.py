@@ -1,6 +1,6 @@
-"""Describes a store by its manifest, and checks that every byte in it is as it was written."""
+"""Describes a store by its manifest and its files' sizes, and checks that every byte in it is as it was written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from theia.types import TeacherSpec
 
 _ROWS_AT_ONCE = 64
 _SHOWN = 8
+_AGAIN = "Run its theia extract again."
+_DELETE = "Delete it and run its theia extract again."
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Chec
         return
     if not layout.record.complete:
         total = layout.images.shard_count
-        yield Problem(folder, f"is unfinished: {total - missing} of {total} shards. Run its theia extract again.")
+        yield Problem(folder, f"is unfinished: {total - missing} of {total} shards. {_AGAIN}")
     for record in records:
         path = layout.path(record.index)
         try:
@@ -87,15 +89,14 @@ def _verify_set(layout: SetLayout, images: SetLayout) -> Iterator[Problem | Chec
             yield Problem(path, str(error).removeprefix(f"{path} "))
         else:
             if reason:
-                yield Problem(path, f"{reason}. Delete it and run its theia extract again.")
+                yield Problem(path, f"{reason}. {_DELETE}")
         yield Checked(path, record.bytes)
 
 
 def _fault(layout: SetLayout, images: SetLayout, record: ShardRecord) -> str | None:
     path = layout.path(record.index)
-    size = file_size(path)
-    if size is not None and size != record.bytes:
-        return f"has {size} bytes, the manifest says {record.bytes}"
+    if reason := _wrong_size(path, record):
+        return reason
     shard = read_shard(path)
     intact = file_sha256(path) == record.sha256
     layout.check(shard, record.index)
@@ -106,6 +107,13 @@ def _fault(layout: SetLayout, images: SetLayout, record: ShardRecord) -> str | N
         if not np.array_equal(wanted.read(KEY), shard.read(KEY)):
             return f"has other samples than {wanted.path}"
     return None
+
+
+def _wrong_size(path: Path, record: ShardRecord) -> str | None:
+    size = file_size(path)
+    if size is None or size == record.bytes:
+        return None
+    return f"has {size} bytes, the manifest says {record.bytes}"
 
 
 def _damage(shard: Shard) -> str:
@@ -132,7 +140,7 @@ def _verify_statistics(layout: SetLayout, spec: TeacherSpec) -> Iterator[Problem
     if not all(
         np.array_equal(getattr(stored, part.name), getattr(computed, part.name)) for part in fields(ChannelStatistics)
     ):
-        yield Problem(path, "differs from the sums in the shards. Delete it and run its theia extract again.")
+        yield Problem(path, f"differs from the sums in the shards. {_DELETE}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,9 @@ class SetSummary:
         dtype: Stored type of the patch tokens, or ``None`` for images.
         rows: Number of samples that are there.
         shards: Number of files that are there.
-        bytes: Size of these files in bytes.
-        complete: Whether the set is finished.
+        bytes: Size of these files in bytes, as it was recorded when they were written.
+        complete: Whether the set was finished.
+        problems: Files that are missing or have another size now. Nothing is read for that: :func:`verify` finds more.
     """
 
     name: str
@@ -156,6 +165,7 @@ class SetSummary:
     shards: int
     bytes: int
     complete: bool
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class SplitSummary:
 
 
 def describe(root: Path | str) -> list[SplitSummary]:
-    """Summarises the content of a store from its manifest.
+    """Summarises the content of a store from its manifest and the sizes of its files.
 
     Raises:
         StoreError: If there is no store.
@@ -201,4 +211,14 @@ def _summary(layout: SetLayout) -> SetSummary:
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),
         complete=record.complete,
+        problems=tuple(_problems_of_size(layout, shards)),
     )
+
+
+def _problems_of_size(layout: SetLayout, records: Sequence[ShardRecord]) -> Iterator[Problem]:
+    for record in records:
+        path = layout.path(record.index)
+        if file_size(path) is None:
+            yield Problem(path, f"is missing. {_AGAIN}")
+        elif reason := _wrong_size(path, record):
+            yield Problem(path, f"{reason}. {_DELETE}")
