@@ -12,6 +12,7 @@ import forked
 import pytest
 import torch
 from events import aged, changed, wait_for
+from lightning.pytorch.callbacks import TQDMProgressBar
 from trainings import hold, standing
 
 from theia.cli.main import main
@@ -242,6 +243,20 @@ def test_a_launcher_with_more_processes_than_the_trainer_expects_is_refused(
 )  # fmt: skip
 def test_the_trainers_own_options_work(store: Path, tmp_path: Path, option: str) -> None:
     assert main(["fit", *options(store, tmp_path / "run", "--trainer.max_epochs=1", *option.split())]) == 0
+
+
+@pytest.mark.parametrize("bar", ["none", "own"])
+def test_no_progress_or_another_bar_can_be_asked_for(
+    bar: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = []
+    monkeypatch.setattr(TQDMProgressBar, "on_train_start", lambda *args: bars.append(args))
+    monkeypatch.setattr(TQDMProgressBar, "on_train_epoch_start", lambda *args: None)
+    monkeypatch.setattr(TQDMProgressBar, "on_train_end", lambda *args: None)
+    asked = {"none": "--trainer.enable_progress_bar=false", "own": "--trainer.callbacks=TQDMProgressBar"}[bar]
+    assert main(["fit", *options(store, tmp_path / "run", "--trainer.max_epochs=1", asked)]) == 0
+    assert "epoch 1/1" not in capsys.readouterr().err
+    assert len(bars) == (bar == "own")
 
 
 def test_no_validation_means_no_best_checkpoint_and_says_so(

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from theia.cli.data import DataParser, data_last
@@ -39,7 +40,7 @@ from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.scoring.contract import scorer_names
 from theia.scoring.scorers import find_scorers, run_scorers, scores_table, translators_table, write_report
-from theia.training.callbacks import FeaturePictures, Throughput
+from theia.training.callbacks import FeaturePictures, Throughput, TrainingProgress
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
 from theia.training.records import METRICS, Events, MetricsCSV
@@ -264,9 +265,13 @@ class TheiaCLI(LightningCLI):
                 callbacks.append(Checkpoints(checkpoints(run), options.checkpoint_every, self.state))
         else:
             kwargs["logger"] = False
+        if trainer.enable_model_summary is None:  # its table names the parts of the module, not those of the student
+            kwargs["enable_model_summary"] = False
+        own_bar = any(isinstance(callback, ProgressBar) for callback in _several(trainer.callbacks))
+        if trainer.enable_progress_bar is not False and not own_bar:
+            callbacks.append(TrainingProgress())
         for name, ours in (("callbacks", callbacks), ("plugins", plugins)):
-            given = trainer[name] or []
-            kwargs[name] = [*(given if isinstance(given, list) else [given]), *ours]
+            kwargs[name] = [*_several(trainer[name]), *ours]
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -276,6 +281,12 @@ class TheiaCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Trains, or goes on from the place where the checkpoint was taken."""
+        if self.trainer.is_global_zero:
+            student, translators = (
+                f"{sum(parameter.numel() for parameter in part.parameters()):,}"
+                for part in (self.model.distiller.student, self.model.distiller.translators)
+            )
+            logger.info("The student has %s parameters, the translators have %s.", student, translators)
         self.trainer.fit(**kwargs, weights_only=True)
         if not self.trainer.is_global_zero or self.config[self.subcommand].trainer.fast_dev_run:
             return
@@ -349,6 +360,10 @@ class TheiaCLI(LightningCLI):
                 scores_table(name.partition("@")[0], scores, self.scored.teacher_shapes, self.datamodule.teacher_shapes)
             )
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
+
+
+def _several(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given] if given else []
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Callbacks that show throughput, time left and feature pictures during training."""
+"""Callbacks that show progress, throughput, time left and feature pictures during training."""
 
 import time
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from theia.training.distillation import Distillation
 from theia.types import FeatureBatch
 from theia.utils.files import replacing
 from theia.utils.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
+from theia.utils.progress import Progress
 
 
 class Throughput(L.Callback):
@@ -43,6 +45,99 @@ class Throughput(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock."""
         self._since = None
+
+
+class TrainingProgress(ProgressBar):
+    """Shows how far a training or a test is: a bar on a terminal, elsewhere a line every half minute.
+
+    Lightning's own shows nothing in a log file before the end of the training, and is wider than a usual terminal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._training: Progress | None = None
+        self._scoring: Progress | None = None
+        self._shown = True
+        self._step = 0
+
+    def disable(self) -> None:
+        """Shows nothing, as in all processes but the first."""
+        self._shown = False
+
+    def enable(self) -> None:
+        """Shows progress, as by default."""
+        self._shown = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins with the steps that were taken before the run was resumed."""
+        steps, done = trainer.estimated_stepping_batches, trainer.global_step
+        self._training = Progress(self._epoch(trainer), steps, self._shown, "step", done)
+        self._step = done
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: FeatureBatch, batch_idx: int
+    ) -> None:
+        """Counts a step, and shows what was logged at it."""
+        if self._training is None:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            figures = trainer.callback_metrics
+            shown = (("train/loss", "loss {:.4g}"), ("train/images_per_s", "{:.3g} img/s"))
+            note = ", ".join(text.format(float(figures[name])) for name, text in shown if name in figures)
+            self._training.describe(self._epoch(trainer), note)
+        self._training.advance(trainer.global_step - self._step)
+        self._step = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to count the batches of a validation."""
+        if not trainer.sanity_checking:
+            self._scoring = Progress("validation", sum(trainer.num_val_batches), self._shown, "batch")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to count the batches of a test."""
+        self._scoring = Progress("test", sum(trainer.num_test_batches), self._shown, "batch")
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Counts a batch."""
+        if self._scoring is not None:
+            self._scoring.advance(1)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Counts a batch."""
+        self.on_validation_batch_end()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the loss over the held-out images."""
+        if self._scoring is not None and "val/loss" in trainer.callback_metrics:
+            self._scoring.describe("validation", f"loss {float(trainer.callback_metrics['val/loss']):.4g}")
+        self._end_scoring()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends the count."""
+        self._end_scoring()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends the count, with a last line."""
+        if self._training is not None:
+            self._training.close()
+        self._training = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Takes the bars away, so that the message of the error stands on a line of its own."""
+        for progress in (self._scoring, self._training):
+            if progress is not None:
+                progress.close(finished=False)
+        self._scoring = self._training = None
+
+    def _end_scoring(self) -> None:
+        if self._scoring is not None:
+            self._scoring.close()
+        self._scoring = None
+
+    @staticmethod
+    def _epoch(trainer: L.Trainer) -> str:
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
+        return f"epoch {trainer.current_epoch + 1}{of}"
 
 
 class FeaturePictures(L.Callback):
