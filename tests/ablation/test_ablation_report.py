@@ -64,12 +64,12 @@ def test_the_page_ranks_and_compares() -> None:
     text = page(summarise(runs(), reference="clip"), PROVENANCE)
     # Scores 0.70, 0.70, 0.70 by 0.01 * (0, 3, 6) mod 3, and 0.60, 0.62, 0.61.
     # Holm: twice 0.00092 is 0.002, once 0.0033 is 0.003.
-    sam = ["1", "sam", "sam", "0, 1, 2", "0.700 ± 0.000", "+0.190 ± 0.025", "< 0.001", "0.002"]
+    sam = ["1", "sam", "sam", "3 (seeds 0, 1, 2)", "0.700 ± 0.000", "+0.190 ± 0.025", "< 0.001", "0.002"]
     assert lines(text, "sam")[:8] == sam
     # 4.303 * 0.01 / sqrt(3) = 0.0248; differences 0.10, 0.11, 0.09.
-    both = ["2", "both", "clip, sam", "0, 1, 2", "0.610 ± 0.025", "+0.100 ± 0.025", "0.003", "0.003"]
+    both = ["2", "both", "clip, sam", "3 (seeds 0, 1, 2)", "0.610 ± 0.025", "+0.100 ± 0.025", "0.003", "0.003"]
     assert lines(text, "both")[:8] == both
-    assert lines(text, "clip")[:8] == ["3", "clip", "clip", "0, 1, 2", "0.510 ± 0.025", "reference", "–", "–"]
+    assert lines(text, "clip")[:8] == ["3", "clip", "clip", "3 (seeds 0, 1, 2)", "0.510 ± 0.025", "reference", "–", "–"]
     assert "`readout/explained_variance` ranks the rows (higher is better; the default" in text
     assert "Holm's correction" in text
     assert "![" in text
@@ -109,6 +109,7 @@ def test_random_teachers_are_called_so_at_the_top() -> None:
 def test_one_seed_gives_no_interval_and_the_page_says_how_to_get_one() -> None:
     text = page(summarise(runs(seeds=[0]), reference="both"), {})
     assert "--seeds 0,1,2" in text
+    assert lines(text, "both")[3] == "1 (seed 0)"  # a lone 0 would look like the number of seeds
     assert "±" not in "".join(line for line in text.splitlines() if line.startswith("|"))
     assert lines(text, "sam")[4:7] == ["0.700", "+0.100", "–"]
     assert "Nothing was recorded." in text
@@ -118,7 +119,7 @@ def test_missing_and_odd_scores_are_told() -> None:
     scored = [*runs(), Scored(row="odd", seed=0, teachers=("sam",), scores={"test/loss": float("inf")}, options={}),
               Scored(row="odd", seed=1, teachers=("sam",), scores={"test/loss": 2.0}, options={})]  # fmt: skip
     text = page(summarise(scored, sort_by=SCORE), {})
-    assert lines(text, "odd")[:5] == ["–", "odd", "sam", "0, 1", "–"]
+    assert lines(text, "odd")[:5] == ["–", "odd", "sam", "2 (seeds 0, 1)", "–"]
     assert "Rows without a rank" in text
     assert "odd, seed 0: test/loss" in text
 
@@ -170,11 +171,12 @@ def test_the_json_has_everything(tmp_path: Path) -> None:
 
 
 def test_the_figure_has_a_panel_for_what_there_is() -> None:
-    bars, transfer, scatter = draw(summarise(runs(), reference="both")).axes
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.7, 0.61, 0.51])
-    colours = [bar.get_facecolor() for bar in bars.patches]
+    scores, transfer, scatter = draw(summarise(runs(), reference="both")).axes
+    points = [point.lines[0] for point in scores.containers]
+    assert [point.get_xdata()[0] for point in points] == pytest.approx([0.7, 0.61, 0.51])
+    colours = [point.get_color() for point in points]
     assert colours[0] == colours[2] != colours[1]
-    assert [text.get_text() for text in bars.get_yticklabels()] == ["sam", "both", "clip"]
+    assert [text.get_text() for text in scores.get_yticklabels()] == ["sam", "both", "clip"]
     assert [text.get_text() for text in transfer.texts] == ["0.60", "0.80", "0.51", "0.71", "0.41", "0.61"]
     assert len(transfer.patches) == 4  # distilled: sam; clip and sam; clip
     assert {text.get_text() for text in scatter.texts} == {"sam", "both", "clip"}
@@ -184,6 +186,16 @@ def test_the_figure_has_a_panel_for_what_there_is() -> None:
         Scored(row=row, seed=0, teachers=(), scores={"x": value}, options={}) for row, value in [("a", 1), ("b", -1)]
     ]
     assert len(draw(summarise(bare)).axes) == 1
+
+
+def test_what_is_read_out_nearly_alike_looks_alike() -> None:
+    alike = [
+        Scored(row=str(value), seed=0, teachers=("clip",), scores={SCORE: value, f"{SCORE}/clip": value}, options={})
+        for value in (0.50, 0.51)
+    ]
+    (shades,) = draw(summarise(alike)).axes[1].images
+    first, second = shades.to_rgba(shades.get_array()).reshape(-1, 4)
+    assert abs(first - second).max() < 0.02
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-0.5, -0.51], [0.5, 0.5], [1.0, None]])

@@ -38,3 +38,12 @@ def test_the_board_has_a_column_per_image_and_two_rows_per_encoder() -> None:
     assert len(figure.axes) == 3 * 2
     assert figure.axes[2].get_ylabel() == "x"
     assert figure.axes[2].get_xlabel() == "0 to 5"
+
+
+def test_constant_norms_are_called_so() -> None:
+    maps = NormMaps()
+    maps.add_image("a.png", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    maps.add_norms("teacher:hog", torch.full((6,), 1 / 3) + 1e-7 * torch.arange(6), (2, 3))
+    figure = board(maps, {"teacher:hog": "hog"})
+    assert figure.axes[1].get_ylabel() == "hog\n(constant)"
+    assert figure.axes[1].get_xlabel() == "constant: 0.333"

@@ -4,7 +4,7 @@ from typing import Any
 
 from theia.ablation.summary import ENTROPY, RowSummary, Summary
 
-_BAR, _REFERENCE, _FRAME = "#7ba3cc", "#e8963c", "#ff8c1a"
+_POINT, _REFERENCE, _FRAME = "#7ba3cc", "#e8963c", "#ff8c1a"
 _SMALL, _TITLE = 7.5, 9.5  # points
 
 # Where a label may be placed around its point, as offsets in points.
@@ -18,8 +18,8 @@ _PLACES = [
 def draw(summary: Summary) -> Any:
     """Draws up to three panels, those for which there are data.
 
-    Bars are horizontal, unlike in the paper's figure 5, so that the names of thirty rows can be read; the matrix beside
-    them has the same rows.
+    Scores run to the right, unlike in the paper's figure 5, so that the names of thirty rows can be read; the matrix
+    beside them has the same rows. They are points with intervals: bars would have to start at 0, where they look alike.
 
     Args:
         summary: What the report shows.
@@ -41,7 +41,7 @@ def draw(summary: Summary) -> Any:
     height = max(3.2, 1.2 + 0.28 * len(summary.rows))
     figure = Figure(figsize=(sum(widths), height), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
-    _bars(panels[0], summary)
+    _scores(panels[0], summary)
     if summary.readable:
         _transfer(panels[1], summary)
     if len(points) > 1 and summary.sort_by != ENTROPY:
@@ -51,14 +51,15 @@ def draw(summary: Summary) -> Any:
     return figure
 
 
-def _bars(axes: Any, summary: Summary) -> None:
+def _scores(axes: Any, summary: Summary) -> None:
     column = summary.sort_by
     scored = [(place, row) for place, row in enumerate(summary.rows) if row.values]
     for place, row in scored:
         found = row.columns[column]
-        axes.barh(place, found.mean, 0.72, color=_REFERENCE if row.name == summary.reference else _BAR)
-        if found.half_width is not None:
-            axes.errorbar(found.mean, place, xerr=found.half_width, color="black", capsize=2.5, linewidth=1)
+        colour = _REFERENCE if row.name == summary.reference else _POINT
+        axes.errorbar(found.mean, place, xerr=found.half_width, fmt="o", markersize=6, color=colour,
+                      markeredgecolor="black", markeredgewidth=0.6, ecolor="black", capsize=2.5,
+                      linewidth=1)  # fmt: skip
         axes.scatter(list(row.values.values()), [place] * len(row.values), 9, "white", edgecolors="black", zorder=3,
                      linewidths=0.6)  # fmt: skip
         if row.name == summary.reference:
@@ -69,29 +70,23 @@ def _bars(axes: Any, summary: Summary) -> None:
                       transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_yticks(range(len(summary.rows)), [row.name for row in summary.rows], fontsize=_SMALL)
     axes.set_ylim(len(summary.rows) - 0.5, -0.5)
-    low, high = _ends(summary)
-    axes.set_xlim(low, high)
-    note = "" if low <= 0 <= high else "; the axis does not start at 0"
+    axes.set_xlim(_ends(summary))
     direction = "higher is better" if summary.higher_is_better(column) else "lower is better"
-    axes.set_xlabel(f"{column}\n({direction}{note})", fontsize=_SMALL)
+    axes.set_xlabel(f"{column}\n({direction})", fontsize=_SMALL)
     axes.set_title("Score", fontsize=_TITLE)
     axes.tick_params(labelsize=_SMALL)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ends(summary: Summary) -> tuple[float, float]:
-    """Ends of the axis of scores: it includes 0, unless the scores are so far from 0 that they would look alike."""
+    """Ends of the axis of scores."""
     found = [row.columns[summary.sort_by] for row in summary.rows if row.values]
     lows = [one.mean if one.low is None else one.low for one in found]
     highs = [one.mean if one.high is None else one.high for one in found]
     values = [value for row in summary.rows for value in row.values.values()]
     low, high = min(*lows, *values), max(*highs, *values)
     margin = 0.08 * ((high - low) or abs(high) or 1)
-    if low > 0 and high - low < 0.4 * high and high > low:
-        return low - 4 * margin if low > 4 * margin else 0, high + margin
-    if high < 0 and high - low < 0.4 * -low and high > low:
-        return low - margin, high + 4 * margin if high < -4 * margin else 0
-    return min(0, low - margin), max(0, high + margin)
+    return low - margin, high + margin
 
 
 def _transfer(axes: Any, summary: Summary) -> None:
@@ -99,10 +94,8 @@ def _transfer(axes: Any, summary: Summary) -> None:
     from matplotlib.patches import Rectangle
 
     cells = np.array([summary.transfer(row) for row in summary.rows], float)  # None becomes NaN, a blank cell
-    # Each column has its own shades: teachers differ more in how well they can be read out than students do.
-    least, greatest = np.nanmin(cells, 0), np.nanmax(cells, 0)
-    span = np.where(greatest - least > 1e-6, greatest - least, np.inf)
-    shades = (cells - least) / span
+    # From nothing to everything explained: shades that span the differences alone would make much of chance.
+    shades = np.clip(cells, 0, 1)
     axes.imshow(shades, cmap="Blues", aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     for (place, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
@@ -116,13 +109,13 @@ def _transfer(axes: Any, summary: Summary) -> None:
                     rotation_mode="anchor")  # fmt: skip
     axes.set_yticks([])
     axes.set_title("Read out of the student", fontsize=_TITLE)
-    axes.set_xlabel("explained variance, shaded by column; framed: distilled from", fontsize=_SMALL)
+    axes.set_xlabel("explained variance, shaded from 0 to 1; framed: distilled from", fontsize=_SMALL)
 
 
 def _scatter(axes: Any, summary: Summary, points: list[RowSummary]) -> None:
     for row in points:
         x, y = row.columns[ENTROPY], row.columns[summary.sort_by]
-        colour = _REFERENCE if row.name == summary.reference else _BAR
+        colour = _REFERENCE if row.name == summary.reference else _POINT
         axes.errorbar(x.mean, y.mean, y.half_width, x.half_width, fmt="none", color="#c4c4c4", linewidth=0.8, zorder=1)
         axes.scatter(x.mean, y.mean, 26, colour, edgecolors="black", linewidths=0.6, zorder=3)
     axes.margins(0.12)

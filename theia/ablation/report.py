@@ -60,7 +60,7 @@ def main_table(summary: Summary, style: str = "simple") -> str:
     headers += ["norm entropy"] if ENTROPY in summary.columns and summary.sort_by != ENTROPY else []
     rows = []
     for row in summary.rows:
-        line = [str(summary.rank(row) or _ABSENT), row.name, ", ".join(row.teachers), _list(row.seeds)]
+        line = [str(summary.rank(row) or _ABSENT), row.name, ", ".join(row.teachers), _seeds(row)]
         line.append(_estimate(row.columns.get(summary.sort_by)))
         if summary.reference is not None:
             line += _difference(row, summary)
@@ -171,6 +171,11 @@ def _what_was_run(provenance: Mapping[str, Any]) -> list[str]:
         _table(facts, ["", ""], "github") if facts else "Nothing was recorded.\n",
         _table(teachers, ["teacher", "weights", "revision", "licence"], "github") if teachers else "",
     ]
+
+
+def _seeds(row: RowSummary) -> str:
+    """Number of seeds and the seeds, since a lone 0 would look like a number."""
+    return f"{len(row.seeds)} (seed{'s' * (len(row.seeds) > 1)} {_list(row.seeds)})" if row.seeds else _ABSENT
 
 
 def _teachers(provenance: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

@@ -8,11 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from theia.utils.pictures import Picture, norm_map, wrapped
-
-# Norms that differ by less than this part of the highest are the same: behind a layer norm, its epsilon and rounding
-# leave such differences, which must not fill all colours.
-_SAME = 1e-4
+from theia.utils.pictures import Picture, is_constant, norm_map, wrapped
 
 Norms = npt.NDArray[np.float64]  # (H, W)
 
@@ -77,7 +73,8 @@ def board(maps: NormMaps, labels: Mapping[str, str]) -> Any:
     rows: list[tuple[str, Sequence[Picture], Sequence[str]]] = [("image", [*maps.images.values()], ())]
     for encoder, norms in maps.norms.items():
         ranges = [_range(one) for one in norms]
-        rows.append((wrapped(labels[encoder]), [plain(one) for one in norms], ranges))
+        constant = "\n(constant)" if all(map(is_constant, norms)) else ""
+        rows.append((wrapped(labels[encoder]) + constant, [plain(one) for one in norms], ranges))
         rows.append(("clipped at\nits median", [clipped(one) for one in norms], ()))
     size = (1.4 + 1.3 * len(maps.images), 1.37 * len(rows) + 0.1)
     figure = Figure(figsize=size, dpi=120, layout="compressed")
@@ -95,10 +92,11 @@ def board(maps: NormMaps, labels: Mapping[str, str]) -> Any:
 
 
 def _picture(norms: Norms, shown: Norms) -> Picture:
-    flat = np.ptp(norms) <= _SAME * norms.max()
-    return norm_map((shown * (not flat)).reshape(-1, 1), (norms.shape[0], norms.shape[1]))
+    return norm_map((shown * (not is_constant(norms))).reshape(-1, 1), (norms.shape[0], norms.shape[1]))
 
 
 def _range(norms: Norms) -> str:
+    if is_constant(norms):
+        return f"constant: {norms.mean():.3g}"
     digits = ".3g" if np.ptp(norms) > 0.01 * norms.max() else ".6g"
     return f"{norms.min():{digits}} to {norms.max():{digits}}"

@@ -115,9 +115,9 @@ the encoder's own median norm, so that the scale of features does not matter. *O
 _BINS = """The same entropy with other numbers of bins over the same range. Finer bins give higher values, so only those
 of one column compare. Pairs of encoders that change places from column to column are named in a note above.
 """
-_MAPS = """Dark is the lowest norm of each map, bright the highest; both stand below it, divided by √width. A map is all
-dark where norms differ by less than 0.01 %. The clipped maps show what single long tokens outshine: all norms above the
-map's median look alike there.
+_MAPS = """Dark is the lowest norm of each map, bright the highest; both stand below it, divided by √width. A map whose
+norms differ by less than 0.01 % is called constant, and is all dark. The clipped maps show what single long tokens
+outshine: all norms above the map's median look alike there.
 """
 _PCA = """Explained-variance ratio of the principal components of all tokens, exact. *Area*: below the cumulative curve
 over the share of components; 0.5 if all components explain alike, near 1 if few explain all.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -13,7 +14,7 @@ from torch import Tensor
 from theia.training.distillation import Distillation
 from theia.types import FeatureBatch
 from theia.utils.files import replacing
-from theia.utils.pictures import ColourBasis, board, colour_basis, norm_map, pca_colours
+from theia.utils.pictures import ColourBasis, board, colour_basis, is_constant, norm_map, pca_colours
 from theia.utils.progress import Progress
 
 
@@ -206,5 +207,7 @@ class FeaturePictures(L.Callback):
             for heading, features in ((name, target), (f"{name}, student", predictions[name].float().cpu())):
                 pictures = [pca_colours(patches, (rows, width), self._bases[name]) for patches in features.numpy()]
                 columns.append((heading, pictures))
-        norms = [norm_map(patches, tokens.grid) for patches in tokens.patches.float().cpu().numpy()]
-        return board([*columns, ("student's norms", norms)])
+        patches = tokens.patches.float().cpu().numpy()
+        constant = all(is_constant(np.linalg.norm(one, axis=1)) for one in patches)
+        norms = [norm_map(one, tokens.grid) for one in patches]
+        return board([*columns, ("student's norms" + " (constant)" * constant, norms)])

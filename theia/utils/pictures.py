@@ -14,6 +14,10 @@ Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 # Colours span this part of the basis tokens' range; beyond it they saturate, so that outliers do not grey out the rest.
 _RANGE_PERCENT = (1, 99)
 
+# Norms that differ by less than this part of the highest are the same: behind a layer norm, its epsilon and rounding
+# leave such differences, which must not fill all colours.
+_SAME = 1e-4
+
 
 @dataclass(frozen=True)
 class ColourBasis:
@@ -69,8 +73,15 @@ def pca_colours(patches: Array, grid_hw: tuple[int, int], basis: ColourBasis) ->
     return np.round(255 * levels).astype(np.uint8).reshape(*grid_hw, 3)
 
 
+def is_constant(norms: Array) -> bool:
+    """Whether norms are the same but for rounding and the epsilon of a normalisation; they are not negative."""
+    return bool(np.ptp(norms) <= _SAME * norms.max())
+
+
 def norm_map(patches: Array, grid_hw: tuple[int, int]) -> Picture:
     """Shows the L2 norms of patch tokens, from the lowest in the picture (dark) to the highest (bright).
+
+    It is dark where :func:`is_constant` says that they are all the same.
 
     Args:
         patches: Patch tokens, row by row, shape ``(N, C)``.
@@ -84,8 +95,7 @@ def norm_map(patches: Array, grid_hw: tuple[int, int]) -> Picture:
     from matplotlib import colormaps
 
     norms = np.linalg.norm(np.asarray(patches, np.float64), axis=1).reshape(grid_hw)
-    span = norms.max() - norms.min()
-    levels = (norms - norms.min()) / (span if span > 0 else 1)
+    levels = np.zeros(grid_hw) if is_constant(norms) else (norms - norms.min()) / np.ptp(norms)
     colours: Picture = np.round(255 * colormaps["viridis"](levels)[..., :3]).astype(np.uint8)
     return colours
 
