@@ -17,11 +17,10 @@ from theia.export.formats import FORMATS, Exported, check
 from theia.utils.arguments import comma_list
 from theia.utils.files import publish, sync, writing
 
+# Files that nothing but an export puts into a folder that has no config of ours.
+_MARKS = re.compile(rf"onnx/parity\.json|authors/{CONFIG}|timm/deit_\w+_patch16_224\.safetensors")
 # All that an export may put into a folder; a folder with anything else is not ours to replace.
-_OURS = re.compile(
-    rf"{CONFIG}|{WEIGHTS}|README\.md|onnx/(encoder(\.int8)?\.onnx|parity\.json)|timm/deit_\w+_patch16_224\.safetensors|"
-    rf"authors/({CONFIG}|{WEIGHTS})"
-)
+_OURS = re.compile(rf"{_MARKS.pattern}|{CONFIG}|{WEIGHTS}|README\.md|onnx/encoder(\.int8)?\.onnx|authors/{WEIGHTS}")
 
 
 def export(
@@ -109,7 +108,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _is_export(folder: Path, found: list[str]) -> bool:
     if CONFIG not in found:
-        return bool({"onnx/parity.json", f"authors/{CONFIG}"} & set(found)) or any("timm/" in name for name in found)
+        return any(map(_MARKS.fullmatch, found))
     try:
         return read_config(folder).get("model_type") == MODEL_TYPE
     except WeightsError:
