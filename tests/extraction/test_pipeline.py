@@ -307,10 +307,22 @@ def test_a_size_that_no_student_takes_is_refused_before_anything_is_written(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_running_on_the_cpu_unasked_is_said_loudly(config, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_that_run_on_the_cpu_unasked_are_named(
+    weights: bool, config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = registry.create
+
+    def create(*arguments: Any) -> Any:
+        teacher = real(*arguments)
+        if weights:
+            teacher.register_parameter("weight", torch.nn.Parameter(torch.zeros(1)))
+        return teacher
+
+    monkeypatch.setattr(registry, "create", create)
     with caplog.at_level(logging.WARNING, "theia"):
         extract(config(accelerator="auto"))
-    assert "No GPU found" in caplog.text
+    assert ("No GPU found: pooled run on the CPU" in caplog.text) == weights
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,6 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
 
 def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
-    if processes.rank == 0 and config.accelerator == "auto" and fabric.device.type == "cpu":
-        logger.warning("No GPU found: the teachers run on the CPU. Large ones take seconds per image there.")
     writers = {split: SplitWriter(config.store, split) for split in config.locations}
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(
@@ -114,12 +112,16 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     built: dict[str, Teacher] = {}
 
     def build() -> list[TeacherSpec]:
-        specs = []
+        specs, slow = [], []
         for name in config.teacher_names:
             teacher = build_teacher(name, config)
             specs.append(teacher.spec)
+            if teacher.state_dict():  # a handcrafted teacher has no weights, and no use for a GPU
+                slow.append(name)
             if config.all_at_once or len(config.teacher_names) == 1:
                 built[name] = teacher
+        if slow and config.accelerator == "auto" and fabric.device.type == "cpu":
+            logger.warning("No GPU found: %s run on the CPU. Large teachers take seconds per image.", ", ".join(slow))
         return specs
 
     specs = processes.first(build)
