@@ -14,6 +14,7 @@ import pytest
 
 from theia.cli import main as module
 from theia.cli.main import COMMANDS, carry_out, main
+from theia.errors import TheiaError
 
 
 @contextmanager
@@ -121,6 +122,50 @@ def test_an_output_that_is_no_file_of_the_systems_can_be_written(monkeypatch: py
     monkeypatch.setattr("sys.stdout", stream := io.StringIO())
     assert carry_out("theia", lambda: stream.write("heard\n") and None) == 0
     assert stream.getvalue() == "heard\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["extrct"], "theia: There is no command 'extrct'. Did you mean 'theia extract'?"),
+        (["zzz"], "theia: There is no command 'zzz'. 'theia --help'"),
+        (["fit", "--config", "none.yaml"], "theia fit: --config none.yaml: there is no such file."),
+        (["ablate", "--config=~/none.yaml"], "theia ablate: --config ~/none.yaml: there is no such file."),
+        (["fit", "-c", "none.yaml"], "theia fit: -c none.yaml: there is no such file."),
+        (["fit", "--data", "nope.Data"], "theia fit: --data: Problem with given class_path 'nope.Data': No module"),
+        (["extract"], "theia extract: the following arguments are required: --images, --teachers, --store. 'theia"),
+        (["export"], "theia export: the following arguments are required: --encoder. 'theia export --help'"),
+        (["store", "info"], "theia store: the following arguments are required: path. 'theia store --help' lists"),
+        (["probe", "classification", "--out=x"],
+         "theia probe: the following arguments are required: --encoders, --images. 'theia"),
+        (["store", "inof", "x"], "theia store: argument subcommand: invalid choice: 'inof' (choose from "),
+        (["extract", "--images=x", "--teachers=hog", "--store=y", "--imags=x"], "theia extract: unrecognized arg"),
+        (["fit", "--config"], "theia fit: argument -c/--config: expected one argument. 'theia fit --help'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_command_line_that_does_not_parse_is_answered_in_one_line(
+    typed: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(typed)
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    assert status in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize("given", ["{trainer: {max_epochs: 1}}", "there.yaml", "/dev/stdin"])
+def test_a_config_that_is_there_or_is_yaml_itself_is_taken(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.yaml").write_text("trainer: {}")
+    monkeypatch.setattr(module, "_import", lambda name: (_ for _ in ()).throw(TheiaError("goes on")))
+    with pytest.raises(TheiaError, match="goes on"):
+        module._call("fit", ["--config", given])
 
 
 COMMAND_LINE = re.compile(r"(theia [a-z]+|tensorboard|python -m)[^.;']* $")

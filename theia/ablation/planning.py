@@ -50,8 +50,8 @@ def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list
             to = theirs if "." in name and name.partition(".")[0] not in own else mine
             if to is mine and name.partition(".")[0] not in own:
                 raise ConfigError(
-                    f"'theia ablate' has no option {option}; --help lists them. Options of 'theia fit' have a dot, "
-                    "such as --trainer.max_epochs, or follow --options: --options.checkpoint_every."
+                    f"'theia ablate' has no option {option}; --help lists them. If it is one of 'theia fit', type "
+                    f"--options.{name}; only those with a dot, such as --trainer.max_epochs, are typed as they are."
                 )
         else:
             values += 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, parse_seeds, select_rows, split_arguments
-from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, settle
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, one_line, settle
 from theia.errors import ConfigError
 from theia.scoring.contract import find_scorer, scorer_names
 from theia.utils.arguments import comma_list
@@ -95,7 +95,7 @@ def ablate(
             teachers, or a list of these words and of lists of teachers.
         product: Values of options of 'theia fit', by option: {model.registers: [0, 4]}. Each row is repeated for each
             combination.
-        options: Options of 'theia fit' for all rows.
+        options: Options of 'theia fit' for all rows: {checkpoint_every: 100}, or --options.checkpoint_every 100.
         seeds: Seeds of each row, comma-separated or a YAML list. Confidence intervals need two or more.
         reference: Row that all others are compared with.
         scorers: Scorers to run besides those of each student's own translators, comma-separated or a YAML list.
@@ -207,7 +207,7 @@ def _fit_parser() -> Parse:
         try:
             options = settle(parser.parse_args(arguments), OF_FIT_MAY_BE_EMPTY)
         except ArgumentError as error:
-            raise ConfigError(" ".join(str(error).split())) from error
+            raise ConfigError(one_line(str(error), parser)) from error
         check_trainer(options)
         config: dict[str, Any] = yaml.safe_load(parser.dump(options, "yaml", skip_unset=False))
         return config

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from theia.cli.parser import OneLineErrors
 from theia.data.datamodule import FeatureData
 
 CLASS, OPTIONS_OF_CLASS = "class_path", "init_args"
@@ -56,7 +57,7 @@ def data_last(words: Sequence[str]) -> list[str]:
     return [*rest, *of_data]
 
 
-class DataParser(LightningArgumentParser):
+class DataParser(OneLineErrors, LightningArgumentParser):
     """Lightning's, for a class of data that need not be named.
 
     Attributes:

@@ -2,19 +2,22 @@
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import inspect
 import logging
 import os
+import re
 import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TextIO
 
-from theia.errors import TheiaError
-from theia.utils.files import what_was_refused
+from theia.errors import ConfigError, TheiaError
+from theia.utils.files import at_home, what_was_refused
 from theia.version import __version__
 
 _LIGHTNING = "theia.cli.lightning"
@@ -91,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def find_and_run() -> int:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+            meant = f" Did you mean 'theia {near[0]}'?" if near else ""
+            return _fail(f"theia: There is no command {arguments[0]!r}.{meant} 'theia --help' lists the commands.", 2)
         command = _parser().parse_args(arguments[:1]).command
         _log_to_stderr()
         return carry_out(f"theia {command}", lambda: _call(command, arguments[1:]))
@@ -100,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(command: str, arguments: list[str]) -> int:
     found = COMMANDS[command]
+    _check_configs(arguments)
     module = _import(found.module)
     if found.module == _LIGHTNING:  # whose commands share one parser
         return int(module.main([command, *arguments]))
@@ -111,6 +119,21 @@ def _call(command: str, arguments: list[str]) -> int:
     from theia.cli.parser import call
 
     return call(functions, arguments, f"theia {command}", found.description, found.positional)
+
+
+def _check_configs(arguments: Sequence[str]) -> None:
+    """Refuses a config file that is not there before torch is imported, which takes seconds."""
+    for number, word in enumerate(arguments):
+        option, equals, place = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        place = place if equals else "".join(arguments[number + 1 : number + 2])
+        # YAML itself may stand there instead of a file.
+        is_file = place and not place.startswith("-") and not re.search(r"[:{\n]", place)
+        if is_file and not Path(at_home(place)).exists():
+            raise ConfigError(
+                f"{option} {place}: there is no such file. Give a YAML file; the current folder is {Path.cwd()}."
+            )
 
 
 def carry_out(name: str, work: Callable[[], object]) -> int:

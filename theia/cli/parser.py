@@ -1,9 +1,10 @@
 """The parser of Theia's own commands, and the rules for the values of every option."""
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli
 from jsonargparse.typing import register_type
@@ -34,8 +35,43 @@ _ENCODERS = f"""Names of encoders, with blanks between them; all are in memory t
 {"; ".join(f"{form} is {meaning}" for form, meaning in FORMS.items())}."""
 
 
-class Parser(ArgumentParser):
-    """The parser of jsonargparse, except that ``--switch`` alone means ``--switch true``, and values are settled.
+class OneLineErrors(ArgumentParser):
+    """The parser of jsonargparse, except that a command line that does not parse is answered in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """See jsonargparse, which prints all options first."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        failed = getattr(ex, "subcommand_parser", None) or self
+        prog = failed.prog.replace(" [options]", "")
+        self.exit(2, f"{prog}: {one_line(message, failed).rstrip('.')}. '{prog} --help' lists the options.\n")
+
+
+def one_line(message: str, parser: ArgumentParser) -> str:
+    """A message of jsonargparse in one line, with options as they are typed."""
+    parts = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    # Any option with a class may be the path of a file with its options, too.
+    said = [part for part in parts if not part.startswith("Expected a path but")] or parts
+    text = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(said))
+    needed = re.fullmatch(r"(the following arguments are required: )(.*)", text)
+    if needed is None:
+        return text
+    return needed[1] + ", ".join(_as_typed(name, parser) for name in needed[2].split(", "))
+
+
+def _as_typed(name: str, parser: ArgumentParser) -> str:
+    """An option as it is typed: with dashes unless it is positional, and without the name of its subcommand."""
+    command, _, rest = name.partition(".")
+    for action in parser._actions:
+        if action.dest == name:
+            return f"--{name}" if action.option_strings else name
+        if action.dest == "subcommand" and action.choices is not None and command in action.choices:
+            return _as_typed(rest, dict(action.choices)[command])
+    return name
+
+
+class Parser(OneLineErrors):
+    """A parser for which ``--switch`` alone means ``--switch true``, and that settles values.
 
     An option that takes several words takes them separated by blanks.
 
