@@ -89,7 +89,8 @@ def collect(
         tasks: Names of tasks, such as drawer-open,hammer, separated by commas; metaworld stands for CortexBench's five.
         out: Folder for the data set.
         episodes: Number of demonstrations of each task. Those that fail are dropped, and replaced by the next seed.
-        vary: What differs between episodes: camera, light, or camera,light. By default, neither.
+        vary: What differs between episodes: any of camera, light, texture and distractor, separated by commas. By
+            default, nothing.
         size: Height and width of the pictures, in pixels.
         noise: Standard deviation of the noise that is added to the expert's actions, which lie between -1 and 1. What
             the expert wanted is recorded too.

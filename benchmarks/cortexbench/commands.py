@@ -23,6 +23,7 @@ def run(
     seeds: str | None = None,
     epochs: int | None = None,
     features: Features = "spatial",
+    shift: str | None = None,
     videos: int = 0,
     reference: str | None = None,
     workers: int | None = None,
@@ -46,13 +47,15 @@ def run(
             steps; hours per encoder and task. small gives the policy 24 principal components of 7x7 averaged tokens, 40
             epochs and 2 seeds, and tests it once, on 25 rollouts of 150 steps that end earlier where the task stays
             fulfilled. smoke shows in a minute or two that everything works, and nothing else.
-        vary: What differs between rollouts: camera, light, camera,light, or none. By default, what differs between
-            demonstrations.
+        vary: What differs between rollouts: any of camera, light, texture and distractor, separated by commas, or
+            none. By default, what differs between demonstrations.
         rollouts: Number of rollouts at each evaluation, in place of the preset's.
         seeds: Seeds of the training, separated by commas, in place of the preset's.
         epochs: Number of epochs, in place of the preset's; the policy then acts after half of them and after the last.
         features: spatial gives patch tokens to the paper's convolutions; vector gives the CLS token, or else the mean
             of the patch tokens, to its MLP.
+        shift: What looks different in a second test of the finished policies, each by itself: any of camera, light,
+            texture and distractor, separated by commas. Demonstrations must not vary it.
         videos: Number of rollouts of each finished policy that are written to mp4, with what the policy sees of them.
         reference: Encoder that the others are compared with; by default, the first one that is no control.
         workers: Number of simulator processes; by default, as many as there are cores.
@@ -80,7 +83,7 @@ def run(
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return running.run(
-        encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, videos, reference,
+        encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, shift, videos, reference,
         workers or cores, batch_size, choose_device(device),
     )  # fmt: skip
 

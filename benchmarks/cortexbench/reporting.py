@@ -18,6 +18,7 @@ from theia.utils.estimates import Difference, Estimate, holm, over_episodes, pai
 from theia.utils.files import jsonable, read_json, replacing, write_whole
 
 RECORD = "run.json"
+SHIFT = "shift-"  # and the factor: rollouts of a finished policy where one thing looks different
 MEAN = "mean"
 
 NOT_COMPARABLE = (
@@ -51,6 +52,8 @@ class Results:
         losses: Mean loss of each epoch, by seed.
         states: Seeds of the rollouts.
         seconds: Time of training and of rollouts.
+        shifted: Success of the finished policies where one thing looks different, by factor, shape
+            ``(seeds, rollouts)``.
     """
 
     seeds: tuple[int, ...]
@@ -60,6 +63,7 @@ class Results:
     losses: list[list[float]]
     states: tuple[int, ...]
     seconds: tuple[float, float]
+    shifted: dict[str, NDArray[np.float64]]
 
     @property
     def last(self) -> NDArray[np.float64]:
@@ -102,9 +106,16 @@ def report(folder: Path, reference: str | None = None) -> str:
     chosen = _reference(reference, list(results))
     lines = compare(results, chosen)
     notes = _notes(about, lines, unfinished)
-    text = "\n\n".join([table(lines, chosen), *notes])
+    text = "\n\n".join([table(lines, chosen), *shift_tables(results), *notes])
     record = {
         **about, "reference": chosen, "lines": [asdict(line) for line in lines], "notes": notes,
+        "shifts": {
+            name: {
+                task: {factor: over_episodes(found, np.ones(found.shape[1])) for factor, found in one.shifted.items()}
+                for task, one in of.items()
+            }
+            for name, of in results.items()
+        },
         "seconds": {name: {task: one.seconds for task, one in of.items()} for name, of in results.items()},
         "rollout seeds": {task: one.states for of in results.values() for task, one in of.items()},
     }  # fmt: skip
@@ -124,6 +135,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
         ConfigError: If a file is damaged, or encoders did not begin in the same states.
     """
     found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    paths: dict[tuple[str, str, int], Path] = {}
     unfinished = []
     for path in sorted((folder / "policies").glob("*/*/seed-*")):
         records = [_read(file) for file in sorted(path.glob("rollouts-*.json"))]
@@ -132,6 +144,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
             continue
         first = records[0]
         found.setdefault((first["encoder"], first["task"]), {})[int(first["seed"])] = records
+        paths[first["encoder"], first["task"], int(first["seed"])] = path
     _check_beginnings(found)
     results: dict[str, dict[str, Results]] = {}
     controls = list(CONTROLS)
@@ -152,6 +165,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
                 sum(record["training seconds"] for record in last),
                 sum(record["rollout seconds"] for records in every for record in records),
             ),
+            _shifted([paths[encoder, task, seed] for seed in by_seed]),
         )  # fmt: skip
     return results, unfinished
 
@@ -240,6 +254,31 @@ def table(lines: Sequence[Line], reference: str) -> str:
     return "\n\n".join(parts)
 
 
+def shift_tables(results: Mapping[str, Mapping[str, Results]]) -> list[str]:
+    """Success where one thing looks different than in training, a table for each task; none without such rollouts."""
+    parts = []
+    for task in dict.fromkeys(task for of in results.values() for task in of):
+        found = {name: of[task] for name, of in results.items() if task in of and of[task].shifted}
+        factors = sorted({factor for one in found.values() for factor in one.shifted})
+        rows = [
+            [
+                f"{name} (control)" if name in CONTROLS else name,
+                _interval(over_episodes(one.last, np.ones(one.last.shape[1])), ".2f"),
+                *(
+                    _interval(over_episodes(one.shifted[factor], np.ones(one.last.shape[1])), ".2f")
+                    if factor in one.shifted
+                    else ""
+                    for factor in factors
+                ),
+            ]
+            for name, one in found.items()
+        ]
+        if rows:
+            headers = [f"{task}, success with", "what was trained on", *(f"another {factor}" for factor in factors)]
+            parts.append(str(tabulate(rows, headers=headers, disable_numparse=True)))
+    return parts
+
+
 def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
     """Draws success and loss over the epochs, a column for each task.
 
@@ -296,6 +335,16 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
     if unfinished:
         notes.append(f"Not finished, and left out: {', '.join(unfinished)}.")
     return notes
+
+
+def _shifted(paths: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
+    """Rollouts where one thing looks different, of those factors that all seeds of a policy have."""
+    by_factor: dict[str, list[list[bool]]] = {}
+    for path in paths:
+        for file in sorted(path.glob(f"{SHIFT}*.json")):
+            record = _read(file)
+            by_factor.setdefault(record["shift"], []).append([one["success"] for one in record["rollouts"]])
+    return {factor: np.array(found, float) for factor, found in by_factor.items() if len(found) == len(paths)}
 
 
 def _joined(parts: Iterable[Results], seeds: set[int]) -> NDArray[np.float64]:

@@ -18,8 +18,8 @@ from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
 from benchmarks.cortexbench.encoders import PIXELS, Eyes, TaskRecording, open_all
 from benchmarks.cortexbench.policies import Policy
 from benchmarks.cortexbench.presets import PRESETS, Features, Preset, PresetName
-from benchmarks.cortexbench.reporting import LOSSY, RECORD, report
-from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
+from benchmarks.cortexbench.reporting import LOSSY, RECORD, SHIFT, report
+from benchmarks.cortexbench.rollouts import Film, Pilot, Rollout, roll_out
 from benchmarks.cortexbench.scenes import Factor, check_factors
 from benchmarks.cortexbench.simulation import ACTIONS, Quality, find_tasks
 from benchmarks.cortexbench.simulators import Command, Course, Simulators
@@ -47,6 +47,7 @@ def run(
     seeds: str | None,
     epochs: int | None,
     features: Features,
+    shift: str | None,
     videos: int,
     reference: str | None,
     workers: int,
@@ -60,10 +61,11 @@ def run(
     """
     plan = _Plan.make(data, tasks, PRESETS[preset], preset, vary, rollouts, epochs, features)
     chosen = tuple(seed_numbers(seeds)) if seeds else plan.preset.seeds
+    shifts = _shifts(shift, plan)
     eyes = open_all(encoders, features, device)
     with alone(out):
         _check_record(plan, out)
-        _Run(plan, out, chosen, videos, workers, batch_size, device).go(eyes)
+        _Run(plan, out, chosen, shifts, videos, workers, batch_size, device).go(eyes)
         return report(out, reference)
 
 
@@ -137,6 +139,7 @@ class _Run:
     plan: _Plan
     out: Path
     seeds: tuple[int, ...]
+    shifts: tuple[Factor, ...]
     videos: int
     workers: int
     batch_size: int
@@ -162,6 +165,8 @@ class _Run:
                     demonstrations = self._demonstrations(one, recording)
                     for seed in self.seeds:
                         self._one(one, course, seed, demonstrations, simulators)
+            for factor in self.shifts:
+                self._shift(eyes, course, factor)
 
     def _one(
         self, eyes: Eyes, course: Course, seed: int, demonstrations: Demonstrations, simulators: Simulators
@@ -175,6 +180,25 @@ class _Run:
             shown = replace(course, seeds=course.seeds[: self.videos])
             with Film(self._video(eyes, course.task, seed), round(self.plan.data.frames_per_s)) as film:
                 roll_out(simulators, pilot, shown, film.watch)
+
+    def _shift(self, eyes: Sequence[Eyes], course: Course, factor: Factor) -> None:
+        """Lets finished policies act once more, from the same initial states, where one thing looks different."""
+        left = [(one, seed) for one in eyes for seed in self.seeds if not self._shifted(one, course.task, seed, factor)]
+        if not left:
+            return
+        other = replace(course, vary=check_factors([*course.vary, factor]))
+        with Simulators(other, self.workers) as simulators:
+            for one, seed in left:
+                folder = self.folder(one, course.task, seed)
+                policy, _ = load_policy(folder / "policy.pt")
+                started = time.monotonic()
+                found = roll_out(simulators, Pilot(one, policy.to(self.device), self.device), other)
+                record = {"shift": factor, "rollout seconds": time.monotonic() - started, "rollouts": _records(found)}
+                write_whole(folder / f"{SHIFT}{factor}.json", json.dumps(jsonable(record)))
+                _say(
+                    f"{one.label}, {course.task}, seed {seed}, another {factor}: success "
+                    f"{sum(each.success for each in found)} of {len(found)}"
+                )
 
     def _train(
         self, eyes: Eyes, course: Course, seed: int, demonstrations: Demonstrations, simulators: Simulators
@@ -196,13 +220,7 @@ class _Run:
                 "last": epoch == self.plan.preset.evaluations[-1], "losses": training.losses,
                 "training seconds": training.seconds, "rollout seconds": seconds,
                 "steps": sum(one.steps for one in found),
-                "rollouts": [
-                    {
-                        "seed": one.seed, "success": one.success, "first_success": one.first_success,
-                        "steps": one.steps, "beginning": one.beginning,
-                    }
-                    for one in found
-                ],
+                "rollouts": _records(found),
             }  # fmt: skip
             write_whole(path, json.dumps(jsonable(record)))
             _say(
@@ -219,7 +237,11 @@ class _Run:
 
     def _finished(self, eyes: Eyes, task: str, seed: int) -> bool:
         done = (self.folder(eyes, task, seed) / "policy.pt").is_file()
-        return done and (not self.videos or self._filmed(eyes, task, seed))
+        shown = not self.videos or self._filmed(eyes, task, seed)
+        return done and shown and all(self._shifted(eyes, task, seed, factor) for factor in self.shifts)
+
+    def _shifted(self, eyes: Eyes, task: str, seed: int, factor: Factor) -> bool:
+        return (self.folder(eyes, task, seed) / f"{SHIFT}{factor}.json").is_file()
 
     def _filmed(self, eyes: Eyes, task: str, seed: int) -> bool:
         path_of = self._video(eyes, task, seed)
@@ -278,7 +300,7 @@ class _Run:
             left = sum(not self._finished(one, task, seed) for task in self.plan.tasks for seed in self.seeds)
             encoding, deciding, fitting = self._seconds(one, recording)
             simulating = (looking if one.tokens_of is not None else blind) / min(self.workers, preset.rollouts)
-            steps = preset.rollouts * preset.horizon * len(preset.evaluations)
+            steps = preset.rollouts * preset.horizon * (len(preset.evaluations) + len(self.shifts))
             updates = preset.epochs * -(-recording.frame_count // BATCH_SIZE)
             acting = steps * (simulating + encoding + deciding)
             seconds = left * (updates * fitting + acting)
@@ -312,6 +334,27 @@ class _Run:
             frames, seen = made_up_data.batch(policy, np.arange(self.workers), self.device)
             deciding = _time(lambda: policy(frames, seen)) / self.workers
         return encoding, deciding, fitting
+
+
+def _shifts(names: str | None, plan: _Plan) -> tuple[Factor, ...]:
+    shifts = check_factors(comma_list(names), "--shift")
+    for factor in shifts:
+        if factor in plan.vary or factor in plan.collected["vary"]:
+            raise ConfigError(
+                f"--shift has {factor!r}, which the demonstrations or the other rollouts vary already. Record "
+                f"demonstrations without it, or leave it out."
+            )
+    return shifts
+
+
+def _records(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    return [
+        {
+            "seed": one.seed, "success": one.success, "first_success": one.first_success, "steps": one.steps,
+            "beginning": one.beginning,
+        }
+        for one in rollouts
+    ]  # fmt: skip
 
 
 def _seconds_per_step(simulators: Simulators, look: bool) -> float:

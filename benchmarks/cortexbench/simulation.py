@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cortexbench.scenes import Factor, Scene, draw_scene, view_from
+from benchmarks.cortexbench.scenes import Distractor, Factor, Scene, draw_pattern, draw_scene, view_from
 from theia.errors import ConfigError, TheiaError
 
 Quality = Literal["fast", "full"]
@@ -79,7 +79,7 @@ class Environment:
 
     Attributes:
         task: Name of the task.
-        scene: Camera and light of the episode.
+        scene: What the episode looks like.
 
     Raises:
         ConfigError: If the simulator is not installed, there is no such task, or nothing can be rendered.
@@ -105,6 +105,7 @@ class Environment:
                 *(getattr(self._model.vis.headlight, part) for part in ("ambient", "diffuse", "specular")),
             )
         ]  # fmt: skip
+        self._own_pixels = self._model.tex_data.copy()
         self._renderer: Any = None
         self._observation: NDArray[np.float64] = np.zeros(0)
         self._success = False
@@ -157,6 +158,7 @@ class Environment:
         self.scene = draw_scene(self.own_view, self._vary, self.task, seed)
         for array, own in self._lights:
             array[...] = own * self.scene.light
+        self._set_textures()
         return self._observation
 
     def step(self, action: NDArray[np.floating[Any]]) -> Step:
@@ -193,6 +195,8 @@ class Environment:
         camera.azimuth, camera.elevation, camera.distance = view.azimuth_deg, view.elevation_deg, view.distance_m
         camera.lookat = view.look_at_m
         self._renderer.update_scene(self._environment.data, camera)
+        for distractor in self.scene.distractors:
+            self._show(distractor)
         picture: NDArray[np.uint8] = self._renderer.render()
         return picture
 
@@ -213,6 +217,43 @@ class Environment:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+    def _set_textures(self) -> None:
+        """Gives every picture of the model (table, floor, walls, things) its own pixels or a drawn pattern."""
+        model, rng = self._model, None
+        if self.scene.texture is None:
+            if np.array_equal(model.tex_data, self._own_pixels):
+                return
+            model.tex_data[:] = self._own_pixels
+        else:
+            rng = np.random.default_rng(self.scene.texture)
+        for number in range(model.ntex):
+            height, width, channels = (
+                int(getattr(model, f"tex_{what}")[number]) for what in ("height", "width", "nchannel")
+            )
+            if rng is not None and channels == len("rgb"):
+                start = int(model.tex_adr[number])
+                model.tex_data[start : start + height * width * channels] = draw_pattern(height, width, rng).ravel()
+            if self._renderer is not None:
+                # The pixels lie with OpenGL; MuJoCo's renderer has no public way to send them anew.
+                self._renderer._gl_context.make_current()
+                load_mujoco().mjr_uploadTexture(model, self._renderer._mjr_context, number)
+
+    def _show(self, distractor: Distractor) -> None:
+        """Adds a thing to what is about to be rendered; the simulation knows nothing of it."""
+        mujoco, scene = load_mujoco(), self._renderer.scene
+        kinds = {
+            "box": mujoco.mjtGeom.mjGEOM_BOX,
+            "ball": mujoco.mjtGeom.mjGEOM_SPHERE,
+            "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER,
+        }
+        x, y = np.add(self.own_view.look_at_m[:2], distractor.from_middle_m)
+        size = distractor.size_m
+        mujoco.mjv_initGeom(
+            scene.geoms[scene.ngeom], kinds[distractor.shape], np.full(3, size), np.array([x, y, size]),
+            np.eye(3).ravel(), np.array([*distractor.colour, 1], np.float32),
+        )  # fmt: skip
+        scene.ngeom += 1
 
     def _open_renderer(self) -> Any:
         mujoco = load_mujoco()

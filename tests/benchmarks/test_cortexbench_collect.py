@@ -127,7 +127,7 @@ def test_a_library_that_was_chosen_and_is_missing_is_reported(monkeypatch: pytes
         ("--noise=2", "--noise is 2.0"),
         ("--after_success=501", "at most 500"),
         ("--workers=0", "--workers is 0"),
-        ("--vary=texture", "'texture'"),
+        ("--vary=wind", "'wind'"),
         ("--tasks=", "--tasks is empty"),
         ("--tasks=hammr", "Is it 'hammer'?"),
     ],

@@ -53,7 +53,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(out: Path) -> dict[str, object]:
     """All that a run measured, without how long it took."""
     found = {}
-    for path in sorted(out.glob("policies/*/*/*/rollouts-*.json")):
+    for path in sorted([*out.glob("policies/*/*/*/rollouts-*.json"), *out.glob("policies/*/*/*/shift-*.json")]):
         record = json.loads(path.read_text())
         found[str(path.relative_to(out))] = {name: part for name, part in record.items() if "seconds" not in name}
     return found
@@ -63,14 +63,16 @@ def outcomes(out: Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--workers=2", "--rollouts=3", "--videos=1")
+    options = ("--workers=2", "--rollouts=3", "--videos=1", "--shift=texture,light")
     assert command.main(arguments(demonstrations, whole, *options)) == 0
     said = capsys.readouterr()
     assert "blind (control)" in said.out
     assert "At most about" in said.err
     assert "lossy" not in said.err + said.out
     assert len(list(whole.glob("videos/*.mp4"))) == 2
-    assert len({record["task"] for record in outcomes(whole).values()}) == 1  # smoke takes the first
+    assert len({record["task"] for record in outcomes(whole).values() if "task" in record}) == 1  # smoke: the first
+    assert len([name for name in outcomes(whole) if "shift-" in name]) == 4
+    assert "another light" in said.out
     for stage in ("run.json", "policies/blind/*/*/policy.pt", "policies/pixels/*/*/rollouts-*.json"):
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cortexbench", *arguments(demonstrations, killed, *options)],
@@ -105,6 +107,8 @@ def test_wrong_data_and_tasks_are_refused(demonstrations, tmp_path, capsys):
         (("--tasks=hammer",), "There is no task 'hammer'"),
         (("--tasks=draw-open",), "Is it 'drawer-open'?"),
         (("--vary=wind",), "--vary has 'wind'"),
+        (("--shift=wind",), "--shift has 'wind'"),
+        (("--shift=camera",), "vary already"),
     ):
         assert command.main(arguments(demonstrations, tmp_path / "out", *options)) == 1
         assert message in capsys.readouterr().err

@@ -1,10 +1,11 @@
+import itertools
 import math
 from dataclasses import astuple
 
 import numpy as np
 import pytest
 
-from benchmarks.cortexbench.scenes import Scene, View, check_factors, draw_scene, view_from
+from benchmarks.cortexbench.scenes import Scene, View, check_factors, draw_pattern, draw_scene, view_from
 from theia.errors import ConfigError
 
 OWN = View(-90.0, -60.0, 0.7, (0.0, 0.6, 0.0))
@@ -27,7 +28,7 @@ def test_camera_and_light_are_drawn_independently_of_each_other() -> None:
 def test_scenes_are_spread_over_their_whole_range() -> None:
     scenes = [draw_scene(OWN, BOTH, "hammer-v3", seed) for seed in range(500)]
     views = np.array([[*astuple(scene.view)[:3], *scene.view.look_at_m] for scene in scenes])
-    away = views - [-90, -60, 0.7, 0, 0.6, 0]
+    away = views - [-90, -60, 0.7 + 0.35, 0, 0.6, 0]
     most = np.array([15, 8, 0.15, 0.05, 0.05, 0.05])
     assert (np.abs(away) <= most).all()
     assert (away.max(0) > 0.95 * most).all()
@@ -52,3 +53,26 @@ def test_what_can_be_varied_is_listed() -> None:
     assert check_factors(["light", "camera"]) == ("camera", "light")
     with pytest.raises(ConfigError, match=r"'lite'.*camera, light"):
         check_factors(["lite"])
+
+
+def test_distractors_stay_away_from_the_task_and_from_each_other() -> None:
+    places = set()
+    for seed in range(200):
+        things = draw_scene(OWN, ("distractor",), "hammer-v3", seed).distractors
+        assert len(things) == 3
+        for thing in things:
+            assert 0.22 <= math.hypot(*thing.from_middle_m) <= 0.32
+            assert 0.02 <= thing.size_m <= 0.05
+            assert all(0 <= value <= 1 for value in thing.colour)
+        for first, second in itertools.combinations(things, 2):
+            # Corners of boxes reach out furthest.
+            assert math.dist(first.from_middle_m, second.from_middle_m) > math.sqrt(2) * (first.size_m + second.size_m)
+        places |= {thing.from_middle_m for thing in things}
+    assert len(places) == 600
+
+
+def test_a_pattern_has_two_colours_and_is_another_each_time() -> None:
+    patterns = [draw_pattern(48, 64, np.random.default_rng(seed)) for seed in range(30)]
+    assert {(one.shape, one.dtype) for one in patterns} == {((48, 64, 3), np.dtype(np.uint8))}
+    assert len({one.tobytes() for one in patterns}) == 30
+    assert sum(len(np.unique(one.reshape(-1, 3), axis=0)) == 2 for one in patterns) > 10  # blotches have shades

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.cortexbench import simulation
 from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE, attempt, look
-from benchmarks.cortexbench.scenes import Scene
+from benchmarks.cortexbench.scenes import Factor, Scene
 from benchmarks.cortexbench.simulation import Environment, SimulationError
 from theia.errors import ConfigError
 from theia.trajectories.lerobot import LeRobotFolder
@@ -112,6 +112,31 @@ def test_light_changes_the_colours_that_it_is_drawn_for(monkeypatch: pytest.Monk
         scene = (0.3, 0.3, 0.3)
         made.reset(0)
         assert np.array_equal(made.render(), before)
+
+
+@pytest.mark.parametrize("factor", ["texture", "distractor"])
+def test_what_is_beside_the_task_changes_the_picture_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, factor: Factor
+) -> None:
+    def step(made: Environment) -> np.ndarray[Any, Any]:
+        made.reset(3)
+        return made.step(np.array([0.5, 0.5, -1, 0])).observation
+
+    with environment() as own, environment(vary=(factor,)) as other:
+        assert np.array_equal(step(own), step(other))
+        plain, changed = own.render(), other.render()
+        far = np.abs(plain.astype(int) - changed).max(2) > 30
+        assert 0.005 < far.mean() < 0.9
+        # The middle of the picture belongs to the robot and what it works on.
+        if factor == "distractor":
+            assert not far[SIZE * 3 // 8 : SIZE * 5 // 8, SIZE * 3 // 8 : SIZE * 5 // 8].any()
+        scene = other.scene
+        monkeypatch.setattr(simulation, "draw_scene", lambda *_: Scene(own.own_view))
+        step(other)
+        assert np.array_equal(other.render(), plain)
+        monkeypatch.setattr(simulation, "draw_scene", lambda *_: scene)
+        step(other)
+        assert np.array_equal(other.render(), changed)
 
 
 def test_quality_costs_smooth_edges_and_shadows_only() -> None:
