@@ -9,11 +9,17 @@ from theia.version import __version__
 if TYPE_CHECKING:
     from theia.encoder.encoder import Encoder
     from theia.encoder.load import load
+    from theia.policies.policy import load_policy
     from theia.teacher import Teacher
 
-__all__ = ["Encoder", "Teacher", "__version__", "load"]
+__all__ = ["Encoder", "Teacher", "__version__", "load", "load_policy"]
 
-_HOMES = {"Encoder": "theia.encoder.encoder", "Teacher": "theia.teacher", "load": "theia.encoder.load"}
+_HOMES = {
+    "Encoder": "theia.encoder.encoder",
+    "Teacher": "theia.teacher",
+    "load": "theia.encoder.load",
+    "load_policy": "theia.policies.policy",
+}
 
 
 def __getattr__(name: str) -> Any:

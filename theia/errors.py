@@ -63,3 +63,7 @@ class ExportError(TheiaError):
 
 class TrajectoryError(TheiaError):
     """Recorded robot data are missing, damaged, or do not fit together."""
+
+
+class ObservationError(TheiaError):
+    """What a robot reports to a policy cannot be used: an image is missing, or a state is no number."""

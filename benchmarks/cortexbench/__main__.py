@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.cortexbench.collect import collect
-from benchmarks.cortexbench.commands import report, run
+from benchmarks.cortexbench.commands import export, report, run
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
 
 _PROG = "python -m benchmarks.cortexbench"
-_COMMANDS: dict[str, Callable[..., str]] = {"collect": collect, "run": run, "report": report}
+_COMMANDS: dict[str, Callable[..., str]] = {"collect": collect, "run": run, "report": report, "export": export}
+
+_POSITIONAL = ("report", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, function in _COMMANDS.items():
         about = inspect.getdoc(function) or ""
         command = Parser(description=about.partition("\n\nArgs:")[0])
-        command.add_function_arguments(function, as_positional=name == "report")
+        command.add_function_arguments(function, as_positional=name in _POSITIONAL)
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
 
     def chosen() -> None:

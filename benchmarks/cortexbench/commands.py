@@ -5,11 +5,15 @@ from pathlib import Path
 
 from benchmarks.cortexbench.presets import Features, PresetName
 from benchmarks.cortexbench.simulation import check_installed
+from theia.errors import ConfigError
+from theia.policies import HeadKind
 from theia.utils.arguments import MOST_PROCESSES, check_number
 from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder
 
 _MOST_ROLLOUTS = 1000
+_MOST_CHUNK = 1000
+_ENCODER_RATE = 1e-5
 
 
 def run(
@@ -24,6 +28,11 @@ def run(
     epochs: int | None = None,
     features: Features = "spatial",
     shift: str | None = None,
+    head: HeadKind = "mlp",
+    chunk: int | None = None,
+    execute: int | None = None,
+    finetune: bool = False,
+    encoder_learning_rate: float | None = None,
     videos: int = 0,
     reference: str | None = None,
     workers: int | None = None,
@@ -56,6 +65,14 @@ def run(
             of the patch tokens, to its MLP.
         shift: What looks different in a second test of the finished policies, each by itself: any of camera, light,
             texture and distractor, separated by commas. Demonstrations must not vary it.
+        head: mlp is the paper's for CortexBench: one action, mean squared error. chunk is that of its WidowX arm: the
+            next actions at once, smooth L1, AdamW. diffusion is that of its Spot: the next actions sampled by a
+            diffusion model; 3,000 updates, unless --epochs or smoke says otherwise.
+        chunk: Number of actions that the head predicts at once; by default, 10 for chunk and 4 for diffusion.
+        execute: Number of those that are carried out before the next look; by default, all.
+        finetune: Train the encoders, too, each with every policy; controls are trained as ever. Only Theia models can
+            be. Every update decodes its frames and encodes them twice: with a GPU, or for hours.
+        encoder_learning_rate: Learning rate of an encoder that is trained; 0.00001 by default.
         videos: Number of rollouts of each finished policy that are written to mp4, with what the policy sees of them.
         reference: Encoder that the others are compared with; by default, the first one that is no control.
         workers: Number of simulator processes; by default, as many as there are cores.
@@ -76,6 +93,13 @@ def run(
     check_number("videos", videos, 0)
     check_number("workers", workers, 1, MOST_PROCESSES)
     check_number("batch_size", batch_size, 1)
+    check_number("chunk", chunk, 1, _MOST_CHUNK)
+    check_number("execute", execute, 1, _MOST_CHUNK)
+    if encoder_learning_rate is not None and not finetune:
+        raise ConfigError("--encoder_learning_rate is about encoders that are trained. Add --finetune.")
+    rate = _ENCODER_RATE if encoder_learning_rate is None else encoder_learning_rate
+    if not 0 < rate < 1:
+        raise ConfigError(f"--encoder_learning_rate is {rate}; it must be above 0 and below 1.")
     check_folder(out, "--out")
 
     # torch takes seconds to import, and recording demonstrations does not need it.
@@ -85,7 +109,31 @@ def run(
     return running.run(
         encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, shift, videos, reference,
         workers or cores, batch_size, choose_device(device),
+        running.Learner(head, chunk, execute, rate if finetune else None),
     )  # fmt: skip
+
+
+def export(policy: Path, out: Path) -> str:
+    """Writes one trained policy of a run into a folder of its own, which theia.load_policy reads on a robot.
+
+    The folder holds the encoder, too, if it is a Theia model; another one is kept by its name.
+
+    Args:
+        policy: Folder of the policy in that of the run: RUN/policies/ENCODER/TASK/seed-NUMBER.
+        out: Folder to create.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If there is no finished policy, or its encoder has changed since.
+        ExportError: If the folder holds something, or cannot be written.
+    """
+    check_folder(out, "--out")
+
+    from benchmarks.cortexbench import exporting
+
+    return exporting.export(policy, out)
 
 
 def report(folder: Path, reference: str | None = None) -> str:

@@ -9,19 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.cortexbench.presets import Features
 from benchmarks.cortexbench.simulation import STATES
-from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError
-from theia.models.backbone import StudentTokens
+from theia.policies.sight import PIXELS, Sight, features_of_noise, open_sight
 from theia.probing.datasets import IMAGE_SIZE, fingerprint
-from theia.probing.frame_tokens import TokensOf, pixel_means
+from theia.probing.frame_tokens import TokensOf
 from theia.trajectories.lerobot import Episode, LeRobotFolder
 from theia.utils.pictures import short_labels
 
-BLIND, STATE, PIXELS = "blind", "state", "pixels"
+BLIND, STATE = "blind", "state"
 CONTROLS = {
     BLIND: "no picture, only the robot's own state",
     STATE: "no picture, but the simulator's whole state, goal included: what a policy can reach that sees everything",
@@ -50,6 +48,11 @@ class Eyes:
     grid: tuple[int, int]
     look: str
     of_noise: tuple[float, ...]
+
+    @property
+    def sight(self) -> Sight | None:
+        """The same, if it is an encoder opened by its name."""
+        return self.tokens_of if isinstance(self.tokens_of, Sight) else None
 
     def known(self, observations: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Values that are known beside the pictures, shape ``(B, K)``, of observations ``(B, 39)``."""
@@ -116,23 +119,9 @@ def open_all(names: Sequence[str], features: Features, device: torch.device) -> 
 def _open(name: str, label: str, features: Features, device: torch.device) -> Eyes:
     if name in (BLIND, STATE):
         return Eyes(name, label, None, 0, (1, 1), fingerprint(name), (0.0,))
-    tokens_of: TokensOf = pixel_means if name == PIXELS else open_encoder(name, device)
-    if features == "vector":
-        tokens_of = _as_vector(tokens_of)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
-    tokens = tokens_of(noise.to(device))
+    sight = open_sight(name, features, device)
+    tokens, of_noise = features_of_noise(sight, IMAGE_SIZE)
     if features == "spatial" and tokens.patches.shape[1] < 2:
         raise ConfigError(f"{name} gives one vector per picture, no spatial features. Take --features vector.")
-    of_noise = tuple(tokens.patches.float().mean((0, 1)).tolist())
     look = fingerprint(name, features, list(tokens.grid), tokens.patches.float().cpu().numpy())
-    return Eyes(name, label, tokens_of, tokens.patches.shape[2], tokens.grid, look, of_noise)
-
-
-def _as_vector(tokens_of: TokensOf) -> TokensOf:
-    def vector_of(images: Tensor) -> StudentTokens:
-        tokens = tokens_of(images)
-        vector = tokens.patches.mean(1) if tokens.cls is None else tokens.cls
-        return StudentTokens(None, tokens.patches[:, :0], vector[:, None], (1, 1))
-
-    return vector_of
+    return Eyes(name, label, sight, tokens.patches.shape[2], tokens.grid, look, tuple(of_noise))

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.cortexbench.encoders import Eyes
-from benchmarks.cortexbench.policies import HISTORY, Policy
 from benchmarks.cortexbench.simulators import Command, Course, Moment, Simulators
+from theia.policies.acting import Actor, Memory
+from theia.policies.heads import Head
 from theia.probing.datasets import IMAGE_SIZE
 from theia.trajectories.video import load_av
 from theia.utils.files import replacing
@@ -56,42 +56,36 @@ class Rollout:
 
 
 class Pilot:
-    """An encoder and a policy that act in several environments.
+    """An encoder and a policy head that act in several environments.
 
     Args:
         eyes: What the policy is given.
-        policy: The policy.
+        head: The head.
         device: Device of both.
+        execute: Number of the predicted actions that are carried out before the next decision; by default, all.
     """
 
-    def __init__(self, eyes: Eyes, policy: Policy, device: torch.device) -> None:
-        self.eyes, self._policy, self._device = eyes, policy.eval(), device
-        self._frames: dict[int, deque[Tensor]] = {}
+    def __init__(self, eyes: Eyes, head: Head, device: torch.device, execute: int | None = None) -> None:
+        self.eyes, self._actor = eyes, Actor(head, eyes.tokens_of, device, execute)
+        self._memories: dict[int, Memory] = {}
 
     def begin(self, slot: int) -> None:
-        """Forgets the frames of the last episode of an environment."""
-        self._frames[slot] = deque(maxlen=HISTORY)
+        """Forgets the last episode of an environment."""
+        self._memories[slot] = Memory()
 
-    @torch.inference_mode()
     def act(self, moments: dict[int, Moment]) -> NDArray[np.float32]:
         """Actions for the moments of some environments, shape ``(B, A)``."""
         known = self.eyes.known(np.stack([moment.observation for moment in moments.values()]))
-        frames = None
+        pictures: torch.Tensor | None = None
         if self.eyes.tokens_of is not None:
-            pictures = np.stack([cast(Any, moment.picture) for moment in moments.values()])
-            tokens = self.eyes.tokens_of(torch.from_numpy(pictures).to(self._device))
-            maps = self._policy.look(tokens.patches.float(), tokens.grid)
-            for slot, new in zip(moments, maps, strict=True):
-                kept = self._frames[slot]
-                kept.extend([new] * (HISTORY if not kept else 1))
-            frames = torch.stack([torch.stack(tuple(self._frames[slot])) for slot in moments])
-        actions: Tensor = self._policy(frames, torch.from_numpy(known).to(self._device))
-        return actions.cpu().numpy()
+            pictures = torch.from_numpy(np.stack([cast(Any, moment.picture) for moment in moments.values()]))
+        memories = [self._memories[slot] for slot in moments]
+        return self._actor.act(memories, pictures, torch.from_numpy(known)).numpy()
 
     def last_maps(self, slot: int) -> NDArray[np.float32] | None:
-        """What the policy keeps of the last frame of an environment, shape ``(channels, H, W)``."""
-        kept = self._frames[slot]
-        return cast(NDArray[np.float32], kept[-1].cpu().numpy()) if kept else None
+        """What the policy keeps of the newest frame that it encoded of an environment, shape ``(channels, H, W)``."""
+        maps = self._memories[slot].last_maps
+        return None if maps is None else maps.cpu().numpy()
 
 
 def roll_out(simulators: Simulators, pilot: Pilot, course: Course, watch: Watch | None = None) -> list[Rollout]:

@@ -1,5 +1,6 @@
 """``run``: trains policies on encoders and lets them act, resumable after any kill at every stage."""
 
+import copy
 import json
 import re
 import sys
@@ -11,19 +12,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.cortexbench.cloning import BATCH_SIZE, Demonstrations, Training, load_policy, save_policy
 from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
-from benchmarks.cortexbench.encoders import PIXELS, Eyes, TaskRecording, open_all
-from benchmarks.cortexbench.policies import Policy
+from benchmarks.cortexbench.encoders import STATE, Eyes, TaskRecording, open_all
 from benchmarks.cortexbench.presets import PRESETS, Features, Preset, PresetName
 from benchmarks.cortexbench.reporting import LOSSY, RECORD, SHIFT, report
 from benchmarks.cortexbench.rollouts import Film, Pilot, Rollout, roll_out
 from benchmarks.cortexbench.scenes import Factor, check_factors
-from benchmarks.cortexbench.simulation import ACTIONS, Quality, find_tasks
+from benchmarks.cortexbench.simulation import ACTIONS, STATES, Quality, find_tasks
 from benchmarks.cortexbench.simulators import Command, Course, Simulators
 from theia.errors import ConfigError, TrajectoryError
+from theia.extraction.images import to_square
+from theia.policies import HeadKind
+from theia.policies.cloning import (
+    RECIPES,
+    Demonstrations,
+    FineTuning,
+    PicturesOf,
+    Training,
+    load_head,
+    save_head,
+    updates_per_epoch,
+)
+from theia.policies.heads import HEADS, HISTORY, Head
+from theia.policies.sight import PIXELS, Sight
 from theia.probing.comparison import seed_numbers
 from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
 from theia.probing.frame_tokens import MOST_ROWS, FrameTokens, embed
@@ -34,6 +48,41 @@ from theia.utils.provenance import installed, machine, versions
 
 _FIRST_SEED = 1_000_000  # of rollouts, far from those of demonstrations
 _TRIED_STEPS = 12
+_TRIED_OF_BATCH = 4  # steps of the demonstrations, where the encoder is trained too
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained, and how it acts.
+
+    Attributes:
+        head: Kind of the head.
+        chunk: Number of actions that it predicts at once; ``None`` for what is usual.
+        execute: Number of those that are carried out before the next decision; ``None`` for all.
+        encoder_rate: Learning rate of the encoder; ``None`` for a frozen one.
+    """
+
+    head: HeadKind = "mlp"
+    chunk: int | None = None
+    execute: int | None = None
+    encoder_rate: float | None = None
+
+    @property
+    def predicted(self) -> int:
+        """Number of actions that the head predicts at once."""
+        return self.chunk or HEADS[self.head].usual_chunk
+
+    def check(self) -> None:
+        """Checks that the options fit together.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        predicted = self.predicted
+        if self.head == "mlp" and predicted != 1:
+            raise ConfigError(f"--chunk is {self.chunk}, but --head mlp predicts one action. Take --head chunk.")
+        if self.execute is not None and self.execute > predicted:
+            raise ConfigError(f"--execute is {self.execute}, but the head predicts {predicted}. Give less, or --chunk.")
 
 
 def run(
@@ -53,16 +102,20 @@ def run(
     workers: int,
     batch_size: int,
     device: torch.device,
+    learner: Learner,
 ) -> str:
     """Carries out the command; see :func:`benchmarks.cortexbench.commands.run` for the arguments.
 
     Raises:
         TheiaError: If an option is wrong, data cannot be read or do not fit, or a simulation fails.
     """
-    plan = _Plan.make(data, tasks, PRESETS[preset], preset, vary, rollouts, epochs, features)
+    learner.check()
+    plan = _Plan.make(data, tasks, PRESETS[preset], preset, vary, rollouts, epochs, features, learner)
     chosen = tuple(seed_numbers(seeds)) if seeds else plan.preset.seeds
     shifts = _shifts(shift, plan)
     eyes = open_all(encoders, features, device)
+    if learner.encoder_rate is not None:
+        _check_trainable(eyes)
     with alone(out):
         _check_record(plan, out)
         _Run(plan, out, chosen, shifts, videos, workers, batch_size, device).go(eyes)
@@ -82,11 +135,13 @@ class _Plan:
     quality: Quality
     features: Features
     collected: dict[str, Any]
+    learner: Learner
+    epochs_given: bool
 
     @staticmethod
     def make(
         data: Path, tasks: str | None, preset: Preset, name: str, vary: str | None, rollouts: int | None,
-        epochs: int | None, features: Features,
+        epochs: int | None, features: Features, learner: Learner,
     ) -> "_Plan":  # fmt: skip
         folder = LeRobotFolder(data)
         collected = read_json(data / "meta/collection.json")
@@ -110,8 +165,17 @@ class _Plan:
         preset = Preset(**{**asdict(preset), **changes})
         return _Plan(
             folder, tuple(found), preset, name, factors, int(collected["size"]), collected["quality"], features,
-            collected,
+            collected, learner, epochs is not None,
         )  # fmt: skip
+
+    def schedule(self, frames: int) -> tuple[int, tuple[int, ...]]:
+        """Number of epochs, and those after which the policy acts, for demonstrations of so many frames."""
+        preset, recipe = self.preset, RECIPES[self.learner.head]
+        if recipe.updates is None or self.epochs_given or self.name == "smoke":
+            return preset.epochs, preset.evaluations
+        epochs = max(2, -(-recipe.updates // updates_per_epoch(frames, recipe.batch_size)))
+        scaled = (max(0, (one + 1) * epochs // preset.epochs - 1) for one in preset.evaluations)
+        return epochs, tuple(dict.fromkeys(scaled))
 
     def course(self, task: str, recording: TaskRecording) -> Course:
         """What policies for a task are tested on: no seed of a demonstration is among it."""
@@ -123,10 +187,13 @@ class _Plan:
     def record(self) -> dict[str, Any]:
         """What is compared when a run goes on."""
         preset = {name: value for name, value in asdict(self.preset).items() if name != "seeds"}
+        # Earlier versions had one way to train, and did not write it down.
+        usual = asdict(Learner())
+        learner = {name: value for name, value in asdict(self.learner).items() if value != usual[name]}
         return dict(
             jsonable(
                 {
-                    "data": of_files(str(self.data.root)), "preset": self.name, **preset, "vary": self.vary,
+                    **learner, "data": of_files(str(self.data.root)), "preset": self.name, **preset, "vary": self.vary,
                     "features": self.features, "size": self.size, "quality": self.quality,
                     "simulator": installed(("metaworld", "mujoco")),
                 }
@@ -175,11 +242,19 @@ class _Run:
         if not (folder / "policy.pt").is_file():
             self._train(eyes, course, seed, demonstrations, simulators)
         if self.videos and not self._filmed(eyes, course.task, seed):
-            policy, _ = load_policy(folder / "policy.pt")
-            pilot = Pilot(eyes, policy.to(self.device), self.device)
+            pilot = self._pilot(eyes, folder)
             shown = replace(course, seeds=course.seeds[: self.videos])
             with Film(self._video(eyes, course.task, seed), round(self.plan.data.frames_per_s)) as film:
                 roll_out(simulators, pilot, shown, film.watch)
+
+    def _pilot(self, eyes: Eyes, folder: Path) -> Pilot:
+        """A finished policy."""
+        head, kept = load_head(folder / "policy.pt")
+        if eyes.sight is not None and "weights" in kept:
+            tuned = copy.deepcopy(eyes.sight)
+            tuned.load_state_dict(kept["weights"])
+            eyes = replace(eyes, tokens_of=tuned)
+        return Pilot(eyes, head.to(self.device), self.device, self.plan.learner.execute)
 
     def _shift(self, eyes: Sequence[Eyes], course: Course, factor: Factor) -> None:
         """Lets finished policies act once more, from the same initial states, where one thing looks different."""
@@ -190,9 +265,9 @@ class _Run:
         with Simulators(other, self.workers) as simulators:
             for one, seed in left:
                 folder = self.folder(one, course.task, seed)
-                policy, _ = load_policy(folder / "policy.pt")
+                pilot = self._pilot(one, folder)
                 started = time.monotonic()
-                found = roll_out(simulators, Pilot(one, policy.to(self.device), self.device), other)
+                found = roll_out(simulators, pilot, other)
                 record = {"shift": factor, "rollout seconds": time.monotonic() - started, "rollouts": _records(found)}
                 write_whole(folder / f"{SHIFT}{factor}.json", json.dumps(jsonable(record)))
                 _say(
@@ -204,20 +279,27 @@ class _Run:
         self, eyes: Eyes, course: Course, seed: int, demonstrations: Demonstrations, simulators: Simulators
     ) -> None:
         folder = self.folder(eyes, course.task, seed)
+        epochs, evaluations = self.plan.schedule(len(demonstrations))
+        tuning = self._tuning(eyes)
+        if tuning is not None:
+            eyes = replace(eyes, tokens_of=tuning.sight)
         training = Training(
-            lambda: self._policy(eyes, demonstrations), demonstrations, seed, folder / "training.pt", self.device
-        )
-        for epoch in self.plan.preset.evaluations:
+            lambda: self._head(eyes, demonstrations), demonstrations, seed, folder / "training.pt", self.device, epochs,
+            tuning=tuning,
+        )  # fmt: skip
+        pilot = Pilot(eyes, training.head, self.device, self.plan.learner.execute)
+        for epoch in evaluations:
             training.advance(epoch)
             path = folder / f"rollouts-{epoch:03d}.json"
             if path.is_file():
                 continue
             started = time.monotonic()
-            found = roll_out(simulators, Pilot(eyes, training.policy, self.device), course)
+            training.head.eval()
+            found = roll_out(simulators, pilot, course)
             seconds = time.monotonic() - started
             record = {
                 "encoder": eyes.label, "task": course.task, "seed": seed, "epoch": epoch,
-                "last": epoch == self.plan.preset.evaluations[-1], "losses": training.losses,
+                "last": epoch == evaluations[-1], "losses": training.losses,
                 "training seconds": training.seconds, "rollout seconds": seconds,
                 "steps": sum(one.steps for one in found),
                 "rollouts": _records(found),
@@ -227,8 +309,14 @@ class _Run:
                 f"{eyes.label}, {course.task}, seed {seed}, epoch {epoch}: loss {training.losses[-1]:.4f}, success "
                 f"{sum(one.success for one in found)} of {len(found)} ({seconds:.0f} s)"
             )
-        about = {"encoder": eyes.name, "features": self.plan.features, "task": course.task, "seed": seed}
-        save_policy(training.policy, folder / "policy.pt", about)
+        about = {
+            "encoder": eyes.name, "features": self.plan.features, "task": course.task, "seed": seed,
+            "image_size": IMAGE_SIZE, "execute": self.plan.learner.execute, "frames_per_s": self.plan.data.frames_per_s,
+            "state_names": () if eyes.name == STATE else STATES, "action_names": ACTIONS,
+        }  # fmt: skip
+        if tuning is not None:
+            about["weights"] = tuning.sight.state_dict()
+        save_head(training.head, folder / "policy.pt", about)
         (folder / "training.pt").unlink(missing_ok=True)
 
     def folder(self, eyes: Eyes, task: str, seed: int) -> Path:
@@ -273,8 +361,11 @@ class _Run:
             raise TrajectoryError(f"{recording.folder.root} holds no demonstration of one of the tasks. Collect some.")
         observations = recording.folder.column(SCENE_STATE)[recording.rows]
         actions = recording.folder.column(ACTION)[recording.rows]
-        tokens: FrameTokens | None = None
-        if eyes.tokens_of is not None:
+        tokens, pictures = None, None
+        if self._tunes(eyes):
+            pictures = _pictures_of(recording)
+        # An encoder that is trained too is embedded for the principal components alone.
+        if eyes.tokens_of is not None and (pictures is None or self.plan.preset.components is not None):
             numbers = [one.index for one in recording.originals]
             place = fingerprint(eyes.look, self._pooled(eyes), of_files(str(recording.folder.root)), numbers)
             tokens = embed(
@@ -282,14 +373,27 @@ class _Run:
                 self.out / "embeddings" / place, self.device, self.batch_size, self._pooled(eyes),
             )  # fmt: skip
         lengths = [one.length for one in recording.episodes]
-        return Demonstrations.of(tokens, eyes.known(observations), actions, lengths)
+        return Demonstrations.of(tokens, eyes.known(observations), actions, lengths, pictures)
 
     def _pooled(self, eyes: Eyes) -> bool:
         return self.plan.preset.components is not None and eyes.name != PIXELS  # which is small already
 
-    def _policy(self, eyes: Eyes, demonstrations: Demonstrations) -> Policy:
-        grid = demonstrations.tokens.grid if demonstrations.tokens is not None else (1, 1)
-        return Policy(eyes.channels, grid, demonstrations.known.shape[1], len(ACTIONS), self.plan.preset.components)
+    def _head(self, eyes: Eyes, demonstrations: Demonstrations) -> Head:
+        grid = demonstrations.tokens.grid if demonstrations.tokens is not None else eyes.grid
+        known, learner = demonstrations.known.shape[1], self.plan.learner
+        return HEADS[learner.head](eyes.channels, grid, known, len(ACTIONS), self.plan.preset.components, learner.chunk)
+
+    def _tunes(self, eyes: Eyes) -> bool:
+        return self.plan.learner.encoder_rate is not None and eyes.sight is not None and eyes.name != PIXELS
+
+    def _tuning(self, eyes: Eyes) -> FineTuning | None:
+        """A copy of the encoder to train, for one policy."""
+        if not self._tunes(eyes):
+            return None
+        sight: Sight = copy.deepcopy(eyes.tokens_of)  # type: ignore[assignment]
+        if sight.encoder is not None:
+            sight.encoder.unfreeze()
+        return FineTuning(sight, self.plan.learner.encoder_rate or 0.0)
 
     def _forecast(self, eyes: Sequence[Eyes], recording: TaskRecording, simulators: Simulators) -> str:
         """Measures one step of everything, and says how long the rest will take at most."""
@@ -300,40 +404,75 @@ class _Run:
             left = sum(not self._finished(one, task, seed) for task in self.plan.tasks for seed in self.seeds)
             encoding, deciding, fitting = self._seconds(one, recording)
             simulating = (looking if one.tokens_of is not None else blind) / min(self.workers, preset.rollouts)
-            steps = preset.rollouts * preset.horizon * (len(preset.evaluations) + len(self.shifts))
-            updates = preset.epochs * -(-recording.frame_count // BATCH_SIZE)
-            acting = steps * (simulating + encoding + deciding)
+            epochs, evaluations = self.plan.schedule(recording.frame_count)
+            steps = preset.rollouts * preset.horizon * (len(evaluations) + len(self.shifts))
+            updates = epochs * updates_per_epoch(recording.frame_count, RECIPES[self.plan.learner.head].batch_size)
+            execute = self.plan.learner.execute or self.plan.learner.predicted
+            # Of the frames between two decisions, no more than three are encoded.
+            a_step = simulating + encoding * min(HISTORY, execute) / execute + deciding
+            acting = steps * a_step
             seconds = left * (updates * fitting + acting)
             seconds += tasks * recording.frame_count * encoding if left else 0
             total += seconds
             lines.append(
                 f"  {one.label}: {left} policies, {updates} updates of {1000 * fitting:.0f} ms and at most {steps:,} "
-                f"steps of {1000 * (simulating + encoding + deciding):.0f} ms each: {seconds / 60:.0f} min"
+                f"steps of {1000 * a_step:.0f} ms each: {seconds / 60:.0f} min"
             )
         return f"At most about {total / 60:.0f} min, as measured now on this machine:\n" + "\n".join(lines)
 
     def _seconds(self, eyes: Eyes, recording: TaskRecording) -> tuple[float, float, float]:
         """Time of one frame through the encoder, of one decision, and of one update."""
         encoding, tokens = 0.0, None
+        count = RECIPES[self.plan.learner.head].batch_size
         if eyes.tokens_of is not None:
             rows, columns = eyes.grid
             if self._pooled(eyes):
                 rows, columns = min(rows, MOST_ROWS), min(columns, MOST_ROWS)
-            pictures = torch.zeros((self.workers, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=self.device)
-            encoding = _time(lambda: eyes.tokens_of(pictures)) / self.workers
-            made_up = np.random.default_rng(0).normal(size=(BATCH_SIZE, rows * columns, eyes.channels))
+            blank = torch.zeros((self.workers, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=self.device)
+            encoding = _time(lambda: eyes.tokens_of(blank)) / self.workers
+            made_up = np.random.default_rng(0).normal(size=(count, rows * columns, eyes.channels))
             identity = np.eye(eyes.channels)
             mean, deviation = np.zeros(eyes.channels), np.ones(eyes.channels)
             tokens = FrameTokens(made_up.astype(np.float16), (rows, columns), mean, deviation, identity)
-        known = eyes.known(np.zeros((BATCH_SIZE, recording.folder.features[SCENE_STATE].shape[0])))
-        made_up_data = Demonstrations.of(tokens, known, np.zeros((BATCH_SIZE, len(ACTIONS)), np.float32), [BATCH_SIZE])
-        training = Training(lambda: self._policy(eyes, made_up_data), made_up_data, 0, self.out / "none", self.device)
-        fitting = _time(lambda: training.step(np.arange(BATCH_SIZE)))
-        policy = training.policy.eval()
+        known = eyes.known(np.zeros((count, recording.folder.features[SCENE_STATE].shape[0])))
+        actions, tuning = np.zeros((count, len(ACTIONS)), np.float32), self._tuning(eyes)
+        pictures: PicturesOf | None = None
+        if tuning is not None:
+            pictures = lambda rows: _pictures_of(recording)(np.minimum(rows, recording.frame_count - 1))  # noqa: E731
+        # Apart, a step has three pictures of its own, as it nearly has in a batch of steps in any order.
+        made_up_data = Demonstrations.of(tokens, known, actions, [count], pictures)
+        training = Training(
+            lambda: self._head(eyes, made_up_data), made_up_data, 0, self.out / "none", self.device, tuning=tuning
+        )
+        tried = np.arange(count) if tuning is None else np.arange(2, count, count // _TRIED_OF_BATCH)
+        fitting = _time(lambda: training.step(tried)) * count / len(tried)
+        head = training.head.eval()
         with torch.inference_mode():
-            frames, seen = made_up_data.batch(policy, np.arange(self.workers), self.device)
-            deciding = _time(lambda: policy(frames, seen)) / self.workers
-        return encoding, deciding, fitting
+            frames, seen = made_up_data.batch(head, np.arange(min(self.workers, count)), self.device)
+            deciding = _time(lambda: head(frames, seen)) / min(self.workers, count)
+        return encoding, deciding / (self.plan.learner.execute or head.chunk), fitting
+
+
+def _pictures_of(recording: TaskRecording) -> PicturesOf:
+    """Decodes frames as the encoder is given them, by their rows in ascending order."""
+    starts = np.array([one.start for one in recording.episodes])
+
+    def pictures(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        found = []
+        for place in np.unique(np.searchsorted(starts, rows, "right") - 1):
+            episode = recording.episodes[place]
+            own = rows[(rows >= episode.start) & (rows < episode.start + episode.length)]
+            frames = recording.frames(episode, CAMERA, (own - episode.start).tolist())
+            found += [to_square(frame, IMAGE_SIZE, "squash") for frame in frames]
+        return np.stack(found)
+
+    return pictures
+
+
+def _check_trainable(eyes: Sequence[Eyes]) -> None:
+    frozen = [one.name for one in eyes if one.sight is not None and one.name != PIXELS and one.sight.encoder is None]
+    if frozen:
+        raise ConfigError(f"--finetune trains Theia models, and {frozen[0]} is none. Leave it out, or --finetune.")
 
 
 def _shifts(names: str | None, plan: _Plan) -> tuple[Factor, ...]:
@@ -389,13 +528,17 @@ def _check_record(plan: _Plan, out: Path) -> None:
         about = {"settings": now, "demonstrations": plan.collected, "versions": versions(), "machine": machine()}
         write_whole(path, json.dumps(jsonable(about), indent=1))
         return
-    different = [name for name in now if before.get(name) != now[name]]
+    different = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if different:
         said = "; ".join(
-            "other demonstrations" if name == "data" else f"{name} {before.get(name)}, not {now[name]}"
+            "other demonstrations" if name == "data" else f"{_said(name, before)}, not {_said(name, now)}"
             for name in different
         )
         raise ConfigError(f"{out} was begun with {said}. Go on with the same, or give a new folder.")
+
+
+def _said(name: str, settings: dict[str, Any]) -> str:
+    return f"{name} {settings.get(name, asdict(Learner()).get(name))}"
 
 
 def _say(text: str) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.cortexbench.encoders import Eyes, TaskRecording
-from benchmarks.cortexbench.policies import Policy
 from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
 from benchmarks.cortexbench.simulators import Command, Course, Moment
 from theia.models.backbone import StudentTokens
+from theia.policies.heads import MLPHead
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.trajectories.video import load_av
 
@@ -62,15 +62,16 @@ class Echo(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.chunk, self.options = 1, {"actions": 4}
         self.shown: list[list[float]] = []
 
     def look(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
 
-    def forward(self, frames: torch.Tensor | None, known: torch.Tensor) -> torch.Tensor:
+    def forward(self, frames: torch.Tensor | None, known: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         if frames is not None:
             self.shown += frames[:, :, 0, 0, 0].tolist()
-        return known[:, :1].expand(-1, 4)
+        return known[:, None, :1].expand(-1, 1, 4)
 
 
 def test_every_initial_state_is_tried_once_and_success_is_that_of_the_last_step():
@@ -110,7 +111,7 @@ def test_the_state_knows_everything_and_other_policies_the_hand_alone():
 
 def test_a_video_shows_what_the_encoder_is_given(tmp_path: Path):
     pytest.importorskip("av")
-    policy = Policy(0, (1, 1), 4, 4)
+    policy = MLPHead(0, (1, 1), 4, 4)
     with Film(lambda number: tmp_path / f"{number}.mp4", 20) as film:
         roll_out(StandIn(), Pilot(SEES_NOTHING, policy, CPU), replace(COURSE, seeds=(3, 12)), film.watch)
     for number, seed in enumerate((3, 12)):

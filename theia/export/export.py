@@ -61,11 +61,11 @@ def export(
         _restore(out)
         _check_free(out, overwrite)
     encoder = load(source)
-    model = Exported(encoder, encoder.architecture, record or _record_of(source, encoder), tuple(names), int8)
+    model = Exported(encoder, encoder.architecture, record or record_of(source, encoder), tuple(names), int8)
     check(model, names)
     with writing(out, ExportError):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _part(out) as part:
+        with part_beside(out) as part:
             writers = dict.fromkeys(FORMATS[name] for name in names)
             lines = [line for write in writers for line in write(model, part)]
             for path in [*part.rglob("*"), part]:
@@ -76,8 +76,13 @@ def export(
     return lines
 
 
-def _record_of(source: str | os.PathLike[str], encoder: Encoder) -> Mapping[str, Any]:
-    """The record in a model's config. A published model has none, so its record only says where it comes from."""
+def record_of(source: str | os.PathLike[str], encoder: Encoder) -> Mapping[str, Any]:
+    """The record in a model's config. A published model has none, so its record only says where it comes from.
+
+    Args:
+        source: Model, as for :func:`theia.load`.
+        encoder: The same, loaded.
+    """
     folder = local_path(source)
     if folder.is_file():
         return {}
@@ -116,8 +121,12 @@ def _is_export(folder: Path, found: list[str]) -> bool:
 
 
 @contextmanager
-def _part(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out``, of this export alone; it is gone afterwards, or has become ``out``."""
+def part_beside(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out``, of this export alone; it is gone afterwards, or has become ``out``.
+
+    Raises:
+        ExportError: If another export is writing ``out``.
+    """
     part = out.with_name(f".{out.name}.part")
     part.mkdir(exist_ok=True)
     descriptor = os.open(part, os.O_RDONLY)

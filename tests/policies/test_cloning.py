@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cortexbench.cloning import Demonstrations, Training, batches, load_policy, save_policy
-from benchmarks.cortexbench.policies import Policy
 from theia.errors import CheckpointError
+from theia.policies.cloning import Demonstrations, Training, batches, load_head, save_head
+from theia.policies.heads import MLPHead
 from theia.probing.frame_tokens import FrameTokens
 
 CPU = torch.device("cpu")
@@ -24,12 +24,12 @@ def seen(components=None):
     kept = FrameTokens(tokens, (6, 6), flat.mean(0), flat.std(0), np.corrcoef(flat, rowvar=False))
     known = rng.normal(size=(len(tokens), 2)).astype(np.float32)
     data = Demonstrations.of(kept, known, actions, LENGTHS)
-    return data, lambda: Policy(4, (6, 6), 2, 2, components)
+    return data, lambda: MLPHead(4, (6, 6), 2, 2, components)
 
 
 def blind(actions):
     known = np.zeros((len(actions), 1), np.float32)
-    return Demonstrations.of(None, known, actions.astype(np.float32), [len(actions)]), lambda: Policy(0, (1, 1), 1, 2)
+    return Demonstrations.of(None, known, actions.astype(np.float32), [len(actions)]), lambda: MLPHead(0, (1, 1), 1, 2)
 
 
 @pytest.mark.parametrize("components", [None, 3])
@@ -56,7 +56,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path):
     rest = Training(make, data, 100, tmp_path / "part.pt", CPU)
     rest.advance(3)
     assert rest.losses == whole.losses
-    for one, other in zip(rest.policy.state_dict().values(), whole.policy.state_dict().values(), strict=True):
+    for one, other in zip(rest.head.state_dict().values(), whole.head.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -71,17 +71,17 @@ def test_the_seed_decides_weights_and_order(tmp_path):
 
 
 def test_steps_are_divided_into_batches_of_256_and_none_is_alone():
-    assert [len(part) for part in batches(np.arange(600))] == [256, 256, 88]
-    assert [len(part) for part in batches(np.arange(513))] == [256, 257]
-    assert [len(part) for part in batches(np.arange(3))] == [3]
+    assert [len(part) for part in batches(np.arange(600), 256)] == [256, 256, 88]
+    assert [len(part) for part in batches(np.arange(513), 256)] == [256, 257]
+    assert [len(part) for part in batches(np.arange(3), 256)] == [3]
 
 
 def test_a_step_is_given_the_frames_before_it_within_its_episode():
     data, make = seen()
-    policy = make()
-    frames, known = data.batch(policy, np.array([0, 5, LENGTHS[0]]), CPU)
+    head = make()
+    frames, known = data.batch(head, np.array([0, 5, LENGTHS[0]]), CPU)
     tokens = torch.from_numpy(data.tokens.tokens.astype(np.float32))
-    maps = policy.look(tokens, (6, 6))
+    maps = head.look(tokens, (6, 6))
     assert torch.equal(frames[0], maps[[0, 0, 0]])
     assert torch.equal(frames[1], maps[[3, 4, 5]])
     assert torch.equal(frames[2], maps[[130, 130, 130]])
@@ -92,11 +92,11 @@ def test_a_kept_policy_acts_as_before(tmp_path):
     data, make = seen(3)
     training = Training(make, data, 100, tmp_path / "training.pt", CPU)
     training.advance(0)
-    save_policy(training.policy, tmp_path / "policy.pt", {"encoder": "x"})
-    policy, about = load_policy(tmp_path / "policy.pt")
-    frames, known = data.batch(policy, np.arange(4), CPU)
+    save_head(training.head, tmp_path / "policy.pt", {"encoder": "x"})
+    head, about = load_head(tmp_path / "policy.pt")
+    frames, known = data.batch(head, np.arange(4), CPU)
     assert about == {"encoder": "x"}
-    assert torch.equal(policy(frames, known), training.policy.eval()(frames, known))
+    assert torch.equal(head(frames, known), training.head.eval()(frames, known))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

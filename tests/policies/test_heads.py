@@ -1,12 +1,12 @@
-"""The policy heads against closed forms."""
+"""The head heads against closed forms."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cortexbench.policies import Convolutions, Policy, Reduction, fuse, history, strides_for
 from theia.errors import ConfigError
+from theia.policies.heads import Convolutions, MLPHead, Reduction, fuse, history, strides_for
 from theia.probing.frame_tokens import FrameTokens
 
 
@@ -44,9 +44,9 @@ def test_a_grid_that_is_too_small_is_refused_with_the_least():
 
 def test_the_paper_s_spatial_head_written_out():
     torch.manual_seed(0)
-    policy = Policy(channels=4, grid=(14, 14), known=3, actions=2)
+    head = MLPHead(channels=4, grid=(14, 14), known=3, actions=2)
     frames, known = torch.randn(5, 3, 4, 14, 14), torch.randn(5, 3)
-    weights = list(policy.parameters())
+    weights = list(head.parameters())
     x = frames.reshape(5, 12, 14, 14)
     for number, (stride, padding) in enumerate([(2, 1), (2, 0), (1, 0)]):
         kernel, bias, scale, shift = weights[4 * number : 4 * number + 4]
@@ -62,30 +62,30 @@ def test_the_paper_s_spatial_head_written_out():
         x = (x @ weight.T + bias).clamp(min=0)
     expected = x @ weights[20].T + weights[21]
     assert len(weights) == 22
-    torch.testing.assert_close(policy.train()(frames, known), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.train()(frames, known)[:, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_last_layer_begins_a_hundred_times_smaller():
     torch.manual_seed(0)
-    policy = Policy(channels=0, grid=(1, 1), known=4, actions=50)
-    last = policy.mlp[-1]
+    head = MLPHead(channels=0, grid=(1, 1), known=4, actions=50)
+    last = head.mlp[-1]
     bound = 1 / 256**0.5  # torch's own for 256 inputs
     assert 0.0098 * bound < float(last.weight.detach().abs().max()) <= 0.01 * bound
 
 
 def test_a_vector_encoder_goes_through_the_mlp_alone():
-    policy = Policy(channels=6, grid=(1, 1), known=4, actions=3).eval()
-    assert policy.convolutions is None
-    assert policy.mlp[0].num_features == 3 * 6 + 4
-    seen = policy.look(torch.randn(6, 1, 6), (1, 1))
-    assert policy(seen.unflatten(0, (2, 3)), torch.randn(2, 4)).shape == (2, 3)
+    head = MLPHead(channels=6, grid=(1, 1), known=4, actions=3).eval()
+    assert head.convolutions is None
+    assert head.mlp[0].num_features == 3 * 6 + 4
+    seen = head.look(torch.randn(6, 1, 6), (1, 1))
+    assert head(seen.unflatten(0, (2, 3)), torch.randn(2, 4)).shape == (2, 1, 3)
 
 
-def test_a_blind_policy_is_given_no_picture():
-    policy = Policy(channels=0, grid=(1, 1), known=4, actions=3).eval()
-    assert not policy.sees
-    assert policy.mlp[0].num_features == 4
-    assert policy(None, torch.randn(2, 4)).shape == (2, 3)
+def test_a_blind_head_is_given_no_picture():
+    head = MLPHead(channels=0, grid=(1, 1), known=4, actions=3).eval()
+    assert not head.sees
+    assert head.mlp[0].num_features == 4
+    assert head(None, torch.randn(2, 4)).shape == (2, 1, 3)
 
 
 def test_kept_components_are_those_of_the_demonstrations_whether_averaged_before_or_after():
