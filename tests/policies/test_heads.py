@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from theia.errors import ConfigError
-from theia.policies.heads import Convolutions, MLPHead, Reduction, fuse, history, strides_for
+from theia.policies.heads import ChunkHead, Convolutions, DiffusionHead, MLPHead, Reduction, fuse, history, strides_for
 from theia.probing.frame_tokens import FrameTokens
 
 
@@ -107,3 +107,53 @@ def test_tokens_as_they_are_stay_as_they_are():
     tokens = torch.randn(2, 14 * 14, 5)
     maps = Reduction(5, (14, 14), None)(tokens, (14, 14))
     assert torch.equal(maps.flatten(2).transpose(1, 2), tokens)
+
+
+def test_a_chunk_is_fitted_in_standard_deviations_by_smooth_l1():
+    torch.manual_seed(0)
+    head = ChunkHead(channels=0, grid=(1, 1), known=3, actions=2, chunk=4)
+    demonstrated = torch.tensor([[0.0, 10.0], [2.0, 30.0]])
+    head.fit_scale(demonstrated, torch.randn(2, 3))
+    known, wanted = torch.randn(5, 3), torch.randn(5, 4, 2)
+    counted = torch.arange(4) < torch.tensor([4, 4, 3, 2, 1])[:, None]
+    errors = ((head(None, known) - wanted) / torch.tensor([1.0, 10.0])).abs()  # deviations around 1 and 20
+    smooth = torch.where(errors < 1, errors.square() / 2, errors - 0.5)
+    expected = sum(smooth[number, :count].sum() for number, count in enumerate([4, 4, 3, 2, 1])) / (14 * 2)
+    torch.testing.assert_close(head.loss(None, known, wanted, counted), expected)
+
+
+def test_a_value_that_never_changes_is_not_divided_by_nothing():
+    head = ChunkHead(channels=0, grid=(1, 1), known=1, actions=1)
+    head.fit_scale(torch.full((3, 1), 7.0), torch.zeros(3, 1))
+    assert torch.isfinite(head(None, torch.randn(2, 1))).all()
+
+
+def test_the_head_of_cortexbench_predicts_one_action():
+    with pytest.raises(ConfigError, match="Take the head 'chunk'"):
+        MLPHead(channels=0, grid=(1, 1), known=1, actions=1, chunk=2)
+
+
+def test_a_diffusion_head_that_is_fitted_to_two_ways_samples_either_and_not_their_mean():
+    torch.manual_seed(0)
+    head = DiffusionHead(channels=0, grid=(1, 1), known=1, actions=1, chunk=2)
+    ways = torch.tensor([[[2.0], [4.0]], [[8.0], [10.0]]])[torch.randint(2, (256,))]
+    head.fit_scale(ways.flatten(0, 1), torch.zeros(256, 1))
+    optimizer = torch.optim.Adam(head.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        optimizer.zero_grad()
+        head.loss(None, torch.zeros(256, 1), ways, generator=generator).backward()
+        optimizer.step()
+    with torch.inference_mode():
+        sampled = head.eval()(None, torch.zeros(64, 1), torch.randn(64, 2, 1))[..., 0]
+    near = torch.stack([(sampled - torch.tensor(way)).abs().amax(1) for way in ([2.0, 4.0], [8.0, 10.0])], 1)
+    assert near.amin(1).median() < 0.7  # their mean is 3 away from both
+    assert 0.2 < (near[:, 0] < near[:, 1]).float().mean() < 0.8
+
+
+def test_the_same_noise_gives_the_same_actions():
+    head = DiffusionHead(channels=4, grid=(1, 1), known=2, actions=3).eval()
+    frames, known, noise = torch.randn(2, 3, 4, 1, 1), torch.randn(2, 2), torch.randn(2, 4, 3)
+    assert head(frames, known, noise).shape == (2, 4, 3)
+    assert torch.equal(head(frames, known, noise), head(frames, known, noise))
+    assert not torch.equal(head(frames, known, noise), head(frames, known, -noise))

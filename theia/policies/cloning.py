@@ -262,7 +262,8 @@ class Training:
         parts = torch.split(torch.from_numpy(pictures_of(needed)), _AT_ONCE)
         with torch.no_grad():
             every = [sight(part.to(self._device)) for part in parts]
-        patches = torch.cat([tokens.patches for tokens in every]).float().requires_grad_()
+        patches = torch.cat([tokens.patches for tokens in every]).float()
+        patches.requires_grad_(any(one.requires_grad for one in sight.parameters()))
         maps = self.head.look(patches, every[0].grid)
         frames = maps[torch.from_numpy(inverse.ravel()).to(self._device)].reshape(*rows.shape, *maps.shape[1:])
         loss = self._loss(frames, known, places, generator)
