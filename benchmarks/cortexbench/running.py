@@ -441,9 +441,7 @@ class _Run:
             pictures = lambda rows: _pictures_of(recording)(np.minimum(rows, recording.frame_count - 1))  # noqa: E731
         # Apart, a step has three pictures of its own, as it nearly has in a batch of steps in any order.
         made_up_data = Demonstrations.of(tokens, known, actions, [count], pictures)
-        training = Training(
-            lambda: self._head(eyes, made_up_data), made_up_data, 0, self.out / "none", self.device, tuning=tuning
-        )
+        training = Training(lambda: self._head(eyes, made_up_data), made_up_data, 0, None, self.device, tuning=tuning)
         tried = np.arange(count) if tuning is None else np.arange(2, count, count // _TRIED_OF_BATCH)
         fitting = _time(lambda: training.step(tried)) * count / len(tried)
         head = training.head.eval()

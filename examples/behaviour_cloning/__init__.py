@@ -1,1 +1,1 @@
-"""Behaviour cloning on a Theia encoder, in plain PyTorch: ``python -m examples.behaviour_cloning --help``."""
+"""Behaviour cloning on a Theia encoder: ``python -m examples.behaviour_cloning --help``."""

@@ -1,6 +1,5 @@
 """``python -m examples.behaviour_cloning --encoder PATH``: trains a policy, scores it, saves it."""
 
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,22 @@ from tabulate import tabulate
 
 import theia
 from examples.behaviour_cloning.demonstrations import colored_square, read_demonstrations
-from examples.behaviour_cloning.policy import Features, Policy, PolicyOptions
 from examples.behaviour_cloning.training import TrainingOptions, blind_error, evaluate, train
 from theia.errors import ConfigError, TheiaError
-from theia.utils.files import write_whole
+from theia.policies import HeadKind
+from theia.policies.policy import save_policy
+from theia.policies.sight import Features, Sight
+from theia.utils.files import check_folder
 
 
 def clone(
     encoder: str,
     demonstrations: Path | None = None,
-    output: Path = Path("policy.pt"),
+    output: Path = Path("policy"),
     unfreeze: int | Literal["all"] = 0,
     features: Features = "spatial",
-    conv_norm: bool = True,
-    input_norm: bool = True,
+    head: HeadKind = "mlp",
+    chunk: int | None = None,
     held_out: float = 0.2,
     seed: int = 0,
     device: str | None = None,
@@ -37,12 +38,13 @@ def clone(
         encoder: Exported folder, training checkpoint, or id on the Hugging Face hub.
         demonstrations: An .npz or HDF5 file with images (T, H, W, 3) uint8, actions (T, A), episodes (T,) and,
             optionally, proprioception (T, P); by default a task made up here: say where the red square is.
-        output: File for the policy. It must not exist.
+        output: Folder for the policy, which theia.load_policy reads. It must not exist.
         unfreeze: Blocks of the encoder to train, counted from the output; 0 keeps it frozen, and then each image is
             encoded once.
-        features: Patch tokens through convolutions, or a pooling of the encoder.
-        conv_norm: Layer norms in the convolutions, as in the authors' code.
-        input_norm: A batch norm in front of the MLP, likewise.
+        features: Patch tokens through convolutions (spatial), or one vector: cls, mean or max of the tokens; vector
+            takes cls, or else mean.
+        head: mlp predicts the next action; chunk and diffusion predict several at once.
+        chunk: Number of actions that the head predicts at once; by default, 10 for chunk and 4 for diffusion.
         held_out: Share of the episodes to score on.
         seed: Of weights, of the order of training, and of the episodes held out.
         device: Such as cuda:0; a GPU if there is one, by default.
@@ -56,43 +58,21 @@ def clone(
     """
     if output.exists():
         raise ConfigError(f"{output} exists. Move it, or give another --output.")
+    check_folder(output, "--output")
     data = colored_square(seed=seed) if demonstrations is None else read_demonstrations(demonstrations)
     seen, unseen = data.split(held_out, seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    body = theia.load(encoder).freeze()
+    body = theia.load(encoder)
+    sight = Sight(encoder, body, features)
     if unfreeze:
         body.unfreeze(None if unfreeze == "all" else unfreeze)
-    torch.manual_seed(seed)
-    options = PolicyOptions(
-        actions=data.actions.shape[1],
-        proprioception=0 if data.proprioception is None else data.proprioception.shape[1],
-        features=features,
-        conv_norm=conv_norm,
-        input_norm=input_norm,
-    )
-    policy = Policy(body, options).to(device)
-    train(policy, seen, training, seed)
-    save(policy, output)
+    policy, _ = train(sight, body.image_size, seen, training, head, chunk, seed, device)
+    save_policy(policy, output)
     error, blind = evaluate(policy, unseen), blind_error(seen, unseen)
     rows = [[number, *pair] for number, pair in enumerate(zip(error.tolist(), blind.tolist(), strict=True))]
     headers = ["action", "held-out error", "error of the best constant"]
     sys.stdout.write(f"{tabulate(rows, headers, floatfmt='.4g')}\n\nThe policy is in {output}.\n")
     return error, blind
-
-
-def save(policy: Policy, path: Path) -> None:
-    """Writes a policy under its name when it is whole, never a part of it.
-
-    Args:
-        policy: The policy.
-        path: The file; its folder is made.
-
-    Raises:
-        FileError: If it cannot be written, for instance on a full disk.
-    """
-    buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
-    torch.save(policy.checkpoint(), buffer)
-    write_whole(path, buffer.getvalue())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,11 @@ import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from theia.errors import ConfigError, FeatureError, ShapeError
+from theia.extraction.images import to_square
 
 SQUARE = (230, 30, 40)  # RGB
 
@@ -62,6 +64,20 @@ class Demonstrations:
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
         mask = torch.isin(self.episodes, names[order[:count]])
         return self[~mask], self[mask]
+
+    def in_order(self) -> "Demonstrations":
+        """The same with each episode in one piece, its steps in their order."""
+        return self[torch.argsort(self.episodes, stable=True)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of steps of each episode, where each is in one piece."""
+        return [len(part) for part in np.split(self.episodes, np.flatnonzero(np.diff(self.episodes)) + 1)]
+
+    def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+        """Images as an encoder is given them, uint8, shape ``(n, 3, size, size)``."""
+        images = self.images.numpy()
+        return np.stack([to_square(Image.fromarray(images[row]), size, "squash") for row in rows])
 
 
 def read_demonstrations(path: Path) -> Demonstrations:

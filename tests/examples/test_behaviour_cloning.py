@@ -13,11 +13,13 @@ import torch
 
 from examples.behaviour_cloning import __main__ as command
 from examples.behaviour_cloning.demonstrations import Demonstrations, colored_square, read_demonstrations
-from examples.behaviour_cloning.policy import Policy, PolicyOptions
-from examples.behaviour_cloning.training import TrainingOptions, blind_error, compute_features, evaluate, train
-from theia import Encoder
+from examples.behaviour_cloning.training import TrainingOptions, blind_error, evaluate, train
+from theia import Encoder, load_policy
 from theia.errors import ConfigError, DivergenceError, FeatureError, ShapeError
 from theia.models.architecture import Architecture
+from theia.policies import HeadKind
+from theia.policies.cloning import tokens_in_memory
+from theia.policies.sight import Features, Sight
 
 QUIET = TrainingOptions(epochs=2, batch_size=16, progress=False)
 
@@ -48,104 +50,85 @@ def random_demonstrations(steps: int = 24, state: int = 0) -> Demonstrations:
     )
 
 
+def sight_of(features: Features = "spatial", image_size: int = 32) -> Sight:
+    return Sight("tiny", tiny_encoder(image_size), features)
+
+
 def test_spatial_policy_on_a_frozen_encoder_beats_the_best_constant_on_new_episodes() -> None:
-    torch.manual_seed(0)
     seen, unseen = colored_square(episodes=120).split(0.2, seed=0)
-    policy = Policy(tiny_encoder(224), PolicyOptions(actions=2))
-    losses = train(policy, seen, TrainingOptions(epochs=6, batch_size=16, progress=False))
+    options = TrainingOptions(epochs=6, batch_size=16, progress=False)
+    policy, losses = train(sight_of(image_size=224), 224, seen, options)
     assert losses[-1] < 0.3 * losses[0]
     assert evaluate(policy, unseen).mean() < 0.7 * blind_error(seen, unseen).mean()
 
 
 def test_no_policy_beats_the_best_constant_where_the_square_is_not_in_sight() -> None:
     # If this failed, position would leak through something else than the square.
-    torch.manual_seed(0)
     seen, unseen = colored_square(episodes=60).split(0.2, seed=0)
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))
     shuffled = Demonstrations(seen.images[order], seen.actions, seen.episodes)
-    policy = Policy(tiny_encoder(224), PolicyOptions(actions=2))
-    train(policy, shuffled, TrainingOptions(epochs=3, batch_size=32, progress=False))
+    options = TrainingOptions(epochs=3, batch_size=32, progress=False)
+    policy, _ = train(sight_of(image_size=224), 224, shuffled, options)
     assert evaluate(policy, unseen).mean() > 0.9 * blind_error(shuffled, unseen).mean()
 
 
-def test_spatial_head_has_the_parameters_of_the_paper() -> None:
-    policy = Policy(tiny_encoder(224), PolicyOptions(actions=3, conv_norm=False, input_norm=False))
-    convolutions = (32 * 16 + 1) * 256 + 2 * (256 * 9 + 1) * 256
-    mlp = 2 * (256 + 1) * 256 + (256 + 1) * 3
-    heads = [*policy.reduction.parameters(), *policy.mlp.parameters()]
-    assert sum(parameter.numel() for parameter in heads) == convolutions + mlp
-
-
-def test_norms_add_their_parameters() -> None:
-    policy = Policy(tiny_encoder(224), PolicyOptions(actions=3))
-    layer_norms = sum(p.numel() for m in policy.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters())
-    encoder = sum(
-        p.numel() for m in policy.encoder.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()
-    )
-    assert layer_norms - encoder == 2 * 256 * (7 * 7 + 3 * 3 + 1)
-    assert isinstance(policy.mlp[0], torch.nn.BatchNorm1d)
-
-
-def test_frozen_encoder_sees_each_image_once_and_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
-    before = {name: tensor.clone() for name, tensor in policy.encoder.state_dict().items()}
-    seen, encode = [], policy.encode
-    monkeypatch.setattr(policy, "encode", lambda images: seen.append(len(images)) or encode(images))
-    train(policy, random_demonstrations(24), TrainingOptions(epochs=3, batch_size=16, progress=False))
+def test_frozen_encoder_sees_each_image_once_and_stays_as_it_was() -> None:
+    sight = sight_of("mean")
+    before = {name: tensor.clone() for name, tensor in sight.state_dict().items()}
+    seen: list[int] = []
+    sight.register_forward_hook(lambda module, given, tokens: seen.append(len(given[0])))
+    train(sight, 32, random_demonstrations(24), TrainingOptions(epochs=3, batch_size=16, progress=False))
     assert sum(seen) == 24
-    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.encoder.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sight.state_dict().items())
 
 
 def test_unfrozen_blocks_learn_and_the_others_do_not() -> None:
-    policy = Policy(tiny_encoder().unfreeze(1), PolicyOptions(actions=2, features="mean"))
-    before = {name: tensor.clone() for name, tensor in policy.encoder.state_dict().items()}
-    train(policy, random_demonstrations(), QUIET)
-    changed = {name for name, tensor in policy.encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    sight = sight_of("mean")
+    before = {name: tensor.clone() for name, tensor in sight.state_dict().items()}
+    assert sight.encoder is not None
+    sight.encoder.unfreeze(1)
+    train(sight, 32, random_demonstrations(), QUIET)
+    changed = {name for name, tensor in sight.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any("blocks.1." in name for name in changed)
     assert all("blocks.1." in name or "model.norm." in name for name in changed)
 
 
-def test_fine_tuning_lowers_the_loss_further_than_a_frozen_encoder() -> None:
-    options = TrainingOptions(epochs=12, batch_size=16, encoder_learning_rate=1e-3, progress=False)
-    losses = []
-    for encoder in (tiny_encoder(), tiny_encoder().unfreeze()):
-        torch.manual_seed(0)
-        policy = Policy(encoder, PolicyOptions(actions=2, features="mean", input_norm=False))
-        losses.append(train(policy, random_demonstrations(32), options)[-1])
-    assert losses[1] < 0.9 * losses[0]
-
-
-def test_proprioception_alone_can_be_learnt() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("head", ["mlp", "chunk"])
+def test_proprioception_alone_can_be_learnt(head: HeadKind) -> None:
     data = random_demonstrations(64, state=2)
     data = Demonstrations(data.images, 100 * data.proprioception + 7, data.episodes, data.proprioception)  # type: ignore[operator]
-    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, proprioception=2, features="mean"))
-    losses = train(policy, data, TrainingOptions(epochs=60, batch_size=16, progress=False))
+    options = TrainingOptions(epochs=60, batch_size=16, learning_rate=1e-3, progress=False)
+    policy, losses = train(sight_of("mean"), 32, data, options, head, 1)
     assert losses[-1] < 0.2 * losses[0]
     # In the units of the demonstrations, not standardised.
     assert evaluate(policy, data).mean() < 0.5 * data.actions.std()
 
 
+def test_steps_of_episodes_that_were_recorded_in_turn_are_put_in_order() -> None:
+    data = random_demonstrations(12)
+    turns = torch.arange(12).reshape(3, 4).T.flatten()
+    ordered = data[turns].in_order()
+    assert ordered.lengths == [4, 4, 4]
+    assert torch.equal(ordered.actions, data.actions)
+
+
 def test_cached_features_are_those_of_the_encoder() -> None:
-    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="max"))
-    images = random_demonstrations(20).images
-    expected = policy.encoder(images, pool="max")
-    torch.testing.assert_close(compute_features(policy, images, QUIET).float(), expected, atol=2e-3, rtol=2e-3)
+    sight, images = sight_of("max"), random_demonstrations(20).images
+    batches = (part.permute(0, 3, 1, 2).numpy() for part in images.split(8))
+    found = tokens_in_memory(sight, batches, 20, torch.device("cpu"))
+    expected = sight.encoder(images, pool="max")  # type: ignore[misc]
+    torch.testing.assert_close(torch.from_numpy(found.tokens[:, 0]).float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_images_of_another_size_are_resized() -> None:
-    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
-    flat = torch.full((1, 50, 70, 3), 130, dtype=torch.uint8)
-    torch.testing.assert_close(policy.encode(flat), policy.encode(flat[:, :32, :32]))
+    data = Demonstrations(torch.full((1, 50, 70, 3), 130, dtype=torch.uint8), torch.zeros(1, 2), torch.zeros(1))
+    assert np.array_equal(data.pictures(np.array([0]), 32), np.full((1, 3, 32, 32), 130))
 
 
 def test_same_seed_gives_the_same_policy() -> None:
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean"))
-        runs.append(train(policy, random_demonstrations(), QUIET, seed=5))
+    runs = [train(sight_of("mean"), 32, random_demonstrations(), QUIET, seed=5)[1] for _ in range(2)]
     assert runs[0] == runs[1]
+    assert train(sight_of("mean"), 32, random_demonstrations(), QUIET, seed=6)[1] != runs[0]
 
 
 def test_split_holds_out_whole_episodes() -> None:
@@ -190,14 +173,14 @@ def test_unusable_demonstrations_are_refused(
 
 
 def test_grid_too_small_for_the_convolutions_is_refused() -> None:
-    with pytest.raises(ShapeError, match="14x14"):
-        Policy(tiny_encoder(), PolicyOptions(actions=2))
+    with pytest.raises(ConfigError, match="6x6"):
+        train(sight_of(), 32, random_demonstrations(), QUIET)
 
 
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
-    policy = Policy(tiny_encoder(), PolicyOptions(actions=2, features="mean", input_norm=False))
-    with pytest.raises(DivergenceError, match="after epoch"):
-        train(policy, random_demonstrations(), TrainingOptions(epochs=2, learning_rate=1e30, progress=False))
+    options = TrainingOptions(epochs=2, learning_rate=1e30, progress=False)
+    with pytest.raises(DivergenceError, match="in epoch"):
+        train(sight_of("mean"), 32, random_demonstrations(), options, seed=1)
 
 
 def test_command_saves_a_policy_that_acts_as_it_did(
@@ -205,26 +188,26 @@ def test_command_saves_a_policy_that_acts_as_it_did(
 ) -> None:
     data = random_demonstrations(32)
     np.savez(tmp_path / "d.npz", **{name: value.numpy() for name, value in vars(data).items() if value is not None})
-    output = tmp_path / "out" / "policy.pt"
+    output = tmp_path / "out" / "policy"
     arguments = [
         f"--encoder={checkpoint}", f"--demonstrations={tmp_path / 'd.npz'}", f"--output={output}", "--features=mean",
         "--device=cpu", "--training.epochs=2", "--training.progress=false",
     ]  # fmt: skip
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    policy = Policy.restore(torch.load(output, weights_only=True))
+    policy = load_policy(output)
     error = evaluate(policy, data.split(0.2, seed=0)[1])
     assert all(f"{value:.4g}" in printed for value in error.tolist())
-    assert [path.name for path in output.parent.iterdir()] == ["policy.pt"]
+    assert [path.name for path in output.parent.iterdir()] == ["policy"]
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert command.main([*arguments, f"--output={tmp_path / 'full.pt'}"]) == 1
+        assert command.main([*arguments, f"--output={tmp_path / 'full'}"]) == 1
     assert "Disk full while writing" in capsys.readouterr().err
-    assert not (tmp_path / "full.pt").exists()
+    assert not (tmp_path / "full").exists()
     # A second run must not write over the first.
     assert command.main(arguments) == 1
     assert "exists" in capsys.readouterr().err

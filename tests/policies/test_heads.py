@@ -157,3 +157,11 @@ def test_the_same_noise_gives_the_same_actions():
     assert head(frames, known, noise).shape == (2, 4, 3)
     assert torch.equal(head(frames, known, noise), head(frames, known, noise))
     assert not torch.equal(head(frames, known, noise), head(frames, known, -noise))
+
+
+def test_the_spatial_head_has_the_parameters_of_the_paper_and_those_of_the_norms():
+    head = MLPHead(channels=32, grid=(14, 14), known=0, actions=3)
+    convolutions = (3 * 32 * 16 + 1) * 256 + 2 * (256 * 9 + 1) * 256
+    mlp = 3 * (256 + 1) * 256 + (256 + 1) * 3
+    norms = 2 * 256 * (7 * 7 + 3 * 3 + 1) + 2 * 256
+    assert sum(parameter.numel() for parameter in head.parameters()) == convolutions + mlp + norms

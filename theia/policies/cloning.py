@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class Training:
         make_head: Builds the head; called with torch's random numbers seeded.
         demonstrations: What it is fitted to.
         seed: Seed of initial weights and order.
-        path: File that the state is kept in.
+        path: File that the state is kept in, for a training that may be interrupted.
         device: Device of the head.
         epochs: Number of epochs of the whole training, along which a cosine goes.
         recipe: How to train; by default, as is usual for the head.
@@ -168,7 +168,7 @@ class Training:
         make_head: Callable[[], Head],
         demonstrations: Demonstrations,
         seed: int,
-        path: Path,
+        path: Path | None,
         device: torch.device,
         epochs: int = 100,
         recipe: Recipe | None = None,
@@ -195,8 +195,8 @@ class Training:
         self._rates = [float(group["lr"]) for group in groups]
         self.losses: list[float] = []
         self.seconds = 0.0
-        if path.is_file():
-            self._restore()
+        if path is not None and path.is_file():
+            self._restore(path)
 
     def advance(self, epoch: int) -> None:
         """Trains until an epoch is finished, and keeps the state.
@@ -216,8 +216,8 @@ class Training:
             started = time.monotonic()
             self.losses.append(self._epoch(len(self.losses)))
             self.seconds += time.monotonic() - started
-            if len(self.losses) > epoch or time.monotonic() - last_saved > _SAVE_EVERY_S:
-                self._save()
+            if self._path is not None and (len(self.losses) > epoch or time.monotonic() - last_saved > _SAVE_EVERY_S):
+                self._save(self._path)
                 last_saved = time.monotonic()
 
     def step(self, places: NDArray[np.int64], generator: torch.Generator | None = None) -> float:
@@ -283,8 +283,9 @@ class Training:
             total += self.step(places, generator) * len(places)
         loss = total / len(order)
         if not np.isfinite(loss):
+            of = "" if self._path is None else f" of {self._path.parent}"
             raise DivergenceError(
-                f"The loss is {loss} in epoch {epoch} of {self._path.parent}. Look for extreme values in the actions, "
+                f"The loss is {loss} in epoch {epoch}{of}. Look for extreme values in the actions, "
                 "or lower the learning rate."
             )
         return loss
@@ -295,18 +296,18 @@ class Training:
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = left * rate
 
-    def _save(self) -> None:
+    def _save(self, path: Path) -> None:
         state = {
             "policy": self.head.state_dict(), "optimizer": self._optimizer.state_dict(), "losses": self.losses,
             "seconds": self.seconds,
         }  # fmt: skip
         if self._tuning is not None:
             state["encoder"] = self._tuning.sight.state_dict()
-        write_whole(self._path, serialized(state))
+        write_whole(path, serialized(state))
 
-    def _restore(self) -> None:
+    def _restore(self, path: Path) -> None:
         try:
-            state = torch.load(self._path, map_location=self._device, weights_only=True)
+            state = torch.load(path, map_location=self._device, weights_only=True)
             _load_head(self.head, state["policy"])
             self._optimizer.load_state_dict(state["optimizer"])
             if self._tuning is not None:
@@ -315,8 +316,35 @@ class Training:
         except Exception as error:
             # Damaged files make torch raise nearly anything.
             raise CheckpointError(
-                f"{self._path} cannot be read ({type(error).__name__}: {error}). Delete it to train that policy anew."
+                f"{path} cannot be read ({type(error).__name__}: {error}). Delete it to train that policy anew."
             ) from error
+
+
+@torch.no_grad()
+def tokens_in_memory(
+    sight: Sight, pictures: Iterable[NDArray[np.uint8]], count: int, device: torch.device
+) -> FrameTokens:
+    """Tokens of demonstrations that fit into memory, in half precision.
+
+    Args:
+        sight: The encoder.
+        pictures: Batches of pictures, uint8, shape ``(B, 3, S, S)``.
+        count: Number of pictures in all.
+        device: Device of the encoder.
+
+    Returns:
+        The tokens, without statistics: for a head that takes them as they are.
+    """
+    kept, grid, start = np.zeros((0, 0, 0), np.float16), (0, 0), 0
+    for batch in pictures:
+        found = sight(torch.from_numpy(batch).to(device))
+        if not start:
+            # Once, whole: a list of batches would need the memory twice when it is put together.
+            kept, grid = np.empty((count, *found.patches.shape[1:]), np.float16), found.grid
+        kept[start : start + len(batch)] = found.patches.cpu().numpy()
+        start += len(batch)
+    channels = kept.shape[2]
+    return FrameTokens(kept, grid, np.zeros(channels), np.ones(channels), np.eye(channels))
 
 
 def batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
