@@ -321,6 +321,7 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
         f"Preset {name}: {settings.get('epochs')} epochs, {settings.get('rollouts')} rollouts of at most "
         f"{settings.get('horizon')} steps, {varied}"
         + ("." if list(factors) == list(demonstrated) else f"; demonstrations: {', '.join(demonstrated) or 'fixed'}."),
+        *_trained_otherwise(settings),
         f"{NOT_COMPARABLE}{'' if name == 'full' else _PRESETS_DIFFER.format(name=name)}.",
         *([f"{LOSSY}."] if about.get("demonstrations", {}).get("pictures") == "video" else []),
         "Controls: " + "; ".join(f"{control} is given {what}" for control, what in CONTROLS.items()) + ".",
@@ -345,6 +346,19 @@ def _shifted(paths: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
             record = _read(file)
             by_factor.setdefault(record["shift"], []).append([one["success"] for one in record["rollouts"]])
     return {factor: np.array(found, float) for factor, found in by_factor.items() if len(found) == len(paths)}
+
+
+def _trained_otherwise(settings: Mapping[str, Any]) -> list[str]:
+    """What differs from the paper's head for CortexBench on a frozen encoder."""
+    notes = []
+    if "head" in settings:
+        chunk = f", {settings['chunk']} actions at once" if settings.get("chunk") else ""
+        notes.append(
+            f"Head {settings['head']}{chunk}, {settings.get('execute') or 'all'} carried out between decisions."
+        )
+    if settings.get("encoder_rate") is not None:
+        notes.append(f"Encoders are trained with each policy, with a learning rate of {settings['encoder_rate']:g}.")
+    return notes
 
 
 def _joined(parts: Iterable[Results], seeds: set[int]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import check_folders
-from benchmarks.latency import cuda, runtimes
+from benchmarks.latency import control, cuda, runtimes
 from benchmarks.latency.report import results as records
 from benchmarks.latency.report import table
 from benchmarks.latency.rows import Row, measure
@@ -32,6 +32,7 @@ _MOST_IMAGES = 65536  # in a batch: ten gigabytes
 def bench(
     encoder: str | None = None,
     backbones: str | None = None,
+    policy: Path | None = None,
     batches: str = "1,32",
     pairs: int = 5,
     threads: int = 1,
@@ -39,10 +40,13 @@ def bench(
 ) -> Path:
     """Measures how long an encoder takes, in PyTorch and in other runtimes, and on a GPU if there is one.
 
+    With --policy, it measures how many actions a policy gives in a second on the CPU instead.
+
     Args:
         encoder: Model of your own to measure instead, in any form that theia.load takes.
         backbones: Backbones, as in 'theia fit', separated by commas; theia_tiny, theia_small and theia_base by default.
             theia_tiny gets a training of about a minute first; the others have random weights.
+        policy: Folder of a policy, as for theia.load_policy.
         batches: Batch sizes, separated by commas.
         pairs: Number of counted turns of every runtime.
         threads: Number of threads of every runtime.
@@ -56,9 +60,10 @@ def bench(
         BenchmarkError: If there is no such backbone or batch, or a runtime gives other results than the others.
         TheiaError: If the encoder cannot be loaded.
     """
-    if encoder is not None and backbones is not None:
+    if sum(given is not None for given in (encoder, backbones, policy)) > 1:
         raise BenchmarkError(
-            "--backbones names models to build here, --encoder a model of your own. Give one of the two."
+            "--backbones names models to build here, --encoder a model of your own, --policy a policy. Give one of "
+            "them."
         )
     chosen = [] if encoder is not None else [*THEIA_SHAPES] if backbones is None else comma_list(backbones)
     counts = comma_list(batches)
@@ -66,6 +71,8 @@ def bench(
     check_number("threads", threads, 1, MOST_PROCESSES)
     _check(chosen, counts)
     check_folders(results)
+    if policy is not None:
+        return _control(policy, pairs, threads, results)
     settings = {
         "backbones": chosen, "batches": counts, "pairs": pairs, "threads": threads, "own_encoder": bool(encoder)
     }  # fmt: skip
@@ -102,6 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.latency", description="Measures how long an encoder takes here.")
     parser.add_function_arguments(bench)
     return carry_out("benchmarks.latency", lambda: bench(**parser.parse_args(argv).as_dict()))
+
+
+def _control(policy: Path, turns: int, threads: int, results: Path) -> Path:
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = control.measure(policy, turns)
+    finally:
+        torch.set_num_threads(threads_before)
+    print(control.table(found))
+    record = {"versions": versions(), "machine": machine(), "settings": {"pairs": turns, "threads": threads}}
+    path = write(results, "control", {"policy": found}, record)
+    print(path)
+    return path
 
 
 def _models(own: str | None, backbones: list[str], training: dict[str, Any]) -> Iterator[tuple[str, str, Encoder]]:

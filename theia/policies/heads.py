@@ -229,7 +229,8 @@ class Head(nn.Module, ABC):
         """
         if self.scale == "none":
             return
-        self._set("known", known.mean(0), known.std(0, correction=0))
+        if known.shape[1]:
+            self._set("known", known.mean(0), known.std(0, correction=0))
         if self.scale == "standard":
             self._set("action", actions.mean(0), actions.std(0, correction=0))
         else:
