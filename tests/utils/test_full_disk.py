@@ -83,14 +83,21 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(
 
 
 # Rooms whose files go through theia.utils.files, and what they write otherwise, with the reason.
-ROOMS = ("theia/cli", "theia/training", "theia/analysis", "theia/ablation", "theia/decoding", "benchmarks")
+ROOMS = (
+    "theia/cli",
+    "theia/training",
+    "theia/analysis",
+    "theia/ablation",
+    "theia/decoding",
+    "theia/policies",
+    "benchmarks",
+)
 OTHERWISE = {
     "theia/ablation/launch.py": {
         "self.run.log.open('ab')": "what a run says, line by line",
         "job.run.log.open('a')": "likewise",
     },
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
-    "benchmarks/cortexbench/cloning.py": {"torch.save(state, buffer)": "into memory"},
     "benchmarks/cortexbench/reporting.py": {"print_png(str(temporary))": "inside replacing()"},
     "benchmarks/cortexbench/rollouts.py": {"load_av().open(str(temporary)": "inside replacing()"},
     "theia/analysis/page.py": {"savefig(content": "into memory"},
@@ -106,6 +113,8 @@ OTHERWISE = {
     "theia/cli/ablate.py": {"parser.dump": "into memory"},
     "theia/cli/data.py": {"super().dump": "into memory"},
     "theia/training/callbacks.py": {"savefig(temporary": "inside replacing()"},
+    "theia/policies/cloning.py": {"torch.save(state, buffer)": "into memory"},
+    "theia/policies/policy.py": {"part /": "inside writing()", "save(tensors": "into memory"},
     "theia/probing/display.py": {"print_png(str(temporary))": "inside replacing()"},
     "theia/probing/comparison.py": {
         "temporary.open('wb')": "inside replacing()", "np.savez(file": "into that file",
