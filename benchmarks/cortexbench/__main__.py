@@ -12,8 +12,6 @@ from theia.cli.parser import Parser
 _PROG = "python -m benchmarks.cortexbench"
 _COMMANDS: dict[str, Callable[..., str]] = {"collect": collect, "run": run, "report": report, "export": export}
 
-_POSITIONAL = ("report", "export")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, function in _COMMANDS.items():
         about = inspect.getdoc(function) or ""
         command = Parser(description=about.partition("\n\nArgs:")[0])
-        command.add_function_arguments(function, as_positional=name in _POSITIONAL)
+        command.add_function_arguments(function, as_positional=name == "report")
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
 
     def chosen() -> None:

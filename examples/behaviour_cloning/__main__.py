@@ -10,18 +10,25 @@ from jsonargparse import ArgumentParser
 from tabulate import tabulate
 
 import theia
-from examples.behaviour_cloning.demonstrations import colored_square, read_demonstrations
+from examples.behaviour_cloning.demonstrations import (
+    Demonstrations,
+    colored_square,
+    read_demonstrations,
+    read_recording,
+)
 from examples.behaviour_cloning.training import TrainingOptions, blind_error, evaluate, train
 from theia.errors import ConfigError, TheiaError
 from theia.policies import HeadKind
 from theia.policies.policy import save_policy
 from theia.policies.sight import Features, Sight
+from theia.trajectories.lerobot import LeRobotFolder
 from theia.utils.files import check_folder
 
 
 def clone(
     encoder: str,
     demonstrations: Path | None = None,
+    camera: str | None = None,
     output: Path = Path("policy"),
     unfreeze: int | Literal["all"] = 0,
     features: Features = "spatial",
@@ -36,8 +43,10 @@ def clone(
 
     Args:
         encoder: Exported folder, training checkpoint, or id on the Hugging Face hub.
-        demonstrations: An .npz or HDF5 file with images (T, H, W, 3) uint8, actions (T, A), episodes (T,) and,
-            optionally, proprioception (T, P); by default a task made up here: say where the red square is.
+        demonstrations: A data set folder of LeRobot, or an .npz or HDF5 file with images (T, H, W, 3) uint8, actions
+            (T, A), episodes (T,) and, optionally, proprioception (T, P); by default a task made up here: say where the
+            red square is.
+        camera: Camera of the data set; by default, the only one.
         output: Folder for the policy, which theia.load_policy reads. It must not exist.
         unfreeze: Blocks of the encoder to train, counted from the output; 0 keeps it frozen, and then each image is
             encoded once.
@@ -59,10 +68,10 @@ def clone(
     if output.exists():
         raise ConfigError(f"{output} exists. Move it, or give another --output.")
     check_folder(output, "--output")
-    data = colored_square(seed=seed) if demonstrations is None else read_demonstrations(demonstrations)
+    body = theia.load(encoder)
+    data = _read(demonstrations, camera, body.image_size, seed)
     seen, unseen = data.split(held_out, seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    body = theia.load(encoder)
     sight = Sight(encoder, body, features)
     if unfreeze:
         body.unfreeze(None if unfreeze == "all" else unfreeze)
@@ -73,6 +82,14 @@ def clone(
     headers = ["action", "held-out error", "error of the best constant"]
     sys.stdout.write(f"{tabulate(rows, headers, floatfmt='.4g')}\n\nThe policy is in {output}.\n")
     return error, blind
+
+
+def _read(path: Path | None, camera: str | None, size: int, seed: int) -> Demonstrations:
+    if path is not None and path.is_dir():
+        return read_recording(LeRobotFolder(path), camera, size)
+    if camera is not None:
+        raise ConfigError("--camera is about data sets of LeRobot. Leave it out, or give --demonstrations FOLDER.")
+    return colored_square(seed=seed) if path is None else read_demonstrations(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

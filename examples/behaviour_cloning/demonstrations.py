@@ -1,7 +1,7 @@
 """Demonstrations: from a file, or a small task made up here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from theia.errors import ConfigError, FeatureError, ShapeError
 from theia.extraction.images import to_square
+from theia.trajectories.lerobot import ACTION, STATE, LeRobotFolder
 
 SQUARE = (230, 30, 40)  # RGB
 
@@ -27,12 +29,18 @@ class Demonstrations:
         actions: What was done, float32, shape ``(T, A)``.
         episodes: Which episode each step belongs to, int64, shape ``(T,)``.
         proprioception: State of the robot, float32, shape ``(T, P)``, or ``None``.
+        frames_per_s: Rate of the steps, if it is known.
+        action_names: Names of the values of an action, as far as they are known.
+        state_names: Names of the values of the state, as far as they are known.
     """
 
     images: Tensor
     actions: Tensor
     episodes: Tensor
     proprioception: Tensor | None = None
+    frames_per_s: float | None = None
+    action_names: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -40,7 +48,8 @@ class Demonstrations:
     def __getitem__(self, steps: Tensor) -> "Demonstrations":
         """The same with some of the steps; ``steps`` holds indices or a mask."""
         state = None if self.proprioception is None else self.proprioception[steps]
-        return Demonstrations(self.images[steps], self.actions[steps], self.episodes[steps], state)
+        images, actions, episodes = self.images[steps], self.actions[steps], self.episodes[steps]
+        return replace(self, images=images, actions=actions, episodes=episodes, proprioception=state)
 
     def split(self, held_out: float, seed: int) -> tuple["Demonstrations", "Demonstrations"]:
         """Holds out whole episodes: neighbouring steps look alike, so a split by steps would hide overfitting.
@@ -92,7 +101,10 @@ def read_demonstrations(path: Path) -> Demonstrations:
         FeatureError: If actions or proprioception hold values that are no numbers.
     """
     if not path.is_file():
-        raise ConfigError(f"There is no file {path}. Give an .npz or HDF5 file, or none for the task made up here.")
+        raise ConfigError(
+            f"There is no file {path}. Give an .npz or HDF5 file, a folder of LeRobot, or none for "
+            "the task made up here."
+        )
     try:
         if path.suffix == ".npz":
             with np.load(path) as archive:
@@ -102,6 +114,34 @@ def read_demonstrations(path: Path) -> Demonstrations:
             return _checked(arrays, path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as .npz or HDF5 ({error}). Write it again.") from error
+
+
+def read_recording(folder: LeRobotFolder, camera: str | None, size: int) -> Demonstrations:
+    """Reads a data set of LeRobot into memory, 150 kB for each frame of 224 pixels.
+
+    Args:
+        folder: The data set, whose columns ``action`` and, if there is one, ``observation.state`` are taken.
+        camera: Name of the camera; by default, the only one.
+        size: Height and width that frames are squashed to, in pixels.
+
+    Raises:
+        ConfigError: If there is no such camera or no action.
+        TrajectoryError: If a file is damaged.
+    """
+    key, actions = folder.camera(camera), folder.column(ACTION)
+    images = np.empty((folder.frame_count, size, size, 3), np.uint8)
+    for episode in tqdm(folder.episodes, "decode", unit="episode", disable=None):
+        for step, frame in enumerate(folder.frames(episode, key, range(episode.length)), episode.start):
+            images[step] = to_square(frame, size, "squash").transpose(1, 2, 0)
+    return Demonstrations(
+        torch.from_numpy(images),
+        torch.from_numpy(actions),
+        torch.from_numpy(np.repeat([one.index for one in folder.episodes], [one.length for one in folder.episodes])),
+        torch.from_numpy(folder.column(STATE)) if STATE in folder.features else None,
+        folder.frames_per_s,
+        folder.features[ACTION].names or (),
+        folder.features[STATE].names or () if STATE in folder.features else (),
+    )
 
 
 def colored_square(

@@ -104,7 +104,8 @@ def train(
     for epoch in bar:
         training.advance(epoch)
         bar.set_postfix(loss=f"{training.losses[-1]:.4f}")
-    return Policy(training.head, sight, About(size), place), training.losses
+    about = About(size, data.frames_per_s, data.state_names, data.action_names)
+    return Policy(training.head, sight, about, place), training.losses
 
 
 def evaluate(policy: Policy, demonstrations: Demonstrations) -> Tensor:

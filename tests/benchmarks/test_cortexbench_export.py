@@ -38,7 +38,7 @@ def test_a_policy_is_exported_with_its_encoder_and_all_that_a_robot_must_know(tm
     head = ChunkHead(192, (7, 7), 4, 4, 24, 5)
     about = {"image_size": 224, "execute": 2, "frames_per_s": 80.0, "state_names": ("x", "y", "z", "grip")}
     folder = finished(tmp_path / "run", "random:theia_tiny", head, **about)
-    assert command.main(["export", str(folder), str(tmp_path / "policy")]) == 0
+    assert command.main(["export", f"--policy={folder}", f"--out={tmp_path / 'policy'}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
     policy = theia.load_policy(tmp_path / "policy")
     assert (policy.execute, policy.about.frames_per_s, policy.about.state_names[3]) == (2, 80.0, "grip")
@@ -58,7 +58,7 @@ def test_weights_that_were_trained_with_a_policy_go_with_it(tmp_path):
     weights = {name: tensor + 0.01 for name, tensor in eyes.sight.state_dict().items() if tensor.is_floating_point()}
     weights = {**eyes.sight.state_dict(), **weights}
     folder = finished(tmp_path / "run", "random:theia_tiny", MLPHead(192, (14, 14), 4, 4), weights=weights)
-    assert command.main(["export", str(folder / "policy.pt"), str(tmp_path / "policy")]) == 0
+    assert command.main(["export", f"--policy={folder / 'policy.pt'}", f"--out={tmp_path / 'policy'}"]) == 0
     found = theia.load_policy(tmp_path / "policy").sight.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
@@ -66,16 +66,16 @@ def test_weights_that_were_trained_with_a_policy_go_with_it(tmp_path):
 def test_an_encoder_that_has_changed_since_is_refused(tmp_path, capsys):
     folder = finished(tmp_path / "run", "pixels", MLPHead(3, (16, 16), 4, 4))
     (folder.parents[1] / "encoder.json").write_text(json.dumps({"features of noise": [0.1, 0.2, 0.3]}))
-    assert command.main(["export", str(folder), str(tmp_path / "policy")]) == 1
+    assert command.main(["export", f"--policy={folder}", f"--out={tmp_path / 'policy'}"]) == 1
     assert "weights have changed since" in capsys.readouterr().err
     assert not (tmp_path / "policy").exists()
 
 
 def test_the_folder_of_a_run_is_not_that_of_a_policy(tmp_path, capsys):
     folder = finished(tmp_path / "run", "blind", MLPHead(0, (1, 1), 4, 4))
-    assert command.main(["export", str(tmp_path / "run"), str(tmp_path / "policy")]) == 1
+    assert command.main(["export", f"--policy={tmp_path / 'run'}", f"--out={tmp_path / 'policy'}"]) == 1
     assert f"There is {folder}" in capsys.readouterr().err
-    assert command.main(["export", str(folder), str(tmp_path / "policy")]) == 0
+    assert command.main(["export", f"--policy={folder}", f"--out={tmp_path / 'policy'}"]) == 0
     assert theia.load_policy(tmp_path / "policy").act(state=np.zeros(4)).shape == (4,)
 
 
@@ -113,7 +113,7 @@ def test_in_the_simulator_the_exported_policy_does_as_in_the_benchmark(tmp_path,
     train = ["run", "--encoders", "pixels", "--data", str(data), "--out", str(run), "--preset=small", "--epochs=30"]
     assert command.main([*train, "--rollouts=6", "--seeds=100", "--workers=1", *options]) == 0
     (folder,) = (run / "policies").glob("*/*/seed-100")
-    assert command.main(["export", str(folder), str(tmp_path / "policy")]) == 0
+    assert command.main(["export", f"--policy={folder}", f"--out={tmp_path / 'policy'}"]) == 0
     rollouts = json.loads((folder / "rollouts-029.json").read_text())["rollouts"]
     before = [{name: one[name] for name in ("seed", "success", "first_success", "steps")} for one in rollouts]
     assert closed_loop(run, tmp_path / "policy", "reach-v3", before) == before
@@ -130,7 +130,7 @@ def test_an_encoder_is_trained_with_the_policy_and_exported(tmp_path, capsys):
     assert command.main([*train, *options]) == 0
     assert "At most about" in capsys.readouterr().err
     (folder,) = (run / "policies").glob("*/*/seed-100")
-    assert command.main(["export", str(folder), str(tmp_path / "policy")]) == 0
+    assert command.main(["export", f"--policy={folder}", f"--out={tmp_path / 'policy'}"]) == 0
     trained = theia.load_policy(tmp_path / "policy").sight.encoder
     (eyes,) = open_all(["random:theia_tiny"], "spatial", torch.device("cpu"))
     before = dict(eyes.sight.encoder.distiller.student.named_parameters())

@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from examples.behaviour_cloning import __main__ as command
-from examples.behaviour_cloning.demonstrations import Demonstrations, colored_square, read_demonstrations
+from examples.behaviour_cloning.demonstrations import (
+    Demonstrations,
+    colored_square,
+    read_demonstrations,
+    read_recording,
+)
 from examples.behaviour_cloning.training import TrainingOptions, blind_error, evaluate, train
 from theia import Encoder, load_policy
 from theia.errors import ConfigError, DivergenceError, FeatureError, ShapeError
@@ -48,6 +53,10 @@ def random_demonstrations(steps: int = 24, state: int = 0) -> Demonstrations:
         episodes=torch.arange(steps) // 4,
         proprioception=torch.randn(steps, state, generator=generator) if state else None,
     )
+
+
+def arrays_of(data: Demonstrations) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in vars(data).items() if isinstance(value, torch.Tensor)}
 
 
 def sight_of(features: Features = "spatial", image_size: int = 32) -> Sight:
@@ -141,7 +150,7 @@ def test_split_holds_out_whole_episodes() -> None:
 @pytest.mark.parametrize("kind", ["npz", "h5"])
 def test_demonstrations_come_back_from_a_file(tmp_path: Path, kind: str) -> None:
     data = random_demonstrations(state=3)
-    arrays = {name: value.numpy() for name, value in vars(data).items()}
+    arrays = arrays_of(data)
     path = tmp_path / f"demonstrations.{kind}"
     if kind == "npz":
         np.savez(path, **arrays)
@@ -150,7 +159,44 @@ def test_demonstrations_come_back_from_a_file(tmp_path: Path, kind: str) -> None
             for name, value in arrays.items():
                 file[name] = value
     read = read_demonstrations(path)
-    assert all(torch.equal(value, vars(read)[name]) for name, value in vars(data).items())
+    assert arrays_of(read).keys() == arrays_of(data).keys()
+    assert all(np.array_equal(value, arrays_of(read)[name]) for name, value in arrays_of(data).items())
+
+
+def test_a_recording_of_lerobot_becomes_a_policy_that_knows_its_names_and_rate(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    from theia.trajectories.lerobot import LeRobotFolder
+    from theia.trajectories.lerobot_writer import LeRobotWriter
+
+    values = {"action": ["dx", "dy"], "observation.state": ["x"]}
+    writer = LeRobotWriter(tmp_path / "data", 20, values, {"observation.images.top": (16, 16)}, ["reach"], "image")
+    for number, length in enumerate((3, 5, 4)):
+        frames = np.full((length, 16, 16, 3), 10 * number, np.uint8)
+        rows = {
+            "action": np.full((length, 2), number, np.float32),
+            "observation.state": np.ones((length, 1), np.float32),
+        }
+        writer.write(number, "reach", rows, {"observation.images.top": frames}, {})
+    writer.finish()
+    data = read_recording(LeRobotFolder(tmp_path / "data"), "top", 32)
+    assert data.lengths == [3, 5, 4]
+    assert data.images.shape == (12, 32, 32, 3)
+    assert torch.equal(data.images[:, 0, 0, 0].int(), 10 * data.episodes.int())
+    assert torch.equal(data.actions[:, 1].int(), data.episodes.int())
+    options = [f"--demonstrations={tmp_path / 'data'}", "--features=mean", "--training.epochs=1", "--device=cpu"]
+    arguments = [f"--encoder={checkpoint}", f"--output={tmp_path / 'policy'}", *options]
+    assert command.main(arguments) == 0
+    policy = load_policy(tmp_path / "policy")
+    assert (policy.about.frames_per_s, policy.about.action_names, policy.about.state_names) == (
+        20,
+        ("dx", "dy"),
+        ("x",),
+    )
+    assert policy.act(np.zeros((16, 16, 3), np.uint8), [1.0]).shape == (2,)
+    assert command.main([*arguments, f"--output={tmp_path / 'other'}", "--camera=wrist"]) == 1
+    assert "wrist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,7 +211,7 @@ def test_demonstrations_come_back_from_a_file(tmp_path: Path, kind: str) -> None
 def test_unusable_demonstrations_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], error: type[Exception], message: str
 ) -> None:
-    arrays = {name: value.numpy() for name, value in vars(random_demonstrations()).items() if value is not None}
+    arrays = arrays_of(random_demonstrations())
     change(arrays)
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(error, match=message):
@@ -187,7 +233,7 @@ def test_command_saves_a_policy_that_acts_as_it_did(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random_demonstrations(32)
-    np.savez(tmp_path / "d.npz", **{name: value.numpy() for name, value in vars(data).items() if value is not None})
+    np.savez(tmp_path / "d.npz", **arrays_of(data))
     output = tmp_path / "out" / "policy"
     arguments = [
         f"--encoder={checkpoint}", f"--demonstrations={tmp_path / 'd.npz'}", f"--output={output}", "--features=mean",
