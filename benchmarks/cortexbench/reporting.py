@@ -356,8 +356,10 @@ def _trained_otherwise(settings: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Head {settings['head']}{chunk}, {settings.get('execute') or 'all'} carried out between decisions."
         )
-    if settings.get("encoder_rate") is not None:
-        notes.append(f"Encoders are trained with each policy, with a learning rate of {settings['encoder_rate']:g}.")
+    if settings.get("encoder_learning_rate") is not None:
+        notes.append(
+            f"Encoders are trained with each policy, with a learning rate of {settings['encoder_learning_rate']:g}."
+        )
     return notes
 
 

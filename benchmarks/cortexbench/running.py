@@ -59,13 +59,13 @@ class Learner:
         head: Kind of the head.
         chunk: Number of actions that it predicts at once; ``None`` for what is usual.
         execute: Number of those that are carried out before the next decision; ``None`` for all.
-        encoder_rate: Learning rate of the encoder; ``None`` for a frozen one.
+        encoder_learning_rate: Learning rate of the encoder; ``None`` for a frozen one.
     """
 
     head: HeadKind = "mlp"
     chunk: int | None = None
     execute: int | None = None
-    encoder_rate: float | None = None
+    encoder_learning_rate: float | None = None
 
     @property
     def predicted(self) -> int:
@@ -114,7 +114,7 @@ def run(
     chosen = tuple(seed_numbers(seeds)) if seeds else plan.preset.seeds
     shifts = _shifts(shift, plan)
     eyes = open_all(encoders, features, device)
-    if learner.encoder_rate is not None:
+    if learner.encoder_learning_rate is not None:
         _check_trainable(eyes)
     with alone(out):
         _check_record(plan, out)
@@ -384,7 +384,7 @@ class _Run:
         return HEADS[learner.head](eyes.channels, grid, known, len(ACTIONS), self.plan.preset.components, learner.chunk)
 
     def _tunes(self, eyes: Eyes) -> bool:
-        return self.plan.learner.encoder_rate is not None and eyes.sight is not None and eyes.name != PIXELS
+        return self.plan.learner.encoder_learning_rate is not None and eyes.sight is not None and eyes.name != PIXELS
 
     def _tuning(self, eyes: Eyes) -> FineTuning | None:
         """A copy of the encoder to train, for one policy."""
@@ -393,7 +393,7 @@ class _Run:
         sight: Sight = copy.deepcopy(eyes.tokens_of)  # type: ignore[assignment]
         if sight.encoder is not None:
             sight.encoder.unfreeze()
-        return FineTuning(sight, self.plan.learner.encoder_rate or 0.0)
+        return FineTuning(sight, self.plan.learner.encoder_learning_rate or 0.0)
 
     def _forecast(self, eyes: Sequence[Eyes], recording: TaskRecording, simulators: Simulators) -> str:
         """Measures one step of everything, and says how long the rest will take at most."""
@@ -529,14 +529,14 @@ def _check_record(plan: _Plan, out: Path) -> None:
     different = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if different:
         said = "; ".join(
-            "other demonstrations" if name == "data" else f"{_said(name, before)}, not {_said(name, now)}"
+            "other demonstrations" if name == "data" else f"{name} {_setting(name, before)}, not {_setting(name, now)}"
             for name in different
         )
         raise ConfigError(f"{out} was begun with {said}. Go on with the same, or give a new folder.")
 
 
-def _said(name: str, settings: dict[str, Any]) -> str:
-    return f"{name} {settings.get(name, asdict(Learner()).get(name))}"
+def _setting(name: str, settings: dict[str, Any]) -> Any:
+    return settings.get(name, asdict(Learner()).get(name))
 
 
 def _say(text: str) -> None:

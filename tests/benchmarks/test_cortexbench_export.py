@@ -140,7 +140,7 @@ def test_an_encoder_is_trained_with_the_policy_and_exported(tmp_path, capsys):
     found = closed_loop(run, tmp_path / "policy", "reach-v3", rollouts)
     assert [one["steps"] for one in found] == [one["steps"] for one in rollouts]
     assert command.main([*train, *options[:-2], "--workers=1"]) == 1
-    assert "begun with encoder_rate 1e-05, not encoder_rate None" in capsys.readouterr().err
+    assert "begun with encoder_learning_rate 1e-05, not None" in capsys.readouterr().err
 
 
 @needs_simulator
