@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.cortexbench.collect import collect
 from benchmarks.cortexbench.commands import export, report, run
+from benchmarks.cortexbench.originals import import_originals
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
 
 _PROG = "python -m benchmarks.cortexbench"
-_COMMANDS: dict[str, Callable[..., str]] = {"collect": collect, "run": run, "report": report, "export": export}
+_COMMANDS: dict[str, Callable[..., str]] = {
+    "collect": collect, "import": import_originals, "run": run, "report": report, "export": export,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Records demonstrations of many tasks in several processes, whole after any kill."""
+"""Records experts' demonstrations of many tasks in several processes, whole after any kill."""
 
 import json
 import multiprocessing
@@ -20,27 +20,30 @@ from tqdm import tqdm
 from benchmarks.cortexbench.demonstrations import MOST_EPISODES, Plan, demonstrate
 from benchmarks.cortexbench.scenes import check_factors
 from benchmarks.cortexbench.simulation import (
-    HORIZON,
+    DISTRIBUTIONS,
     Environment,
     Quality,
     SimulationError,
     check_installed,
     find_opengl,
-    find_tasks,
+    open_environment,
 )
+from benchmarks.cortexbench.tasks import NO_EXPERT, TASKS, check_fit, find_tasks, folders_of
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
 from theia.utils.files import alone, check_folder, jsonable, write_whole
 from theia.utils.provenance import installed
 
-_RECORD = "meta/collection.json"
+RECORD = "meta/collection.json"
 _MOST_PIXELS = 2048
 _MOST_SEED = 2**31
+_MOST_AFTER_SUCCESS = 500
 
-# For the forecast: steps until success, in the middle over MetaWorld's tasks, and the size of a frame in a video.
+# For the forecast: steps until success, in the middle over MetaWorld's tasks, and the number of steps that are tried.
 _TYPICAL_STEPS = 78
-_FORECAST_PICTURES = 10
+_FORECAST_STEPS = 10
+_BESIDES = {"metaworld": ("gymnasium", "numpy"), "dmc": ("numpy",), "adroit": ("gymnasium", "numpy")}
 
 NOT_COMPARABLE = (
     "These demonstrations are by other experts, on other physics, than those of the paper: success that is reached "
@@ -58,6 +61,7 @@ class TaskSummary(NamedTuple):
         at_end: Number of demonstrations whose last step still fulfils the task.
         steps: Number of steps of all demonstrations.
         seconds: Time of one process for moving and rendering.
+        scores: Score of each demonstration, between 0 and 100; empty for a task with success.
     """
 
     task: str
@@ -66,6 +70,7 @@ class TaskSummary(NamedTuple):
     at_end: int
     steps: int
     seconds: float
+    scores: tuple[float, ...] = ()
 
 
 def collect(
@@ -81,20 +86,24 @@ def collect(
     workers: int | None = None,
     seed: int = 0,
 ) -> str:
-    """Records demonstrations by MetaWorld's scripted experts as a data set folder of LeRobot.
+    """Records demonstrations by experts as data set folders of LeRobot: scripted in MetaWorld, planned in DM Control.
 
     The same command goes on with a recording that was interrupted; with more episodes, it adds to one.
 
     Args:
-        tasks: Names of tasks, such as drawer-open,hammer, separated by commas; metaworld stands for CortexBench's five.
-        out: Folder for the data set.
-        episodes: Number of demonstrations of each task. Those that fail are dropped, and replaced by the next seed.
+        tasks: Names of tasks, such as drawer-open,walker-walk, separated by commas; metaworld and dmc stand for
+            CortexBench's five of each.
+        out: Folder for the data set of MetaWorld's tasks. Tasks with other actions have data sets of their own in it,
+            in folders that are named like the task.
+        episodes: Number of demonstrations of each task. Those that fail are dropped, and replaced by the next seed; in
+            DM Control, those whose score is far below that of the expert.
         vary: What differs between episodes: any of camera, light, texture and distractor, separated by commas. By
-            default, nothing.
+            default, nothing. Distractors lie on a table, which DM Control has not.
         size: Height and width of the pictures, in pixels.
         noise: Standard deviation of the noise that is added to the expert's actions, which lie between -1 and 1. What
             the expert wanted is recorded too.
-        after_success: Number of steps that are recorded after the first success. 500 gives the paper's whole horizon.
+        after_success: Number of steps that are recorded after the first success. 500 gives the paper's whole horizon,
+            which episodes of DM Control always have.
         quality: Quality of the pictures. The fast one is without antialiasing, shadows and reflections.
         pictures: How the pictures are kept: video is lossy, image is PNG files inside the tables.
         workers: Number of processes; by default, as many as there are cores.
@@ -104,7 +113,8 @@ def collect(
         A table of what the folder holds.
 
     Raises:
-        ConfigError: If an option is wrong, the simulator is not installed, or another process works in the folder.
+        ConfigError: If an option is wrong, a task has no expert, a simulator is not installed, or another process works
+            in the folder.
         TrajectoryError: If the folder holds another data set.
         SimulationError: If an expert fails again and again, or a process is killed.
     """
@@ -112,17 +122,33 @@ def collect(
     check_number("episodes", episodes, 1, MOST_EPISODES)
     check_number("size", size, 16, _MOST_PIXELS)
     check_number("noise", noise, 0, 1)
-    check_number("after_success", after_success, 0, HORIZON)
+    check_number("after_success", after_success, 0, _MOST_AFTER_SUCCESS)
     check_number("workers", workers, 1, MOST_PROCESSES)
     check_number("seed", seed, 0, _MOST_SEED)
     if size % 2 and pictures == "video":
         raise ConfigError(f"--size is {size}; videos need an even number. Or keep the pictures with --pictures image.")
     factors = check_factors(comma_list(vary))
     check_folder(out, "--out")
-    plan = Plan(tuple(find_tasks(comma_list(tasks))), seed, factors, noise, after_success, size, quality, pictures)
+    names = find_tasks(comma_list(tasks))
+    for name in names:
+        if TASKS[name].simulator == "adroit":
+            raise ConfigError(NO_EXPERT.format(task=name))
+    check_fit(names, factors)
+    check_installed(TASKS[name].simulator for name in names)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with alone(out):
-        return _record(plan, out, episodes, workers or cores)
+        return "\n\n".join(
+            [
+                *(
+                    _record(
+                        Plan(tuple(some), seed, factors, noise, after_success, size, quality, pictures),
+                        out / place, episodes, workers or cores,
+                    )
+                    for place, some in folders_of(names).items()
+                ),
+                NOT_COMPARABLE,
+            ]
+        )  # fmt: skip
 
 
 def summarize(rows: Iterable[Mapping[str, Any]]) -> list[TaskSummary]:
@@ -142,9 +168,10 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[TaskSummary]:
             task,
             len(mine),
             len(mine) + sum(row["dropped"] for row in mine),
-            sum(row["success_at_end"] for row in mine),
+            sum(row.get("success_at_end") or 0 for row in mine),
             sum(row["length"] for row in mine),
             sum(row["seconds"] for row in mine),
+            tuple(row["score"] for row in mine if row.get("score") is not None),
         )
         for task, mine in by_task.items()
     ]
@@ -152,56 +179,73 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> list[TaskSummary]:
 
 def table(summaries: Sequence[TaskSummary]) -> str:
     """The summaries as text."""
-    rows = [
-        (
-            one.task, one.episodes, f"{one.episodes / one.attempts:.0%}", one.attempts - one.episodes,
-            f"{one.at_end / one.episodes:.0%}", f"{one.steps / one.episodes:.0f}", f"{one.seconds:.0f}",
-            f"{one.steps / one.seconds:.0f}",
-        )
-        for one in summaries
-    ]  # fmt: skip
-    headers = ("task", "episodes", "success", "dropped", "at last step", "steps", "seconds", "frames/s")
-    return str(tabulate(rows, headers))
+    rows: list[tuple[Any, ...]] = []
+    has_scores = any(one.scores for one in summaries)
+    for one in summaries:
+        outcome: tuple[Any, ...] = (
+            f"{one.episodes / one.attempts:.0%}", one.attempts - one.episodes, f"{one.at_end / one.episodes:.0%}",
+        )  # fmt: skip
+        if has_scores:
+            scores = one.scores or (float("nan"),)
+            outcome = (f"{sum(scores) / len(scores):.1f}", f"{min(scores):.1f}", one.attempts - one.episodes)
+        rows.append(
+            (
+                one.task, one.episodes, *outcome, f"{one.steps / one.episodes:.0f}", f"{one.seconds:.0f}",
+                f"{one.steps / one.seconds:.0f}",
+            )
+        )  # fmt: skip
+    outcome = ("score", "lowest", "dropped") if has_scores else ("success", "dropped", "at last step")
+    return str(tabulate(rows, ("task", "episodes", *outcome, "steps", "seconds", "frames/s")))
 
 
 def _record(plan: Plan, out: Path, episodes: int, workers: int) -> str:
     find_opengl()
     started = time.monotonic()
-    with Environment(plan.tasks[0], plan.size, plan.quality, plan.vary) as environment:
-        writer = plan.open_writer(out, environment.frames_per_s)
-        _check_record(plan, out)
-        jobs = [
-            (task, number)
-            for task in plan.tasks
-            for number in range(episodes)
-            if not writer.has(plan.index(task, number))
-        ]
-        if jobs:
-            workers = min(workers, len(jobs))
+    writer = plan.open_writer(out)
+    simulator = TASKS[plan.tasks[0]].simulator
+    check_record(
+        out, {**asdict(plan), "simulator": installed((DISTRIBUTIONS[simulator], "mujoco", *_BESIDES[simulator]))}
+    )
+    jobs = [
+        (task, number) for task in plan.tasks for number in range(episodes) if not writer.has(plan.index(task, number))
+    ]
+    processes = max(1, min(workers, len(jobs)))
+    threads = max(1, workers // processes)
+    if jobs:
+        with open_environment(plan.tasks[0], plan.size, plan.quality, plan.vary) as environment:
+            environment.threads = threads
             there = len(plan.tasks) * episodes - len(jobs)
-            tqdm.write(_forecast(environment, plan, len(jobs), there, workers), file=sys.stderr)
-    _work(plan, out, jobs, workers)
+            tqdm.write(_forecast(environment, plan, len(jobs), there, processes), file=sys.stderr)
+    _work(plan, out, jobs, processes, threads)
     writer.finish()
     return _report(out, len(jobs), time.monotonic() - started)
 
 
 def _forecast(environment: Environment, plan: Plan, missing: int, there: int, workers: int) -> str:
-    environment.reset(plan.seed)
+    task = environment.task
+    observation = environment.reset(plan.seed)
+    expert = environment.expert()
     environment.render()  # the first one compiles and loads textures
     started = time.perf_counter()
-    for _ in range(_FORECAST_PICTURES):
+    for _ in range(_FORECAST_STEPS):
         environment.render()
-    rate = _FORECAST_PICTURES / (time.perf_counter() - started)
-    steps = min(_TYPICAL_STEPS + plan.after_success, HORIZON)
-    minutes = missing * steps / rate / workers / 60
+    rate = _FORECAST_STEPS / (time.perf_counter() - started)
+    started = time.perf_counter()
+    for _ in range(_FORECAST_STEPS):
+        observation = environment.step(expert(observation)).observation
+    acting = (time.perf_counter() - started) / _FORECAST_STEPS
+    steps = task.horizon
+    if task.measure != "return":
+        steps = min(_TYPICAL_STEPS + plan.after_success, steps)
+    minutes = missing * steps * (1 / rate + acting) / workers / 60
     return (
         f"{missing} demonstrations to record" + (f" ({there} are there)" if there else "")
         + f", about {missing * steps:,} pictures of {plan.size} x {plan.size} pixels at {rate:.0f} a second in each of "
-        f"{workers} processes: about {max(1, minutes):.0f} min."
+        f"{workers} processes, and {1000 * acting:.0f} ms for each action: about {max(1, minutes):.0f} min."
     )  # fmt: skip
 
 
-def _work(plan: Plan, out: Path, jobs: Sequence[tuple[str, int]], workers: int) -> None:
+def _work(plan: Plan, out: Path, jobs: Sequence[tuple[str, int]], workers: int, threads: int) -> None:
     if not jobs:
         return
     # A forked process would share the parent's connection to OpenGL.
@@ -210,7 +254,7 @@ def _work(plan: Plan, out: Path, jobs: Sequence[tuple[str, int]], workers: int) 
         ProcessPoolExecutor(workers, context, _begin_worker) as pool,
         tqdm(total=len(jobs), unit="episode", desc="collect", smoothing=0.1) as bar,
     ):
-        futures = [pool.submit(demonstrate, plan, out, task, number) for task, number in jobs]
+        futures = [pool.submit(demonstrate, plan, out, task, number, threads) for task, number in jobs]
         try:
             frames = 0
             for future in as_completed(futures):
@@ -245,15 +289,21 @@ def _report(out: Path, recorded: int, seconds: float) -> str:
     folder = LeRobotFolder(out)
     rows = [{**episode.record, "length": episode.length} for episode in folder.episodes]
     there = f"{out} holds {len(rows)} of {folder.frame_count:,} frames"
-    return (
-        f"{table(summarize(rows))}\n\n{recorded} demonstrations recorded in {seconds:.0f} s; {there}.\n{NOT_COMPARABLE}"
-    )
+    return f"{table(summarize(rows))}\n\n{recorded} demonstrations recorded in {seconds:.0f} s; {there}."
 
 
-def _check_record(plan: Plan, out: Path) -> None:
-    """Writes down with what options a data set was begun, or compares it with those of now."""
-    path = out / _RECORD
-    now = jsonable({**asdict(plan), "simulator": installed(("metaworld", "mujoco", "gymnasium", "numpy"))})
+def check_record(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes down with what options a data set was begun, or compares it with those of now.
+
+    Args:
+        out: Folder of the data set.
+        settings: The options, and versions of what is simulated with.
+
+    Raises:
+        TrajectoryError: If they differ, or the folder holds another data set.
+    """
+    path = out / RECORD
+    now = jsonable(dict(settings))
     if not path.exists():
         if any((out / "meta/episodes").glob("*/*.parquet")):
             raise TrajectoryError(f"{out} holds a data set that was not recorded by this command. Give a new folder.")

@@ -39,7 +39,7 @@ def run(
     batch_size: int = 32,
     device: Device = "auto",
 ) -> str:
-    """Trains policies on frozen encoders from demonstrations, and counts how often they succeed in the simulator.
+    """Trains policies on frozen encoders from demonstrations, and measures how well they do in the simulator.
 
     Besides encoders, there are three controls: blind is given the robot's own state and no picture, state is given the
     whole state of the simulator, pixels sees 16x16 mean colours. random:theia_tiny is a student untrained, teacher:hog
@@ -48,14 +48,15 @@ def run(
 
     Args:
         encoders: Encoders and controls to compare.
-        data: Folder with demonstrations, which the command collect records.
+        data: Folder with demonstrations, which the command collect records, or import reads.
         out: Folder for the policies, the rollouts, the report and the embeddings.
         tasks: Names of tasks, separated by commas; by default, all that there are demonstrations of. smoke takes the
             first.
-        preset: full is the paper's protocol: all tokens, 100 epochs, 3 seeds, 20 evaluations of 25 rollouts of 500
-            steps; hours per encoder and task. small gives the policy 24 principal components of 7x7 averaged tokens, 40
-            epochs and 2 seeds, and tests it once, on 25 rollouts of 150 steps that end earlier where the task stays
-            fulfilled. smoke shows in a minute or two that everything works, and nothing else.
+        preset: full is the paper's protocol: all tokens, 100 epochs, 3 seeds, 20 evaluations of 25 rollouts of the
+            task's whole length; hours per encoder and task. small gives the policy 24 principal components of 7x7
+            averaged tokens, 40 epochs and 2 seeds, and tests it once, on 25 rollouts: of 150 steps in MetaWorld, which
+            end earlier where the task stays fulfilled, of 300 in DM Control, and of all in Adroit. smoke shows in a
+            minute or two that everything works, and nothing else.
         vary: What differs between rollouts: any of camera, light, texture and distractor, separated by commas, or
             none. By default, what differs between demonstrations.
         rollouts: Number of rollouts at each evaluation, in place of the preset's.

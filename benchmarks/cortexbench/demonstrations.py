@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,17 +11,18 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.cortexbench.planning import PLANNING
 from benchmarks.cortexbench.scenes import Factor, generator
-from benchmarks.cortexbench.simulation import ACTIONS, HORIZON, STATES, Environment, Quality, SimulationError
+from benchmarks.cortexbench.simulation import Environment, Quality, SimulationError, open_environment
+from benchmarks.cortexbench.tasks import TASKS
 from theia.trajectories.lerobot import ACTION, STATE
 from theia.trajectories.lerobot_writer import LeRobotWriter, Values
 
-CAMERA = "observation.images.top"
+CAMERAS = "observation.images."
 SCENE_STATE = "observation.environment_state"
+REWARD = "next.reward"
 # Not "action.expert": LeRobot's policies learn every column whose name begins with "action".
 EXPERT_ACTION = "expert.action"
-
-_OBSERVATION_SIZE = 39
 
 # Seeds of one demonstration lie this far apart, so that a failed one takes no other's seed.
 MOST_EPISODES = 10_000
@@ -35,7 +36,7 @@ class Plan:
     """What is recorded, except how much of it.
 
     Attributes:
-        tasks: Full names of the tasks.
+        tasks: Full names of the tasks, all of one form.
         seed: First seed.
         vary: What is drawn anew for every episode.
         noise: Standard deviation of the noise that is added to the expert's actions.
@@ -58,35 +59,53 @@ class Plan:
         """Number in the data set of a task's demonstration; tasks take turns, so that more can be added."""
         return number * len(self.tasks) + self.tasks.index(task)
 
-    def open_writer(self, root: Path, frames_per_s: int) -> LeRobotWriter:
+    def open_writer(self, root: Path) -> LeRobotWriter:
         """Begins the data set, or goes on with it.
 
         Raises:
             TrajectoryError: If the folder holds another one.
         """
-        values = {ACTION: ACTIONS, STATE: STATES, SCENE_STATE: [f"value_{n}" for n in range(_OBSERVATION_SIZE)]}
+        about = TASKS[self.tasks[0]]
+        values: dict[str, Sequence[str]] = {ACTION: about.actions}
+        if about.states:
+            values[STATE] = about.states
+        values[SCENE_STATE] = [f"value_{n}" for n in range(about.observations)]
+        if about.measure == "return":
+            values[REWARD] = ("reward",)
         if self.noise:
-            values[EXPERT_ACTION] = ACTIONS
-        cameras = {CAMERA: (self.size, self.size)}
-        return LeRobotWriter(root, frames_per_s, values, cameras, self.tasks, self.pictures, robot="sawyer")
+            values[EXPERT_ACTION] = about.actions
+        cameras = {self.camera: (self.size, self.size)}
+        return LeRobotWriter(root, about.frames_per_s, values, cameras, self.tasks, self.pictures, about.robot)
+
+    @property
+    def camera(self) -> str:
+        """Key of the camera in the data set."""
+        return CAMERAS + TASKS[self.tasks[0]].camera
 
 
 class Trial(NamedTuple):
     """An attempt that succeeded. Each row holds for the moment before its action.
 
     Attributes:
-        actions: What the robot was told, noise included, shape ``(T, 4)``.
+        actions: What the robot was told, noise included, shape ``(T, A)``.
         meant: What the expert wanted, same shape.
-        observations: Everything that MetaWorld says about the scene, shape ``(T, 39)``.
-        success_step: Number of steps until the first success.
+        observations: Everything that the simulator says about the scene, shape ``(T, S)``.
+        rewards: What each action earned, shape ``(T,)``.
+        success_step: Number of steps until the first success; ``None`` for a task that only has a score.
         at_end: Whether the task is still fulfilled after the last step.
     """
 
     actions: NDArray[np.float32]
     meant: NDArray[np.float32]
     observations: NDArray[np.float64]
-    success_step: int
+    rewards: NDArray[np.float64]
+    success_step: int | None
     at_end: bool
+
+    @property
+    def score(self) -> float:
+        """The sum of the rewards, divided by 10 for 1000 steps."""
+        return 100 * float(self.rewards.mean())
 
 
 class Success(NamedTuple):
@@ -133,29 +152,37 @@ def attempt(environment: Environment, seed: int, noise: float, after_success: in
         environment: The task.
         seed: Seed of the episode, and of the noise.
         noise: Standard deviation of the noise that is added to the expert's actions.
-        after_success: Number of steps to go on after the first success.
+        after_success: Number of steps to go on after the first success. A task that only has a score goes on to its
+            horizon.
 
     Returns:
-        The trial; ``None`` if it failed within the task's horizon.
+        The trial; ``None`` if it failed within the task's horizon, or its score is below that of a fair demonstration.
     """
+    task = environment.task
     observation, expert = environment.reset(seed), environment.expert()
-    rng = generator(environment.task, seed, "noise")
+    rng = generator(task.name, seed, "noise")
     observations: list[NDArray[np.float64]] = []
     meant: list[NDArray[np.float32]] = []
     actions: list[NDArray[np.float32]] = []
+    rewards: list[float] = []
     success_step: int | None = None
-    while len(actions) < HORIZON and (success_step is None or len(actions) < success_step + after_success):
+    while len(actions) < task.horizon and (success_step is None or len(actions) < success_step + after_success):
         wanted = expert(observation)
-        action = np.clip(wanted + noise * rng.normal(size=len(ACTIONS)), -1, 1).astype(np.float32)
+        action = np.clip(wanted + noise * rng.normal(size=len(task.actions)), -1, 1).astype(np.float32)
         observations.append(observation)
         meant.append(wanted)
         actions.append(action)
-        observation, success = environment.step(action)
+        observation, success, reward, _ = environment.step(action)
+        rewards.append(reward)
         if success and success_step is None:
             success_step = len(actions)
-    if success_step is None:
-        return None
-    return Trial(np.array(actions), np.array(meant), np.array(observations), success_step, environment.success)
+    trial = Trial(
+        np.array(actions), np.array(meant), np.array(observations), np.array(rewards), success_step,
+        environment.success,
+    )  # fmt: skip
+    if task.measure == "return":
+        return trial if trial.score >= PLANNING[task.name].least_score else None
+    return trial if success_step is not None else None
 
 
 def look(environment: Environment, seed: int, actions: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -168,7 +195,7 @@ def look(environment: Environment, seed: int, actions: NDArray[np.float32]) -> N
     return np.stack(pictures)
 
 
-def demonstrate(plan: Plan, root: Path, task: str, number: int) -> int:
+def demonstrate(plan: Plan, root: Path, task: str, number: int, threads: int = 1) -> int:
     """Records one demonstration.
 
     Args:
@@ -176,6 +203,7 @@ def demonstrate(plan: Plan, root: Path, task: str, number: int) -> int:
         root: Folder of the data set.
         task: One of the plan's tasks.
         number: Number of the demonstration among those of its task.
+        threads: Number of threads that an expert may plan with.
 
     Returns:
         Number of its frames.
@@ -185,6 +213,7 @@ def demonstrate(plan: Plan, root: Path, task: str, number: int) -> int:
         FileError: If the disk is full.
     """
     environment = _environment(task, plan.size, plan.quality, plan.vary)
+    environment.threads = threads
     started = time.perf_counter()
     trial: Trial
     trial, seed, dropped = first_success(
@@ -193,22 +222,26 @@ def demonstrate(plan: Plan, root: Path, task: str, number: int) -> int:
     environment.reset(seed)
     beginning = environment.positions.tolist()
     pictures = look(environment, seed, trial.actions)
-    values: dict[str, Values] = {
-        ACTION: trial.actions,
-        STATE: trial.observations[:, : len(STATES)],
-        SCENE_STATE: trial.observations,
-    }
+    values: dict[str, Values] = {ACTION: trial.actions, SCENE_STATE: trial.observations}
+    if environment.task.states:
+        values[STATE] = trial.observations[:, : environment.task.proprioception]
     if plan.noise:
         values[EXPERT_ACTION] = trial.meant
     about: dict[str, str | int | float] = {
-        "seed": seed, "dropped": dropped, "success_step": trial.success_step, "success_at_end": int(trial.at_end),
-        "seconds": time.perf_counter() - started, "initial_positions": json.dumps(beginning),
+        "seed": seed, "dropped": dropped, "seconds": time.perf_counter() - started,
+        "initial_positions": json.dumps(beginning),
     }  # fmt: skip
-    writer = plan.open_writer(root, environment.frames_per_s)
-    writer.write(plan.index(task, number), task, values, {CAMERA: pictures}, {**about, **environment.scene.record()})
+    if trial.success_step is not None:
+        about |= {"success_step": trial.success_step, "success_at_end": int(trial.at_end)}
+    else:
+        values[REWARD] = trial.rewards[:, None]
+        about["score"] = trial.score
+    writer = plan.open_writer(root)
+    pictures_of = {plan.camera: pictures}
+    writer.write(plan.index(task, number), task, values, pictures_of, {**about, **environment.scene.record()})
     return len(pictures)
 
 
 @lru_cache(maxsize=1)
 def _environment(task: str, size: int, quality: Quality, vary: tuple[Factor, ...]) -> Environment:
-    return Environment(task, size, quality, vary)
+    return open_environment(task, size, quality, vary)

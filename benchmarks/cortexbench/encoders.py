@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.cortexbench.presets import Features
-from benchmarks.cortexbench.simulation import STATES
 from theia.errors import ConfigError
 from theia.policies.sight import PIXELS, Sight, features_of_noise, open_sight
 from theia.probing.datasets import IMAGE_SIZE, fingerprint
@@ -39,6 +38,7 @@ class Eyes:
         grid: Rows and columns of the tokens.
         look: Fingerprint of what the encoder gives for one picture, which changes with its weights.
         of_noise: Mean of each channel over the tokens of that picture.
+        proprioception: Number of values that the robot of the task at hand knows of itself.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Eyes:
     grid: tuple[int, int]
     look: str
     of_noise: tuple[float, ...]
+    proprioception: int = 4
 
     @property
     def sight(self) -> Sight | None:
@@ -55,8 +56,11 @@ class Eyes:
         return self.tokens_of if isinstance(self.tokens_of, Sight) else None
 
     def known(self, observations: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """Values that are known beside the pictures, shape ``(B, K)``, of observations ``(B, 39)``."""
-        seen = observations if self.name == STATE else observations[:, : len(STATES)]
+        """Values that are known beside the pictures, shape ``(B, K)``, of observations ``(B, S)``."""
+        seen = observations if self.name == STATE else observations[:, : self.proprioception]
+        if not self.channels and not seen.shape[1]:
+            # A policy has to be given something: one that is blind, of a robot that does not know itself.
+            seen = np.zeros((len(seen), 1))
         return np.asarray(seen, np.float32)
 
 

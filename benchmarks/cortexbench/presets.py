@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.cortexbench.simulation import HORIZON
+from benchmarks.cortexbench.tasks import Task
 
 Features = Literal["spatial", "vector"]
 PresetName = Literal["smoke", "small", "full"]
@@ -19,7 +19,7 @@ class Preset:
         evaluations: Epochs, counted from 0, after which the policy acts.
         seeds: Seeds of the training.
         rollouts: Number of rollouts at each evaluation.
-        horizon: Number of steps of a rollout.
+        horizon: Number of steps of a rollout in MetaWorld; elsewhere twice as many, but never more than the task has.
         hold: Number of steps on end that the task must be fulfilled for a rollout to end before; ``None`` for never.
         components: Number of principal components of 7x7 averaged tokens that the policy is given; ``None`` for all
             tokens as they are.
@@ -34,9 +34,17 @@ class Preset:
     hold: int | None
     components: int | None
 
+    def steps(self, task: Task) -> int:
+        """Number of steps of a rollout."""
+        return min(task.horizon, self.horizon if task.simulator == "metaworld" else 2 * self.horizon)
+
+    def holds(self, task: Task) -> int | None:
+        """Number of steps on end after which a rollout ends; ``None`` where more than the last step counts."""
+        return self.hold if task.measure == "last" else None
+
 
 PRESETS = {
     "smoke": Preset(2, 20, (9, 19), (100,), 2, 60, 10, 24),
     "small": Preset(25, 40, (39,), (100, 200), 25, 150, 20, 24),
-    "full": Preset(None, 100, (*range(5, 100, 5), 99), (100, 200, 300), 25, HORIZON, None, None),
+    "full": Preset(None, 100, (*range(5, 100, 5), 99), (100, 200, 300), 25, 500, None, None),
 }

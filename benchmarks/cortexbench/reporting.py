@@ -1,4 +1,4 @@
-"""``report``: success per task and in the mean, with intervals and paired comparisons, and learning curves."""
+"""``report``: success or score per task and in the mean, with intervals, paired comparisons and learning curves."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from benchmarks.cortexbench.encoders import CONTROLS
+from benchmarks.cortexbench.tasks import TASKS
 from theia.errors import ConfigError
 from theia.utils.estimates import Difference, Estimate, holm, over_episodes, paired_over_episodes
 from theia.utils.files import jsonable, read_json, replacing, write_whole
@@ -20,23 +21,36 @@ from theia.utils.files import jsonable, read_json, replacing, write_whole
 RECORD = "run.json"
 SHIFT = "shift-"  # and the factor: rollouts of a finished policy where one thing looks different
 MEAN = "mean"
+RATE, MIXED = "success rate", "scores, and success x 100"
 
 NOT_COMPARABLE = (
-    "These figures must not be compared with published ones, the paper's table of CortexBench included: the "
-    "demonstrations are by other experts, the physics are those of another release of MuJoCo and of MetaWorld"
+    "These figures must not be compared with published ones, the paper's table of CortexBench included: "
+    "{demonstrations}the physics are those of another release of MuJoCo and of the simulators"
 )
+_OTHER_EXPERTS = "the demonstrations are by other experts, "
 _PRESETS_DIFFER = ", and the preset {name} trains and tests less than the paper does"
 LOSSY = (
     "The demonstrations are kept as lossy video, and the pictures of rollouts are not lossy: encoders that see fine "
     "texture, such as HOG, are given other tokens than they were fitted on. Record with --pictures image instead"
 )
 _BEST = (
-    "Success is that at the last step of a rollout. 'best' is the best evaluation of each seed, which is chosen on the "
-    "rollouts themselves and so flatters everybody; 'at any step' counts rollouts that fulfilled the task at some step."
+    "Success in MetaWorld is that at the last step of a rollout. 'best' is the best evaluation of each seed, which is "
+    "chosen on the rollouts themselves and so flatters everybody; 'at any step' counts rollouts that fulfilled the "
+    "task at some step."
 )
+_ADROIT = (
+    "A rollout in Adroit succeeds if the task is fulfilled in more than {steps}; the files rollouts-*.json hold the "
+    "number of those steps."
+)
+_SCORES = (
+    "A score is 100 times the mean reward of a step, which for 1000 steps is the return divided by 10. The mean over "
+    "tasks is one of scores and of 100 times success rates, as in the paper."
+)
+_TWICE = " (twice as many outside MetaWorld, but never more than a task has)"
 _COMPARED = (
     "Differences are paired by initial state, their intervals by bootstrap over rollouts and seeds; p is by McNemar's "
-    "exact test with one seed, else by flipping the signs of the differences of whole rollouts, corrected by Holm."
+    "exact test for success with one seed, else by flipping the signs of the differences of whole rollouts, corrected "
+    "by Holm."
 )
 
 
@@ -47,18 +61,18 @@ class Results:
     Attributes:
         seeds: Seeds of the training.
         epochs: Epochs after which the policy acted.
-        success: Success at the last step, shape ``(seeds, evaluations, rollouts)``.
+        value: Success, or the score divided by 100, shape ``(seeds, evaluations, rollouts)``.
         anywhere: Success at any step, same shape.
         losses: Mean loss of each epoch, by seed.
         states: Seeds of the rollouts.
         seconds: Time of training and of rollouts.
-        shifted: Success of the finished policies where one thing looks different, by factor, shape
+        shifted: Value for the finished policies where one thing looks different, by factor, shape
             ``(seeds, rollouts)``.
     """
 
     seeds: tuple[int, ...]
     epochs: tuple[int, ...]
-    success: NDArray[np.bool_]
+    value: NDArray[np.float64]
     anywhere: NDArray[np.bool_]
     losses: list[list[float]]
     states: tuple[int, ...]
@@ -67,13 +81,13 @@ class Results:
 
     @property
     def last(self) -> NDArray[np.float64]:
-        """Success after the last epoch, shape ``(seeds, rollouts)``."""
-        return self.success[:, -1].astype(np.float64)
+        """Success, or the score divided by 100, after the last epoch, shape ``(seeds, rollouts)``."""
+        return self.value[:, -1]
 
     @property
     def best(self) -> float:
         """Mean over seeds of the best evaluation."""
-        return float(self.success.mean(2).max(1).mean())
+        return float(self.value.mean(2).max(1).mean())
 
 
 @dataclass(frozen=True)
@@ -83,18 +97,20 @@ class Line:
     Attributes:
         encoder: Name of the encoder.
         task: Name of the task, or ``mean``.
-        last: Success after the last epoch.
-        best: Success after the best epoch.
-        anywhere: Success at any step, after the last epoch.
+        last: Success, or the score divided by 100, after the last epoch.
+        best: The same after the best epoch.
+        anywhere: Success at any step, after the last epoch; ``None`` if a task only has a score.
         difference: Paired difference of ``last`` to the reference; ``None`` for the reference itself.
+        unit: What is shown: a success rate between 0 and 1, or a score between 0 and 100.
     """
 
     encoder: str
     task: str
     last: Estimate
     best: float
-    anywhere: float
+    anywhere: float | None
     difference: Difference | None
+    unit: str = RATE
 
 
 def report(folder: Path, reference: str | None = None) -> str:
@@ -152,15 +168,16 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
     for encoder, task in order:
         by_seed = dict(sorted(found[encoder, task].items()))
         every = list(by_seed.values())
-        success = [[[one["success"] for one in record["rollouts"]] for record in records] for records in every]
+        value = [[[_value(one) for one in record["rollouts"]] for record in records] for records in every]
         anywhere = [
             [[one["first_success"] is not None for one in record["rollouts"]] for record in records]
             for records in every
         ]
         last = [records[-1] for records in every]
         results.setdefault(encoder, {})[task] = Results(
-            tuple(by_seed), tuple(record["epoch"] for record in every[0]), np.array(success), np.array(anywhere),
-            [record["losses"] for record in last], tuple(one["seed"] for one in last[0]["rollouts"]),
+            tuple(by_seed), tuple(record["epoch"] for record in every[0]), np.array(value, np.float64),
+            np.array(anywhere), [record["losses"] for record in last],
+            tuple(one["seed"] for one in last[0]["rollouts"]),
             (
                 sum(record["training seconds"] for record in last),
                 sum(record["rollout seconds"] for records in every for record in records),
@@ -182,7 +199,9 @@ def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> lis
     for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
         included = tasks if task == MEAN else [task]
         found = {name: of for name, of in results.items() if all(one in of for one in included)}
-        lines += [_line(name, task, [of[one] for one in included],
+        units = list(dict.fromkeys(_unit(one) for one in included))
+        unit = units[0] if len(units) == 1 else MIXED
+        lines += [_line(name, task, unit, [of[one] for one in included],
                         [results[reference][one] for one in included] if name != reference else None)
                   for name, of in found.items()]  # fmt: skip
     # The mean answers another question than the tasks do, and is corrected by itself.
@@ -199,7 +218,16 @@ def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> lis
     return lines
 
 
-def _line(name: str, task: str, ours: Sequence[Results], theirs: Sequence[Results] | None) -> Line:
+def _unit(task: str) -> str:
+    return TASKS[task].unit if task in TASKS else RATE
+
+
+def _shown(unit: str) -> tuple[int, str]:
+    """What values are multiplied by, and with how many digits they are shown."""
+    return (1, ".2f") if unit == RATE else (100, ".1f")
+
+
+def _line(name: str, task: str, unit: str, ours: Sequence[Results], theirs: Sequence[Results] | None) -> Line:
     seeds = set.intersection(*(set(one.seeds) for one in ours))
     last = _joined(ours, seeds)
     ones = np.ones(last.shape[1])
@@ -209,24 +237,25 @@ def _line(name: str, task: str, ours: Sequence[Results], theirs: Sequence[Result
         if common:
             difference = paired(_joined(ours, common), _joined(theirs, common))
     best = float(np.mean([one.best for one in ours]))
-    anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in ours]))
-    return Line(name, task, over_episodes(last, ones), best, anywhere, difference)
+    anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in ours])) if unit == RATE else None
+    return Line(name, task, over_episodes(last, ones), best, anywhere, difference, unit)
 
 
 def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Difference:
-    """Difference in success on the same initial states.
+    """Difference in success, or in score, on the same initial states.
 
     Args:
-        ours: Success of each rollout, 0 or 1, shape ``(seeds, rollouts)``.
+        ours: Value of each rollout, between 0 and 1, shape ``(seeds, rollouts)``.
         theirs: The same of the reference.
 
     Returns:
-        The mean of ``ours - theirs``; its p value is McNemar's exact one for one seed, else that of flipping signs.
+        The mean of ``ours - theirs``; its p value is McNemar's exact one for success with one seed, else that of
+        flipping signs.
     """
     from scipy import stats
 
     found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]))
-    if len(ours) > 1:
+    if len(ours) > 1 or not np.isin([ours, theirs], (0, 1)).all():
         return found
     better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
     p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
@@ -237,35 +266,38 @@ def table(lines: Sequence[Line], reference: str) -> str:
     """Tables, one for each task and one for the mean."""
     parts = []
     for task in dict.fromkeys(line.task for line in lines):
-        rows = []
+        rows, unit = [], RATE
         for line in (line for line in lines if line.task == task):
-            other = line.difference
+            other, unit = line.difference, line.unit
+            scale, form = _shown(unit)
             rows.append(
                 [
                     f"{line.encoder} (control)" if line.encoder in CONTROLS else line.encoder,
-                    _interval(line.last, ".2f"), f"{line.best:.2f}", f"{line.anywhere:.2f}",
-                    "" if other is None else _interval(other, "+.2f"),
+                    _interval(line.last, form, scale), f"{scale * line.best:{form}}",
+                    *([] if line.anywhere is None else [f"{line.anywhere:.2f}"]),
+                    "" if other is None else _interval(other, f"+{form}", scale),
                     "" if other is None or other.p is None else f"{other.p:.3f}",
                 ]
             )  # fmt: skip
         title = "Mean over tasks" if task == MEAN else task
-        headers = [title, "success", "best", "at any step", f"to {reference}", "p"]
+        headers = [title, unit, "best", *(["at any step"] if unit == RATE else []), f"to {reference}", "p"]
         parts.append(str(tabulate(rows, headers=headers, disable_numparse=True)))
     return "\n\n".join(parts)
 
 
 def shift_tables(results: Mapping[str, Mapping[str, Results]]) -> list[str]:
-    """Success where one thing looks different than in training, a table for each task; none without such rollouts."""
+    """Success or score where one thing looks different than in training; a table for each task with such rollouts."""
     parts = []
     for task in dict.fromkeys(task for of in results.values() for task in of):
+        scale, form = _shown(_unit(task))
         found = {name: of[task] for name, of in results.items() if task in of and of[task].shifted}
         factors = sorted({factor for one in found.values() for factor in one.shifted})
         rows = [
             [
                 f"{name} (control)" if name in CONTROLS else name,
-                _interval(over_episodes(one.last, np.ones(one.last.shape[1])), ".2f"),
+                _interval(over_episodes(one.last, np.ones(one.last.shape[1])), form, scale),
                 *(
-                    _interval(over_episodes(one.shifted[factor], np.ones(one.last.shape[1])), ".2f")
+                    _interval(over_episodes(one.shifted[factor], np.ones(one.last.shape[1])), form, scale)
                     if factor in one.shifted
                     else ""
                     for factor in factors
@@ -274,13 +306,17 @@ def shift_tables(results: Mapping[str, Mapping[str, Results]]) -> list[str]:
             for name, one in found.items()
         ]
         if rows:
-            headers = [f"{task}, success with", "what was trained on", *(f"another {factor}" for factor in factors)]
+            headers = [
+                f"{task}, {_unit(task)} with",
+                "what was trained on",
+                *(f"another {factor}" for factor in factors),
+            ]
             parts.append(str(tabulate(rows, headers=headers, disable_numparse=True)))
     return parts
 
 
 def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
-    """Draws success and loss over the epochs, a column for each task.
+    """Draws success or score, and loss, over the epochs, a column for each task.
 
     Args:
         path: PNG to write.
@@ -295,7 +331,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
             if task not in of:
                 continue
             one, style = of[task], {"color": f"C{number % 10}", "linestyle": "--" if name in CONTROLS else "-"}
-            above.plot(one.epochs, one.success.mean((0, 2)), marker="o", markersize=3, label=name, **style)
+            above.plot(one.epochs, one.value.mean((0, 2)), marker="o", markersize=3, label=name, **style)
             below.plot(np.mean(one.losses, 0), **style)
         above.set_title(task, fontsize=10)
         above.set_ylim(-0.05, 1.05)
@@ -303,7 +339,7 @@ def draw(path: Path, results: Mapping[str, Mapping[str, Results]]) -> None:
         below.set_xlabel("epoch")
         for axis in (above, below):
             axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("success")
+    axes[0, 0].set_ylabel("success, or score / 100")
     axes[1, 0].set_ylabel("loss on demonstrations")
     handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
@@ -317,15 +353,22 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
     factors = settings.get("vary") or []
     varied = f"{' and '.join(factors)} drawn anew for every rollout" if factors else "one fixed camera and light"
     demonstrated = about.get("demonstrations", {}).get("vary") or []
+    experts = "" if about.get("demonstrations", {}).get("imported") else _OTHER_EXPERTS
+    there = [TASKS[task] for task in dict.fromkeys(line.task for line in lines) if task in TASKS]
+    adroit = {task.name: f"{task.fulfilled_steps} steps ({task.name})" for task in there if task.measure == "steps"}
+    twice = _TWICE if any(task.simulator != "metaworld" for task in there) else ""
+    less = "" if name == "full" else _PRESETS_DIFFER.format(name=name)
     notes = [
         f"Preset {name}: {settings.get('epochs')} epochs, {settings.get('rollouts')} rollouts of at most "
-        f"{settings.get('horizon')} steps, {varied}"
+        f"{settings.get('horizon')} steps{twice}, {varied}"
         + ("." if list(factors) == list(demonstrated) else f"; demonstrations: {', '.join(demonstrated) or 'fixed'}."),
         *_trained_otherwise(settings),
-        f"{NOT_COMPARABLE}{'' if name == 'full' else _PRESETS_DIFFER.format(name=name)}.",
+        f"{NOT_COMPARABLE.format(demonstrations=experts)}{less}.",
         *([f"{LOSSY}."] if about.get("demonstrations", {}).get("pictures") == "video" else []),
         "Controls: " + "; ".join(f"{control} is given {what}" for control, what in CONTROLS.items()) + ".",
         _BEST,
+        *([_ADROIT.format(steps=" and ".join(adroit.values()))] if adroit else []),
+        *([_SCORES] if any(task.measure == "return" for task in there) else []),
         _COMPARED,
     ]
     if any(line.last.low == line.last.high for line in lines):
@@ -340,11 +383,11 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
 
 def _shifted(paths: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
     """Rollouts where one thing looks different, of those factors that all seeds of a policy have."""
-    by_factor: dict[str, list[list[bool]]] = {}
+    by_factor: dict[str, list[list[float]]] = {}
     for path in paths:
         for file in sorted(path.glob(f"{SHIFT}*.json")):
             record = _read(file)
-            by_factor.setdefault(record["shift"], []).append([one["success"] for one in record["rollouts"]])
+            by_factor.setdefault(record["shift"], []).append([_value(one) for one in record["rollouts"]])
     return {factor: np.array(found, float) for factor, found in by_factor.items() if len(found) == len(paths)}
 
 
@@ -363,8 +406,13 @@ def _trained_otherwise(settings: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _value(rollout: Mapping[str, Any]) -> float:
+    # Runs of earlier versions were of tasks with success alone.
+    return float(rollout["value"] if "value" in rollout else rollout["success"])
+
+
 def _joined(parts: Iterable[Results], seeds: set[int]) -> NDArray[np.float64]:
-    """Success of some seeds on one task after another, shape ``(seeds, rollouts of all tasks)``."""
+    """Values of some seeds on one task after another, shape ``(seeds, rollouts of all tasks)``."""
     return np.concatenate([one.last[[one.seeds.index(seed) for seed in sorted(seeds)]] for one in parts], 1)
 
 
@@ -398,5 +446,6 @@ def _reference(wanted: str | None, names: Sequence[str]) -> str:
     return wanted
 
 
-def _interval(estimate: Estimate, form: str) -> str:
-    return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+def _interval(estimate: Estimate, form: str, scale: float) -> str:
+    low, high = (f"{scale * end:{form}}" for end in (estimate.low, estimate.high) if end is not None)
+    return f"{scale * estimate.mean:{form}} [{low}, {high}]"

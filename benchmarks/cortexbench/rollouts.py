@@ -37,6 +37,8 @@ class Rollout:
         steps: Number of its steps.
         first_success: Number of steps until the task was first fulfilled; ``None`` if it never was.
         success: Whether the task was fulfilled after the last step.
+        fulfilled: Number of steps after which it was.
+        rewards: Sum of the rewards.
     """
 
     seed: int
@@ -44,11 +46,15 @@ class Rollout:
     steps: int = 0
     first_success: int | None = None
     success: bool = False
+    fulfilled: int = 0
+    rewards: float = 0.0
     held: int = field(default=0, repr=False)
 
-    def add(self, success: bool) -> None:
+    def add(self, success: bool, reward: float = 0.0) -> None:
         """Counts a step."""
         self.steps += 1
+        self.fulfilled += success
+        self.rewards += reward
         self.success = success
         self.held = self.held + 1 if success else 0
         if success and self.first_success is None:
@@ -143,8 +149,9 @@ def _turn(
         if moment.beginning is not None:
             rollout.beginning = moment.beginning
         else:
-            rollout.add(moment.success)
-        if rollout.steps < course.horizon and (course.hold is None or rollout.held < course.hold):
+            rollout.add(moment.success, moment.reward)
+        held = course.hold is not None and rollout.held >= course.hold
+        if rollout.steps < course.horizon and not moment.over and not held:
             acting[slot] = moment
         else:
             done[number] = rollout

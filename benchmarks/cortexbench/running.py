@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
 from benchmarks.cortexbench.encoders import STATE, Eyes, TaskRecording, open_all
 from benchmarks.cortexbench.presets import PRESETS, Features, Preset, PresetName
+from benchmarks.cortexbench.recordings import Recordings
 from benchmarks.cortexbench.reporting import LOSSY, RECORD, SHIFT, report
 from benchmarks.cortexbench.rollouts import Film, Pilot, Rollout, roll_out
 from benchmarks.cortexbench.scenes import Factor, check_factors
-from benchmarks.cortexbench.simulation import ACTIONS, STATES, Quality, find_tasks
+from benchmarks.cortexbench.simulation import DISTRIBUTIONS, Quality, check_installed
 from benchmarks.cortexbench.simulators import Command, Course, Simulators
+from benchmarks.cortexbench.tasks import TASKS, check_fit, find_tasks
 from theia.errors import ConfigError, TrajectoryError
 from theia.extraction.images import to_square
 from theia.policies import HeadKind
@@ -41,7 +42,7 @@ from theia.policies.sight import PIXELS, Sight
 from theia.probing.comparison import seed_numbers
 from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
 from theia.probing.frame_tokens import MOST_ROWS, FrameTokens, embed
-from theia.trajectories.lerobot import ACTION, LeRobotFolder
+from theia.trajectories.lerobot import ACTION
 from theia.utils.arguments import comma_list
 from theia.utils.files import alone, jsonable, read_json, write_whole
 from theia.utils.provenance import installed, machine, versions
@@ -113,6 +114,9 @@ def run(
     plan = _Plan.make(data, tasks, PRESETS[preset], preset, vary, rollouts, epochs, features, learner)
     chosen = tuple(seed_numbers(seeds)) if seeds else plan.preset.seeds
     shifts = _shifts(shift, plan)
+    if STATE in encoders:
+        for task in plan.tasks:
+            plan.data.check_state(task)
     eyes = open_all(encoders, features, device)
     if learner.encoder_learning_rate is not None:
         _check_trainable(eyes)
@@ -126,7 +130,7 @@ def run(
 class _Plan:
     """What must stay the same while a run goes on."""
 
-    data: LeRobotFolder
+    data: Recordings
     tasks: tuple[str, ...]
     preset: Preset
     name: str
@@ -134,7 +138,6 @@ class _Plan:
     size: int
     quality: Quality
     features: Features
-    collected: dict[str, Any]
     learner: Learner
     epochs_given: bool
 
@@ -143,30 +146,32 @@ class _Plan:
         data: Path, tasks: str | None, preset: Preset, name: str, vary: str | None, rollouts: int | None,
         epochs: int | None, features: Features, learner: Learner,
     ) -> "_Plan":  # fmt: skip
-        folder = LeRobotFolder(data)
-        collected = read_json(data / "meta/collection.json")
-        if "size" not in collected or CAMERA not in folder.features or ACTION not in folder.features:
-            raise TrajectoryError(
-                f"{data} does not hold demonstrations of MetaWorld. Record some: python -m benchmarks.cortexbench "
-                "collect --tasks metaworld --out FOLDER."
-            )
-        known = list(dict.fromkeys(task for episode in folder.episodes for task in episode.tasks))
+        recordings = Recordings.open(data)
+        collected, known = recordings.about, list(recordings.folders)
         if tasks is None:
             found = known[:1] if name == "smoke" else known
         else:
             find_tasks(comma_list(tasks))  # its message lists all tasks that there are
             found = find_tasks(comma_list(tasks), known)
+        missing = [task for task in found if task not in known]
+        if missing:
+            raise TrajectoryError(
+                f"{data} holds no demonstration of {missing[0]}. Collect some, or name tasks that it has: "
+                f"{', '.join(known)}."
+            )
+        check_installed(TASKS[task].simulator for task in found)
         factors = check_factors([]) if vary == "none" else check_factors(comma_list(vary))
         if vary is None:
             factors = check_factors(collected["vary"])
+        check_fit(found, factors)
         changes: dict[str, Any] = {"rollouts": rollouts or preset.rollouts}
         if epochs is not None:
             changes |= {"epochs": epochs, "evaluations": (epochs // 2 - 1, epochs - 1)}
         preset = Preset(**{**asdict(preset), **changes})
+        size, quality = int(collected["size"]), collected["quality"]
         return _Plan(
-            folder, tuple(found), preset, name, factors, int(collected["size"]), collected["quality"], features,
-            collected, learner, epochs is not None,
-        )  # fmt: skip
+            recordings, tuple(found), preset, name, factors, size, quality, features, learner, epochs is not None
+        )
 
     def schedule(self, frames: int) -> tuple[int, tuple[int, ...]]:
         """Number of epochs, and those after which the policy acts, for demonstrations of so many frames."""
@@ -181,8 +186,13 @@ class _Plan:
         """What policies for a task are tested on: no seed of a demonstration is among it."""
         fresh = (seed for seed in range(_FIRST_SEED, 2**31) if seed not in recording.seeds)
         seeds = tuple(next(fresh) for _ in range(self.preset.rollouts))
-        one = self.preset
-        return Course(task, seeds, self.vary, self.size, self.quality, IMAGE_SIZE, one.horizon, one.hold)
+        steps, hold = self.preset.steps(TASKS[task]), self.preset.holds(TASKS[task])
+        return Course(task, seeds, self.vary, self.size, self.quality, IMAGE_SIZE, steps, hold)
+
+    def _distributions(self) -> list[str]:
+        """What is simulated with, by all data sets of the folder, so that tasks can be added to a run."""
+        simulators = {TASKS[task].simulator: None for task in self.data.folders}
+        return [*(DISTRIBUTIONS[simulator] for simulator in simulators), "mujoco"]
 
     def record(self) -> dict[str, Any]:
         """What is compared when a run goes on."""
@@ -195,7 +205,7 @@ class _Plan:
                 {
                     **learner, "data": of_files(str(self.data.root)), "preset": self.name, **preset, "vary": self.vary,
                     "features": self.features, "size": self.size, "quality": self.quality,
-                    "simulator": installed(("metaworld", "mujoco")),
+                    "simulator": installed(self._distributions()),
                 }
             )
         )  # fmt: skip
@@ -217,23 +227,24 @@ class _Run:
         for one in eyes:
             self._check_weights(one)
         told = False
-        if self.plan.collected.get("pictures") == "video":
+        if self.plan.data.about.get("pictures") == "video":
             _say(f"{LOSSY}.")
         for task in self.plan.tasks:
             if all(self._finished(one, task, seed) for one in eyes for seed in self.seeds):
                 continue
-            recording = TaskRecording(self.plan.data, task, self.plan.preset.demonstrations)
+            recording = TaskRecording(self.plan.data.folders[task], task, self.plan.preset.demonstrations)
             course = self.plan.course(task, recording)
+            here = [replace(one, proprioception=TASKS[task].proprioception) for one in eyes]
             with Simulators(course, self.workers) as simulators:
                 if not told:
-                    _say(self._forecast(eyes, recording, simulators))
+                    _say(self._forecast(here, task, recording, simulators))
                     told = True
-                for one in eyes:
-                    demonstrations = self._demonstrations(one, recording)
+                for one in here:
+                    demonstrations = self._demonstrations(one, task, recording)
                     for seed in self.seeds:
                         self._one(one, course, seed, demonstrations, simulators)
             for factor in self.shifts:
-                self._shift(eyes, course, factor)
+                self._shift(here, course, factor)
 
     def _one(
         self, eyes: Eyes, course: Course, seed: int, demonstrations: Demonstrations, simulators: Simulators
@@ -244,7 +255,7 @@ class _Run:
         if self.videos and not self._filmed(eyes, course.task, seed):
             pilot = self._pilot(eyes, folder)
             shown = replace(course, seeds=course.seeds[: self.videos])
-            with Film(self._video(eyes, course.task, seed), round(self.plan.data.frames_per_s)) as film:
+            with Film(self._video(eyes, course.task, seed), TASKS[course.task].frames_per_s) as film:
                 roll_out(simulators, pilot, shown, film.watch)
 
     def _pilot(self, eyes: Eyes, folder: Path) -> Pilot:
@@ -268,12 +279,10 @@ class _Run:
                 pilot = self._pilot(one, folder)
                 started = time.monotonic()
                 found = roll_out(simulators, pilot, other)
-                record = {"shift": factor, "rollout seconds": time.monotonic() - started, "rollouts": _records(found)}
+                records = _records(found, course.task)
+                record = {"shift": factor, "rollout seconds": time.monotonic() - started, "rollouts": records}
                 write_whole(folder / f"{SHIFT}{factor}.json", json.dumps(jsonable(record)))
-                _say(
-                    f"{one.label}, {course.task}, seed {seed}, another {factor}: success "
-                    f"{sum(each.success for each in found)} of {len(found)}"
-                )
+                _say(f"{one.label}, {course.task}, seed {seed}, another {factor}: {_outcome(records, course.task)}")
 
     def _train(
         self, eyes: Eyes, course: Course, seed: int, demonstrations: Demonstrations, simulators: Simulators
@@ -297,22 +306,23 @@ class _Run:
             training.head.eval()
             found = roll_out(simulators, pilot, course)
             seconds = time.monotonic() - started
-            record = {
+            record: dict[str, Any] = {
                 "encoder": eyes.label, "task": course.task, "seed": seed, "epoch": epoch,
                 "last": epoch == evaluations[-1], "losses": training.losses,
                 "training seconds": training.seconds, "rollout seconds": seconds,
                 "steps": sum(one.steps for one in found),
-                "rollouts": _records(found),
+                "rollouts": _records(found, course.task),
             }  # fmt: skip
             write_whole(path, json.dumps(jsonable(record)))
             _say(
-                f"{eyes.label}, {course.task}, seed {seed}, epoch {epoch}: loss {training.losses[-1]:.4f}, success "
-                f"{sum(one.success for one in found)} of {len(found)} ({seconds:.0f} s)"
+                f"{eyes.label}, {course.task}, seed {seed}, epoch {epoch}: loss {training.losses[-1]:.4f}, "
+                f"{_outcome(record['rollouts'], course.task)} ({seconds:.0f} s)"
             )
+        task = TASKS[course.task]
         about = {
             "encoder": eyes.name, "features": self.plan.features, "task": course.task, "seed": seed,
-            "image_size": IMAGE_SIZE, "execute": self.plan.learner.execute, "frames_per_s": self.plan.data.frames_per_s,
-            "state_names": () if eyes.name == STATE else STATES, "action_names": ACTIONS,
+            "image_size": IMAGE_SIZE, "execute": self.plan.learner.execute, "frames_per_s": float(task.frames_per_s),
+            "state_names": () if eyes.name == STATE else task.states, "action_names": task.actions,
         }  # fmt: skip
         if tuning is not None:
             about["weights"] = tuning.sight.state_dict()
@@ -356,10 +366,8 @@ class _Run:
                 f"{self.out} has policies on {eyes.name}, whose weights have changed since. Give a new folder."
             )
 
-    def _demonstrations(self, eyes: Eyes, recording: TaskRecording) -> Demonstrations:
-        if not recording.originals:
-            raise TrajectoryError(f"{recording.folder.root} holds no demonstration of one of the tasks. Collect some.")
-        observations = recording.folder.column(SCENE_STATE)[recording.rows]
+    def _demonstrations(self, eyes: Eyes, task: str, recording: TaskRecording) -> Demonstrations:
+        observations = self.plan.data.observations(task, recording.rows)
         actions = recording.folder.column(ACTION)[recording.rows]
         tokens, pictures = None, None
         if self._tunes(eyes):
@@ -369,8 +377,9 @@ class _Run:
             numbers = [one.index for one in recording.originals]
             place = fingerprint(eyes.look, self._pooled(eyes), of_files(str(recording.folder.root)), numbers)
             tokens = embed(
-                eyes.tokens_of, eyes.label, recording, CAMERA, frozenset(range(len(recording.episodes))),
-                self.out / "embeddings" / place, self.device, self.batch_size, self._pooled(eyes),
+                eyes.tokens_of, eyes.label, recording, self.plan.data.camera(task),
+                frozenset(range(len(recording.episodes))), self.out / "embeddings" / place, self.device,
+                self.batch_size, self._pooled(eyes),
             )  # fmt: skip
         lengths = [one.length for one in recording.episodes]
         return Demonstrations.of(tokens, eyes.known(observations), actions, lengths, pictures)
@@ -380,8 +389,9 @@ class _Run:
 
     def _head(self, eyes: Eyes, demonstrations: Demonstrations) -> Head:
         grid = demonstrations.tokens.grid if demonstrations.tokens is not None else eyes.grid
-        known, learner = demonstrations.known.shape[1], self.plan.learner
-        return HEADS[learner.head](eyes.channels, grid, known, len(ACTIONS), self.plan.preset.components, learner.chunk)
+        known, actions = demonstrations.known.shape[1], demonstrations.actions.shape[1]
+        learner = self.plan.learner
+        return HEADS[learner.head](eyes.channels, grid, known, actions, self.plan.preset.components, learner.chunk)
 
     def _tunes(self, eyes: Eyes) -> bool:
         return self.plan.learner.encoder_learning_rate is not None and eyes.sight is not None and eyes.name != PIXELS
@@ -395,17 +405,17 @@ class _Run:
             sight.encoder.unfreeze()
         return FineTuning(sight, self.plan.learner.encoder_learning_rate or 0.0)
 
-    def _forecast(self, eyes: Sequence[Eyes], recording: TaskRecording, simulators: Simulators) -> str:
+    def _forecast(self, eyes: Sequence[Eyes], task: str, recording: TaskRecording, simulators: Simulators) -> str:
         """Measures one step of everything, and says how long the rest will take at most."""
-        preset, tasks = self.plan.preset, len(self.plan.tasks)
-        looking, blind = (_seconds_per_step(simulators, look) for look in (True, False))
+        preset, tasks, actions = self.plan.preset, len(self.plan.tasks), self.plan.data.actions(task)
+        looking, blind = (_seconds_per_step(simulators, actions, look) for look in (True, False))
         lines, total = [], 0.0
         for one in eyes:
             left = sum(not self._finished(one, task, seed) for task in self.plan.tasks for seed in self.seeds)
-            encoding, deciding, fitting = self._seconds(one, recording)
+            encoding, deciding, fitting = self._seconds(one, task, recording)
             simulating = (looking if one.tokens_of is not None else blind) / min(self.workers, preset.rollouts)
             epochs, evaluations = self.plan.schedule(recording.frame_count)
-            steps = preset.rollouts * preset.horizon * (len(evaluations) + len(self.shifts))
+            steps = preset.rollouts * preset.steps(TASKS[task]) * (len(evaluations) + len(self.shifts))
             updates = epochs * updates_per_epoch(recording.frame_count, RECIPES[self.plan.learner.head].batch_size)
             execute = self.plan.learner.execute or self.plan.learner.predicted
             # Of the frames between two decisions, no more than three are encoded.
@@ -420,7 +430,7 @@ class _Run:
             )
         return f"At most about {total / 60:.0f} min, as measured now on this machine:\n" + "\n".join(lines)
 
-    def _seconds(self, eyes: Eyes, recording: TaskRecording) -> tuple[float, float, float]:
+    def _seconds(self, eyes: Eyes, task: str, recording: TaskRecording) -> tuple[float, float, float]:
         """Time of one frame through the encoder, of one decision, and of one update."""
         encoding, tokens = 0.0, None
         count = RECIPES[self.plan.learner.head].batch_size
@@ -434,8 +444,8 @@ class _Run:
             identity = np.eye(eyes.channels)
             mean, deviation = np.zeros(eyes.channels), np.ones(eyes.channels)
             tokens = FrameTokens(made_up.astype(np.float16), (rows, columns), mean, deviation, identity)
-        known = eyes.known(np.zeros((count, recording.folder.features[SCENE_STATE].shape[0])))
-        actions, tuning = np.zeros((count, len(ACTIONS)), np.float32), self._tuning(eyes)
+        known = eyes.known(np.zeros((count, TASKS[task].observations)))
+        actions, tuning = np.zeros((count, self.plan.data.actions(task)), np.float32), self._tuning(eyes)
         pictures: PicturesOf | None = None
         if tuning is not None:
             pictures = lambda rows: _pictures_of(recording)(np.minimum(rows, recording.frame_count - 1))  # noqa: E731
@@ -460,7 +470,7 @@ def _pictures_of(recording: TaskRecording) -> PicturesOf:
         for place in np.unique(np.searchsorted(starts, rows, "right") - 1):
             episode = recording.episodes[place]
             own = rows[(rows >= episode.start) & (rows < episode.start + episode.length)]
-            frames = recording.frames(episode, CAMERA, (own - episode.start).tolist())
+            frames = recording.frames(episode, recording.folder.camera(), (own - episode.start).tolist())
             found += [to_square(frame, IMAGE_SIZE, "squash") for frame in frames]
         return np.stack(found)
 
@@ -475,8 +485,9 @@ def _check_trainable(eyes: Sequence[Eyes]) -> None:
 
 def _shifts(names: str | None, plan: _Plan) -> tuple[Factor, ...]:
     shifts = check_factors(comma_list(names), "--shift")
+    check_fit(plan.tasks, shifts, "--shift")
     for factor in shifts:
-        if factor in plan.vary or factor in plan.collected["vary"]:
+        if factor in plan.vary or factor in plan.data.about["vary"]:
             raise ConfigError(
                 f"--shift has {factor!r}, which the demonstrations or the other rollouts vary already. Record "
                 f"demonstrations without it, or leave it out."
@@ -484,19 +495,29 @@ def _shifts(names: str | None, plan: _Plan) -> tuple[Factor, ...]:
     return shifts
 
 
-def _records(rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-    return [
-        {
-            "seed": one.seed, "success": one.success, "first_success": one.first_success, "steps": one.steps,
-            "beginning": one.beginning,
-        }
-        for one in rollouts
-    ]  # fmt: skip
+def _records(rollouts: Sequence[Rollout], task: str) -> list[dict[str, Any]]:
+    records = []
+    for one in rollouts:
+        success = TASKS[task].success(one.success, one.fulfilled)
+        record = {
+            "seed": one.seed, "success": success, "first_success": one.first_success, "steps": one.steps,
+            "fulfilled": one.fulfilled, "rewards": one.rewards,
+            "value": TASKS[task].value(success, one.rewards, one.steps), "beginning": one.beginning,
+        }  # fmt: skip
+        records.append(record)
+    return records
 
 
-def _seconds_per_step(simulators: Simulators, look: bool) -> float:
+def _outcome(records: Sequence[dict[str, Any]], task: str) -> str:
+    values = [one["value"] for one in records]
+    if TASKS[task].measure == "return":
+        return f"score {100 * np.mean(values):.1f}"
+    return f"success {sum(values):.0f} of {len(values)}"
+
+
+def _seconds_per_step(simulators: Simulators, actions: int, look: bool) -> float:
     slot = simulators.groups[0][0]
-    action = np.zeros(len(ACTIONS), np.float32)
+    action = np.zeros(actions, np.float32)
     for command in (Command(slot, look, seed=0), Command(slot, look, action=action)):
         simulators.send(command)
         simulators.receive(slot)
@@ -523,7 +544,7 @@ def _check_record(plan: _Plan, out: Path) -> None:
     if before is None:
         if (out / "policies").exists():
             raise ConfigError(f"{path} is damaged or missing. Give a new folder.")
-        about = {"settings": now, "demonstrations": plan.collected, "versions": versions(), "machine": machine()}
+        about = {"settings": now, "demonstrations": plan.data.about, "versions": versions(), "machine": machine()}
         write_whole(path, json.dumps(jsonable(about), indent=1))
         return
     different = [name for name in {**now, **before} if before.get(name) != now.get(name)]

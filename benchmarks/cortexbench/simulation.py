@@ -1,16 +1,16 @@
-"""MetaWorld's tasks: reset from a seed, step, success, and pictures through one movable camera.
+"""What every simulator has in common: episodes from seeds, steps, success or reward, pictures through one camera.
 
-The simulator is the extra ``theia[simulation]``. MuJoCo binds to OpenGL when it is imported, so that is chosen before.
+The simulators are the extra ``theia[simulation]``. MuJoCo binds to OpenGL when it is imported, so that is chosen
+before.
 """
 
-import difflib
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from types import ModuleType, TracebackType
 from typing import Any, Literal, NamedTuple
@@ -18,26 +18,22 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cortexbench.scenes import Distractor, Factor, Scene, draw_pattern, draw_scene, view_from
+from benchmarks.cortexbench.scenes import Distractor, Factor, Scene, View, draw_pattern, draw_scene
+from benchmarks.cortexbench.tasks import TASKS, Simulator, Task, find_tasks
 from theia.errors import ConfigError, TheiaError
 
 Quality = Literal["fast", "full"]
 Expert = Callable[[NDArray[np.float64]], NDArray[np.float32]]
 
-HORIZON = 500
-# Actions are relative, so they must not share the names of positions.
-ACTIONS = ("dx", "dy", "dz", "gripper_effort")
-STATES = ("x", "y", "z", "gripper_opening")
-
-# Names that stand for several tasks. The five are those of CortexBench.
-GROUPS = {
-    "metaworld": ("assembly-v3", "bin-picking-v3", "button-press-topdown-v3", "drawer-open-v3", "hammer-v3"),
+# Modules and distributions that the tasks of a simulator need, besides MuJoCo.
+_NEEDS: dict[Simulator, tuple[str, str]] = {
+    "metaworld": ("metaworld", "MetaWorld"),
+    "dmc": ("dm_control", "dm-control"),
+    "adroit": ("gymnasium_robotics", "gymnasium-robotics"),
 }
 
-# CortexBench looks through a camera "top_cap2", which MetaWorld has lost since.
-_CAMERA_M, _TARGET = (0.0, 0.9, 0.6), "tablelink"
+DISTRIBUTIONS: dict[Simulator, str] = {simulator: package.lower() for simulator, (_, package) in _NEEDS.items()}
 
-_VERSION = "-v3"
 _BACKENDS = ("egl", "osmesa")
 _PACKAGES = "libegl1 libgl1 libgl1-mesa-dri libgles2 libglx-mesa0 libosmesa6"
 _TRY = """
@@ -58,57 +54,57 @@ class Step(NamedTuple):
     """What one step of the simulation leads to.
 
     Attributes:
-        observation: Everything that MetaWorld says about the scene, the goal included, shape ``(39,)``.
-        success: Whether the task is fulfilled in this moment.
+        observation: Everything that the simulator says about the scene, the goal included.
+        success: Whether the task is fulfilled in this moment; never for a task that only has a score.
+        reward: The simulator's own reward.
+        over: Whether the episode cannot go on, such as after a pen was dropped.
     """
 
     observation: NDArray[np.float64]
     success: bool
+    reward: float = 0.0
+    over: bool = False
 
 
-class Environment:
-    """One task.
+class Environment(ABC):
+    """One task in its simulator; :func:`open_environment` chooses the class.
 
     An episode is a function of the seed that it is reset with, whatever was simulated before.
 
     Args:
-        task: Name of a task of MetaWorld, such as ``drawer-open-v3``.
+        task: The task.
+        model: MuJoCo's model of it.
+        data: MuJoCo's data, which the simulator moves.
         size: Height and width of the pictures, in pixels.
         quality: ``full`` for MuJoCo's own; ``fast`` without antialiasing, shadows and reflections.
         vary: What is drawn anew with every reset.
 
     Attributes:
-        task: Name of the task.
+        task: The task.
         scene: What the episode looks like.
-
-    Raises:
-        ConfigError: If the simulator is not installed, there is no such task, or nothing can be rendered.
+        own_view: The task's own camera at the beginning of the episode.
+        threads: Number of threads that an expert may plan with. What it does is independent of it.
     """
 
-    def __init__(self, task: str, size: int = 256, quality: Quality = "fast", vary: Collection[Factor] = ()) -> None:
-        (self.task,) = find_tasks([task])
-        self._vary, self._size, self._quality = tuple(vary), size, quality
-        self._environment: Any = _metaworld("env_dict").ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[
-            f"{self.task}-goal-observable"
-        ]()
-        # Without these two, every episode begins in the same state, whatever the seed.
-        self._environment._freeze_rand_vec = False
-        self._environment.seeded_rand_vec = True
-        self._model = self._environment.model
-        target = self._environment.data.body(_TARGET).xpos
-        self.own_view = view_from(_CAMERA_M, target)
-        self.scene = Scene(self.own_view)
+    own_view: View
+    scene: Scene
+
+    def __init__(
+        self, task: Task, model: Any, data: Any, size: int, quality: Quality, vary: Collection[Factor]
+    ) -> None:
+        self.task, self.threads = task, 1
+        self._model, self._data, self._size, self._quality, self._vary = model, data, size, quality, tuple(vary)
         self._lights = [
             (array, array.copy())
             for array in (
-                self._model.light_ambient, self._model.light_diffuse, self._model.light_specular,
-                *(getattr(self._model.vis.headlight, part) for part in ("ambient", "diffuse", "specular")),
+                model.light_ambient, model.light_diffuse, model.light_specular,
+                *(getattr(model.vis.headlight, part) for part in ("ambient", "diffuse", "specular")),
             )
         ]  # fmt: skip
         self._own_pixels = self._model.tex_data.copy()
         self._renderer: Any = None
-        self._observation: NDArray[np.float64] = np.zeros(0)
-        self._success = False
+        self._now = Step(np.zeros(0), False)
+        self._seed = 0
 
     def __enter__(self) -> "Environment":
         return self
@@ -119,29 +115,58 @@ class Environment:
         self.close()
 
     @property
-    def frames_per_s(self) -> int:
-        """Steps in a second of the robot's time."""
-        return round(1 / float(self._environment.dt))
-
-    @property
     def observation(self) -> NDArray[np.float64]:
-        """Everything that MetaWorld says about the scene, the goal included, shape ``(39,)``."""
-        return self._observation
+        """Everything that the simulator says about the scene, the goal included."""
+        return self._now.observation
 
     @property
     def state(self) -> NDArray[np.float64]:
-        """What the robot knows of itself: position of the hand in metres, opening of the gripper; shape ``(4,)``."""
-        return self._observation[: len(STATES)]
-
-    @property
-    def positions(self) -> NDArray[np.float64]:
-        """Positions of all joints and free objects in MuJoCo's order."""
-        return np.array(self._environment.data.qpos)
+        """What the robot knows of itself: the beginning of the observation."""
+        return self.observation[: self.task.proprioception]
 
     @property
     def success(self) -> bool:
         """Whether the task is fulfilled in this moment."""
-        return self._success
+        return self._now.success
+
+    @property
+    def positions(self) -> NDArray[np.float64]:
+        """Positions of all joints and free objects in MuJoCo's order."""
+        return np.array(self._data.qpos)
+
+    @property
+    @abstractmethod
+    def frames_per_s(self) -> int:
+        """Steps in a second of the robot's time."""
+
+    @abstractmethod
+    def expert(self) -> Expert:
+        """An expert for this task, at the beginning of an episode: from observations to actions.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+
+    @abstractmethod
+    def _begin(self, seed: int) -> NDArray[np.float64]:
+        """Begins an episode and gives the first observation."""
+
+    @abstractmethod
+    def _move(self, action: NDArray[np.float32]) -> Step:
+        """Moves the robot by an action in ``[-1, 1]``."""
+
+    @abstractmethod
+    def _find_view(self) -> View:
+        """The task's own camera at the beginning of an episode."""
+
+    def _camera(self, view: View) -> Any:
+        """MuJoCo's camera for a view of this moment."""
+        mujoco = load_mujoco()
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+        camera.azimuth, camera.elevation, camera.distance = view.azimuth_deg, view.elevation_deg, view.distance_m
+        camera.lookat = view.look_at_m
+        return camera
 
     def reset(self, seed: int) -> NDArray[np.float64]:
         """Begins an episode.
@@ -152,33 +177,32 @@ class Environment:
         Returns:
             The first observation.
         """
-        self._environment.seed(seed)
-        self._observation = self._environment.reset()[0]
-        self._success = False
-        self.scene = draw_scene(self.own_view, self._vary, self.task, seed)
+        self._seed = seed
+        self._now = Step(self._begin(seed), False)
+        self.own_view = self._find_view()
+        self.scene = draw_scene(self.own_view, self._vary, self.task.name, seed)
         for array, own in self._lights:
             array[...] = own * self.scene.light
         self._set_textures()
-        return self._observation
+        return self.observation
 
     def step(self, action: NDArray[np.floating[Any]]) -> Step:
         """Moves the robot.
 
         Args:
-            action: Motion of the hand along x, y and z, and of the gripper, each in ``[-1, 1]``; what is outside is
-                clipped.
+            action: Values in ``[-1, 1]``; what is outside is clipped.
 
         Raises:
             SimulationError: If the action has another shape, or is not finite.
         """
-        if np.shape(action) != (len(ACTIONS),) or not np.isfinite(action).all():
+        names = self.task.actions
+        if np.shape(action) != (len(names),) or not np.isfinite(action).all():
             raise SimulationError(
-                f"{self.task} was given the action {np.array2string(np.asarray(action), precision=3)}. It takes "
-                f"{len(ACTIONS)} finite numbers: {', '.join(ACTIONS)}."
+                f"{self.task.name} was given the action {np.array2string(np.asarray(action), precision=3)}. It takes "
+                f"{len(names)} finite numbers: {', '.join(names)}."
             )
-        self._observation, _, _, _, more = self._environment.step(np.clip(action, -1, 1).astype(np.float32))
-        self._success = bool(more["success"])
-        return Step(self._observation, self._success)
+        self._now = self._move(np.clip(action, -1, 1).astype(np.float32))
+        return self._now
 
     def render(self) -> NDArray[np.uint8]:
         """Picture of this moment, RGB, shape ``(size, size, 3)``.
@@ -186,31 +210,13 @@ class Environment:
         Raises:
             ConfigError: If OpenGL does not work.
         """
-        mujoco = load_mujoco()
         if self._renderer is None:
             self._renderer = self._open_renderer()
-        camera = mujoco.MjvCamera()
-        camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-        view = self.scene.view
-        camera.azimuth, camera.elevation, camera.distance = view.azimuth_deg, view.elevation_deg, view.distance_m
-        camera.lookat = view.look_at_m
-        self._renderer.update_scene(self._environment.data, camera)
+        self._renderer.update_scene(self._data, self._camera(self.scene.view))
         for distractor in self.scene.distractors:
             self._show(distractor)
         picture: NDArray[np.uint8] = self._renderer.render()
         return picture
-
-    def expert(self) -> Expert:
-        """MetaWorld's scripted policy for this task, at the beginning of an episode: from observations to actions."""
-        policy = _metaworld("policies").ENV_POLICY_MAP[self.task]()
-
-        def act(observation: NDArray[np.float64]) -> NDArray[np.float32]:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that its actions will be clipped
-                action: NDArray[np.float32] = np.clip(policy.get_action(observation), -1, 1).astype(np.float32)
-            return action
-
-        return act
 
     def close(self) -> None:
         """Frees what rendering holds."""
@@ -271,36 +277,34 @@ class Environment:
         return renderer
 
 
-def find_tasks(names: Iterable[str], known: Sequence[str] | None = None) -> list[str]:
-    """Finds tasks by their names, which may lack their version, or by the name of a group.
+def open_environment(
+    task: str, size: int = 256, quality: Quality = "fast", vary: Collection[Factor] = ()
+) -> Environment:
+    """Opens a task in its simulator.
 
     Args:
-        names: Names as a user gives them.
-        known: All tasks that there are; by default, those of MetaWorld.
-
-    Returns:
-        Full names, each once, in the given order.
+        task: Name of the task.
+        size: Height and width of the pictures, in pixels.
+        quality: ``full`` for MuJoCo's own; ``fast`` without antialiasing, shadows and reflections.
+        vary: What is drawn anew with every reset.
 
     Raises:
-        ConfigError: If there is no such task, or the simulator is not installed.
+        ConfigError: If the simulator is not installed, there is no such task, or nothing can be rendered.
     """
-    known = list(_metaworld("env_dict").ENV_CLS_MAP) if known is None else known
-    found: dict[str, None] = {}
-    for name in names:
-        if name in GROUPS:
-            found |= dict.fromkeys(GROUPS[name])
-            continue
-        full = name if name in known else f"{name}{_VERSION}"
-        if full not in known:
-            near = difflib.get_close_matches(full, [*known, *GROUPS], 1)
-            there = ", ".join(task.removesuffix(_VERSION) for task in sorted(known))
-            raise ConfigError(
-                f"There is no task {name!r}."
-                + (f" Is it {near[0].removesuffix(_VERSION)!r}?" if near else "")
-                + f" Groups: {', '.join(GROUPS)}. Tasks: {there}."
-            )
-        found[full] = None
-    return list(found)
+    (name,) = find_tasks([task])
+    found = TASKS[name]
+    check_installed([found.simulator])
+    load_mujoco()
+    # A simulator that is not needed need not be there.
+    module, of = {
+        "metaworld": ("metaworld", "MetaWorld"),
+        "dmc": ("control_suite", "ControlSuite"),
+        "adroit": ("adroit", "Adroit"),
+    }[found.simulator]
+    environment: Environment = getattr(importlib.import_module(f"benchmarks.cortexbench.{module}"), of)(
+        found, size, quality, vary
+    )
+    return environment
 
 
 def find_opengl() -> str:
@@ -344,24 +348,24 @@ def load_mujoco() -> ModuleType:
         raise ConfigError(_no_opengl(f"{type(error).__name__}: {error}")) from error
 
 
-def check_installed() -> None:
-    """Checks that there is a simulator.
+def check_installed(simulators: Iterable[Simulator] = ()) -> None:
+    """Checks that there are MuJoCo and the simulators that are needed.
+
+    Args:
+        simulators: Simulators that are needed.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If one is not installed.
     """
-    missing = [name for name in ("mujoco", "metaworld") if importlib.util.find_spec(name) is None]
+    needed = [("mujoco", "MuJoCo"), *(_NEEDS[name] for name in dict.fromkeys(simulators))]
+    missing = [package for module, package in needed if importlib.util.find_spec(module) is None]
     if missing:
+        are = "is" if len(missing) == 1 else "are"
         raise ConfigError(
-            f"The tasks run in MetaWorld on MuJoCo, and {missing[0]} is not installed: pip install "
-            "'theia[simulation]'. It holds MuJoCo at the version that MetaWorld wants; if other programs want another, "
-            "install it in an environment of its own."
+            f"The tasks run in simulators on MuJoCo, and {' and '.join(missing)} {are} not installed: pip "
+            "install 'theia[simulation]'. It holds MuJoCo at the version that MetaWorld wants; if other programs want "
+            "another, install it in an environment of its own."
         )
-
-
-def _metaworld(module: str) -> ModuleType:
-    load_mujoco()
-    return importlib.import_module(f"metaworld.{module}")
 
 
 def _no_opengl(said: str) -> str:

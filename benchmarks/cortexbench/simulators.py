@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.cortexbench.scenes import Factor
-from benchmarks.cortexbench.simulation import Environment, Quality, SimulationError, find_opengl
+from benchmarks.cortexbench.simulation import Environment, Quality, SimulationError, find_opengl, open_environment
 from theia.errors import TheiaError
 from theia.extraction.images import to_square
 
@@ -53,16 +53,20 @@ class Moment(NamedTuple):
     """What a simulator says after a reset or a step.
 
     Attributes:
-        observation: Everything that MetaWorld says about the scene, shape ``(39,)``.
+        observation: Everything that the simulator says about the scene, shape ``(S,)``.
         success: Whether the task is fulfilled.
         picture: What an encoder is given, uint8, shape ``(3, shown, shown)``; ``None`` if nobody looks.
         beginning: After a reset, positions, camera and light.
+        reward: What the step earned.
+        over: Whether the episode cannot go on.
     """
 
     observation: NDArray[np.float64]
     success: bool
     picture: NDArray[np.uint8] | None
     beginning: dict[str, Any] | None
+    reward: float = 0.0
+    over: bool = False
 
 
 class Command(NamedTuple):
@@ -179,18 +183,18 @@ def _simulate(pipe: "Connection[Any, Any]", course: Course) -> None:
 
 def _obey(command: Command, course: Course, environments: dict[int, Environment]) -> Moment:
     if command.slot not in environments:
-        environments[command.slot] = Environment(course.task, course.size, course.quality, course.vary)
+        environments[command.slot] = open_environment(course.task, course.size, course.quality, course.vary)
     environment = environments[command.slot]
-    beginning = None
+    beginning, reward, over = None, 0.0, False
     if command.seed is not None:
         environment.reset(command.seed)
         beginning = {"positions": environment.positions.tolist(), **environment.scene.record()}
     else:
-        environment.step(cast(Any, command.action))
+        _, _, reward, over = environment.step(cast(Any, command.action))
     picture = None
     if command.look:
         picture = to_square(Image.fromarray(environment.render()), course.shown, "squash")
-    return Moment(np.array(environment.observation), environment.success, picture, beginning)
+    return Moment(np.array(environment.observation), environment.success, picture, beginning, reward, over)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import pytest
 from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench import collect as collecting
 from benchmarks.cortexbench import simulation
+from benchmarks.cortexbench.collect import check_record
 from benchmarks.cortexbench.demonstrations import MOST_ATTEMPTS, Plan, first_success
-from benchmarks.cortexbench.simulation import SimulationError, find_opengl, find_tasks
+from benchmarks.cortexbench.simulation import SimulationError, find_opengl
+from benchmarks.cortexbench.tasks import find_tasks
 from theia.errors import ConfigError, TrajectoryError
 
 KNOWN = ["assembly-v3", "bin-picking-v3", "button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "hammer-v3"]
@@ -64,7 +66,7 @@ def test_the_table_counts_failures_in_the_rate_of_success() -> None:
         {**row, "tasks": ["assembly-v3"], "success_at_end": 0},
     ]
     summaries = collecting.summarize(rows)
-    assert summaries == [("hammer-v3", 1, 1, 1, 80, 4.0), ("assembly-v3", 2, 4, 1, 180, 8.0)]
+    assert summaries == [("hammer-v3", 1, 1, 1, 80, 4.0, ()), ("assembly-v3", 2, 4, 1, 180, 8.0, ())]
     last = collecting.table(summaries).splitlines()[-1].split()
     assert last == ["assembly-v3", "2", "50%", "2", "50%", "90", "8", "22"]
 
@@ -113,7 +115,7 @@ def test_a_library_that_was_chosen_and_is_missing_is_reported(monkeypatch: pytes
         raise AttributeError("'NoneType' object has no attribute 'glGetError'")
 
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.setattr(simulation, "check_installed", lambda: None)
+    monkeypatch.setattr(simulation, "check_installed", lambda *_: None)
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ConfigError, match=r"MUJOCO_GL=osmesa.*glGetError.*apt-get install"):
         simulation.load_mujoco.__wrapped__()
@@ -135,31 +137,31 @@ def test_a_library_that_was_chosen_and_is_missing_is_reported(monkeypatch: pytes
 def test_a_wrong_option_is_refused_before_anything_is_written(
     option: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(collecting, "check_installed", lambda: None)
-    monkeypatch.setattr(collecting, "find_tasks", lambda names: find_tasks(names, KNOWN))
+    monkeypatch.setattr(collecting, "check_installed", lambda *_: None)
     assert command.main(["collect", "--tasks=hammer", f"--out={tmp_path / 'data'}", option]) == 1
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_goes_on_with_the_options_that_it_was_begun_with(tmp_path: Path) -> None:
-    collecting._check_record(PLAN, tmp_path)
-    collecting._check_record(PLAN, tmp_path)
+    check_record(tmp_path, asdict(PLAN))
+    check_record(tmp_path, asdict(PLAN))
     with pytest.raises(TrajectoryError, match=r"begun with noise 0\.0, not 0\.1"):
-        collecting._check_record(replace(PLAN, noise=0.1), tmp_path)
+        check_record(tmp_path, asdict(replace(PLAN, noise=0.1)))
 
 
 def test_a_folder_with_other_physics_is_refused(tmp_path: Path) -> None:
-    collecting._check_record(PLAN, tmp_path)
+    settings = {**asdict(PLAN), "simulator": {"mujoco": "3.3.0"}}
+    check_record(tmp_path, settings)
     path = tmp_path / "meta/collection.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps({**written, "simulator": {**written["simulator"], "mujoco": "2.3.7"}}))
     with pytest.raises(TrajectoryError, match=r"begun with simulator.*2\.3\.7"):
-        collecting._check_record(PLAN, tmp_path)
+        check_record(tmp_path, settings)
 
 
 def test_a_data_set_of_other_origin_is_refused(tmp_path: Path) -> None:
     (tmp_path / "meta/episodes/chunk-000").mkdir(parents=True)
     (tmp_path / "meta/episodes/chunk-000/file-000.parquet").touch()
     with pytest.raises(TrajectoryError, match="not recorded by this command"):
-        collecting._check_record(PLAN, tmp_path)
+        check_record(tmp_path, asdict(PLAN))

@@ -81,11 +81,11 @@ def test_the_folder_of_a_run_is_not_that_of_a_policy(tmp_path, capsys):
 
 def closed_loop(run: Path, exported: Path, task: str, rollouts: list[dict[str, object]]) -> list[dict[str, object]]:
     """Repeats rollouts with an exported policy, and without anything else of the benchmark than the environment."""
-    from benchmarks.cortexbench.simulation import Environment
+    from benchmarks.cortexbench.simulation import open_environment
 
     settings = json.loads((run / "run.json").read_text())["settings"]
     policy, found = theia.load_policy(exported), []
-    with Environment(task, settings["size"], settings["quality"], settings["vary"]) as environment:
+    with open_environment(task, settings["size"], settings["quality"], settings["vary"]) as environment:
         for rollout in rollouts:
             observation, held, first, success, steps = environment.reset(rollout["seed"]), 0, None, False, 0
             policy.reset()

@@ -122,11 +122,11 @@ def test_the_rollouts_begin_as_the_environment_does_and_the_expert_succeeds_in_t
     import numpy as np
 
     from benchmarks.cortexbench.demonstrations import attempt
-    from benchmarks.cortexbench.simulation import Environment
+    from benchmarks.cortexbench.simulation import open_environment
     from benchmarks.cortexbench.simulators import Command, Course, Simulators
 
     course = Course("drawer-open-v3", (1_000_000, 1_000_001, 1_000_002), ("camera",), 64, "fast", 32, 200, None)
-    with Environment("drawer-open", 64, "fast", ("camera",)) as environment, Simulators(course, 2) as simulators:
+    with open_environment("drawer-open", 64, "fast", ("camera",)) as environment, Simulators(course, 2) as simulators:
         for number, seed in enumerate(course.seeds):
             trial = attempt(environment, seed, 0.0, 5)
             slot = number % 2
@@ -162,7 +162,7 @@ def test_a_simulator_that_is_killed_is_said_to_be_gone():
 def test_a_policy_is_shown_in_rollouts_what_it_was_fitted_on(demonstrations):
     import numpy as np
 
-    from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE
+    from benchmarks.cortexbench.demonstrations import SCENE_STATE
     from benchmarks.cortexbench.encoders import TaskRecording
     from benchmarks.cortexbench.simulators import Command, Course, Simulators
     from theia.extraction.images import to_square
@@ -175,7 +175,7 @@ def test_a_policy_is_shown_in_rollouts_what_it_was_fitted_on(demonstrations):
     actions, observations = folder.column(ACTION)[rows], folder.column(SCENE_STATE)[rows]
     seeds = (int(episode.record["seed"]),)
     course = Course("drawer-open-v3", seeds, ("camera",), 64, "fast", 224, 200, None)
-    pictures = recording.frames(episode, CAMERA, range(episode.length))
+    pictures = recording.frames(episode, folder.camera(), range(episode.length))
     with Simulators(course, 1) as simulators:
         simulators.send(Command(0, True, seed=seeds[0]))
         for picture, action, observation in zip(pictures, actions, observations, strict=True):

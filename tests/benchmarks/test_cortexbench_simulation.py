@@ -1,4 +1,4 @@
-"""The simulator itself, in an environment that has it: pip install '.[dev,simulation]'."""
+"""MetaWorld itself, in an environment that has it: pip install '.[dev,simulation]'."""
 
 import importlib.util
 import os
@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from benchmarks.cortexbench import simulation
-from benchmarks.cortexbench.demonstrations import CAMERA, SCENE_STATE, attempt, look
+from benchmarks.cortexbench.demonstrations import SCENE_STATE, attempt, look
 from benchmarks.cortexbench.scenes import Factor, Scene
-from benchmarks.cortexbench.simulation import Environment, SimulationError
+from benchmarks.cortexbench.simulation import Environment, SimulationError, open_environment
+from benchmarks.cortexbench.tasks import TASKS
 from theia.errors import ConfigError
 from theia.trajectories.lerobot import LeRobotFolder
 
@@ -27,7 +28,7 @@ SIZE = 64
 
 
 def environment(task: str = "drawer-open", **options: Any) -> Environment:
-    return Environment(task, SIZE, **options)
+    return open_environment(task, SIZE, **options)
 
 
 def upstream(task: str, seed: int) -> Any:
@@ -236,7 +237,7 @@ def test_recorded_demonstrations_repeat_in_the_simulator_itself(tmp_path: Path) 
             observation, *_, more = made.step(actions[place])
             success.append(more["success"])
         assert success.index(1) + 1 == episode.record["success_step"] == episode.length - 2
-        assert folder.frame(episode, episode.length - 1, CAMERA).size == (32, 32)
+        assert folder.frame(episode, episode.length - 1, folder.camera()).size == (32, 32)
 
 
 @pytest.mark.slow
@@ -271,8 +272,9 @@ def test_every_task_can_be_looked_at() -> None:
     simulation.load_mujoco()
     from metaworld.env_dict import ENV_CLS_MAP
 
+    assert set(ENV_CLS_MAP) == {task.name for task in TASKS.values() if task.simulator == "metaworld"}
     for task in ENV_CLS_MAP:
-        with Environment(task, 32) as made:
+        with open_environment(task, 32) as made:
             made.step(made.expert()(made.reset(0)))
             assert made.render().std() > 10, task
-            assert made.frames_per_s == 80, task
+            assert made.frames_per_s == made.task.frames_per_s == 80, task

@@ -1,0 +1,58 @@
+"""MetaWorld's tasks, with its scripted experts."""
+
+import importlib
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cortexbench.scenes import Factor, View, view_from
+from benchmarks.cortexbench.simulation import Environment, Expert, Quality, Step
+from benchmarks.cortexbench.tasks import Task
+
+# CortexBench looks through a camera "top_cap2", which MetaWorld has lost since.
+_CAMERA_M, _TARGET = (0.0, 0.9, 0.6), "tablelink"
+
+
+class MetaWorld(Environment):
+    """One task of MetaWorld; see :class:`benchmarks.cortexbench.simulation.Environment`."""
+
+    def __init__(self, task: Task, size: int, quality: Quality, vary: Collection[Factor]) -> None:
+        tasks = importlib.import_module("metaworld.env_dict").ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+        self._environment: Any = tasks[f"{task.name}-goal-observable"]()
+        # Without these two, every episode begins in the same state, whatever the seed.
+        self._environment._freeze_rand_vec = False
+        self._environment.seeded_rand_vec = True
+        super().__init__(task, self._environment.model, self._environment.data, size, quality, vary)
+        self.own_view = view_from(_CAMERA_M, self._data.body(_TARGET).xpos)
+
+    @property
+    def frames_per_s(self) -> int:
+        """Steps in a second of the robot's time."""
+        return round(1 / float(self._environment.dt))
+
+    def expert(self) -> Expert:
+        """MetaWorld's scripted policy for this task."""
+        policy = importlib.import_module("metaworld.policies").ENV_POLICY_MAP[self.task.name]()
+
+        def act(observation: NDArray[np.float64]) -> NDArray[np.float32]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that its actions will be clipped
+                action: NDArray[np.float32] = np.clip(policy.get_action(observation), -1, 1).astype(np.float32)
+            return action
+
+        return act
+
+    def _begin(self, seed: int) -> NDArray[np.float64]:
+        self._environment.seed(seed)
+        observation: NDArray[np.float64] = self._environment.reset()[0]
+        return observation
+
+    def _move(self, action: NDArray[np.float32]) -> Step:
+        observation, reward, _, _, more = self._environment.step(action)
+        return Step(observation, bool(more["success"]), float(reward))
+
+    def _find_view(self) -> View:
+        return self.own_view

@@ -1,0 +1,97 @@
+"""Demonstrations that policies are fitted to: one data set, or a folder of several, of different robots."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cortexbench.demonstrations import SCENE_STATE
+from benchmarks.cortexbench.tasks import TASKS
+from theia.errors import TrajectoryError
+from theia.trajectories.lerobot import ACTION, INFO, STATE, LeRobotFolder
+from theia.utils.files import read_json
+
+_RECORD = "meta/collection.json"
+_SAME = ("size", "quality", "vary", "pictures")
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Demonstrations of any tasks.
+
+    Attributes:
+        root: The folder that the user names.
+        folders: The data set of each task, by full name.
+        about: With what options they were recorded.
+    """
+
+    root: Path
+    folders: dict[str, LeRobotFolder]
+    about: dict[str, Any]
+
+    @staticmethod
+    def open(root: Path) -> "Recordings":
+        """Opens a data set, or all data sets in a folder.
+
+        Raises:
+            TrajectoryError: If there are none, or they were recorded with different options.
+        """
+        found = [root] if (root / INFO).is_file() else sorted(path.parents[1] for path in root.glob(f"*/{INFO}"))
+        folders: dict[str, LeRobotFolder] = {}
+        records: dict[str, dict[str, Any]] = {}
+        for path in found or [root]:
+            folder, record = LeRobotFolder(path), read_json(path / _RECORD)
+            known = [task for episode in folder.episodes for task in episode.tasks]
+            if "size" not in record or not folder.cameras or any(task not in TASKS for task in known):
+                raise TrajectoryError(
+                    f"{path} does not hold demonstrations of the benchmark's tasks. Record some: python -m "
+                    "benchmarks.cortexbench collect --tasks metaworld --out FOLDER."
+                )
+            records[str(path)] = record
+            for task in dict.fromkeys(known):
+                folders[task] = folder
+        first, *others = records.items()
+        for path_text, record in others:
+            different = [name for name in _SAME if record.get(name) != first[1].get(name)]
+            if different:
+                raise TrajectoryError(
+                    f"{path_text} was recorded with {different[0]} {record.get(different[0])}, and {first[0]} with "
+                    f"{first[1].get(different[0])}. Run them one after the other, each with a folder of its own."
+                )
+        return Recordings(root, folders, first[1] | ({"data sets": records} if others else {}))
+
+    def camera(self, task: str) -> str:
+        """Key of the camera that a task was recorded with."""
+        return self.folders[task].camera()
+
+    def actions(self, task: str) -> int:
+        """Number of values of an action."""
+        return int(self.folders[task].features[ACTION].shape[0])
+
+    def observed(self, task: str) -> str | None:
+        """Name of the column with what is known beside the pictures; ``None`` if nothing is.
+
+        Demonstrations that were imported hold the robot's own state at most.
+        """
+        return next((name for name in (SCENE_STATE, STATE) if name in self.folders[task].features), None)
+
+    def observations(self, task: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What is known beside the pictures in some rows, shape ``(frames, S)``; S is 0 if nothing is."""
+        column = self.observed(task)
+        if column is None:
+            return np.zeros((len(rows), 0), np.float32)
+        return self.folders[task].column(column)[rows]
+
+    def check_state(self, task: str) -> None:
+        """Refuses a policy on the simulator's whole state where demonstrations lack it.
+
+        Raises:
+            TrajectoryError: If they do.
+        """
+        if self.observed(task) != SCENE_STATE:
+            raise TrajectoryError(
+                f"The demonstrations of {task} were imported and do not hold the simulator's whole state, so that the "
+                "control state cannot be fitted to them. Leave it out of --encoders."
+            )
