@@ -37,6 +37,59 @@ def test_last_and_best_of_each_seed_are_averaged(tmp_path):
     assert line.difference is None
 
 
+def write_scores(folder: Path, encoder: str, task: str, values: list[float]) -> None:
+    rollouts = [
+        {"seed": 50 + place, "success": None, "first_success": None, "steps": 1000, "rewards": 1000 * value,
+         "value": value, "beginning": {"positions": [0.0, place]}}
+        for place, value in enumerate(values)
+    ]  # fmt: skip
+    write(folder, encoder, task, 100, {9: [0] * len(values)}, rollouts=rollouts)
+
+
+def test_scores_are_shown_from_0_to_100_and_rates_beside_them(tmp_path):
+    for name, values in {"a": [0.5, 0.7, 0.6], "blind": [0.1, 0.2, 0.0]}.items():
+        write_scores(tmp_path, name, "walker-walk", values)
+        write(tmp_path, name, "hammer-v3", 100, {9: [1, 1, 0] if name == "a" else [0, 0, 0]})
+    text = report(tmp_path)
+    rates, scores, mean = text.split("\n\n")[:3]
+    assert rates.split()[:3] == ["hammer-v3", "success", "rate"]
+    assert "0.67" in rates
+    assert "at any step" in rates
+    assert scores.startswith("walker-walk")
+    assert "score, return / 10" in scores
+    assert "60.0" in scores
+    assert "10.0" in scores
+    assert "at any step" not in scores
+    # As in the paper: the mean of 60 and of 100 times 2/3.
+    assert "scores, and success x 100" in mean
+    assert f"{(60 + 200 / 3) / 2:.1f}" in mean
+    assert "which for 1000 steps is the return divided by 10" in text
+
+
+def test_scores_are_not_compared_as_if_they_were_successes(tmp_path):
+    write_scores(tmp_path, "a", "walker-walk", [0.5, 0.7, 0.6])
+    write_scores(tmp_path, "b", "walker-walk", [0.1, 0.2, 0.0])
+    results, _ = load(tmp_path)
+    found = {line.encoder: line for line in compare(results, "b")}
+    assert found["a"].difference.mean == pytest.approx(0.5)
+    assert found["a"].difference.p == pytest.approx(2 / 2**3)  # of the signs of three differences
+    assert found["a"].anywhere is None
+
+
+def test_steps_that_adroit_asks_for_are_said(tmp_path):
+    write(tmp_path, "a", "relocate", 100, {9: [1, 0]})
+    write(tmp_path, "a", "pen", 100, {9: [1, 0]})
+    assert "in more than 20 steps (pen) and 25 steps (relocate)" in report(tmp_path)
+
+
+def test_demonstrations_of_the_paper_are_said_to_act_on_other_physics(tmp_path):
+    write(tmp_path, "a", "pen", 100, {9: [1, 0]})
+    (tmp_path / "run.json").write_text(json.dumps({"demonstrations": {"imported": {"pen": "pen-v0.pickle"}}}))
+    text = report(tmp_path)
+    assert "the physics are those of another release" in text
+    assert "other experts" not in text
+
+
 def test_mcnemar_by_hand():
     ours = np.array([[1, 1, 1, 1, 1, 1, 0, 1, 0, 1.0]])
     theirs = np.array([[0, 0, 0, 0, 0, 0, 1, 1, 0, 1.0]])

@@ -93,6 +93,33 @@ def test_a_rollout_may_end_once_the_task_stays_fulfilled():
     assert all(one.success for one in found)
 
 
+class Earning(StandIn):
+    """Earns its seed with every step, and is over after four steps if the seed is odd."""
+
+    def receive(self, slot: int) -> Moment:
+        moment = super().receive(slot)
+        step, seed = moment.observation[5], moment.observation[0]
+        return moment._replace(reward=seed if step else 0.0, over=bool(seed % 2) and step >= 4)
+
+
+def test_rewards_are_added_up_and_a_rollout_ends_where_it_cannot_go_on():
+    found = roll_out(Earning(), Pilot(SEES_NOTHING, Echo(), CPU), COURSE)
+    assert [one.steps for one in found] == [4 if seed % 2 else 12 for seed in range(7)]
+    assert [one.rewards for one in found] == [seed * (4 if seed % 2 else 12) for seed in range(7)]
+    assert [one.fulfilled for one in found] == [min(3, max(0, one.steps - one.seed)) for one in found]
+
+
+def test_a_robot_that_does_not_know_itself_gives_a_blind_policy_nothing():
+    observation = np.arange(78.0).reshape(2, 39)
+    no_one = replace(SEES_NOTHING, proprioception=0).known(observation)
+    assert no_one.tolist() == [[0.0], [0.0]]
+    assert replace(SEES_COLOUR, proprioception=0).known(observation).shape == (2, 0)
+    assert replace(SEES_COLOUR, proprioception=30).known(observation).shape == (2, 30)
+    policy = MLPHead(3, (1, 1), 0, 6).eval()
+    frames = torch.randn(2, 3, 3, 1, 1)
+    assert policy(frames, torch.zeros(2, 0)).shape == (2, 1, 6)
+
+
 def test_a_policy_is_shown_the_first_frame_three_times_and_then_the_last_three():
     policy = Echo()
     course = replace(COURSE, seeds=(1, 2), horizon=4)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.cortexbench.tasks import GROUPS, TASKS, find_tasks, folders_of
+from benchmarks.cortexbench.tasks import GROUPS, TASKS, check_fit, find_tasks, folders_of
 from theia.errors import ConfigError
 
 
@@ -50,3 +50,10 @@ def test_a_score_is_the_return_divided_by_ten_for_a_thousand_steps():
     assert task.success(False, 0) is None
     assert 100 * task.value(None, 480.0, 1000) == pytest.approx(48.0)
     assert 100 * task.value(None, 48.0, 100) == pytest.approx(48.0)
+
+
+def test_distractors_need_a_table():
+    check_fit(["hammer-v3", "pen"], ["distractor"])
+    check_fit(["walker-walk"], ["camera", "light", "texture"])
+    with pytest.raises(ConfigError, match="--shift has 'distractor', but distractors lie on a table, and walker-walk"):
+        check_fit(["pen", "walker-walk"], ["distractor"], "--shift")
