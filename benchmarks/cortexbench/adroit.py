@@ -1,6 +1,8 @@
 """Adroit's tasks of gymnasium-robotics. There is no expert: demonstrations are imported."""
 
+import contextlib
 import importlib
+import io
 import math
 from collections.abc import Collection
 from typing import Any
@@ -25,7 +27,9 @@ class Adroit(FixedCamera):
 
     def __init__(self, task: Task, size: int, quality: Quality, vary: Collection[Factor]) -> None:
         module, name = _CLASSES[task.name]
-        found = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.{module}")
+        # It prints that rewards have changed, which are not what is measured here.
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = importlib.import_module(f"gymnasium_robotics.envs.adroit_hand.{module}")
         self._environment: Any = getattr(found, name)()
         model, data = self._environment.model, self._environment.data
         super().__init__(task, model, data, size, quality, vary, model.camera(task.camera).id, _LOOKED_AT_M)

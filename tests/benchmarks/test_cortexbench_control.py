@@ -301,6 +301,7 @@ def test_recorded_scores_repeat_in_the_suite_itself_and_policies_get_scores(tmp_
     assert "reacher-easy" in capsys.readouterr().out
     folder = LeRobotFolder(data / "reacher-easy")
     actions, rewards, states = (folder.column(name) for name in ("action", "next.reward", SCENE_STATE))
+    rewards = rewards.ravel()
     for episode in folder.episodes:
         truth = suite_s_own("reacher-easy", int(episode.record["seed"]))
         moment = truth.reset()
