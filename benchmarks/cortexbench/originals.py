@@ -50,7 +50,7 @@ class Demonstration(NamedTuple):
     rewards: NDArray[np.float32]
     states: NDArray[np.float32] | None
     internal: NDArray[np.float32] | None
-    begun: Mapping[str, Any] | None
+    begun: dict[str, list[Any]] | None
     success: NDArray[np.bool_] | None
 
 
@@ -249,7 +249,7 @@ def _write(writer: LeRobotWriter, index: int, task: Task, path: Demonstration, f
         values[INTERNAL_STATE] = path.internal
     about: dict[str, str | int | float] = {"original": file, "original_number": number, "dropped": 0}
     if path.begun is not None:
-        about["initial_state"] = json.dumps({name: np.asarray(part).tolist() for name, part in path.begun.items()})
+        about["initial_state"] = json.dumps(path.begun)
     if task.measure == "return":
         about["score"] = 100 * float(path.rewards.mean())
     elif path.success is not None:
@@ -270,28 +270,41 @@ def _path(content: Any, task: Task, where: str) -> Demonstration:
         )
     actions = _table(_entry(content, "actions", where), "actions", len(images), len(task.actions), where)
     rewards = _table(_entry(content, "rewards", where), "rewards", len(images), 1, where)[:, 0]
-    states = internal = begun = success = None
+    states = internal = success = None
     if task.states:
         key = _STATES_OF[task.simulator]
         states = _table(_entry(infos, key, where), key, len(images), task.proprioception, where)
     elif "internal_state" in infos:
         internal = _table(infos["internal_state"], "internal_state", len(images), None, where)
-    first = content.get("init_state_dict", infos.get("init_state_dict"))
-    if isinstance(first, Sequence) and first:
-        first = first[0]
-    if isinstance(first, Mapping):
-        begun = first
+    begun = _begun(content, infos, where)
     for key in ("success", "goal_achieved"):
         if key in infos and np.size(infos[key]) == len(images):
             success = np.asarray(infos[key]).reshape(-1).astype(bool)
     return Demonstration(images, actions, rewards, states, internal, begun, success)
 
 
+def _begun(content: Mapping[str, Any], infos: Mapping[str, Any], where: str) -> dict[str, list[Any]] | None:
+    """Where the scene began: recorded once, or with every step."""
+    first = content.get("init_state_dict")
+    if first is None:
+        first = infos.get("init_state_dict")
+        if isinstance(first, Mapping):
+            first = {name: part[0] for name, part in first.items()}
+        elif isinstance(first, list | np.ndarray) and len(first):
+            first = first[0]
+    if not isinstance(first, Mapping):
+        return None
+    try:
+        return {str(name): np.asarray(part, np.float64).tolist() for name, part in first.items()}
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"'init_state_dict' of {where} is not of numbers: {error}.") from error
+
+
 def _stacked(infos: Any) -> Mapping[str, Any]:
     """What a simulator says, as arrays over the steps; some record a dict for each step."""
     if isinstance(infos, Mapping):
         return infos
-    if isinstance(infos, Sequence) and infos and all(isinstance(one, Mapping) for one in infos):
+    if isinstance(infos, list | tuple | np.ndarray) and len(infos) and all(isinstance(one, Mapping) for one in infos):
         return {name: [one.get(name) for one in infos] for name in infos[0]}
     return {}
 

@@ -76,6 +76,24 @@ def test_what_was_recorded_is_what_is_read(tmp_path, capsys):
     assert folder.episodes[-1].record["success_at_end"] == 1
 
 
+@pytest.mark.parametrize("form", ["whole", "stacked", "each"])
+def test_what_a_simulator_says_may_be_stacked_or_a_dict_for_each_step(tmp_path, form):
+    pytest.importorskip("pyarrow")
+    one = demonstration(4, 24, {"proprio": 24})
+    states, infos = one["env_infos"]["proprio"], one["env_infos"]
+    if form == "whole":
+        one["init_state_dict"] = {"qpos": np.arange(2.0)}
+    elif form == "stacked":
+        infos["init_state_dict"] = {"qpos": np.arange(8.0).reshape(4, 2)}
+    else:
+        one["env_infos"] = [{"proprio": row, "init_state_dict": {"qpos": np.arange(2.0)}} for row in states]
+    write(tmp_path / "in/pen-v0.pickle", [one])
+    assert bring(tmp_path / "in", tmp_path / "out") == 0
+    folder = LeRobotFolder(tmp_path / "out/pen")
+    np.testing.assert_array_equal(folder.column("observation.state"), states.astype(np.float32))
+    assert json.loads(folder.episodes[0].record["initial_state"]) == {"qpos": [0.0, 1.0]}
+
+
 def test_policies_find_what_was_imported(tmp_path):
     pytest.importorskip("pyarrow")
     write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
