@@ -140,6 +140,9 @@ def export(policy: Path, out: Path) -> str:
 def report(folder: Path, reference: str | None = None) -> str:
     """Says how often the policies of a run succeeded, finished or not, and writes it down with pictures.
 
+    If encoders are students of a sweep, a file scores-SWEEP.csv is written too, which adds the figures to the sweep's
+    own report: theia ablate report SWEEP --scores FILE.
+
     Args:
         folder: Folder of the run.
         reference: Encoder that the others are compared with; by default, the first one that is no control.

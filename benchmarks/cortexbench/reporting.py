@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from benchmarks.cortexbench.encoders import CONTROLS
+from benchmarks.cortexbench.sweep_scores import write_scores
 from benchmarks.cortexbench.tasks import TASKS
 from theia.errors import ConfigError
 from theia.utils.estimates import Difference, Estimate, holm, over_episodes, paired_over_episodes
@@ -138,7 +139,9 @@ def report(folder: Path, reference: str | None = None) -> str:
     write_whole(folder / "report.json", json.dumps(jsonable(record), indent=1))
     write_whole(folder / "report.txt", text + "\n")
     draw(folder / "curves.png", results)
-    return f"{text}\n\n{folder / 'report.json'}\n{folder / 'curves.png'}"
+    values = {name: {task: float(one.last.mean()) for task, one in of.items()} for name, of in results.items()}
+    files = [folder / "report.json", folder / "curves.png", *write_scores(folder, values)]
+    return "\n".join([f"{text}\n", *map(str, files)])
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
