@@ -15,7 +15,7 @@ LAUNCHER ?= local
 # Set if a quickstart was interrupted or is repeated: it then goes on from its last checkpoint.
 RESUME = $(if $(wildcard runs/quickstart/config.yaml), --ckpt_path last)
 
-.PHONY: help install quickstart extract fit ablate-teachers bench bench-gpu docs lint format test
+.PHONY: help install quickstart extract fit ablate-teachers cortexbench bench bench-gpu docs lint format test
 
 help:
 	@echo "make quickstart   install, then extract, train and test on sample photographs (offline, a few minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make ablate-teachers"
 	@echo "                  compare the paper's 13 sets of teachers: STORE=FOLDER BASE=CONFIG SEEDS=0,1,2 JOBS=1 LAUNCHER=local;"
 	@echo "                  with nothing set, on sample photographs, to see it work (offline, about 10 minutes)"
+	@echo "make cortexbench  let two policies act in a simulator, to see it work (needs OpenGL; the simulator is installed)"
 	@echo "make bench        measure how fast it is here, beside other ways to do the same (CPU, about 5 minutes)"
 	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
 	@echo "make docs         build the documentation as a site: site/index.html"
@@ -62,6 +63,13 @@ else
 	theia ablate --config configs/ablations/teachers.yaml $(if $(BASE),--base $(BASE)) \
 	  $(if $(STORE),--data.store $(STORE)) --seeds $(SEEDS) --jobs $(JOBS) --launcher $(LAUNCHER)
 endif
+
+cortexbench: $(INSTALLED)
+	pip install --quiet --editable '.[dev,simulation]'
+	python -m benchmarks.cortexbench collect --tasks drawer-open --episodes 2 --size 128 --pictures image \
+	  --out runs/cortexbench/demonstrations
+	python -m benchmarks.cortexbench run --encoders blind random:theia_tiny --data runs/cortexbench/demonstrations \
+	  --preset smoke --out runs/cortexbench/policies
 
 bench: $(INSTALLED)
 	python -m benchmarks.throughput
