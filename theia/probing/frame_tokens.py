@@ -111,13 +111,13 @@ def embed(
         FileError: If the disk is full.
     """
     state = _State.read(folder)
-    ahead = _frames(recording, camera, state.episodes, batch_size)
     file = folder / "tokens.npy"
+    if state.episodes == len(recording.episodes):
+        return state.result(np.load(file, mmap_mode="r"))
+    ahead = _frames(recording, camera, state.episodes, batch_size)
     kept: np.memmap[Any, Any] | None = np.lib.format.open_memmap(file, "r+") if state.episodes else None
     last_saved = time.monotonic()
-    done = (
-        recording.episodes[state.episodes].start if state.episodes < len(recording.episodes) else recording.frame_count
-    )
+    done = recording.episodes[state.episodes].start
     with Progress(f"{name}: frames", recording.frame_count - done, unit="frame") as progress:
         for episode, start, pixels in ahead:
             tokens = tokens_of(torch.from_numpy(pixels).to(device))
