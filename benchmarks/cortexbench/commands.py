@@ -105,12 +105,13 @@ def run(
 
     # torch takes seconds to import, and recording demonstrations does not need it.
     from benchmarks.cortexbench import running
+    from benchmarks.cortexbench.run_plan import Learner
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return running.run(
         encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, shift, videos, reference,
         workers or cores, batch_size, choose_device(device),
-        running.Learner(head, chunk, execute, rate if finetune else None),
+        Learner(head, chunk, execute, rate if finetune else None),
     )  # fmt: skip
 
 

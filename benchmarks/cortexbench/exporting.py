@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cortexbench.encoders import BLIND, STATE
+from benchmarks.cortexbench.run_files import ENCODER, POLICY, RECORD
 from theia.errors import ConfigError
 from theia.policies.cloning import load_head
 from theia.policies.policy import About, Policy, same_features, save_policy
@@ -11,17 +12,15 @@ from theia.policies.sight import Sight, features_of_noise, open_sight
 from theia.probing.datasets import IMAGE_SIZE
 from theia.utils.files import jsonable, read_json
 
-_KEPT = "policy.pt"
-
 
 def export(policy: Path, out: Path) -> str:
     """Carries out the command; see :func:`benchmarks.cortexbench.commands.export` for the arguments."""
-    folder = policy.parent if policy.name == _KEPT else policy
-    if not (folder / _KEPT).is_file():
-        below = sorted(str(path.parent) for path in folder.glob(f"**/{_KEPT}"))
+    folder = policy.parent if policy.name == POLICY else policy
+    if not (folder / POLICY).is_file():
+        below = sorted(str(path.parent) for path in folder.glob(f"**/{POLICY}"))
         hint = f" There is {below[0]}." if below else " A policy that is finished has one."
-        raise ConfigError(f"{folder} has no {_KEPT}.{hint}")
-    head, kept = load_head(folder / _KEPT)
+        raise ConfigError(f"{folder} has no {POLICY}.{hint}")
+    head, kept = load_head(folder / POLICY)
     sight: Sight | None = None
     if kept["encoder"] not in (BLIND, STATE):
         sight = _sight(kept, folder)
@@ -35,7 +34,7 @@ def export(policy: Path, out: Path) -> str:
 
 def _sight(kept: dict[str, Any], folder: Path) -> Sight:
     sight = open_sight(kept["encoder"], kept["features"])
-    before = read_json(folder.parents[1] / "encoder.json").get("features of noise")
+    before = read_json(folder.parents[1] / ENCODER).get("features of noise")
     if before is not None and not same_features(before, features_of_noise(sight, IMAGE_SIZE)[1]):
         raise ConfigError(
             f"The policy was trained on {kept['encoder']}, whose weights have changed since. Put them back, or train "
@@ -47,6 +46,6 @@ def _sight(kept: dict[str, Any], folder: Path) -> Sight:
 
 
 def _record(kept: dict[str, Any], folder: Path) -> dict[str, Any]:
-    settings = read_json(folder.parents[3] / "run.json").get("settings", {})
+    settings = read_json(folder.parents[3] / RECORD).get("settings", {})
     about = {name: kept[name] for name in ("task", "seed", "encoder", "features")}
     return dict(jsonable({**about, "fine-tuned": "weights" in kept, "settings": settings}))

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from examples.behaviour_cloning.demonstrations import Demonstrations
 from theia.errors import ConfigError
-from theia.policies import HeadKind, cloning
-from theia.policies.cloning import RECIPES, FineTuning, Recipe, Training, tokens_in_memory
+from theia.policies import HeadKind, demonstrated
+from theia.policies.cloning import RECIPES, FineTuning, Recipe, Training
+from theia.policies.demonstrated import tokens_in_memory
 from theia.policies.heads import HEADS, Head, Scale
 from theia.policies.policy import About, Policy
 from theia.policies.sight import Sight
@@ -89,7 +90,7 @@ def train(
     )
     tokens = tokens_in_memory(sight, (data.pictures(part, size) for part in parts), len(rows), place)
     state = np.zeros((len(data), 0), np.float32) if data.proprioception is None else data.proprioception.numpy()
-    cloned = cloning.Demonstrations.of(
+    cloned = demonstrated.Demonstrations.of(
         tokens if tuning is None else None, state, data.actions.numpy(), data.lengths,
         None if tuning is None else lambda wanted: data.pictures(wanted, size),
     )  # fmt: skip

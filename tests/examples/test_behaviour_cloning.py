@@ -23,7 +23,7 @@ from theia import Encoder, load_policy
 from theia.errors import ConfigError, DivergenceError, FeatureError, ShapeError
 from theia.models.architecture import Architecture
 from theia.policies import HeadKind
-from theia.policies.cloning import tokens_in_memory
+from theia.policies.demonstrated import tokens_in_memory
 from theia.policies.sight import Features, Sight
 
 QUIET = TrainingOptions(epochs=2, batch_size=16, progress=False)

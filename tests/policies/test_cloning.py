@@ -8,7 +8,8 @@ from theia import Encoder
 from theia.errors import CheckpointError
 from theia.models.architecture import Architecture
 from theia.policies import cloning
-from theia.policies.cloning import Demonstrations, FineTuning, Training, batches, load_head, save_head
+from theia.policies.cloning import FineTuning, Training, load_head, save_head
+from theia.policies.demonstrated import Demonstrations
 from theia.policies.heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.sight import Sight
 from theia.probing.frame_tokens import FrameTokens
@@ -74,24 +75,6 @@ def test_the_seed_decides_weights_and_order(tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_steps_are_divided_into_batches_of_256_and_none_is_alone():
-    assert [len(part) for part in batches(np.arange(600), 256)] == [256, 256, 88]
-    assert [len(part) for part in batches(np.arange(513), 256)] == [256, 257]
-    assert [len(part) for part in batches(np.arange(3), 256)] == [3]
-
-
-def test_a_step_is_given_the_frames_before_it_within_its_episode():
-    data, make = seen()
-    head = make()
-    frames, known = data.batch(head, np.array([0, 5, LENGTHS[0]]), CPU)
-    tokens = torch.from_numpy(data.tokens.tokens.astype(np.float32))
-    maps = head.look(tokens, (6, 6))
-    assert torch.equal(frames[0], maps[[0, 0, 0]])
-    assert torch.equal(frames[1], maps[[3, 4, 5]])
-    assert torch.equal(frames[2], maps[[130, 130, 130]])
-    assert torch.equal(known, torch.from_numpy(data.known[[0, 5, 130]]))
-
-
 def test_a_kept_policy_acts_as_before(tmp_path):
     data, make = seen(3)
     training = Training(make, data, 100, tmp_path / "training.pt", CPU)
@@ -109,14 +92,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path.write_bytes(b"PK, no checkpoint")
     with pytest.raises(CheckpointError, match=r"training\.pt cannot be read"):
         Training(make, data, 100, path, CPU)
-
-
-def test_after_the_end_of_an_episode_no_action_counts():
-    data = Demonstrations.of(None, np.zeros((5, 1), np.float32), np.arange(5, dtype=np.float32)[:, None], [3, 2])
-    head = ChunkHead(0, (1, 1), 1, 1, chunk=3)
-    actions, counted = data.wanted(head, np.array([0, 1, 2, 3]), CPU)
-    assert actions[..., 0].tolist() == [[0, 1, 2], [1, 2, 2], [2, 2, 2], [3, 4, 4]]
-    assert counted.tolist() == [[True] * 3, [True, True, False], [True, False, False], [True, True, False]]
 
 
 @pytest.mark.parametrize("make", [ChunkHead, DiffusionHead])

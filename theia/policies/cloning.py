@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,13 @@ from torch import Tensor
 
 from theia.errors import CheckpointError, ConfigError, DivergenceError
 from theia.policies import HeadKind
-from theia.policies.heads import HEADS, Head, history
+from theia.policies.demonstrated import Demonstrations, PicturesOf, batches, updates_per_epoch
+from theia.policies.heads import HEADS, Head
 from theia.policies.sight import Sight
-from theia.probing.frame_tokens import FrameTokens
 from theia.utils.files import write_whole
 
 _SAVE_EVERY_S = 20.0
 _AT_ONCE = 16  # pictures that a trained encoder keeps its activations of
-
-# Gives pictures by the rows of their frames, uint8, shape (n, 3, S, S).
-PicturesOf = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -52,72 +49,6 @@ RECIPES: Mapping[HeadKind, Recipe] = {
     "chunk": Recipe(16, 1e-4, weight_decay=0.01),
     "diffusion": Recipe(32, 3e-4, cosine=True, updates=3000),
 }
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """Demonstrations of one task, frame by frame.
-
-    Attributes:
-        tokens: Tokens of a frozen encoder; ``None`` where the policy sees no picture, or the encoder is trained too.
-        known: What is known beside the pictures, shape ``(frames, K)``.
-        actions: What was done, shape ``(frames, A)``.
-        rows: Rows of the frames that each step's action depends on, shape ``(frames, 3)``.
-        ends: Row after the last frame of each step's episode, shape ``(frames,)``.
-        pictures: Gives pictures, for an encoder that is trained with the policy.
-    """
-
-    tokens: FrameTokens | None
-    known: NDArray[np.float32]
-    actions: NDArray[np.float32]
-    rows: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    pictures: PicturesOf | None = None
-
-    @staticmethod
-    def of(
-        tokens: FrameTokens | None,
-        known: NDArray[np.float32],
-        actions: NDArray[np.float32],
-        lengths: Sequence[int],
-        pictures: PicturesOf | None = None,
-    ) -> "Demonstrations":
-        """Makes them of what was recorded.
-
-        Args:
-            tokens: See above.
-            known: See above.
-            actions: See above.
-            lengths: Number of frames of each demonstration.
-            pictures: See above.
-        """
-        ends = np.repeat(np.cumsum(lengths), lengths)
-        return Demonstrations(tokens, known, actions, history(lengths), ends, pictures)
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-    def batch(self, head: Head, places: NDArray[np.int64], device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """What a head is given for some steps. The tokens of three frames are put together here, and nowhere kept."""
-        known = torch.from_numpy(self.known[places]).to(device)
-        if self.tokens is None:
-            return None, known
-        rows = self.rows[places]
-        patches = torch.from_numpy(self.tokens.tokens[rows.ravel()]).to(device).float()
-        maps = head.look(patches, self.tokens.grid)
-        return maps.reshape(*rows.shape, *maps.shape[1:]), known
-
-    def wanted(self, head: Head, places: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The actions that a head should predict for some steps, shape ``(B, k, A)``, and which of them count.
-
-        After the end of an episode, its last action is repeated, and does not count.
-        """
-        if head.chunk == 1:
-            return torch.from_numpy(self.actions[places][:, None]).to(device), None
-        rows = places[:, None] + np.arange(head.chunk)
-        ends = self.ends[places][:, None]
-        actions = torch.from_numpy(self.actions[np.minimum(rows, ends - 1)]).to(device)
-        return actions, torch.from_numpy(rows < ends).to(device)
 
 
 @dataclass(frozen=True)
@@ -318,46 +249,6 @@ class Training:
             raise CheckpointError(
                 f"{path} cannot be read ({type(error).__name__}: {error}). Delete it to train that policy anew."
             ) from error
-
-
-@torch.no_grad()
-def tokens_in_memory(
-    sight: Sight, pictures: Iterable[NDArray[np.uint8]], count: int, device: torch.device
-) -> FrameTokens:
-    """Tokens of demonstrations that fit into memory, in half precision.
-
-    Args:
-        sight: The encoder.
-        pictures: Batches of pictures, uint8, shape ``(B, 3, S, S)``.
-        count: Number of pictures in all.
-        device: Device of the encoder.
-
-    Returns:
-        The tokens, without statistics: for a head that takes them as they are.
-    """
-    kept, grid, start = np.zeros((0, 0, 0), np.float16), (0, 0), 0
-    for batch in pictures:
-        found = sight(torch.from_numpy(batch).to(device))
-        if not start:
-            # Once, whole: a list of batches would need the memory twice when it is put together.
-            kept, grid = np.empty((count, *found.patches.shape[1:]), np.float16), found.grid
-        kept[start : start + len(batch)] = found.patches.cpu().numpy()
-        start += len(batch)
-    channels = kept.shape[2]
-    return FrameTokens(kept, grid, np.zeros(channels), np.ones(channels), np.eye(channels))
-
-
-def batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Divides steps into batches. A single one that is left over joins the last: a batch norm needs two."""
-    stops = list(range(batch_size, len(order), batch_size))
-    if stops and len(order) - stops[-1] == 1:
-        stops.pop()
-    return np.split(order, stops)
-
-
-def updates_per_epoch(steps: int, batch_size: int) -> int:
-    """Number of batches that :func:`batches` makes of so many steps."""
-    return max(1, -(-steps // batch_size) - (steps % batch_size == 1))
 
 
 def save_head(head: Head, path: Path, about: dict[str, Any]) -> None:

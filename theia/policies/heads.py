@@ -1,153 +1,24 @@
 """Policy heads: from what an encoder gives for three frames, and what is known besides, to the next actions."""
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from theia.errors import ConfigError
 from theia.policies import HeadKind
 from theia.policies.diffusion import Diffusion, step_embedding
+from theia.policies.fusion import HIDDEN, HISTORY, Convolutions, Reduction, fuse
 
 Scale = Literal["none", "standard", "range"]
 
-HISTORY = 3  # number of frames that an action depends on
-HIDDEN = 256  # channels of the convolutions, units of the hidden layers
 _HIDDEN_LAYERS = 3
 _LAST_SCALE = 0.01
-_KERNELS = ((4, 1), (3, 0), (3, 0))  # and padding
-_STRIDES = (2, 2, 1)
-_STRIDES_OF_SMALL = (1, 2, 1)
-_STRIDES_OF_SMALLEST = (1, 1, 1)
 _NOISING_STEPS, _SAMPLING_STEPS = 100, 10
 _STEP_EMBEDDING = 64
-
-# Rows and columns that the convolutions need, with each choice of strides.
-LEAST_FULL, LEAST_SMALL, LEAST_ROWS = 14, 8, 6
-
-
-def history(lengths: Sequence[int]) -> NDArray[np.int64]:
-    """Rows of the frames that each step's action depends on: the last but one, the last, and this one.
-
-    Args:
-        lengths: Number of frames of each episode; episodes lie one after another.
-
-    Returns:
-        Rows, shape ``(frames, 3)``. The first frame of an episode stands for those before it.
-    """
-    starts = np.cumsum([0, *lengths])
-    rows = [
-        np.maximum(np.arange(start, stop)[:, None] + np.arange(1 - HISTORY, 1), start)
-        for start, stop in itertools.pairwise(starts)
-    ]
-    return np.concatenate(rows)
-
-
-def strides_for(grid: tuple[int, int]) -> tuple[int, int, int]:
-    """Strides of the three convolutions.
-
-    The paper's are 2, 2 and 1, which need 14x14 tokens. A smaller grid, such as one of averaged tokens, has been made
-    coarse already: the first stride is left out from 8x8 on, the second too from 6x6 on.
-
-    Raises:
-        ConfigError: If the grid is smaller than 6x6.
-    """
-    if min(grid) >= LEAST_FULL:
-        return _STRIDES
-    if min(grid) >= LEAST_SMALL:
-        return _STRIDES_OF_SMALL
-    if min(grid) >= LEAST_ROWS:
-        return _STRIDES_OF_SMALLEST
-    raise ConfigError(
-        f"The convolutions of the policy need at least {LEAST_ROWS}x{LEAST_ROWS} tokens, and 14x14 for the paper's "
-        f"strides; this encoder gives {grid[0]}x{grid[1]}. Take --features vector, or another encoder."
-    )
-
-
-class Convolutions(nn.Sequential):
-    """Three convolutions, each with LayerNorm and ReLU, that make a vector of the stacked maps of three frames.
-
-    Args:
-        channels: Number of channels of the stacked maps.
-        grid: Rows and columns of the maps.
-
-    Attributes:
-        outputs: Number of values that come out.
-
-    Raises:
-        ConfigError: If the grid is too small.
-
-    Source: Theia, appendix on the policy heads; the norms are those of the authors' code.
-    """
-
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        layers: list[nn.Module] = []
-        rows, columns = grid
-        for (kernel, padding), stride in zip(_KERNELS, strides_for(grid), strict=True):
-            layers.append(nn.Conv2d(channels, HIDDEN, kernel, stride, padding))
-            rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (rows, columns))
-            layers += [nn.LayerNorm((HIDDEN, rows, columns)), nn.ReLU()]
-            channels = HIDDEN
-        super().__init__(*layers, nn.Flatten())
-        self.outputs = HIDDEN * rows * columns
-
-
-class TokenStatistics(Protocol):
-    """Statistics of the tokens of demonstrations, such as :class:`~theia.probing.frame_tokens.FrameTokens`."""
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Mean of each channel, shape ``(C,)``."""
-
-    @property
-    def deviation(self) -> NDArray[np.float64]:
-        """Standard deviation of each channel, shape ``(C,)``."""
-
-    def components(self, count: int) -> NDArray[np.float32]:
-        """First principal components of the standardised channels, as columns, shape ``(C, count)``."""
-
-
-class Reduction(nn.Module):
-    """Averages tokens to a coarser grid and keeps their first principal components; or leaves them as they are.
-
-    Args:
-        channels: Number of channels of the tokens.
-        grid: Rows and columns that are kept.
-        components: Number of principal components that are kept; ``None`` for all channels, as they are.
-
-    Attributes:
-        channels: Number of channels that are kept.
-    """
-
-    mean: Tensor  # (C,)
-    projection: Tensor  # (C, components), divided by the deviations of the channels
-
-    def __init__(self, channels: int, grid: tuple[int, int], components: int | None) -> None:
-        super().__init__()
-        self.grid, self.projects = grid, components is not None
-        self.channels = min(components, channels) if components is not None else channels
-        self.register_buffer("mean", torch.zeros(channels if self.projects else 0))
-        self.register_buffer("projection", torch.zeros((channels, self.channels) if self.projects else (0, 0)))
-
-    def fit(self, tokens: TokenStatistics) -> None:
-        """Takes mean, deviations and components from the tokens of the demonstrations."""
-        if self.projects:
-            self.mean.copy_(torch.from_numpy(tokens.mean))
-            scaled = tokens.components(self.channels) / tokens.deviation[:, None].astype(np.float32)
-            self.projection.copy_(torch.from_numpy(scaled))
-
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Maps of shape ``(B, channels, H, W)`` from tokens of shape ``(B, N, C)``, row by row."""
-        if self.projects:
-            patches = (patches - self.mean) @ self.projection
-        maps = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
-        return maps if grid == self.grid else F.adaptive_avg_pool2d(maps, self.grid)
 
 
 class Head(nn.Module, ABC):
@@ -429,16 +300,3 @@ def _mean(errors: Tensor, counted: Tensor | None) -> Tensor:
     if counted is None:
         return errors.mean()
     return (errors * counted[..., None]).sum() / (counted.sum() * errors.shape[2])
-
-
-def fuse(vectors: Tensor) -> Tensor:
-    """Fuses the vectors of three frames into their two differences and the last of them.
-
-    Args:
-        vectors: Shape ``(B, 3, C)``.
-
-    Returns:
-        Shape ``(B, 3 * C)``.
-    """
-    first, second, third = vectors[:, 0], vectors[:, 1], vectors[:, 2]
-    return torch.cat([second - first, third - second, third], 1)
