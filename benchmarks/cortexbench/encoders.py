@@ -58,9 +58,6 @@ class Eyes:
     def known(self, observations: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Values that are known beside the pictures, shape ``(B, K)``, of observations ``(B, S)``."""
         seen = observations if self.name == STATE else observations[:, : self.proprioception]
-        if not self.channels and not seen.shape[1]:
-            # A policy has to be given something: one that is blind, of a robot that does not know itself.
-            seen = np.zeros((len(seen), 1))
         return np.asarray(seen, np.float32)
 
 

@@ -111,8 +111,7 @@ def test_rewards_are_added_up_and_a_rollout_ends_where_it_cannot_go_on():
 
 def test_a_robot_that_does_not_know_itself_gives_a_blind_policy_nothing():
     observation = np.arange(78.0).reshape(2, 39)
-    no_one = replace(SEES_NOTHING, proprioception=0).known(observation)
-    assert no_one.tolist() == [[0.0], [0.0]]
+    assert replace(SEES_NOTHING, proprioception=0).known(observation).shape == (2, 0)
     assert replace(SEES_COLOUR, proprioception=0).known(observation).shape == (2, 0)
     assert replace(SEES_COLOUR, proprioception=30).known(observation).shape == (2, 30)
     policy = MLPHead(3, (1, 1), 0, 6).eval()

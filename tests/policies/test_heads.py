@@ -49,7 +49,6 @@ def test_a_vector_encoder_goes_through_the_mlp_alone():
 
 def test_a_blind_head_is_given_no_picture():
     head = MLPHead(channels=0, grid=(1, 1), known=4, actions=3).eval()
-    assert not head.sees
     assert head.mlp[0].num_features == 4
     assert head(None, torch.randn(2, 4)).shape == (2, 1, 3)
 

@@ -12,6 +12,8 @@ import theia
 from theia import Encoder
 from theia.errors import ConfigError, ExportError, ImageError, ObservationError, ShapeError, TheiaError, WeightsError
 from theia.models.architecture import Architecture
+from theia.policies.cloning import Training
+from theia.policies.demonstrated import Demonstrations
 from theia.policies.heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.policy import About, Policy, load_policy, save_policy
 from theia.policies.sight import Sight, open_sight
@@ -242,3 +244,17 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path, monkeypatch
     with pytest.raises(ExportError, match="Disk full"):
         save_policy(make(), tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+@pytest.mark.parametrize("kind", [MLPHead, ChunkHead, DiffusionHead])
+def test_a_policy_that_is_given_nothing_needs_no_argument(tmp_path, kind):
+    """A blind one, of a robot that does not know itself."""
+    steps = Demonstrations.of(None, np.zeros((6, 0), np.float32), np.tile(np.float32([0.25, -0.5, 1]), (6, 1)), [6])
+    training = Training(lambda: kind(0, (1, 1), 0, 3), steps, 0, None, torch.device("cpu"))
+    training.advance(0)
+    save_policy(Policy(training.head, None, ABOUT), tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
+    assert policy.state_size == 0
+    assert policy.act().shape == (3,)
+    with pytest.raises(ObservationError, match="given no state"):
+        policy.act(state=[0.0])

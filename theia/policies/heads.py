@@ -81,15 +81,10 @@ class Head(nn.Module, ABC):
         if self.is_spatial:
             self.convolutions = Convolutions(outputs, grid)
             outputs = self.convolutions.outputs
-        self.inputs = outputs + known
+        self.inputs = max(1, outputs + known)
         for name, size in (("action", actions), ("known", known)):
             self.register_buffer(f"{name}_offset", torch.zeros(size))
             self.register_buffer(f"{name}_factor", torch.ones(size))
-
-    @property
-    def sees(self) -> bool:
-        """Whether the head is given pictures."""
-        return self.reduction.channels > 0
 
     def fit_scale(self, actions: Tensor, known: Tensor) -> None:
         """Takes the scale of actions and of what is known from demonstrations.
@@ -159,7 +154,8 @@ class Head(nn.Module, ABC):
             return torch.cat([self.convolutions(frames.flatten(1, 2)), known], 1)
         if frames is not None:
             return torch.cat([fuse(frames.flatten(2)), known], 1)
-        return known
+        # A layer without inputs is an error in torch: a policy that is given nothing has one that is always zero.
+        return known if known.shape[1] else known.new_zeros(len(known), 1)
 
     def _scaled(self, actions: Tensor) -> Tensor:
         return (actions - self.action_offset) / self.action_factor
