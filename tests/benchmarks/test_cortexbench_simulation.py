@@ -67,7 +67,7 @@ def test_an_observation_holds_the_goal() -> None:
         assert np.array_equal(observation[-3:], made._environment._target_pos)
         moved = made.step(np.array([0.0, 1, 0, 0]))
         assert np.array_equal(moved.observation[-3:], observation[-3:])
-        assert made.state[1] > observation[1]
+        assert moved.observation[1] > observation[1]
 
 
 def test_the_view_is_that_of_the_published_camera() -> None:
@@ -240,20 +240,40 @@ def test_recorded_demonstrations_repeat_in_the_simulator_itself(tmp_path: Path) 
         assert folder.frame(episode, episode.length - 1, folder.camera()).size == (32, 32)
 
 
+# The command, killed by the first of its workers that has written an episode, however fast the machine is.
+KILLING = """
+import multiprocessing, os, signal, sys, time
+from benchmarks.cortexbench.__main__ import main
+from theia.trajectories.lerobot_writer import LeRobotWriter
+
+write = LeRobotWriter.write
+
+def write_and_kill(*arguments):
+    write(*arguments)
+    os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+    time.sleep(600)  # a worker ends with its parent
+
+LeRobotWriter.write = write_and_kill
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_recording_goes_on_after_a_kill_and_with_more_episodes(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
+    script = tmp_path / "killing.py"
+    script.write_text(KILLING)
     # So that the workers, whose command lines are multiprocessing's own, can be recognised.
-    process = subprocess.Popen(collect(killed), env={**os.environ, "RECORDING": str(killed)}, stderr=subprocess.DEVNULL)
+    paths = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, "PYTHONPATH": paths, "RECORDING": str(killed)}
+    process = subprocess.Popen([sys.executable, str(script), *collect(killed)[3:]], env=environ)
     end = time.monotonic() + 120
-    while not list((killed / "meta/episodes").glob("*/*.parquet")) and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait(120) == -signal.SIGKILL
     while processes_that_mention(str(killed)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not processes_that_mention(str(killed))
-    assert len(list((killed / "meta/episodes").glob("*/*.parquet"))) < 4
+    assert len(list((killed / "meta/episodes").glob("*/*.parquet"))) in (1, 2)  # each worker may have finished one
     run(collect(killed))
     run(collect(whole))
     assert "4 of" in run(collect(whole))
@@ -277,4 +297,4 @@ def test_every_task_can_be_looked_at() -> None:
         with open_environment(task, 32) as made:
             made.step(made.expert()(made.reset(0)))
             assert made.render().std() > 10, task
-            assert made.frames_per_s == made.task.frames_per_s == 80, task
+            assert round(1 / made._environment.dt) == made.task.frames_per_s == 80, task
