@@ -34,11 +34,6 @@ class Adroit(FixedCamera):
         model, data = self._environment.model, self._environment.data
         super().__init__(task, model, data, size, quality, vary, model.camera(task.camera).id, _LOOKED_AT_M)
 
-    @property
-    def frames_per_s(self) -> int:
-        """Steps in a second of the robot's time."""
-        return round(1 / float(self._environment.dt))
-
     def expert(self) -> Expert:
         """Refuses.
 

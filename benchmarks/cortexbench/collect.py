@@ -1,6 +1,5 @@
 """Records experts' demonstrations of many tasks in several processes, whole after any kill."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.cortexbench.demonstrations import MOST_EPISODES, Plan, demonstrate
+from benchmarks.cortexbench.recordings import check_options
 from benchmarks.cortexbench.scenes import check_factors
 from benchmarks.cortexbench.simulation import (
     DISTRIBUTIONS,
@@ -29,13 +29,13 @@ from benchmarks.cortexbench.simulation import (
     open_environment,
 )
 from benchmarks.cortexbench.tasks import NO_EXPERT, TASKS, check_fit, find_tasks, folders_of
-from theia.errors import ConfigError, TrajectoryError
+from theia.errors import ConfigError
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
-from theia.utils.files import alone, check_folder, jsonable, write_whole
+from theia.utils.device import core_count
+from theia.utils.files import alone, check_folder
 from theia.utils.provenance import installed
 
-RECORD = "meta/collection.json"
 _MOST_PIXELS = 2048
 _MOST_SEED = 2**31
 _MOST_AFTER_SUCCESS = 500
@@ -118,7 +118,6 @@ def collect(
         TrajectoryError: If the folder holds another data set.
         SimulationError: If an expert fails again and again, or a process is killed.
     """
-    check_installed()
     check_number("episodes", episodes, 1, MOST_EPISODES)
     check_number("size", size, 16, _MOST_PIXELS)
     check_number("noise", noise, 0, 1)
@@ -135,14 +134,13 @@ def collect(
             raise ConfigError(NO_EXPERT.format(task=name))
     check_fit(names, factors)
     check_installed(TASKS[name].simulator for name in names)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with alone(out):
         return "\n\n".join(
             [
                 *(
                     _record(
                         Plan(tuple(some), seed, factors, noise, after_success, size, quality, pictures),
-                        out / place, episodes, workers or cores,
+                        out / place, episodes, workers or core_count(),
                     )
                     for place, some in folders_of(names).items()
                 ),
@@ -203,7 +201,7 @@ def _record(plan: Plan, out: Path, episodes: int, workers: int) -> str:
     started = time.monotonic()
     writer = plan.open_writer(out)
     simulator = TASKS[plan.tasks[0]].simulator
-    check_record(
+    check_options(
         out, {**asdict(plan), "simulator": installed((DISTRIBUTIONS[simulator], "mujoco", *_BESIDES[simulator]))}
     )
     jobs = [
@@ -290,32 +288,3 @@ def _report(out: Path, recorded: int, seconds: float) -> str:
     rows = [{**episode.record, "length": episode.length} for episode in folder.episodes]
     there = f"{out} holds {len(rows)} of {folder.frame_count:,} frames"
     return f"{table(summarize(rows))}\n\n{recorded} demonstrations recorded in {seconds:.0f} s; {there}."
-
-
-def check_record(out: Path, settings: Mapping[str, Any]) -> None:
-    """Writes down with what options a data set was begun, or compares it with those of now.
-
-    Args:
-        out: Folder of the data set.
-        settings: The options, and versions of what is simulated with.
-
-    Raises:
-        TrajectoryError: If they differ, or the folder holds another data set.
-    """
-    path = out / RECORD
-    now = jsonable(dict(settings))
-    if not path.exists():
-        if any((out / "meta/episodes").glob("*/*.parquet")):
-            raise TrajectoryError(f"{out} holds a data set that was not recorded by this command. Give a new folder.")
-        write_whole(path, json.dumps(now, indent=2))
-        return
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise TrajectoryError(f"{path} cannot be read: {error}. Give a new folder.") from error
-    different = [name for name in now if before.get(name) != now[name]]
-    if different:
-        said = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in different)
-        raise TrajectoryError(
-            f"{out} was begun with {said}. Go on with the same options and versions, or give a new folder."
-        )

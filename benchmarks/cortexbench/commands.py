@@ -1,6 +1,5 @@
 """The commands that train and test policies: their options, checked before anything heavy is loaded."""
 
-import os
 from pathlib import Path
 
 from benchmarks.cortexbench.presets import Features, PresetName
@@ -8,7 +7,7 @@ from benchmarks.cortexbench.simulation import check_installed
 from theia.errors import ConfigError
 from theia.policies import HeadKind
 from theia.utils.arguments import MOST_PROCESSES, check_number
-from theia.utils.device import Device, choose_device
+from theia.utils.device import Device, choose_device, core_count
 from theia.utils.files import check_folder
 
 _MOST_ROLLOUTS = 1000
@@ -98,19 +97,17 @@ def run(
     check_number("execute", execute, 1, _MOST_CHUNK)
     if encoder_learning_rate is not None and not finetune:
         raise ConfigError("--encoder_learning_rate is about encoders that are trained. Add --finetune.")
+    check_number("encoder_learning_rate", encoder_learning_rate, 0, 1, above=True, below=True)
     rate = _ENCODER_RATE if encoder_learning_rate is None else encoder_learning_rate
-    if not 0 < rate < 1:
-        raise ConfigError(f"--encoder_learning_rate is {rate}; it must be above 0 and below 1.")
     check_folder(out, "--out")
 
     # torch takes seconds to import, and recording demonstrations does not need it.
     from benchmarks.cortexbench import running
     from benchmarks.cortexbench.run_plan import Learner
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return running.run(
         encoders, data, out, tasks, preset, vary, rollouts, seeds, epochs, features, shift, videos, reference,
-        workers or cores, batch_size, choose_device(device),
+        workers or core_count(), batch_size, choose_device(device),
         Learner(head, chunk, execute, rate if finetune else None),
     )  # fmt: skip
 

@@ -31,11 +31,6 @@ class ControlSuite(FixedCamera):
         looked_at = _LOOKED_AT_M.get(domain, (0.0, 0.0, 0.0))
         super().__init__(task, physics.model.ptr, physics.data.ptr, size, quality, vary, _CAMERA, looked_at)
 
-    @property
-    def frames_per_s(self) -> int:
-        """Steps in a second of the robot's time."""
-        return round(1 / float(self._environment.control_timestep()))
-
     def expert(self) -> Expert:
         """A planner that knows the model, its state and the reward."""
         substeps = round(self._environment.control_timestep() / self._model.opt.timestep)

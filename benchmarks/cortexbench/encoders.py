@@ -38,7 +38,7 @@ class Eyes:
         grid: Rows and columns of the tokens.
         look: Fingerprint of what the encoder gives for one picture, which changes with its weights.
         of_noise: Mean of each channel over the tokens of that picture.
-        proprioception: Number of values that the robot of the task at hand knows of itself.
+        proprioception: Number of values that the robot of the task at hand knows of itself; 0 before there is a task.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Eyes:
     grid: tuple[int, int]
     look: str
     of_noise: tuple[float, ...]
-    proprioception: int = 4
+    proprioception: int = 0
 
     @property
     def sight(self) -> Sight | None:

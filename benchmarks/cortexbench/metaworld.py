@@ -28,11 +28,6 @@ class MetaWorld(Environment):
         super().__init__(task, self._environment.model, self._environment.data, size, quality, vary)
         self.own_view = view_from(_CAMERA_M, self._data.body(_TARGET).xpos)
 
-    @property
-    def frames_per_s(self) -> int:
-        """Steps in a second of the robot's time."""
-        return round(1 / float(self._environment.dt))
-
     def expert(self) -> Expert:
         """MetaWorld's scripted policy for this task."""
         policy = importlib.import_module("metaworld.policies").ENV_POLICY_MAP[self.task.name]()

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.cortexbench.collect import check_record
 from benchmarks.cortexbench.demonstrations import CAMERAS, REWARD
-from benchmarks.cortexbench.tasks import TASKS, Task, find_tasks, folders_of
+from benchmarks.cortexbench.recordings import check_options
+from benchmarks.cortexbench.tasks import TASKS, Task, choose_tasks, folders_of
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import ACTION, STATE
 from theia.trajectories.lerobot_writer import LeRobotWriter, Values
@@ -53,6 +53,11 @@ class Demonstration(NamedTuple):
     begun: dict[str, list[Any]] | None
     success: NDArray[np.bool_] | None
 
+    @property
+    def score(self) -> float:
+        """The sum of the rewards, divided by 10 for 1000 steps."""
+        return 100 * float(self.rewards.mean())
+
 
 def import_originals(original: Path, out: Path, tasks: str | None = None) -> str:
     """Reads the demonstrations that CortexBench was made with, as data set folders of LeRobot.
@@ -77,12 +82,7 @@ def import_originals(original: Path, out: Path, tasks: str | None = None) -> str
     """
     files = find_pickles(original)
     if tasks is not None:
-        find_tasks(comma_list(tasks))  # its message lists all tasks that there are
-        wanted = find_tasks(comma_list(tasks), list(files))
-        missing = [task for task in wanted if task not in files]
-        if missing:
-            raise ConfigError(f"{original} has no pickle of {missing[0]}. It has: {', '.join(files)}.")
-        files = {task: files[task] for task in wanted}
+        files = {task: files[task] for task in choose_tasks(comma_list(tasks), list(files), original)}
     check_folder(out, "--out")
     rows: list[tuple[Any, ...]] = []
     with alone(out):
@@ -209,7 +209,7 @@ def _import(folder: Path, files: Mapping[str, Path]) -> list[tuple[Any, ...]]:
                 _write(writer, index, task, path, file.name, number)
             index += 1
             lengths.append(len(path.actions))
-            scores.append(100 * float(path.rewards.mean()))
+            scores.append(path.score)
             if path.success is not None:
                 fulfilled = int(path.success.sum())
                 successes.append(bool(task.success(bool(path.success[-1]), fulfilled)))
@@ -230,7 +230,7 @@ def _open(folder: Path, files: Mapping[str, Path], task: Task, path: Demonstrati
         values[INTERNAL_STATE] = [f"value_{n}" for n in range(path.internal.shape[1])]
     cameras = {CAMERAS + task.camera: (size, size)}
     writer = LeRobotWriter(folder, task.frames_per_s, values, cameras, list(files), "image", task.robot)
-    check_record(
+    check_options(
         folder,
         {
             "tasks": list(files), "imported": {name: file.name for name, file in files.items()}, "vary": [],
@@ -251,7 +251,7 @@ def _write(writer: LeRobotWriter, index: int, task: Task, path: Demonstration, f
     if path.begun is not None:
         about["initial_state"] = json.dumps(path.begun)
     if task.measure == "return":
-        about["score"] = 100 * float(path.rewards.mean())
+        about["score"] = path.score
     elif path.success is not None:
         about["success_at_end"] = int(path.success[-1])
     writer.write(index, task.name, values, {CAMERAS + task.camera: path.images}, about)

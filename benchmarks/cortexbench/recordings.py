@@ -1,5 +1,7 @@
 """Demonstrations that policies are fitted to: one data set, or a folder of several, of different robots."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from benchmarks.cortexbench.demonstrations import SCENE_STATE
 from benchmarks.cortexbench.tasks import TASKS
 from theia.errors import TrajectoryError
 from theia.trajectories.lerobot import ACTION, INFO, STATE, LeRobotFolder
-from theia.utils.files import read_json
+from theia.utils.files import jsonable, read_json, write_whole
 
 _RECORD = "meta/collection.json"
 _SAME = ("size", "quality", "vary", "pictures")
@@ -95,3 +97,32 @@ class Recordings:
                 f"The demonstrations of {task} were imported and do not hold the simulator's whole state, so that the "
                 "control state cannot be fitted to them. Leave it out of --encoders."
             )
+
+
+def check_options(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes down with what options a data set was begun, or compares it with those of now.
+
+    Args:
+        out: Folder of the data set.
+        settings: The options, and versions of what is simulated with.
+
+    Raises:
+        TrajectoryError: If they differ, or the folder holds another data set.
+    """
+    path = out / _RECORD
+    now = jsonable(dict(settings))
+    if not path.exists():
+        if any((out / "meta/episodes").glob("*/*.parquet")):
+            raise TrajectoryError(f"{out} holds a data set that was not recorded by this command. Give a new folder.")
+        write_whole(path, json.dumps(now, indent=2))
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise TrajectoryError(f"{path} cannot be read: {error}. Give a new folder.") from error
+    different = [name for name in now if before.get(name) != now[name]]
+    if different:
+        said = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in different)
+        raise TrajectoryError(
+            f"{out} was begun with {said}. Go on with the same options and versions, or give a new folder."
+        )

@@ -12,8 +12,8 @@ from benchmarks.cortexbench.run_files import RECORD, RunFiles
 from benchmarks.cortexbench.scenes import Factor, check_factors
 from benchmarks.cortexbench.simulation import DISTRIBUTIONS, Quality, check_installed
 from benchmarks.cortexbench.simulators import Course
-from benchmarks.cortexbench.tasks import TASKS, check_fit, find_tasks
-from theia.errors import ConfigError, TrajectoryError
+from benchmarks.cortexbench.tasks import TASKS, check_fit, choose_tasks
+from theia.errors import ConfigError
 from theia.policies import HeadKind
 from theia.policies.cloning import RECIPES
 from theia.policies.demonstrated import updates_per_epoch
@@ -101,14 +101,7 @@ class RunPlan:
         if tasks is None:
             found = known[:1] if name == "smoke" else known
         else:
-            find_tasks(comma_list(tasks))  # its message lists all tasks that there are
-            found = find_tasks(comma_list(tasks), known)
-        missing = [task for task in found if task not in known]
-        if missing:
-            raise TrajectoryError(
-                f"{data} holds no demonstration of {missing[0]}. Collect some, or name tasks that it has: "
-                f"{', '.join(known)}."
-            )
+            found = choose_tasks(comma_list(tasks), known, data)
         check_installed(TASKS[task].simulator for task in found)
         factors = check_factors([]) if vary == "none" else check_factors(comma_list(vary))
         if vary is None:

@@ -120,11 +120,6 @@ class Environment(ABC):
         return self._now.observation
 
     @property
-    def state(self) -> NDArray[np.float64]:
-        """What the robot knows of itself: the beginning of the observation."""
-        return self.observation[: self.task.proprioception]
-
-    @property
     def success(self) -> bool:
         """Whether the task is fulfilled in this moment."""
         return self._now.success
@@ -133,11 +128,6 @@ class Environment(ABC):
     def positions(self) -> NDArray[np.float64]:
         """Positions of all joints and free objects in MuJoCo's order."""
         return np.array(self._data.qpos)
-
-    @property
-    @abstractmethod
-    def frames_per_s(self) -> int:
-        """Steps in a second of the robot's time."""
 
     @abstractmethod
     def expert(self) -> Expert:

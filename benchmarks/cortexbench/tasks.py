@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from theia.errors import ConfigError
@@ -13,9 +14,8 @@ Simulator = Literal["metaworld", "dmc", "adroit"]
 # than so many steps; "return" is a score, the sum of the rewards divided by 10 for a whole episode of 1000 steps.
 Measure = Literal["last", "steps", "return"]
 
-# More recent users of Adroit's relocate ask for 5 steps; the rollouts of a run keep the number, for either.
-RELOCATE_STEPS, RELOCATE_STEPS_LATER = 25, 5
-_PEN_STEPS = 20
+# Later users of relocate ask for 5 steps; the rollouts of a run keep the number, for either.
+_PEN_STEPS, _RELOCATE_STEPS = 20, 25
 
 _VERSION = "-v3"
 
@@ -135,7 +135,7 @@ _ALL = (
     _dmc("cheetah-run", 100, _CHEETAH, 17),
     _dmc("finger-spin", 50, ("proximal", "distal"), 9),
     _adroit("pen", 100, _HAND, 45, _PEN_STEPS),
-    _adroit("relocate", 200, f"{_ARM} {_HAND}", 39, RELOCATE_STEPS),
+    _adroit("relocate", 200, f"{_ARM} {_HAND}", 39, _RELOCATE_STEPS),
 )
 TASKS = {task.name: task for task in _ALL}
 
@@ -177,6 +177,28 @@ def find_tasks(names: Iterable[str], known: Sequence[str] | None = None) -> list
             )
         found[full] = None
     return list(found)
+
+
+def choose_tasks(names: Sequence[str], known: Sequence[str], folder: Path) -> list[str]:
+    """Finds tasks by their names among those that a folder has demonstrations of.
+
+    Args:
+        names: Names as a user gives them.
+        known: Full names of the tasks that the folder has.
+        folder: The folder, for the message.
+
+    Returns:
+        Full names, each once, in the given order.
+
+    Raises:
+        ConfigError: If there is no such task, or not in the folder.
+    """
+    find_tasks(names)  # its message lists all tasks that there are
+    found = find_tasks(names, known)
+    missing = [task for task in found if task not in known]
+    if missing:
+        raise ConfigError(f"{folder} has no demonstrations of {missing[0]}. It has: {', '.join(known)}.")
+    return found
 
 
 def check_fit(names: Iterable[str], factors: Collection[str], option: str = "--vary") -> None:

@@ -220,7 +220,7 @@ def test_files_are_found_by_the_names_of_tasks(tmp_path):
 def test_a_task_without_a_pickle_is_refused(tmp_path, capsys):
     write(tmp_path / "pen-v0.pickle", [])
     assert bring(tmp_path, tmp_path / "out", "--tasks=adroit") == 1
-    assert "has no pickle of relocate. It has: pen" in capsys.readouterr().err
+    assert "has no demonstrations of relocate. It has: pen" in capsys.readouterr().err
     assert bring(tmp_path, tmp_path / "out", "--tasks=pencil") == 1
     assert "Is it 'pen'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -53,8 +53,8 @@ def mean_colour(images: torch.Tensor) -> StudentTokens:
     return StudentTokens(None, colours[:, :0], colours, (1, 1))
 
 
-SEES_NOTHING = Eyes("blind", "blind", None, 0, (1, 1), "", ())
-SEES_COLOUR = Eyes("colour", "colour", mean_colour, 3, (1, 1), "", ())
+SEES_NOTHING = Eyes("blind", "blind", None, 0, (1, 1), "", (), 4)
+SEES_COLOUR = Eyes("colour", "colour", mean_colour, 3, (1, 1), "", (), 4)
 
 
 class Echo(torch.nn.Module):

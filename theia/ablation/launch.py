@@ -21,6 +21,7 @@ from theia.ablation.sweep_run import CHECKPOINT, Run, lock
 from theia.errors import ConfigError
 from theia.scoring.contract import scorer_names
 from theia.utils.arguments import MOST_PROCESSES, check_number
+from theia.utils.device import core_count
 from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -319,10 +320,9 @@ def _shares(parallel: int) -> list[dict[str, str]]:
         return [{}]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(index) for index in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    cores = len(os.sched_getaffinity(0))
     shares = []
     for slot in range(parallel):
-        share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // parallel)))}
+        share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, core_count() // parallel)))}
         if gpus:
             share["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::parallel]) or gpus[slot % len(gpus)]
         shares.append(share)

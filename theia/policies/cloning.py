@@ -64,7 +64,7 @@ class FineTuning:
     """
 
     sight: Sight
-    learning_rate: float = 1e-5
+    learning_rate: float
 
 
 class Training:

@@ -1,14 +1,12 @@
 """How the tokens of three frames become one vector: maps through convolutions, or vectors with their differences."""
 
-from typing import Protocol
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from theia.errors import ConfigError
+from theia.probing.frame_tokens import FrameTokens
 
 HISTORY = 3  # number of frames that an action depends on
 HIDDEN = 256  # channels of the convolutions, units of the hidden layers
@@ -70,21 +68,6 @@ class Convolutions(nn.Sequential):
         self.outputs = HIDDEN * rows * columns
 
 
-class TokenStatistics(Protocol):
-    """Statistics of the tokens of demonstrations, such as :class:`~theia.probing.frame_tokens.FrameTokens`."""
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Mean of each channel, shape ``(C,)``."""
-
-    @property
-    def deviation(self) -> NDArray[np.float64]:
-        """Standard deviation of each channel, shape ``(C,)``."""
-
-    def components(self, count: int) -> NDArray[np.float32]:
-        """First principal components of the standardised channels, as columns, shape ``(C, count)``."""
-
-
 class Reduction(nn.Module):
     """Averages tokens to a coarser grid and keeps their first principal components; or leaves them as they are.
 
@@ -107,7 +90,7 @@ class Reduction(nn.Module):
         self.register_buffer("mean", torch.zeros(channels if self.projects else 0))
         self.register_buffer("projection", torch.zeros((channels, self.channels) if self.projects else (0, 0)))
 
-    def fit(self, tokens: TokenStatistics) -> None:
+    def fit(self, tokens: FrameTokens) -> None:
         """Takes mean, deviations and components from the tokens of the demonstrations."""
         if self.projects:
             self.mean.copy_(torch.from_numpy(tokens.mean))

@@ -74,11 +74,10 @@ class Head(nn.Module, ABC):
             "channels": channels, "grid": grid, "known": known, "actions": actions, "components": components,
             "chunk": self.chunk, "scale": self.scale,
         }  # fmt: skip
-        self.is_spatial = channels > 0 and grid != (1, 1)
         self.reduction = Reduction(channels, grid, components if channels else None)
         self.convolutions: Convolutions | None = None
         outputs = HISTORY * self.reduction.channels
-        if self.is_spatial:
+        if channels and grid != (1, 1):
             self.convolutions = Convolutions(outputs, grid)
             outputs = self.convolutions.outputs
         self.inputs = max(1, outputs + known)

@@ -1,5 +1,6 @@
 """Where a command computes."""
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 from theia.errors import ConfigError
@@ -21,3 +22,8 @@ def choose_device(wanted: Device) -> "torch.device":
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here. Take --device cpu, or auto.")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def core_count() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
