@@ -70,8 +70,8 @@ def run(
             diffusion model; 3,000 updates, unless --epochs or smoke says otherwise.
         chunk: Number of actions that the head predicts at once; by default, 10 for chunk and 4 for diffusion.
         execute: Number of those that are carried out before the next look; by default, all.
-        finetune: Train the encoders, too, each with every policy; controls are trained as ever. Only Theia models can
-            be. Every update decodes its frames and encodes them twice: with a GPU, or for hours.
+        finetune: Train each encoder together with each of its policies. It must be a Theia model; controls stay as
+            they are. Every update decodes its frames and encodes them twice, which takes hours without a GPU.
         encoder_learning_rate: Learning rate of an encoder that is trained; 0.00001 by default.
         videos: Number of rollouts of each finished policy that are written to mp4, with what the policy sees of them.
         reference: Encoder that the others are compared with; by default, the first one that is no control.

@@ -15,7 +15,7 @@ class FixedCamera(Environment):
     """An environment with a camera in its model, which may follow the robot.
 
     Args:
-        task: See :class:`benchmarks.cortexbench.simulation.Environment`, as for those that follow.
+        task: See :class:`benchmarks.cortexbench.simulation.Environment`.
         model: See there.
         data: See there.
         size: See there.
@@ -56,7 +56,7 @@ def view_of_camera(position: Sequence[float] | Any, axes: Any, target: Sequence[
     Args:
         position: Position of the camera, in metres.
         axes: Its axes as columns, shape ``(3, 3)``: to the right, which is level, upwards, and backwards.
-        target: A point; the one that is described lies on the camera's axis, as far away as this.
+        target: A point, in metres. The view looks at the point of the camera's axis that is as far away.
     """
     up, forward = np.asarray(axes)[:, 1], -np.asarray(axes)[:, 2]
     elevation = math.asin(float(np.clip(forward[2], -1, 1)))

@@ -30,10 +30,10 @@ class Recipe:
 
     Attributes:
         batch_size: Number of steps of the demonstrations in one update.
-        learning_rate: Learning rate of the head: of Adam, or of AdamW with a weight decay.
+        learning_rate: Learning rate of the head, for Adam, or for AdamW where there is a weight decay.
         weight_decay: Weight decay of the head.
         cosine: Whether the learning rates go down to zero along a cosine.
-        updates: Number of updates that are usual for the head, if that is not said in epochs.
+        updates: Usual number of updates; ``None`` where the length of a training is usually said in epochs.
     """
 
     batch_size: int
@@ -55,7 +55,7 @@ RECIPES: Mapping[HeadKind, Recipe] = {
 class FineTuning:
     """An encoder that is trained with the policy.
 
-    Those of its parameters are trained that are not frozen. It stays in evaluation mode, since the statistics of a
+    Its parameters that are not frozen are trained. It stays in evaluation mode, since the statistics of a
     batch norm would follow the few pictures that are encoded at once.
 
     Attributes:

@@ -46,14 +46,14 @@ class Demonstrations:
         lengths: Sequence[int],
         pictures: PicturesOf | None = None,
     ) -> "Demonstrations":
-        """Makes them of what was recorded.
+        """Makes them from what was recorded.
 
         Args:
-            tokens: See above.
-            known: See above.
-            actions: See above.
+            tokens: See :class:`Demonstrations`.
+            known: See there.
+            actions: See there.
             lengths: Number of frames of each demonstration.
-            pictures: See above.
+            pictures: See :class:`Demonstrations`.
         """
         ends = np.repeat(np.cumsum(lengths), lengths)
         return Demonstrations(tokens, known, actions, history(lengths), ends, pictures)
