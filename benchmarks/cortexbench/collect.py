@@ -78,6 +78,7 @@ def collect(
     out: Path,
     episodes: int = 25,
     vary: str | None = None,
+    spread: float = 1.0,
     size: int = 256,
     noise: float = 0.0,
     after_success: int = 20,
@@ -99,6 +100,8 @@ def collect(
             DM Control, those whose score is far below that of the expert.
         vary: What differs between episodes: any of camera, light, texture and distractor, separated by commas. By
             default, nothing. Distractors lie on a table, which DM Control has not.
+        spread: Share of the whole range in which camera and light are drawn, from 0 to 1. The wider it is, the more
+            demonstrations a policy needs to act through a camera that it has not seen.
         size: Height and width of the pictures, in pixels.
         noise: Standard deviation of the noise that is added to the expert's actions, which lie between -1 and 1. What
             the expert wanted is recorded too.
@@ -119,6 +122,7 @@ def collect(
         SimulationError: If an expert fails again and again, or a process is killed.
     """
     check_number("episodes", episodes, 1, MOST_EPISODES)
+    check_number("spread", spread, 0, 1)
     check_number("size", size, 16, _MOST_PIXELS)
     check_number("noise", noise, 0, 1)
     check_number("after_success", after_success, 0, _MOST_AFTER_SUCCESS)
@@ -139,7 +143,7 @@ def collect(
             [
                 *(
                     _record(
-                        Plan(tuple(some), seed, factors, noise, after_success, size, quality, pictures),
+                        Plan(tuple(some), seed, factors, spread, noise, after_success, size, quality, pictures),
                         out / place, episodes, workers or core_count(),
                     )
                     for place, some in folders_of(names).items()

@@ -39,6 +39,7 @@ class Plan:
         tasks: Full names of the tasks, all of one form.
         seed: First seed.
         vary: What is drawn anew for every episode.
+        spread: Share of the whole range in which camera and light are drawn.
         noise: Standard deviation of the noise that is added to the expert's actions.
         after_success: Number of steps that are recorded after the first success.
         size: Height and width of the pictures, in pixels.
@@ -49,6 +50,7 @@ class Plan:
     tasks: tuple[str, ...]
     seed: int
     vary: tuple[Factor, ...]
+    spread: float
     noise: float
     after_success: int
     size: int
@@ -212,7 +214,7 @@ def demonstrate(plan: Plan, root: Path, task: str, number: int, threads: int = 1
         SimulationError: If the expert fails again and again.
         FileError: If the disk is full.
     """
-    environment = _environment(task, plan.size, plan.quality, plan.vary)
+    environment = _environment(task, plan.size, plan.quality, plan.vary, plan.spread)
     environment.threads = threads
     started = time.perf_counter()
     trial: Trial
@@ -243,5 +245,5 @@ def demonstrate(plan: Plan, root: Path, task: str, number: int, threads: int = 1
 
 
 @lru_cache(maxsize=1)
-def _environment(task: str, size: int, quality: Quality, vary: tuple[Factor, ...]) -> Environment:
-    return open_environment(task, size, quality, vary)
+def _environment(task: str, size: int, quality: Quality, vary: tuple[Factor, ...], spread: float) -> Environment:
+    return open_environment(task, size, quality, vary, spread)

@@ -16,7 +16,7 @@ from theia.trajectories.lerobot import ACTION, INFO, STATE, LeRobotFolder
 from theia.utils.files import jsonable, read_json, write_whole
 
 _RECORD = "meta/collection.json"
-_SAME = ("size", "quality", "vary", "pictures")
+_SAME = ("size", "quality", "vary", "spread", "pictures")
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,9 @@ def _notes(about: Mapping[str, Any], lines: Sequence[Line], unfinished: Sequence
     factors = settings.get("vary") or []
     varied = f"{' and '.join(factors)} drawn anew for every rollout" if factors else "one fixed camera and light"
     demonstrated = about.get("demonstrations", {}).get("vary") or []
+    spread = about.get("demonstrations", {}).get("spread", 1.0)
+    if spread != 1 and factors:
+        varied += f" (in {spread:g} of the whole range)"
     experts = "" if about.get("demonstrations", {}).get("imported") else _OTHER_EXPERTS
     there = [TASKS[task] for task in dict.fromkeys(line.task for line in lines) if task in TASKS]
     adroit = {task.name: f"{task.fulfilled_steps} steps ({task.name})" for task in there if task.measure == "steps"}

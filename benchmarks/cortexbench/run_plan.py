@@ -130,7 +130,9 @@ class RunPlan:
         fresh = (seed for seed in range(_FIRST_SEED, 2**31) if seed not in recording.seeds)
         seeds = tuple(next(fresh) for _ in range(self.preset.rollouts))
         steps, hold = self.preset.steps(TASKS[task]), self.preset.holds(TASKS[task])
-        return Course(task, seeds, self.vary, self.size, self.quality, IMAGE_SIZE, steps, hold)
+        return Course(
+            task, seeds, self.vary, self.data.about.get("spread", 1.0), self.size, self.quality, IMAGE_SIZE, steps, hold
+        )
 
     def _distributions(self) -> list[str]:
         """What is simulated with, by all data sets of the folder, so that tasks can be added to a run."""

@@ -98,7 +98,7 @@ def view_from(position: Sequence[float], target: Sequence[float]) -> View:
     return View(azimuth, elevation, distance, (float(target[0]), float(target[1]), float(target[2])))
 
 
-def draw_scene(own: View, vary: Collection[Factor], task: str, seed: int) -> Scene:
+def draw_scene(own: View, vary: Collection[Factor], task: str, seed: int, spread: float = 1.0) -> Scene:
     """Draws what an episode looks like.
 
     Args:
@@ -106,19 +106,23 @@ def draw_scene(own: View, vary: Collection[Factor], task: str, seed: int) -> Sce
         vary: What is drawn; the rest stays as it is in the task. What is drawn of one does not depend on the others.
         task: Name of the task: episodes of two tasks differ even if their seeds do not.
         seed: Seed of the episode.
+        spread: How far camera and light may be from the middle of what is drawn, as a share of the whole range.
     """
     view, light = own, (1.0, 1.0, 1.0)
     if "camera" in vary:
         rng = generator(task, seed, "camera")
-        azimuth, elevation = rng.uniform(-1, 1, 2) * (_AZIMUTH_DEG, _ELEVATION_DEG)
-        distance = rng.uniform(_NEARER_M, _FARTHER_M)
-        x, y, z = np.add(own.look_at_m, rng.uniform(-_LOOK_AT_M, _LOOK_AT_M, 3)).tolist()
+        azimuth, elevation = spread * rng.uniform(-1, 1, 2) * (_AZIMUTH_DEG, _ELEVATION_DEG)
+        distance = _narrowed(rng.uniform(_NEARER_M, _FARTHER_M), _NEARER_M, _FARTHER_M, spread)
+        x, y, z = np.add(own.look_at_m, spread * rng.uniform(-_LOOK_AT_M, _LOOK_AT_M, 3)).tolist()
         view = View(
             own.azimuth_deg + float(azimuth), own.elevation_deg + float(elevation), own.distance_m + float(distance),
             (x, y, z),
         )  # fmt: skip
     if "light" in vary:
-        red, green, blue = generator(task, seed, "light").uniform(_DARKEST, _BRIGHTEST, 3).tolist()
+        red, green, blue = (
+            _narrowed(value, _DARKEST, _BRIGHTEST, spread)
+            for value in generator(task, seed, "light").uniform(_DARKEST, _BRIGHTEST, 3).tolist()
+        )
         light = (red, green, blue)
     texture = int(generator(task, seed, "texture").integers(2**31)) if "texture" in vary else None
     distractors = _draw_distractors(generator(task, seed, "distractor")) if "distractor" in vary else ()
@@ -150,6 +154,12 @@ def draw_pattern(height: int, width: int, rng: np.random.Generator) -> NDArray[n
     colours = rng.uniform(0, 255, (2, 3))
     mixed = colours[0] + second[..., None] * (colours[1] - colours[0])
     return np.asarray(mixed.round(), np.uint8)
+
+
+def _narrowed(value: float, low: float, high: float, spread: float) -> float:
+    """Moves a value towards the middle of its range."""
+    middle = (low + high) / 2
+    return middle + spread * (value - middle)
 
 
 def _draw_distractors(rng: np.random.Generator) -> tuple[Distractor, ...]:

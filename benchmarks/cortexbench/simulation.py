@@ -84,6 +84,7 @@ class Environment(ABC):
         scene: What the episode looks like.
         own_view: The task's own camera at the beginning of the episode.
         threads: Number of threads that an expert may plan with. What it does is independent of it.
+        spread: Share of the whole range in which camera and light are drawn.
     """
 
     own_view: View
@@ -92,7 +93,7 @@ class Environment(ABC):
     def __init__(
         self, task: Task, model: Any, data: Any, size: int, quality: Quality, vary: Collection[Factor]
     ) -> None:
-        self.task, self.threads = task, 1
+        self.task, self.threads, self.spread = task, 1, 1.0
         self._model, self._data, self._size, self._quality, self._vary = model, data, size, quality, tuple(vary)
         self._lights = [
             (array, array.copy())
@@ -170,7 +171,7 @@ class Environment(ABC):
         self._seed = seed
         self._now = Step(self._begin(seed), False)
         self.own_view = self._find_view()
-        self.scene = draw_scene(self.own_view, self._vary, self.task.name, seed)
+        self.scene = draw_scene(self.own_view, self._vary, self.task.name, seed, self.spread)
         for array, own in self._lights:
             array[...] = own * self.scene.light
         self._set_textures()
@@ -268,7 +269,7 @@ class Environment(ABC):
 
 
 def open_environment(
-    task: str, size: int = 256, quality: Quality = "fast", vary: Collection[Factor] = ()
+    task: str, size: int = 256, quality: Quality = "fast", vary: Collection[Factor] = (), spread: float = 1.0
 ) -> Environment:
     """Opens a task in its simulator.
 
@@ -277,6 +278,7 @@ def open_environment(
         size: Height and width of the pictures, in pixels.
         quality: ``full`` for MuJoCo's own; ``fast`` without antialiasing, shadows and reflections.
         vary: What is drawn anew with every reset.
+        spread: Share of the whole range in which camera and light are drawn.
 
     Raises:
         ConfigError: If the simulator is not installed, there is no such task, or nothing can be rendered.
@@ -294,6 +296,7 @@ def open_environment(
     environment: Environment = getattr(importlib.import_module(f"benchmarks.cortexbench.{module}"), of)(
         found, size, quality, vary
     )
+    environment.spread = spread
     return environment
 
 

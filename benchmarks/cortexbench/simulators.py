@@ -32,6 +32,7 @@ class Course:
         task: Full name of the task.
         seeds: Seeds of the rollouts, on which objects, goal, camera and light depend.
         vary: What is drawn anew for every rollout.
+        spread: Share of the whole range in which camera and light are drawn.
         size: Height and width of the rendered pictures, in pixels.
         quality: Quality of the rendering.
         shown: Height and width of the pictures that an encoder is given, in pixels.
@@ -42,6 +43,7 @@ class Course:
     task: str
     seeds: tuple[int, ...]
     vary: tuple[Factor, ...]
+    spread: float
     size: int
     quality: Quality
     shown: int
@@ -183,7 +185,9 @@ def _simulate(pipe: "Connection[Any, Any]", course: Course) -> None:
 
 def _obey(command: Command, course: Course, environments: dict[int, Environment]) -> Moment:
     if command.slot not in environments:
-        environments[command.slot] = open_environment(course.task, course.size, course.quality, course.vary)
+        environments[command.slot] = open_environment(
+            course.task, course.size, course.quality, course.vary, course.spread
+        )
     environment = environments[command.slot]
     beginning, reward, over = None, 0.0, False
     if command.seed is not None:

@@ -20,7 +20,7 @@ from benchmarks.cortexbench.tasks import find_tasks
 from theia.errors import ConfigError, TrajectoryError
 
 KNOWN = ["assembly-v3", "bin-picking-v3", "button-press-topdown-v3", "door-open-v3", "drawer-open-v3", "hammer-v3"]
-PLAN = Plan(("hammer-v3", "drawer-open-v3"), 0, (), 0.0, 20, 64, "fast", "video")
+PLAN = Plan(("hammer-v3", "drawer-open-v3"), 0, (), 1.0, 0.0, 20, 64, "fast", "video")
 
 
 def test_a_failed_demonstration_is_dropped_counted_and_replaced_by_the_next_seed() -> None:

@@ -16,7 +16,7 @@ from theia.trajectories.lerobot import LeRobotFolder
 from theia.trajectories.video import load_av
 
 CPU = torch.device("cpu")
-COURSE = Course("task", tuple(range(7)), (), 64, "fast", 32, 12, None)
+COURSE = Course("task", tuple(range(7)), (), 1.0, 64, "fast", 32, 12, None)
 
 
 class StandIn:

@@ -46,7 +46,7 @@ def test_a_simulator_s_process_loads_no_torch():
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demonstrations") / "data"
     collect = ["collect", "--tasks=drawer-open,reach", f"--out={folder}", "--episodes=2", "--size=64", "--vary=camera"]
-    assert command.main([*collect, "--pictures=image", "--workers=2"]) == 0
+    assert command.main([*collect, "--spread=0.5", "--pictures=image", "--workers=2"]) == 0
     return folder
 
 
@@ -125,7 +125,7 @@ def test_the_rollouts_begin_as_the_environment_does_and_the_expert_succeeds_in_t
     from benchmarks.cortexbench.simulation import open_environment
     from benchmarks.cortexbench.simulators import Command, Course, Simulators
 
-    course = Course("drawer-open-v3", (1_000_000, 1_000_001, 1_000_002), ("camera",), 64, "fast", 32, 200, None)
+    course = Course("drawer-open-v3", (1_000_000, 1_000_001, 1_000_002), ("camera",), 1.0, 64, "fast", 32, 200, None)
     with open_environment("drawer-open", 64, "fast", ("camera",)) as environment, Simulators(course, 2) as simulators:
         for number, seed in enumerate(course.seeds):
             trial = attempt(environment, seed, 0.0, 5)
@@ -147,7 +147,7 @@ def test_a_simulator_that_is_killed_is_said_to_be_gone():
     from benchmarks.cortexbench.simulation import SimulationError
     from benchmarks.cortexbench.simulators import Command, Course, Simulators
 
-    course = Course("drawer-open-v3", (1_000_000, 1_000_001), (), 64, "fast", 32, 200, None)
+    course = Course("drawer-open-v3", (1_000_000, 1_000_001), (), 1.0, 64, "fast", 32, 200, None)
     with Simulators(course, 1) as simulators:
         simulators.send(Command(0, False, seed=0))
         simulators.receive(0)
@@ -174,7 +174,7 @@ def test_a_policy_is_shown_in_rollouts_what_it_was_fitted_on(demonstrations):
     rows = recording.rows[episode.start : episode.start + episode.length]
     actions, observations = folder.column(ACTION)[rows], folder.column(SCENE_STATE)[rows]
     seeds = (int(episode.record["seed"]),)
-    course = Course("drawer-open-v3", seeds, ("camera",), 64, "fast", 224, 200, None)
+    course = Course("drawer-open-v3", seeds, ("camera",), 0.5, 64, "fast", 224, 200, None)
     pictures = recording.frames(episode, folder.camera(), range(episode.length))
     with Simulators(course, 1) as simulators:
         simulators.send(Command(0, True, seed=seeds[0]))

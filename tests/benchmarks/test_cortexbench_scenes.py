@@ -49,6 +49,14 @@ def test_a_camera_stands_where_it_was_put_and_looks_at_its_target() -> None:
     assert view.look_at_m == pytest.approx(tuple(target))
 
 
+def test_a_narrower_range_has_the_same_middle() -> None:
+    whole, half, none = (draw_scene(OWN, BOTH, "hammer-v3", 3, spread) for spread in (1.0, 0.5, 0.0))
+    for one in ("azimuth_deg", "elevation_deg", "distance_m", "look_at_x_m", "light_red", "light_blue"):
+        ends = whole.record()[one] + none.record()[one]
+        assert half.record()[one] == pytest.approx(ends / 2)
+    assert none == Scene(View(-90, -60, pytest.approx(0.7 + 0.35), (0.0, 0.6, 0.0)), (pytest.approx(0.9),) * 3)
+
+
 def test_what_can_be_varied_is_listed() -> None:
     assert check_factors(["light", "camera"]) == ("camera", "light")
     with pytest.raises(ConfigError, match=r"'lite'.*camera, light"):
