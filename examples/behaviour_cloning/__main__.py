@@ -29,7 +29,7 @@ def clone(
     encoder: str,
     demonstrations: Path | None = None,
     camera: str | None = None,
-    output: Path = Path("policy"),
+    output: Path = Path("runs/policy"),
     unfreeze: int | Literal["all"] = 0,
     features: Features = "spatial",
     head: HeadKind = "mlp",

@@ -163,7 +163,7 @@ def _attempt(name: str, work: Callable[[], object]) -> int:
         return _fail(f"{name}: {error}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C would only interrupt the cleaning up
-        return _fail(f"{name}: interrupted", 130)
+        return _fail(f"{name}: interrupted. To go on, run the same command again.", 130)
     except OSError as error:
         return _refused(name, error)
 
