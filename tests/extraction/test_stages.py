@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import traceback
 import weakref
@@ -129,3 +131,21 @@ def test_what_the_work_uses_is_not_closed_before_it_is_done(
 def test_an_error_of_the_work_is_raised_once_and_before_what_it_used_is_closed() -> None:
     with Handover() as storing, pytest.raises(OSError, match=r"^disk$"), storing.done():
         storing.give(fail, "disk")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_decoding_process_says_nothing_when_the_main_one_leaves_in_the_middle(quiet: bool) -> None:
+    code = f"""
+import os, socket
+from multiprocessing.resource_sharer import DupFd
+from theia.extraction.stages import end_quietly
+
+if {quiet}:
+    end_quietly(0)
+handed = DupFd(os.open(os.devnull, os.O_RDONLY))
+with socket.socket(socket.AF_UNIX) as leaving:
+    leaving.connect(handed._id[0])
+handed.detach()  # is served after the one that left
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ("resource_sharer" in done.stderr) is not quiet

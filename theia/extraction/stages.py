@@ -1,5 +1,6 @@
 """The two stages of an extraction: images are decoded and stored, then teachers run over the stored images."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -160,6 +161,7 @@ def store_images(
         sampler=[piece for shard in missing for piece in pieces[shard]],
         batch_size=None,
         num_workers=config.workers,
+        worker_init_fn=end_quietly,
     )
     decoded = iter(loader)
     total = sum(images.listed_in(shard) for shard in missing)
@@ -186,6 +188,20 @@ def store_images(
                 skipped,
             )
             skipped_here += skipped
+
+
+def end_quietly(_: int) -> None:
+    """Keeps a decoding process silent when the main process, interrupted, leaves in the middle of a transfer.
+
+    A thread of multiprocessing hands the images over, and prints what goes wrong there: it cannot know that it is the
+    end.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def check_skipped(split: str, skipped: Sequence[tuple[str, str]], images: ImageSet, max_skipped: float) -> None:
