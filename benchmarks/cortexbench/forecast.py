@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.cortexbench.encoders import Eyes, TaskRecording
 from benchmarks.cortexbench.learning import is_averaged, make_head, pictures_of, tuning_of
@@ -13,7 +14,7 @@ from benchmarks.cortexbench.run_plan import RunPlan
 from benchmarks.cortexbench.simulators import Command, Simulators
 from benchmarks.cortexbench.tasks import TASKS
 from theia.policies.cloning import RECIPES, Training
-from theia.policies.demonstrated import Demonstrations, PicturesOf, plain_tokens, updates_per_epoch
+from theia.policies.demonstrated import Demonstrations, plain_tokens, updates_per_epoch
 from theia.policies.fusion import HISTORY
 from theia.probing.datasets import IMAGE_SIZE
 from theia.probing.frame_tokens import MOST_ROWS
@@ -78,11 +79,13 @@ def _seconds(
         tokens = plain_tokens(made_up.astype(np.float16), (rows, columns))
     known = eyes.known(np.zeros((count, TASKS[task].observations)))
     actions, tuning = np.zeros((count, plan.data.actions(task)), np.float32), tuning_of(plan, eyes)
-    pictures: PicturesOf | None = None
-    if tuning is not None:
-        pictures = lambda rows: pictures_of(recording)(np.minimum(rows, recording.frame_count - 1))  # noqa: E731
+    recorded = pictures_of(recording)
+
+    def pictures(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return recorded(np.minimum(rows, recording.frame_count - 1))
+
     # Apart, a step has three pictures of its own, as it nearly has in a batch of steps in any order.
-    made_up_data = Demonstrations.of(tokens, known, actions, [count], pictures)
+    made_up_data = Demonstrations.of(tokens, known, actions, [count], pictures if tuning is not None else None)
     training = Training(lambda: make_head(plan, eyes, made_up_data), made_up_data, 0, None, device, tuning=tuning)
     tried = np.arange(count) if tuning is None else np.arange(2, count, count // _TRIED_OF_BATCH)
     fitting = _time(lambda: training.step(tried)) * count / len(tried)

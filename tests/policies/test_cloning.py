@@ -172,8 +172,9 @@ def test_fine_tuning_lowers_the_loss_further_than_a_frozen_encoder_and_goes_on_w
         sight = small_sight()
         if free:
             sight.encoder.unfreeze()
-        make = lambda: MLPHead(32, (1, 1), 0, 2)  # noqa: E731
-        training = Training(make, data, 0, tmp_path / name, CPU, tuning=FineTuning(sight, 1e-3))
+        training = Training(
+            lambda: MLPHead(32, (1, 1), 0, 2), data, 0, tmp_path / name, CPU, tuning=FineTuning(sight, 1e-3)
+        )
         training.advance(epochs - 1)
         return training, sight
 

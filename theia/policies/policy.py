@@ -26,7 +26,7 @@ from theia.models.weights import load_strictly
 from theia.policies.acting import Actor, Memory
 from theia.policies.heads import HEADS, Head
 from theia.policies.sight import Sight, features_of_noise, open_sight
-from theia.utils.files import check_folder, publish, sync, writing
+from theia.utils.files import at_home, check_folder, publish, sync, writing
 from theia.version import __version__
 
 MODEL_TYPE = "theia-policy"
@@ -217,7 +217,7 @@ def save_policy(policy: Policy, folder: str | os.PathLike[str]) -> None:
         "record": about.record,
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
-    out = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111  (Path's own raises where there is no such user)
+    out = Path(at_home(os.fspath(folder))).resolve()
     check_folder(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out} holds something already. Choose another folder with --out.")
@@ -248,7 +248,7 @@ def load_policy(
             that is kept by its name have changed.
         ConfigError: If the policy predicts fewer actions, or there is no such device.
     """
-    path = Path(os.path.expanduser(folder))  # noqa: PTH111  (Path's own raises where there is no such user)
+    path = Path(at_home(os.fspath(folder)))
     if not path.is_dir():
         raise WeightsError(f"There is no folder {path}. Give one that holds a policy.")
     config = read_config(path)
