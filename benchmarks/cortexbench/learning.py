@@ -12,9 +12,9 @@ from benchmarks.cortexbench.encoders import Eyes, TaskRecording
 from benchmarks.cortexbench.run_plan import RunPlan
 from theia.errors import ConfigError
 from theia.extraction.images import to_square
+from theia.policies.action_heads import HEADS, Head
 from theia.policies.cloning import FineTuning
 from theia.policies.demonstrated import Demonstrations, PicturesOf
-from theia.policies.heads import HEADS, Head
 from theia.policies.sight import PIXELS
 from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
 from theia.probing.frame_tokens import embed

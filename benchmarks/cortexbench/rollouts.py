@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks.cortexbench.encoders import Eyes
 from benchmarks.cortexbench.simulators import Command, Course, Moment, Simulators
 from theia.policies.acting import Actor, Memory
-from theia.policies.heads import Head
+from theia.policies.action_heads import Head
 from theia.probing.datasets import IMAGE_SIZE
 from theia.trajectories.video import load_av
 from theia.utils.files import replacing

@@ -15,9 +15,9 @@ from benchmarks.cortexbench.simulators import Course
 from benchmarks.cortexbench.tasks import TASKS, check_fit, choose_tasks
 from theia.errors import ConfigError
 from theia.policies import HeadKind
+from theia.policies.action_heads import HEADS
 from theia.policies.cloning import RECIPES
 from theia.policies.demonstrated import updates_per_epoch
-from theia.policies.heads import HEADS
 from theia.probing.datasets import IMAGE_SIZE, of_files
 from theia.utils.arguments import comma_list
 from theia.utils.files import jsonable, read_json, write_whole

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from examples.behaviour_cloning.demonstrations import Demonstrations
 from theia.errors import ConfigError
 from theia.policies import HeadKind, demonstrated
+from theia.policies.action_heads import HEADS, Head, Scale
 from theia.policies.cloning import RECIPES, FineTuning, Recipe, Training
 from theia.policies.demonstrated import tokens_in_memory
-from theia.policies.heads import HEADS, Head, Scale
 from theia.policies.policy import About, Policy
 from theia.policies.sight import Sight
 

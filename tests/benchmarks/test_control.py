@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.latency import __main__ as command
 from benchmarks.latency import control
-from theia.policies.heads import ChunkHead, MLPHead
+from theia.policies.action_heads import ChunkHead, MLPHead
 from theia.policies.policy import About, Policy, save_policy
 from theia.policies.sight import open_sight
 

@@ -11,8 +11,8 @@ import torch
 import theia
 from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench.encoders import open_all
+from theia.policies.action_heads import ChunkHead, MLPHead
 from theia.policies.cloning import save_head
-from theia.policies.heads import ChunkHead, MLPHead
 
 needs_simulator = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None,

@@ -11,7 +11,7 @@ from benchmarks.cortexbench.encoders import Eyes, TaskRecording
 from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
 from benchmarks.cortexbench.simulators import Command, Course, Moment
 from theia.models.backbone import StudentTokens
-from theia.policies.heads import MLPHead
+from theia.policies.action_heads import MLPHead
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.trajectories.video import load_av
 

@@ -8,9 +8,9 @@ from theia import Encoder
 from theia.errors import CheckpointError
 from theia.models.architecture import Architecture
 from theia.policies import cloning
+from theia.policies.action_heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.cloning import FineTuning, Training, load_head, save_head
 from theia.policies.demonstrated import Demonstrations
-from theia.policies.heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.sight import Sight
 from theia.probing.frame_tokens import FrameTokens
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from theia.policies.action_heads import ChunkHead, MLPHead
 from theia.policies.demonstrated import Demonstrations, batches, history
-from theia.policies.heads import ChunkHead, MLPHead
 from theia.probing.frame_tokens import FrameTokens
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import theia
 from theia import Encoder
 from theia.errors import ConfigError, ExportError, ImageError, ObservationError, ShapeError, TheiaError, WeightsError
 from theia.models.architecture import Architecture
+from theia.policies.action_heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.cloning import Training
 from theia.policies.demonstrated import Demonstrations
-from theia.policies.heads import ChunkHead, DiffusionHead, MLPHead
 from theia.policies.policy import About, Policy, load_policy, save_policy
 from theia.policies.sight import Sight, open_sight
 

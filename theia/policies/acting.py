@@ -8,8 +8,8 @@ from torch import Tensor
 
 from theia.errors import ConfigError
 from theia.models.backbone import StudentTokens
+from theia.policies.action_heads import Head
 from theia.policies.fusion import HISTORY
-from theia.policies.heads import Head
 
 
 class _Frame:

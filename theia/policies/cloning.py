@@ -15,8 +15,8 @@ from torch import Tensor
 
 from theia.errors import CheckpointError, ConfigError, DivergenceError
 from theia.policies import HeadKind
+from theia.policies.action_heads import HEADS, Head
 from theia.policies.demonstrated import Demonstrations, PicturesOf, batches, updates_per_epoch
-from theia.policies.heads import HEADS, Head
 from theia.policies.sight import Sight
 from theia.utils.files import write_whole
 

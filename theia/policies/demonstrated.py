@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from theia.policies.action_heads import Head
 from theia.policies.fusion import HISTORY
-from theia.policies.heads import Head
 from theia.policies.sight import Sight
 from theia.probing.frame_tokens import FrameTokens
 

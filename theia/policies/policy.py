@@ -24,7 +24,7 @@ from theia.export.formats import Exported, write_safetensors
 from theia.extraction.images import to_square
 from theia.models.weights import load_strictly
 from theia.policies.acting import Actor, Memory
-from theia.policies.heads import HEADS, Head
+from theia.policies.action_heads import HEADS, Head
 from theia.policies.sight import Sight, features_of_noise, open_sight
 from theia.utils.files import at_home, check_folder, publish, sync, writing
 from theia.version import __version__

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from theia.errors import ConfigError
-from theia.policies.heads import ChunkHead, DiffusionHead, MLPHead
+from theia.policies.action_heads import ChunkHead, DiffusionHead, MLPHead
 
 
 def test_the_paper_s_spatial_head_written_out():
