@@ -138,6 +138,7 @@ def collect(
             raise ConfigError(NO_EXPERT.format(task=name))
     check_fit(names, factors)
     check_installed(TASKS[name].simulator for name in names)
+    find_opengl()
     with alone(out):
         return "\n\n".join(
             [
@@ -201,7 +202,6 @@ def table(summaries: Sequence[TaskSummary]) -> str:
 
 
 def _record(plan: Plan, out: Path, episodes: int, workers: int) -> str:
-    find_opengl()
     started = time.monotonic()
     writer = plan.open_writer(out)
     simulator = TASKS[plan.tasks[0]].simulator
@@ -290,5 +290,5 @@ def _end_with(parent: Any) -> None:
 def _report(out: Path, recorded: int, seconds: float) -> str:
     folder = LeRobotFolder(out)
     rows = [{**episode.record, "length": episode.length} for episode in folder.episodes]
-    there = f"{out} holds {len(rows)} of {folder.frame_count:,} frames"
-    return f"{table(summarize(rows))}\n\n{recorded} demonstrations recorded in {seconds:.0f} s; {there}."
+    there = f"{out} has {len(rows)} in all, with {folder.frame_count:,} frames"
+    return f"{table(summarize(rows))}\n\nDemonstrations recorded now: {recorded}, in {seconds:.0f} s; {there}."

@@ -6,6 +6,7 @@ before.
 
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -304,15 +305,16 @@ def find_opengl() -> str:
     """Finds a way to render without a screen, and has MuJoCo use it in this process and those that it starts.
 
     Returns:
-        What it found, or what ``MUJOCO_GL`` says.
+        What it found: what ``MUJOCO_GL`` says, if it is set.
 
     Raises:
-        ConfigError: If there is none. The message names the system's packages.
+        ConfigError: If there is none, or that one does not work. The message names the system's packages.
     """
-    if os.environ.get("MUJOCO_GL"):
-        return os.environ["MUJOCO_GL"]
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen and multiprocessing.parent_process() is not None:
+        return chosen  # tried by the process that started this one
     said = ""
-    for backend in _BACKENDS:
+    for backend in (chosen,) if chosen else _BACKENDS:
         # In another process: a failed attempt leaves this one unfit for the next.
         tried = subprocess.run(
             [sys.executable, "-c", _TRY], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True,

@@ -147,12 +147,11 @@ GROUPS = {
 }
 
 
-def find_tasks(names: Iterable[str], known: Sequence[str] | None = None) -> list[str]:
+def find_tasks(names: Iterable[str]) -> list[str]:
     """Finds tasks by their names, which may lack MetaWorld's version, or by the name of a group.
 
     Args:
         names: Names as a user gives them.
-        known: Full names of the tasks to choose from; by default, all that there are.
 
     Returns:
         Full names, each once, in the given order.
@@ -160,15 +159,14 @@ def find_tasks(names: Iterable[str], known: Sequence[str] | None = None) -> list
     Raises:
         ConfigError: If there is no such task.
     """
-    known = list(TASKS) if known is None else known
     found: dict[str, None] = {}
     for name in names:
         if name in GROUPS:
             found |= dict.fromkeys(GROUPS[name])
             continue
-        full = name if name in known else f"{name}{_VERSION}"
-        if full not in known:
-            short = [task.removesuffix(_VERSION) for task in known]
+        full = name if name in TASKS else f"{name}{_VERSION}"
+        if full not in TASKS:
+            short = [task.removesuffix(_VERSION) for task in TASKS]
             near = difflib.get_close_matches(name.removesuffix(_VERSION), [*short, *GROUPS], 1)
             raise ConfigError(
                 f"There is no task {name!r}."
@@ -191,10 +189,9 @@ def choose_tasks(names: Sequence[str], known: Sequence[str], folder: Path) -> li
         Full names, each once, in the given order.
 
     Raises:
-        ConfigError: If there is no such task, or not in the folder.
+        ConfigError: If there is no such task, or the folder has no demonstrations of it.
     """
-    find_tasks(names)  # its message lists all tasks that there are
-    found = find_tasks(names, known)
+    found = find_tasks(names)
     missing = [task for task in found if task not in known]
     if missing:
         raise ConfigError(f"{folder} has no demonstrations of {missing[0]}. It has: {', '.join(known)}.")

@@ -221,6 +221,8 @@ def test_a_task_without_a_pickle_is_refused(tmp_path, capsys):
     write(tmp_path / "pen-v0.pickle", [])
     assert bring(tmp_path, tmp_path / "out", "--tasks=adroit") == 1
     assert "has no demonstrations of relocate. It has: pen" in capsys.readouterr().err
+    assert bring(tmp_path, tmp_path / "out", "--tasks=hammer") == 1
+    assert "has no demonstrations of hammer-v3. It has: pen" in capsys.readouterr().err
     assert bring(tmp_path, tmp_path / "out", "--tasks=pencil") == 1
     assert "Is it 'pen'?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
