@@ -1,6 +1,8 @@
 """Discs that move in a known way: what an encoder that sees them, one that does not, and shuffled frames lead to."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from trajectories.discs import CAMERA, EPISODES, FRAMES, HORIZON, SIDE, paths, record
 
-from theia.errors import ConfigError, TrajectoryError
+from theia.errors import ConfigError, FileError, TrajectoryError
 from theia.models.backbone import StudentTokens
 from theia.probing import dynamics as module
+from theia.probing.datasets import temporary
 from theia.probing.dynamics import dynamics
 from theia.probing.frame_tokens import embed, pixel_means
 from theia.probing.motion import choose_target, make_pairs
@@ -120,6 +123,22 @@ def test_an_interrupted_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> N
     np.testing.assert_array_equal(whole.tokens, again.tokens)
     np.testing.assert_allclose(whole.mean, again.mean, rtol=1e-12)
     np.testing.assert_allclose(whole.correlation, again.correlation, atol=1e-9)
+
+
+def test_a_disk_without_room_for_the_tokens_is_named_before_any_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = LeRobotFolder(record(tmp_path / "data"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FileError, match="Disk full while writing"):
+        embed(coordinates, "x", folder, CAMERA, frozenset(), tmp_path / "e", torch.device("cpu"), 8, True)
+    assert not any((tmp_path / "e").iterdir())
+    with pytest.raises(FileError, match="Disk full"), temporary(True, tmp_path) as storage:
+        storage.empty((4, 4), np.float32)
 
 
 def test_mean_and_correlation_are_those_of_the_training_tokens(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from theia.extraction.images import UnreadableImageError, read_image, to_square
 from theia.extraction.user_files import open_regular
 from theia.probing.cameras import Camera
 from theia.probing.dense_metrics import IGNORED
+from theia.utils.files import allocate, writing
 from theia.utils.progress import Progress
 
 Task = Literal["depth", "normals", "segmentation", "correspondence"]
@@ -40,11 +41,17 @@ class Storage:
         self._numbers = itertools.count()
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """An array whose values are not set."""
+        """An array whose values are not set.
+
+        Raises:
+            FileError: If the disk is full.
+        """
         if self._folder is None:
             return np.empty(shape, dtype)
         path = self._folder / f"{next(self._numbers)}.npy"
-        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+        with writing(path):
+            array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+            allocate(path)
         return array
 
 

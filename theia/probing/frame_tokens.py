@@ -21,7 +21,7 @@ from theia.extraction.images import to_square
 from theia.models.backbone import StudentTokens
 from theia.probing.datasets import IMAGE_SIZE
 from theia.trajectories.lerobot import Episode
-from theia.utils.files import replacing, sync
+from theia.utils.files import allocate, replacing, sync, writing
 from theia.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -131,9 +131,7 @@ def embed(
                 state.add(patches)
             small, grid = _pooled(patches, tokens.grid) if pooled else (patches, tokens.grid)
             if kept is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                shape = (recording.frame_count, *small.shape[1:])
-                kept = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+                kept = _new_file(file, (recording.frame_count, *small.shape[1:]))
             state.grid = grid
             place = episode.start + start
             kept[place : place + len(small)] = small.cpu().numpy()
@@ -202,6 +200,18 @@ def pixel_means(images: Tensor) -> StudentTokens:
     """The control ``pixels``: means over 16x16 places, as three channels in 0..1."""
     means = F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(2).transpose(1, 2)
     return StudentTokens(None, means[:, :0], means, (16, 16))
+
+
+def _new_file(file: Path, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            kept = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+            allocate(file)
+        except OSError:
+            file.unlink(missing_ok=True)
+            raise
+    return kept
 
 
 def _pooled(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

@@ -174,6 +174,19 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def allocate(path: Path) -> None:
+    """Takes all the room on the disk that a file will need once it is filled.
+
+    A file that is mapped into memory has holes at first. Where the disk has no room for one that is written to, the
+    system ends the process without a message.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def file_sha256(path: Path) -> str:
     """Sha256 of a file's content, in hexadecimal. It identifies the file, whatever its name.
 
