@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
-from trajectories.discs import CAMERA, EPISODES, FRAMES, HORIZON, SIDE, paths, record
+from trajectories.discs import CAMERA, EPISODES, FRAMES, HORIZON, SIDE, paths, pictures, record
 
 from theia.errors import ConfigError, FileError, TrajectoryError
 from theia.models.backbone import StudentTokens
@@ -19,7 +19,7 @@ from theia.probing import dynamics as module
 from theia.probing.datasets import temporary
 from theia.probing.dynamics import dynamics
 from theia.probing.frame_tokens import embed, pixel_means
-from theia.probing.motion import choose_target, make_pairs
+from theia.probing.motion import choose_target, make_pairs, open_recordings, standardised_state
 from theia.probing.ridge import Line, absolute_penalty, fit, measure, solve
 from theia.probing.token_transformer import Rule, fit_and_predict
 from theia.trajectories.lerobot import LeRobotFolder
@@ -47,7 +47,9 @@ def own_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "open_encoder", lambda name, device: {"perfect": coordinates, "constant": noise}[name])
 
 
-def run(out: Path, train: Path, encoders: list[str], tests: list[str] | None = None, **options: Any) -> dict[str, Any]:
+def run(
+    out: Path, train: Path | str, encoders: list[str], tests: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
     given: dict[str, Any] = {
         "camera": None, "horizon": HORIZON, "target": None, "readout": "ridge", "preset": "small", "seeds": [0],
         "reference": None, "device": torch.device("cpu"), "batch_size": 8,
@@ -90,6 +92,46 @@ def test_a_second_data_set_is_tested_on_and_never_fitted_on(tmp_path: Path) -> N
     assert found["summary"]["perfect"]["plan, other"]["mean"] < 0.1
     alone = run(tmp_path / "alone", train, ["perfect"])
     assert alone["errors"]["perfect"]["plan"]["data"] == found["errors"]["perfect"]["plan"]["data"]
+
+
+def test_through_another_camera_held_out_episodes_stay_held_out(tmp_path: Path) -> None:
+    train = record_with_two_cameras(tmp_path / "data")
+    found = run(tmp_path / "out", f"{train}#top", ["perfect"], [f"{train}/#side"])
+    held = [4, 9, 14, 19, 24]
+    assert found["tested episodes"] == {"data#top": held, "data#side": held}
+    assert found["summary"]["perfect"]["plan, data#top"]["mean"] < 0.1  # the other camera sees nothing
+    assert found["summary"]["perfect"]["plan, data#side"]["mean"] > 0.3
+
+
+@pytest.mark.parametrize("again", ["data", "data/", "other/../data#top"])
+def test_a_data_set_is_not_tested_on_twice(tmp_path: Path, again: str) -> None:
+    train = record(tmp_path / "data")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="data with a camera that it is fitted on"):
+        run(tmp_path / "out", train, ["perfect"], [f"{tmp_path}/{again}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_state_is_standardised_by_the_fitted_episodes(tmp_path: Path) -> None:
+    recordings, _, _ = open_recordings(str(record(tmp_path / "data")), [], None, HORIZON, None)
+    state = standardised_state(recordings[0], recordings[0]).reshape(EPISODES, FRAMES, 2)
+    fitted = state[np.arange(EPISODES) % 5 != 4]
+    np.testing.assert_allclose(fitted.mean((0, 1)), 0, atol=1e-12)
+    np.testing.assert_allclose(fitted.std((0, 1)), 1, atol=1e-12)
+
+
+def record_with_two_cameras(root: Path) -> Path:
+    """Discs before the first camera, and nothing before the second."""
+    side = "observation.images.side"
+    writer = LeRobotWriter(
+        root, 10, {"observation.state": ["x", "y"]}, {CAMERA: (SIDE, SIDE), side: (SIDE, SIDE)}, ["reach"], "image"
+    )
+    for index, path in enumerate(paths()):
+        seen = pictures(path)
+        nothing = np.full_like(seen, 200)
+        writer.write(index, "reach", {"observation.state": path}, {CAMERA: seen, side: nothing})
+    writer.finish()
+    return root
 
 
 def test_an_interrupted_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:

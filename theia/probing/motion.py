@@ -17,7 +17,7 @@ Target = Literal["action", "displacement", "mean_action"]
 Question = Literal["plan", "motion"]
 
 QUESTIONS: tuple[Question, ...] = ("plan", "motion")
-_PREFIX = "lerobot:"
+_PREFIX, _PICTURES = "lerobot:", "observation.images."
 _MEANING: dict[Target, str] = {
     "action": "action[t + {h} - 1] - state[t]",
     "displacement": "state[t + {h}] - state[t]",
@@ -80,7 +80,8 @@ def open_recordings(
 
     Args:
         train: Place of the data set to fit on; every fifth episode of each task is held out and tested on.
-        tests: Places of further data sets of the same robot.
+        tests: Places of further data sets of the same robot. The one to fit on may be among them with another camera:
+            then its held-out episodes are tested on.
         camera: Key of the camera, for all of them; by default, what follows ``#`` in each place, or the only one.
         horizon: Number of frames between the two of a pair.
         target: What is predicted; chosen by :func:`choose_target` by default.
@@ -89,7 +90,8 @@ def open_recordings(
         The data sets, the one to fit on first; the target; and what a reader of the figures must know.
 
     Raises:
-        ConfigError: If there are too few or too short episodes, or the data sets are not of one robot.
+        ConfigError: If there are too few or too short episodes, the data sets are not of one robot, or one is given
+            twice with the same camera.
         TrajectoryError: If one cannot be read.
     """
     folder = LeRobotFolder(_path(train))
@@ -103,22 +105,22 @@ def open_recordings(
         )
     places = [train, *tests]
     paths = [_path(place).resolve() for place in places]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        labels = short_labels([str(path) for path in paths])
-        names = [labels[str(path)] for path in paths]
+    folders = [folder, *(folder if _path(test).resolve() == paths[0] else LeRobotFolder(_path(test)) for test in tests)]
+    cameras = [
+        here.camera(camera if camera is not None else _camera(place))
+        for place, here in zip(places, folders, strict=True)
+    ]
     recordings: list[Recording] = []
-    for place, name in zip(places, names, strict=True):
-        here = folder if place == train else LeRobotFolder(_path(place))
+    for here, seen, name in zip(folders, cameras, _names(paths, cameras), strict=True):
         pairs = make_pairs(here, kind, horizon)
-        if here is not folder and pairs.target.shape[1] != recordings[0].pairs.target.shape[1]:
+        if recordings and pairs.target.shape[1] != recordings[0].pairs.target.shape[1]:
             raise ConfigError(
                 f"{here.root} has targets of {pairs.target.shape[1]} values and {folder.root} of "
                 f"{recordings[0].pairs.target.shape[1]}: they are not of one robot. Give another --test."
             )
         everything = frozenset(range(len(here.episodes)))
-        seen = here.camera(camera if camera is not None else _camera(place))
-        tested, fitted = (out, everything - out) if here is folder else (everything, frozenset())
+        tested = out if here is folder else everything  # through another camera, episodes stay fitted on or held out
+        fitted = frozenset() if recordings else everything - out
         identity = fingerprint(of_files(str(here.root)), seen)
         recordings.append(Recording(name, here, seen, pairs, tested, fitted, identity))
         if not tested_episodes(recordings[-1]) or (here is folder and not len(pairs.of(recordings[0].fitted))):
@@ -229,13 +231,33 @@ def episode_weights(recording: Recording) -> NDArray[np.float64]:
 
 
 def standardised_state(recording: Recording, main: Recording) -> NDArray[np.float64]:
-    """Standardised state of every frame; one constant column where none is recorded."""
+    """State of every frame, standardised by the fitted episodes; one constant column where none is recorded."""
     if STATE not in recording.folder.features:
         return np.zeros((recording.folder.frame_count, 1))
     state = main.folder.column(STATE).astype(np.float64)
-    deviation = state.std(0)
+    fitted = np.repeat([e.index in main.fitted for e in main.folder.episodes], [e.length for e in main.folder.episodes])
+    mean, deviation = state[fitted].mean(0), state[fitted].std(0)
     here = state if recording is main else recording.folder.column(STATE).astype(np.float64)
-    return np.asarray((here - state.mean(0)) / np.where(deviation > 0, deviation, 1))
+    return np.asarray((here - mean) / np.where(deviation > 0, deviation, 1))
+
+
+def _names(paths: Sequence[Path], cameras: Sequence[str]) -> list[str]:
+    """Short names of data sets, no two alike."""
+    both = [*zip(paths, cameras, strict=True)]
+    twice = [path for place, (path, seen) in enumerate(both) if (path, seen) in both[:place]]
+    if twice:
+        raise ConfigError(
+            f"--test names {twice[0]} with a camera that it is fitted on or tested on already. Its held-out episodes "
+            "are in the table anyway: leave it out, or choose another camera with FOLDER#CAMERA."
+        )
+    names = [path.name for path in paths]
+    if len({*zip(names, paths, strict=True)}) > len(set(names)):
+        labels = short_labels([*dict.fromkeys(map(str, paths))])
+        names = [labels[str(path)] for path in paths]
+    return [
+        f"{name}#{seen.removeprefix(_PICTURES)}" if paths.count(path) > 1 else name
+        for name, (path, seen) in zip(names, both, strict=True)
+    ]
 
 
 def _path(place: str) -> Path:
