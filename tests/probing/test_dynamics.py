@@ -309,6 +309,18 @@ def test_finished_encoders_of_an_interrupted_run_are_not_fitted_again(
     assert not (tmp_path / "out/unfinished").exists()
 
 
+def test_what_another_run_has_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = record(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Problem, "solve", stop_at("constant", module._Problem.solve))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", data, ["perfect", "constant"])
+    run(tmp_path / "out", data, ["perfect"], horizon=HORIZON - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Problem, "solve", stop_at("perfect", module._Problem.solve))
+        run(tmp_path / "out", data, ["perfect", "constant"])
+
+
 def stop_at(wanted: str, solve_one: Any) -> Any:
     def solve_or_stop(self: Any, name: str, *rest: Any) -> Any:
         if name == wanted:

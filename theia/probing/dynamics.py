@@ -115,10 +115,12 @@ def dynamics(
     opened = {name: _tokens_of(name, device) for name in names if name not in (BLIND, STATE_ONLY)}
     data = [recording.identity for recording in recordings]
     found: dict[str, Outcome] = {}
+    finished: list[Path] = []
     with alone(out):
         for number, name in enumerate(names, 1):
             identity = fingerprint(settings, versions(), data, name, opened[name][1] if name in opened else "")
             kept = out / "unfinished" / f"{identity}.json"
+            finished.append(kept)
             if kept.is_file():
                 logger.info("Encoder %d of %d: %s was finished by an interrupted run", number, len(names), name)
                 found[labels[name]] = Outcome(**json.loads(kept.read_text()))
@@ -127,7 +129,12 @@ def dynamics(
             outcome = problem.solve(name, *opened.get(name, (None, "")))
             write_whole(kept, json.dumps(asdict(outcome)))
             found[labels[name]] = outcome
-        return _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
+        result = _report(out, found, labels[chosen], recordings, settings, notes, kind, horizon)
+        for file in finished:
+            file.unlink()
+        if not any((out / "unfinished").iterdir()):
+            (out / "unfinished").rmdir()
+        return result
 
 
 def dynamics_scorer(trained: Any) -> dict[str, float]:
@@ -336,8 +343,4 @@ def _report(
         f"The embeddings in {out / 'embeddings'} ({size / 1e6:.0f} MB) are used again by the next run; you may "
         "delete them."
     )
-    for file in (out / "unfinished").glob("*.json"):
-        file.unlink()
-    if (out / "unfinished").is_dir() and not any((out / "unfinished").iterdir()):
-        (out / "unfinished").rmdir()
     return DynamicsResult(summary.table(), notes, [path, path.with_suffix(".png")])
