@@ -44,6 +44,14 @@ class Results:
     seconds: tuple[float, float]
     shifted: dict[str, NDArray[np.float64]]
 
+    def of(self, seeds: set[int]) -> "Results":
+        """Those of some of the seeds alone."""
+        places = [place for place, seed in enumerate(self.seeds) if seed in seeds]
+        return replace(
+            self, seeds=tuple(self.seeds[place] for place in places), value=self.value[places],
+            anywhere=self.anywhere[places],
+        )  # fmt: skip
+
     @property
     def last(self) -> NDArray[np.float64]:
         """Success, or the score divided by 100, after the last epoch, shape ``(seeds, rollouts)``."""
@@ -92,7 +100,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Results]], list[str]]:
     unfinished = []
     policies = RunFiles(folder).policies
     for path in sorted(policies.glob("*/*/seed-*")):
-        records = [_read(file) for file in sorted(path.glob("rollouts-*.json"))]
+        records = sorted((_read(file) for file in path.glob("rollouts-*.json")), key=lambda record: record["epoch"])
         if not records or not records[-1]["last"]:
             unfinished.append(str(path.relative_to(policies)))
             continue
@@ -137,6 +145,8 @@ def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> lis
     for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
         included = tasks if task == MEAN else [task]
         found = {name: of for name, of in results.items() if all(one in of for one in included)}
+        # The mean is over tasks with the same seeds; an encoder that has none in common has no mean.
+        found = {name: of for name, of in found.items() if _common([of[one] for one in included])}
         units = list(dict.fromkeys(unit_of(one) for one in included))
         unit = units[0] if len(units) == 1 else MIXED
         lines += [_line(name, task, unit, [of[one] for one in included],
@@ -156,12 +166,13 @@ def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> lis
     return lines
 
 
-def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Difference:
+def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], tasks: int = 1) -> Difference:
     """Difference in success, or in score, on the same initial states.
 
     Args:
         ours: Value of each rollout, between 0 and 1, shape ``(seeds, rollouts)``.
         theirs: The same of the reference.
+        tasks: Number of tasks, whose rollouts lie one after another.
 
     Returns:
         The mean of ``ours - theirs``; its p value is McNemar's exact one for success with one seed, else that of
@@ -169,7 +180,7 @@ def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Difference
     """
     from scipy import stats
 
-    found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]))
+    found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]), tasks)
     if len(ours) > 1 or not np.isin([ours, theirs], (0, 1)).all():
         return found
     better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
@@ -183,17 +194,22 @@ def unit_of(task: str) -> str:
 
 
 def _line(name: str, task: str, unit: str, ours: Sequence[Results], theirs: Sequence[Results] | None) -> Line:
-    seeds = set.intersection(*(set(one.seeds) for one in ours))
-    last = _joined(ours, seeds)
-    ones = np.ones(last.shape[1])
+    seeds = _common(ours)
+    found = [one.of(seeds) for one in ours]
+    last = _joined(found, seeds)
     difference = None
     if theirs is not None:
-        common = seeds.intersection(*(set(one.seeds) for one in theirs))
+        common = seeds & _common(theirs)
         if common:
-            difference = paired(_joined(ours, common), _joined(theirs, common))
-    best = float(np.mean([one.best for one in ours]))
-    anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in ours])) if unit == RATE else None
-    return Line(name, task, over_episodes(last, ones), best, anywhere, difference, unit)
+            difference = paired(_joined(ours, common), _joined(theirs, common), len(ours))
+    best = float(np.mean([one.best for one in found]))
+    anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in found])) if unit == RATE else None
+    return Line(name, task, over_episodes(last, np.ones(last.shape[1]), len(ours)), best, anywhere, difference, unit)
+
+
+def _common(parts: Sequence[Results]) -> set[int]:
+    """Seeds that all of them have."""
+    return set.intersection(*(set(one.seeds) for one in parts))
 
 
 def _shifted(paths: Sequence[Path]) -> dict[str, NDArray[np.float64]]:
@@ -213,7 +229,7 @@ def _value(rollout: Mapping[str, Any]) -> float:
 
 def _joined(parts: Iterable[Results], seeds: set[int]) -> NDArray[np.float64]:
     """Values of some seeds on one task after another, shape ``(seeds, rollouts of all tasks)``."""
-    return np.concatenate([one.last[[one.seeds.index(seed) for seed in sorted(seeds)]] for one in parts], 1)
+    return np.concatenate([one.of(seeds).last for one in parts], 1)
 
 
 def _check_beginnings(found: Mapping[tuple[str, str], Mapping[int, Sequence[Mapping[str, Any]]]]) -> None:

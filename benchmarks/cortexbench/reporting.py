@@ -45,9 +45,9 @@ _SCORES = (
 )
 _TWICE = " (twice as many outside MetaWorld, but never more than a task has)"
 _COMPARED = (
-    "Differences are paired by initial state, their intervals by bootstrap over rollouts and seeds; p is by McNemar's "
-    "exact test for success with one seed, else by flipping the signs of the differences of whole rollouts, corrected "
-    "by Holm."
+    "Differences are paired by initial state. Intervals are by bootstrap over each task's rollouts and over seeds; p "
+    "is by McNemar's exact test for success with one seed, else by flipping the signs of the differences of whole "
+    "rollouts, corrected by Holm."
 )
 
 

@@ -56,6 +56,37 @@ def test_the_mean_is_over_tasks_and_corrected_by_itself(tmp_path):
     assert found["blind", MEAN].difference.p == pytest.approx(2 / 2**10)
 
 
+def test_tasks_that_differ_do_not_widen_the_interval_of_their_mean(tmp_path):
+    for encoder, outcomes in {"a": [1] * 25, "b": [0] * 25}.items():
+        write(tmp_path, encoder, "t", 100, {9: outcomes})
+        write(tmp_path, encoder, "u", 100, {9: [0] * 25})
+    results, _ = load(tmp_path)
+    found = {(line.encoder, line.task): line for line in compare(results, "b")}["a", MEAN]
+    assert (found.last.low, found.last.high) == (0.5, 0.5)
+    assert (found.difference.low, found.difference.high) == (0.5, 0.5)
+
+
+def test_the_mean_is_over_tasks_with_the_same_seeds(tmp_path):
+    for task, seeds in {"t": (100, 200), "u": (200,)}.items():
+        for seed in seeds:
+            write(tmp_path, "a", task, seed, {5: [1, 1], 9: [1, seed == 100]})
+    write(tmp_path, "b", "t", 100, {5: [1, 1], 9: [1, 1]})
+    write(tmp_path, "b", "u", 200, {5: [1, 1], 9: [1, 1]})
+    results, _ = load(tmp_path)
+    found = {(line.encoder, line.task): line for line in compare(results, "a")}
+    assert found["a", "t"].last.mean == 0.75
+    assert (found["a", MEAN].last.mean, found["a", MEAN].best) == (0.5, 1)
+    assert ("b", MEAN) not in found  # no seed on both tasks
+
+
+def test_the_last_of_thousands_of_epochs_is_the_last(tmp_path):
+    write(tmp_path, "a", "t", 100, {999: [0, 0], 1999: [1, 1]})
+    results, unfinished = load(tmp_path)
+    assert unfinished == []
+    assert results["a"]["t"].epochs == (999, 1999)
+    assert results["a"]["t"].last.mean() == 1
+
+
 def test_policies_that_began_elsewhere_are_not_compared(tmp_path):
     write(tmp_path, "a", "t", 100, {9: [1, 0]})
     other = [{"seed": 50, "success": True, "first_success": 1, "steps": 5, "beginning": {"positions": [9.0]}}]

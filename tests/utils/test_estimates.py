@@ -143,6 +143,26 @@ def test_a_paired_difference_sees_what_the_spread_of_episodes_hides() -> None:
     assert paired_over_episodes(reference, reference, np.ones(30)).p == 1
 
 
+def test_seeds_spread_as_much_against_a_reference_that_is_not_random() -> None:
+    errors = np.repeat([[0.1], [0.5], [0.9]], 20, 1)
+    one = paired_over_episodes(errors, np.full((1, 20), 0.7), np.ones(20))
+    assert one == paired_over_episodes(errors, np.full((3, 20), 0.7), np.ones(20))
+    assert (one.low, one.high) == pytest.approx((-0.6, 0.2))
+    other = paired_over_episodes(np.full((1, 20), 0.7), errors, np.ones(20))
+    assert (other.low, other.high) == pytest.approx((-0.2, 0.6))
+
+
+def test_parts_that_were_chosen_do_not_widen_the_interval() -> None:
+    apart = np.repeat([[1.0, 0.0]], 25, 1)
+    found = over_episodes(apart, np.ones(50), parts=2)
+    assert (found.low, found.mean, found.high) == (0.5, 0.5, 0.5)
+    # One part of rate 0.5, one without spread: the error of the mean is half of the first one's.
+    rng = np.random.default_rng(0)
+    half = np.concatenate([rng.permutation(np.repeat([1.0, 0.0], 50)), np.zeros(100)])[None]
+    found = over_episodes(half, np.ones(200), parts=2)
+    assert found.half_width == pytest.approx(1.96 * 0.05 / 2, rel=0.15)
+
+
 def test_the_p_value_of_flipped_signs_is_exact_for_few_episodes() -> None:
     # All eight differences have one sign: of 256 ways to flip them, two are as extreme.
     found = paired_over_episodes(np.arange(1.0, 9)[None], np.zeros((1, 8)), np.ones(8))

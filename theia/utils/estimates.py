@@ -171,7 +171,7 @@ _DRAWS = 2000
 _FLIPS = 10_000
 
 
-def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> Estimate:
+def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], parts: int = 1) -> Estimate:
     """Weighted mean over episodes, with a bootstrap interval over episodes and seeds.
 
     The frames of an episode are alike, and so are its errors: it is drawn as a whole.
@@ -179,10 +179,14 @@ def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float
     Args:
         errors: Mean error of each episode, shape ``(seeds, episodes)``.
         weights: Weight of each episode, such as its number of samples, shape ``(episodes,)``.
+        parts: Number of parts of equal length that the episodes come in, such as tasks that were chosen and not drawn:
+            how much the parts differ does not widen the interval.
     """
     rng = np.random.default_rng(0)
     seeds, episodes = errors.shape
-    counts = rng.multinomial(episodes, np.full(episodes, 1 / episodes), _DRAWS) * weights
+    size = episodes // parts
+    drawn = [rng.multinomial(size, np.full(size, 1 / size), _DRAWS) for _ in range(parts)]
+    counts = np.concatenate(drawn, 1) * weights
     shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _DRAWS) / seeds
     draws = (counts * (shares @ errors)).sum(1) / counts.sum(1)
     low, high = np.percentile(draws, [50 - 50 * CONFIDENCE, 50 + 50 * CONFIDENCE])
@@ -190,14 +194,18 @@ def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float
 
 
 def paired_over_episodes(
-    errors: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+    errors: npt.NDArray[np.float64],
+    reference: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    parts: int = 1,
 ) -> Difference:
     """Difference from a reference on the same episodes.
 
     Args:
         errors: Mean error of each episode, shape ``(seeds, episodes)``.
-        reference: The reference's, on the same episodes, with as many seeds or with one.
+        reference: The reference's, on the same episodes, with as many seeds. What nothing is random in has one seed.
         weights: Weight of each episode, shape ``(episodes,)``.
+        parts: See :func:`over_episodes`.
 
     Returns:
         The mean of ``errors - reference``, with a bootstrap interval, and the p value of the two-sided test that flips
@@ -205,10 +213,8 @@ def paired_over_episodes(
     """
     from scipy import stats
 
-    if len(errors) != len(reference):
-        errors, reference = errors.mean(0, keepdims=True), reference.mean(0, keepdims=True)
     differences = errors - reference
-    found = over_episodes(differences, weights)
+    found = over_episodes(differences, weights, parts)
     of_episodes = (differences.mean(0) * weights,)
     p = 1.0  # of differences that are all zero, or of one
     if len(weights) > 1:
