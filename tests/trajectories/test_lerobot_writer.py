@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from theia.errors import TrajectoryError
+from theia.probing.datasets import of_files
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.trajectories.lerobot_writer import LeRobotWriter
 
@@ -85,6 +86,17 @@ def test_lerobot_opens_it(tmp_path: Path, pictures: Literal["video", "image"]) -
     every = np.concatenate([episode(index, length)[1]["action"] for index, length in enumerate(LENGTHS)])
     np.testing.assert_allclose(data.meta.stats["action"]["mean"], every.mean(0), atol=1e-6)
     np.testing.assert_allclose(data.meta.stats["action"]["std"], every.std(0), atol=1e-6)
+
+
+def test_a_data_set_that_is_finished_once_more_stays_the_same(tmp_path: Path) -> None:
+    record(tmp_path)
+    before = of_files(str(tmp_path))
+    assert open_writer(tmp_path).finish() == 3
+    assert of_files(str(tmp_path)) == before
+    writer = open_writer(tmp_path)
+    writer.write(3, *episode(3, 5))
+    assert writer.finish() == 4
+    assert len(LeRobotFolder(tmp_path).episodes) == 4
 
 
 def test_statistics_of_the_whole_are_those_of_all_frames(tmp_path: Path) -> None:

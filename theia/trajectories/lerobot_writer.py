@@ -144,6 +144,9 @@ class LeRobotWriter:
     def finish(self) -> int:
         """Numbers the rows of all episodes and writes the metadata; then LeRobot can open the folder.
 
+        Files that would stay the same are not touched, so that a data set which is finished once more stays the same to
+        whoever knows it by the times of its files.
+
         Returns:
             Number of episodes.
 
@@ -169,17 +172,16 @@ class LeRobotWriter:
                     self.root / _at(_EPISODE, index), [row | {"dataset_from_index": start, "dataset_to_index": stop}]
                 )
             start = stop
-        self._write_table(
-            self.root / "meta/tasks.parquet",
-            [{"task_index": number, "task": task} for number, task in enumerate(self._tasks)],
-            index="task",
-        )
+        of_tasks = self.root / "meta/tasks.parquet"
+        if not of_tasks.exists():  # they never change
+            table = [{"task_index": number, "task": task} for number, task in enumerate(self._tasks)]
+            self._write_table(of_tasks, table, index="task")
         statistics = {key: _merged(rows, key) for key in (*self._values, *self._cameras)}
-        write_whole(self.root / "meta/stats.json", json.dumps(statistics, indent=2))
+        _write_new(self.root / "meta/stats.json", json.dumps(statistics, indent=2))
         info = self._info | {
             "total_episodes": len(rows), "total_frames": start, "splits": {"train": f"0:{len(rows)}"},
         }  # fmt: skip
-        write_whole(self.root / INFO, json.dumps(info, indent=2))
+        _write_new(self.root / INFO, json.dumps(info, indent=2))
         return len(rows)
 
     def _begin(self) -> None:
@@ -305,6 +307,12 @@ class LeRobotWriter:
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
+
+
+def _write_new(path: Path, content: str) -> None:
+    """Writes a small file, unless it holds just that."""
+    if not path.exists() or path.read_text() != content:
+        write_whole(path, content)
 
 
 def _picture_type() -> Any:
