@@ -131,6 +131,18 @@ def test_a_damaged_video_is_named_with_the_episode(copied: Path, damage: str) ->
         list(folder.frames(folder.episodes[2], folder.camera("top"), range(20)))
 
 
+def test_a_video_that_does_not_say_where_its_episodes_begin_is_refused(copied: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    path = copied / "meta/episodes/chunk-000/file-000.parquet"
+    parquet.write_table(parquet.read_table(path).drop(["videos/observation.images.top/from_timestamp"]), path)
+    folder = LeRobotFolder(copied)
+    with pytest.raises(
+        TrajectoryError, match=r"episode 1 of .* do not say where its videos/observation\.images\.top are"
+    ):
+        folder.frame(folder.episodes[1], 0, folder.camera("top"))
+
+
 def test_a_damaged_table_is_named(copied: Path) -> None:
     path = copied / "data/chunk-000/file-000.parquet"
     path.write_bytes(path.read_bytes()[:-100])

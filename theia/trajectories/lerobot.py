@@ -278,9 +278,14 @@ class LeRobotFolder:
         return self.root / self._data_path.format(**self._places(episode, "data"))
 
     def _stretch(self, episode: Episode, camera: str) -> _Stretch:
-        path = self._video_path.format(video_key=camera, **self._places(episode, f"videos/{camera}"))
-        start_s = float(episode.record.get(f"videos/{camera}/from_timestamp") or 0)
-        return _Stretch(self.root / path, start_s)
+        part = f"videos/{camera}"
+        path = self.root / self._video_path.format(video_key=camera, **self._places(episode, part))
+        if self.version != "v3.0":
+            return _Stretch(path, 0.0)
+        try:
+            return _Stretch(path, float(episode.record[f"{part}/from_timestamp"]))
+        except (KeyError, TypeError) as error:
+            raise TrajectoryError(self._unplaced(episode, part)) from error
 
     def _places(self, episode: Episode, part: str) -> dict[str, int]:
         """What the templates of paths ask for: v3.0 keeps it with the episode, v2.1 counts."""
@@ -289,10 +294,13 @@ class LeRobotFolder:
         try:
             return {name: int(episode.record[f"{part}/{name}"]) for name in ("chunk_index", "file_index")}
         except (KeyError, TypeError) as error:
-            raise TrajectoryError(
-                f"The metadata of episode {episode.index} of {self.root} do not say where its {part} are. Copy the "
-                "data set again."
-            ) from error
+            raise TrajectoryError(self._unplaced(episode, part)) from error
+
+    def _unplaced(self, episode: Episode, part: str) -> str:
+        return (
+            f"The metadata of episode {episode.index} of {self.root} do not say where its {part} are. Copy the data "
+            "set again."
+        )
 
     def _picture(self, episode: Episode, index: int, camera: str) -> Image.Image:
         path = self._data_file(episode)
