@@ -38,7 +38,7 @@ class Recordings:
         """Opens a data set, or all data sets in a folder.
 
         Raises:
-            TrajectoryError: If there are none, or they were recorded with different options.
+            TrajectoryError: If there are none, they were recorded with different options, or two are of one task.
         """
         found = [root] if (root / INFO).is_file() else sorted(path.parents[1] for path in root.glob(f"*/{INFO}"))
         folders: dict[str, LeRobotFolder] = {}
@@ -53,6 +53,11 @@ class Recordings:
                 )
             records[str(path)] = record
             for task in dict.fromkeys(known):
+                if task in folders:
+                    raise TrajectoryError(
+                        f"{folders[task].root} and {path} both hold demonstrations of {task}. Give one of them, or "
+                        "move one away."
+                    )
                 folders[task] = folder
         first, *others = records.items()
         for path_text, record in others:

@@ -4,6 +4,7 @@ import json
 import pickle
 import pickletools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def test_policies_find_what_was_imported(tmp_path):
     assert (found.actions("pen"), found.actions("walker-walk")) == (24, 6)
     with pytest.raises(TrajectoryError, match="of pen were imported and do not hold the simulator's whole state"):
         found.check_state("pen")
+
+
+def test_two_data_sets_of_one_task_are_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
+    assert bring(tmp_path / "in", tmp_path / "out") == 0
+    shutil.copytree(tmp_path / "out/pen", tmp_path / "out/pen_with_noise")
+    with pytest.raises(TrajectoryError, match=r"out/pen and .*out/pen_with_noise both hold demonstrations of pen"):
+        Recordings.open(tmp_path / "out")
 
 
 def test_an_interrupted_import_goes_on(tmp_path):
