@@ -68,11 +68,31 @@ def run(
     eyes = open_all(encoders, features, device)
     if learner.encoder_learning_rate is not None:
         check_trainable(eyes)
+    files = RunFiles(out)
+    chosen_reference = choose_reference(reference, eyes, files)
     with alone(out):
-        files = RunFiles(out)
         check_record(plan, files)
         _Run(plan, files, chosen, shifts, videos, workers, batch_size, device).go(eyes)
-        return report(out, reference)
+        return report(out, chosen_reference)
+
+
+def choose_reference(wanted: str | None, eyes: Sequence[Eyes], files: RunFiles) -> str | None:
+    """Finds the label of the encoder that others are compared with, before anything is trained.
+
+    Args:
+        wanted: Name or label of an encoder, or the label of one that was tested in this folder before; ``None`` leaves
+            the choice to the report.
+        eyes: Encoders and controls of this run.
+        files: The files of the run.
+
+    Raises:
+        ConfigError: If it is none of them.
+    """
+    labels = {one.name: one.label for one in eyes}
+    label = None if wanted is None else labels.get(wanted, wanted)
+    if label is None or label in labels.values() or files.encoder(label).is_file():
+        return label
+    raise ConfigError(f"--reference is {wanted!r}, which is none of the encoders: {', '.join(labels)}.")
 
 
 @dataclass(frozen=True)

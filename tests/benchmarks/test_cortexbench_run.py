@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cortexbench import __main__ as command
+from benchmarks.cortexbench.encoders import Eyes
+from benchmarks.cortexbench.run_files import RunFiles
+from benchmarks.cortexbench.running import choose_reference
+from theia.errors import ConfigError
+from theia.utils.files import write_whole
 
 HAS_SIMULATOR = importlib.util.find_spec("metaworld") is not None
 needs_simulator = pytest.mark.skipif(
@@ -40,6 +45,21 @@ def test_a_simulator_s_process_loads_no_torch():
     code = "import benchmarks.cortexbench.simulators, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_reference_is_found_by_name_or_label_before_anything_is_trained(tmp_path):
+    eyes = [
+        Eyes(name, label, None, 0, (1, 1), "", (0.0,))
+        for name, label in (("blind", "blind"), ("/long/runs/a/exported", "runs/a"))
+    ]
+    files = RunFiles(tmp_path)
+    assert choose_reference(None, eyes, files) is None
+    assert choose_reference("/long/runs/a/exported", eyes, files) == "runs/a"
+    assert choose_reference("runs/a", eyes, files) == "runs/a"
+    with pytest.raises(ConfigError, match="'runs/b', which is none of the encoders: blind, /long"):
+        choose_reference("runs/b", eyes, files)
+    write_whole(files.encoder("runs/b"), "{}")  # of the same command with other encoders
+    assert choose_reference("runs/b", eyes, files) == "runs/b"
 
 
 @pytest.fixture(scope="module")
