@@ -172,10 +172,18 @@ def _simulate(pipe: "Connection[Any, Any]", course: Course) -> None:
     try:
         while True:
             command: Command = pipe.recv()
+            said: Moment | TheiaError
             try:
-                pipe.send(_obey(command, course, environments))
+                said = _obey(command, course, environments)
             except TheiaError as error:
-                pipe.send(error)
+                said = error
+            except Exception as error:
+                # Simulators and OpenGL raise errors of their own.
+                said = SimulationError(
+                    f"{course.task} cannot be simulated ({type(error).__name__}: {error}). Leave the task out; what "
+                    "was finished is kept."
+                )
+            pipe.send(said)
     except (EOFError, OSError):
         return  # the parent has closed the pipe, or was killed
     finally:

@@ -1,5 +1,6 @@
 """Rollouts in a stand-in for the simulators, whose scene is a number that actions move towards its goal."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cortexbench import simulators
 from benchmarks.cortexbench.encoders import Eyes, TaskRecording
 from benchmarks.cortexbench.rollouts import Film, Pilot, roll_out
+from benchmarks.cortexbench.simulation import SimulationError
 from benchmarks.cortexbench.simulators import Command, Course, Moment
 from theia.models.backbone import StudentTokens
 from theia.policies.action_heads import MLPHead
@@ -55,6 +58,31 @@ def mean_colour(images: torch.Tensor) -> StudentTokens:
 
 SEES_NOTHING = Eyes("blind", "blind", None, 0, (1, 1), "", (), 4)
 SEES_COLOUR = Eyes("colour", "colour", mean_colour, 3, (1, 1), "", (), 4)
+
+
+def test_a_simulator_s_own_error_is_told_and_the_process_lives_on(monkeypatch):
+    class Pipe:
+        def __init__(self):
+            self.commands = [Command(0, False, seed=1), Command(0, False, seed=2)]
+            self.said = []
+
+        def recv(self):
+            if not self.commands:
+                raise EOFError
+            return self.commands.pop(0)
+
+        def send(self, said):
+            self.said.append(said)
+
+    def unstable(*_):
+        raise FloatingPointError("QACC is not finite")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # here, Ctrl-C stays as it is
+    monkeypatch.setattr(simulators, "open_environment", unstable)
+    pipe = Pipe()
+    simulators._simulate(pipe, COURSE)
+    assert [type(said) for said in pipe.said] == [SimulationError, SimulationError]
+    assert "task cannot be simulated (FloatingPointError: QACC is not finite)" in str(pipe.said[0])
 
 
 class Echo(torch.nn.Module):
