@@ -77,6 +77,12 @@ def test_the_head_of_cortexbench_predicts_one_action():
         MLPHead(channels=0, grid=(1, 1), known=1, actions=1, chunk=2)
 
 
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_no_head_predicts_nothing(chunk):
+    with pytest.raises(ConfigError, match=f"chunk is {chunk}"):
+        ChunkHead(channels=0, grid=(1, 1), known=1, actions=1, chunk=chunk)
+
+
 def test_a_diffusion_head_that_is_fitted_to_two_ways_samples_either_and_not_their_mean():
     torch.manual_seed(0)
     head = DiffusionHead(channels=0, grid=(1, 1), known=1, actions=1, chunk=2)

@@ -69,7 +69,9 @@ class Head(nn.Module, ABC):
     ) -> None:
         super().__init__()
         grid = (grid[0], grid[1])  # from a file, it comes as a list
-        self.chunk, self.scale = chunk or self.usual_chunk, scale or self.usual_scale
+        self.chunk, self.scale = self.usual_chunk if chunk is None else chunk, scale or self.usual_scale
+        if self.chunk < 1:
+            raise ConfigError(f"A head predicts at least one action; chunk is {chunk}.")
         self.options: dict[str, Any] = {
             "channels": channels, "grid": grid, "known": known, "actions": actions, "components": components,
             "chunk": self.chunk, "scale": self.scale,
