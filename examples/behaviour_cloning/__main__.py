@@ -55,8 +55,8 @@ def clone(
         head: mlp predicts the next action; chunk and diffusion predict several at once.
         chunk: Number of actions that the head predicts at once; by default, 10 for chunk and 4 for diffusion.
         held_out: Share of the episodes to score on.
-        seed: Of weights, of the order of training, and of the episodes held out.
-        device: Such as cuda:0; a GPU if there is one, by default.
+        seed: Seed of the weights, the order of training, and the choice of held-out episodes.
+        device: Device, such as cuda:0; by default, a GPU if there is one.
         training: How to train.
 
     Returns:

@@ -56,7 +56,7 @@ class Demonstrations:
 
         Args:
             held_out: Share of the episodes; at least one is held out, and one is left.
-            seed: Of the choice.
+            seed: Seed of the choice.
 
         Returns:
             Those to train on, and those held out.
@@ -108,12 +108,14 @@ def read_demonstrations(path: Path) -> Demonstrations:
     try:
         if path.suffix == ".npz":
             with np.load(path) as archive:
-                return _checked({name: archive[name] for name in archive.files}, path)
-        with h5py.File(path) as file:
-            arrays = {name: item[()] for name, item in file.items() if isinstance(item, h5py.Dataset)}
-            return _checked(arrays, path)
-    except (OSError, ValueError) as error:
+                arrays = {name: archive[name] for name in archive.files}
+        else:
+            with h5py.File(path) as file:
+                arrays = {name: item[()] for name, item in file.items() if isinstance(item, h5py.Dataset)}
+    except Exception as error:
+        # Damaged files make both libraries raise nearly anything.
         raise ConfigError(f"{path} cannot be read as .npz or HDF5 ({error}). Write it again.") from error
+    return _checked(arrays, path)
 
 
 def read_recording(folder: LeRobotFolder, camera: str | None, size: int) -> Demonstrations:
@@ -153,11 +155,11 @@ def colored_square(
     frequency), and the camera shakes. Neither says anything about the square, nor does the number of the step.
 
     Args:
-        episodes: How many.
-        steps: Of each.
-        image_size: Pixels along each side of an image.
-        seed: Of everything.
-        side: Of the square, in pixels; a sixth of the image by default.
+        episodes: Number of episodes.
+        steps: Number of steps of each episode.
+        image_size: Height and width of an image, in pixels.
+        seed: Seed of everything that is drawn.
+        side: Height and width of the square, in pixels; a sixth of the image by default.
 
     Returns:
         Actions are centres of the square, x and y from -1 (left, top) to 1.

@@ -1,6 +1,6 @@
 """Trains a policy on demonstrations in memory, and says how far its actions are off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ class TrainingOptions:
 
     Attributes:
         epochs: Passes over the demonstrations.
-        batch_size: Steps of one update; by default, as is usual for the head.
-        learning_rate: Of the head; by default, as is usual for it.
-        encoder_learning_rate: Of the blocks of the encoder that are free: they need care more than change.
+        batch_size: Number of steps in one update; by default, what is usual for the head.
+        learning_rate: Learning rate of the head; by default, what is usual for it.
+        encoder_learning_rate: Learning rate of the encoder's blocks that are trained too.
         progress: Whether to show bars.
     """
 
@@ -38,10 +38,9 @@ class TrainingOptions:
     def recipe(self, head: HeadKind) -> Recipe:
         """The head's own recipe, with what was chosen."""
         usual = RECIPES[head]
-        return Recipe(
-            self.batch_size or usual.batch_size, self.learning_rate or usual.learning_rate, usual.weight_decay,
-            usual.cosine,
-        )  # fmt: skip
+        batch_size = usual.batch_size if self.batch_size is None else self.batch_size
+        learning_rate = usual.learning_rate if self.learning_rate is None else self.learning_rate
+        return replace(usual, batch_size=batch_size, learning_rate=learning_rate)
 
 
 def train(
@@ -61,13 +60,13 @@ def train(
 
     Args:
         sight: The encoder as it shall be trained: frozen, or with some blocks free.
-        image_size: Pixels along each side that images are resized to.
+        image_size: Height and width that images are resized to, in pixels.
         demonstrations: All steps to train on.
         options: See :class:`TrainingOptions`.
         head: Kind of the head.
         chunk: Number of actions that it predicts at once.
-        seed: Of weights and order.
-        device: Where to train.
+        seed: Seed of weights and order.
+        device: Device to train on.
 
     Returns:
         The policy, and the mean loss of each epoch.
@@ -77,8 +76,11 @@ def train(
         DivergenceError: If the loss stops being finite.
     """
     recipe = options.recipe(head)
-    if recipe.batch_size < 2 or options.epochs < 1:
-        raise ConfigError(f"batch_size {recipe.batch_size}, epochs {options.epochs}: at least 2 and 1 are needed.")
+    if recipe.batch_size < 2 or options.epochs < 1 or not recipe.learning_rate > 0:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size}, epochs {options.epochs}, learning_rate {recipe.learning_rate}: at least "
+            "2, at least 1, and above 0 are needed."
+        )
     place, data, size = torch.device(device), demonstrations.in_order(), image_size
     sight = sight.to(place)
     tuning: FineTuning | None = None

@@ -218,6 +218,23 @@ def test_unusable_demonstrations_are_refused(
         read_demonstrations(tmp_path / "bad.npz")
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez_compressed(path, **arrays_of(random_demonstrations()))
+    content = path.read_bytes()
+    flipped = content[:200] + bytes(20) + content[220:]
+    path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "flipped": flipped}[damage])
+    with pytest.raises(ConfigError, match=r"bad\.npz cannot be read as \.npz or HDF5"):
+        read_demonstrations(path)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"learning_rate": 0.0}, {"epochs": 0}])
+def test_training_without_any_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="at least 2, at least 1, and above 0"):
+        train(sight_of(), 32, random_demonstrations(), TrainingOptions(**options, progress=False))
+
+
 def test_grid_too_small_for_the_convolutions_is_refused() -> None:
     with pytest.raises(ConfigError, match="6x6"):
         train(sight_of(), 32, random_demonstrations(), QUIET)
