@@ -73,7 +73,8 @@ class Line:
         last: Success, or the score divided by 100, after the last epoch.
         best: The same after the best epoch.
         anywhere: Success at any step, after the last epoch; ``None`` if a task only has a score.
-        difference: Paired difference of ``last`` to the reference; ``None`` for the reference itself.
+        difference: Paired difference of ``last`` to the reference; ``None`` for the reference itself, and where it has
+            no policy for the task, or none with the same seed.
         unit: What is shown: a success rate between 0 and 1, or a score between 0 and 100.
     """
 
@@ -140,17 +141,19 @@ def compare(results: Mapping[str, Mapping[str, Results]], reference: str) -> lis
         results: Results by encoder and task.
         reference: Encoder that the others are compared with.
     """
-    tasks = list(results[reference])
+    compared = list(results[reference])
+    tasks = list(dict.fromkeys([*compared, *(task for of in results.values() for task in of)]))
     lines = []
-    for task in [*tasks, *([MEAN] if len(tasks) > 1 else [])]:
-        included = tasks if task == MEAN else [task]
+    for task in [*tasks, *([MEAN] if len(compared) > 1 else [])]:
+        included = compared if task == MEAN else [task]
         found = {name: of for name, of in results.items() if all(one in of for one in included)}
         # The mean is over tasks with the same seeds; an encoder that has none in common has no mean.
         found = {name: of for name, of in found.items() if _common([of[one] for one in included])}
         units = list(dict.fromkeys(unit_of(one) for one in included))
         unit = units[0] if len(units) == 1 else MIXED
         lines += [_line(name, task, unit, [of[one] for one in included],
-                        [results[reference][one] for one in included] if name != reference else None)
+                        [results[reference][one] for one in included]
+                        if name != reference and set(included) <= set(compared) else None)
                   for name, of in found.items()]  # fmt: skip
     # The mean answers another question than the tasks do, and is corrected by itself.
     for family in (tasks, [MEAN]):

@@ -79,6 +79,18 @@ def test_the_mean_is_over_tasks_with_the_same_seeds(tmp_path):
     assert ("b", MEAN) not in found  # no seed on both tasks
 
 
+def test_tasks_that_the_reference_lacks_are_shown_without_a_difference(tmp_path):
+    for encoder, tasks in {"a": ("t", "u"), "b": ("s", "t", "u")}.items():
+        for task in tasks:
+            write(tmp_path, encoder, task, 100, {9: [1, 0]})
+    results, _ = load(tmp_path)
+    found = {(line.encoder, line.task): line for line in compare(results, "a")}
+    assert found["b", "s"].last.mean == 0.5
+    assert found["b", "s"].difference is None
+    assert found["b", "t"].difference is not None
+    assert found["b", MEAN].last.n == 4  # over the tasks of the reference
+
+
 def test_the_last_of_thousands_of_epochs_is_the_last(tmp_path):
     write(tmp_path, "a", "t", 100, {999: [0, 0], 1999: [1, 1]})
     results, unfinished = load(tmp_path)
