@@ -35,12 +35,14 @@ class Recordings:
 
     @staticmethod
     def open(root: Path) -> "Recordings":
-        """Opens a data set, or all data sets in a folder.
+        """Opens a data set, with all that lie in its folder, or all data sets in a folder.
 
         Raises:
             TrajectoryError: If there are none, they were recorded with different options, or two are of one task.
         """
-        found = [root] if (root / INFO).is_file() else sorted(path.parents[1] for path in root.glob(f"*/{INFO}"))
+        # MetaWorld's tasks share the folder itself, those of other simulators have folders in it.
+        found = [root] if (root / INFO).is_file() else []
+        found += sorted(path.parents[1] for path in root.glob(f"*/{INFO}"))
         folders: dict[str, LeRobotFolder] = {}
         records: dict[str, dict[str, Any]] = {}
         for path in found or [root]:

@@ -110,6 +110,16 @@ def test_policies_find_what_was_imported(tmp_path):
         found.check_state("pen")
 
 
+def test_data_sets_inside_one_of_metaworld_are_found_too(tmp_path):
+    pytest.importorskip("pyarrow")
+    write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
+    write(tmp_path / "in/dmc_walker_walk-v1.pickle", [demonstration(4, 6, {})])
+    assert bring(tmp_path / "in", tmp_path / "out") == 0
+    shutil.copytree(tmp_path / "out/pen", tmp_path / "out", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "out/pen")
+    assert set(Recordings.open(tmp_path / "out").folders) == {"pen", "walker-walk"}
+
+
 def test_two_data_sets_of_one_task_are_refused(tmp_path):
     pytest.importorskip("pyarrow")
     write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
