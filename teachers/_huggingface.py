@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class Preprocessing:
             pixels = self._resize(images, self.short_edge * height // short, self.short_edge * width // short)
             top, left = (pixels.shape[-2] - self.size) // 2, (pixels.shape[-1] - self.size) // 2
             pixels = pixels[..., top : top + self.size, left : left + self.size]
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (_on_device(values, pixels.device) for values in (self.mean, self.std))
         return (pixels / 255 - mean) / std
 
     def _resize(self, images: Tensor, height: int, width: int) -> Tensor:
@@ -87,6 +88,13 @@ class Preprocessing:
     def record(self) -> dict[str, Json]:
         """The attributes as plain values, for a spec."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value per channel, shape ``(C, 1, 1)``, which stays on the device: a GPU would have to wait for a copy."""
+    with torch.inference_mode(False):  # so that it can be used where gradients are wanted, too
+        return torch.tensor(values, device=device)[:, None, None]
 
 
 class HuggingFaceTeacher(Teacher):

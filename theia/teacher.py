@@ -4,12 +4,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from theia.errors import FeatureError
-from theia.types import Decoded, Depth, Masks, Pictures, TeacherFeatures, TeacherSpec
+from theia.types import Decoded, Depth, Masks, Pictures, Precision, TeacherFeatures, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ class Teacher(nn.Module, ABC):
     """
 
     spec: TeacherSpec
+    # Arithmetic on a GPU, unless --precision says otherwise. bf16-mixed is for a teacher whose features it changes by
+    # no more than the rounding to float16 does: docs/teachers.md says how to measure that.
+    gpu_precision: ClassVar[Precision] = "tf32"
 
     @abstractmethod
     def forward(self, images: Tensor) -> TeacherFeatures:

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # so that a store can be described without torch, which takes seconds to import
     from torch import Tensor
+
+# Arithmetic of a teacher: float32; float32 whose products may be in TF32 on a GPU; bfloat16 autocast.
+Precision = Literal["32-true", "tf32", "bf16-mixed"]
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 

@@ -112,21 +112,26 @@ def cost_of(work: Callable[[], object]) -> Cost:
     return Cost(wall, own + _children_cpu_s() - children)
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[Cost]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], pairs: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[Cost]]:
     """Runs all contenders in turn, once unmeasured and then ``pairs`` times, every other round backwards.
 
     Args:
         contenders: Work by name. What a contender started must be idle when it returns, or it is charged to the next.
         pairs: Number of counted rounds.
+        before: Work to do before each run, unmeasured.
 
     Returns:
         Costs by name, one per round.
     """
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for work in contenders.values():
+        before()
         work()
     for round_ in range(pairs):
         for name in list(contenders)[:: -1 if round_ % 2 else 1]:
+            before()
             costs[name].append(cost_of(contenders[name]))
     return costs
 

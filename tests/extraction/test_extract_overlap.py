@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_whole_shards(config, watch, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
 
     def slow(self: ShardWriter, *features: Any) -> None:
-        if len(stored) == 4:  # the first image of the second shard
+        if len(stored) == 2:  # the first batch of the second shard
             assert interrupted.wait(PATIENCE_S)
         append(self, *features)
         stored.append(None)

@@ -192,6 +192,23 @@ def test_autocast_reaches_the_teacher(config, tmp_path: Path) -> None:
     assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {"True"}
 
 
+def test_auto_goes_on_in_the_precision_in_which_the_features_were_begun(config, tmp_path: Path) -> None:
+    extract(config(precision="bf16-mixed"))
+    (tmp_path / "store/train/pooled/shard-000001.h5").unlink()
+    places = {split: str(tmp_path / "images") for split in ("train", "val")}
+    extract(config(images=places, teacher_options={"pooled": {"log": str(tmp_path / "log")}}))
+    assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {"True"}
+    splits = json.loads((tmp_path / "store" / "manifest.json").read_text())["splits"]
+    assert [splits[split]["sets"]["pooled"]["computed"]["precision"] for split in splits] == ["bf16-mixed"] * 2
+
+
+@pytest.mark.gpu
+def test_auto_is_the_teachers_own_precision_on_a_gpu(config, tmp_path: Path) -> None:
+    extract(config(accelerator="cuda"))
+    record = json.loads((tmp_path / "store" / "manifest.json").read_text())["splits"]["train"]["sets"]["pooled"]
+    assert record["computed"]["precision"] == "tf32"
+
+
 def test_the_store_says_how_features_were_computed(config, tmp_path: Path) -> None:
     extract(config())
     record = json.loads((tmp_path / "store" / "manifest.json").read_text())["splits"]["train"]["sets"]["pooled"]

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from small_store import (
     CLS,
     ODD,
@@ -27,6 +29,7 @@ from small_store import (
 )
 
 from theia.errors import FeatureError, ShapeError, StoreError
+from theia.store.features import convert
 from theia.store.reader import FeatureStore
 from theia.store.schema import ImageSet
 from theia.store.writer import SplitWriter
@@ -141,6 +144,72 @@ def test_int8_keeps_channels_of_any_offset_and_scale(tmp_path: Path) -> None:
     stored, (step, middle) = whole(tmp_path, "odd", "data"), whole(tmp_path, "odd", "scale")[0].astype(np.float64)
     error = np.abs(stored * step + middle - given)[0].max(0)
     assert (error <= 0.501 * np.ptp(given[0].astype(np.float64), axis=0) / 254).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_helpers_write_what_the_calling_thread_writes(tmp_path: Path, dtype: str) -> None:
+    content = []
+    for name in ("alone", "helped"):
+        writer = begin(tmp_path / name, dtype=dtype)
+        write_images(writer, image_set(), 0)
+        with (
+            ThreadPoolExecutor(3) as helpers,
+            writer.open_shard("with_cls", 0, None if name == "alone" else helpers) as shard,
+        ):
+            for batch in (range(3), range(3, 4)):
+                shard.append(
+                    np.stack([patches(CLS, number) for number in batch]),
+                    np.stack([cls_token(CLS, number) for number in batch]),
+                )
+        files = [tmp_path / name / f"train/with_cls/shard-000000{ending}" for ending in (".h5", ".json")]
+        content.append([path.read_bytes() for path in files])
+        assert json.loads(content[-1][1])["sha256"] == sha256(content[-1][0]).hexdigest()
+    assert content[0] == content[1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_features_converted_on_their_device_are_stored_like_others(tmp_path: Path, dtype: str, device: str) -> None:
+    given = [np.stack([values(CLS, number) for number in range(4)]) for values in (patches, cls_token)]
+    for name in ("host", "device"):
+        writer = begin(tmp_path / name, dtype=dtype)
+        write_images(writer, image_set(), 0)
+        with writer.open_shard("with_cls", 0) as shard:
+            if name == "host":
+                shard.append(*given)
+            else:
+                rows = convert(dtype, *(torch.from_numpy(values).to(device) for values in given)).to_host()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                shard.append_stored(rows)
+    for dataset in ("data", "cls", "crc32", *(["scale"] if dtype == "int8" else [])):
+        assert np.array_equal(*(whole(tmp_path / name, "with_cls", dataset) for name in ("host", "device")))
+    for dataset in ("sum", "sumsq", "cls_sum", "cls_sumsq"):
+        np.testing.assert_allclose(
+            *(whole(tmp_path / name, "with_cls", dataset) for name in ("host", "device")), rtol=1e-12
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_converting_on_a_gpu_waits_for_nothing(dtype: str) -> None:
+    given = torch.randn(3, 256, 768, device="cuda"), torch.randn(3, 768, device="cuda")
+    convert(dtype, *given).to_host()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        convert(dtype, *given).to_host()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_features_may_lie_in_memory_channel_by_channel_and_be_of_another_type(tmp_path: Path) -> None:
+    writer = begin(tmp_path, teachers=[ODD])
+    write_images(writer, image_set(), 0)
+    given = np.stack([patches(ODD, number) for number in range(4)])
+    by_channel = torch.from_numpy(given.transpose(0, 2, 1).copy()).double().transpose(1, 2)
+    with writer.open_shard("odd", 0) as shard:
+        shard.append(by_channel, None)
+    assert np.array_equal(whole(tmp_path, "odd", "data"), given.astype(np.float16))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.teacher import check_features
+from theia_teachers._huggingface import Preprocessing
 from theia_teachers.clip import CLIP
 from theia_teachers.depth_anything import DepthAnything
 from theia_teachers.dinov2 import DINOv2
@@ -293,3 +294,16 @@ def test_importing_the_plugins_does_not_import_transformers():
     )
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.gpu
+def test_preprocessing_on_a_gpu_waits_for_nothing():
+    preprocess = Preprocessing(size=224, interpolation="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    images = torch.zeros(2, 3, 240, 240, dtype=torch.uint8, device="cuda")
+    expected = preprocess(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pixels = preprocess(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(pixels, expected)

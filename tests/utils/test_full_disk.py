@@ -121,6 +121,10 @@ OTHERWISE = {
     },
     "benchmarks/soak/__main__.py": {"(Path(data) / 'output').open('w+')": "deleted with the data"},
     "benchmarks/soak/report.py": {"savefig(picture": "inside replacing()"},
+    "benchmarks/throughput/extraction.py": {
+        "site / 'theia_bench_free.py'": "deleted with the data", "info / 'METADATA'": "likewise",
+        "info / 'entry_points.txt'": "likewise", "raw / str(number)": "likewise",
+    },
     "benchmarks/throughput/opponents/tars.py": {"safetensors.torch.save": "into memory"},
 }  # fmt: skip
 WRITING = {"write_text", "write_bytes", "touch", "savefig", "print_png", "save", "savez", "dump"}

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from theia.errors import ConfigError
 from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
+from theia.types import Precision
 from theia.utils.arguments import MOST_PIXELS, MOST_PROCESSES, check_number, comma_list
 
 
@@ -32,7 +33,10 @@ class ExtractConfig:
         dtype: Stored type of the features. ``int8`` divides the range of each channel of an image into steps, and
             halves the size.
         all_at_once: Hold all teachers in memory and read every image once; otherwise one teacher after another.
-        precision: ``bf16-mixed`` runs the teachers under bfloat16 autocast.
+        precision: Arithmetic of the teachers: ``32-true`` is float32 throughout; ``tf32`` lets a GPU round the factors
+            of matrix products and convolutions to TF32; ``bf16-mixed`` is bfloat16 autocast. ``auto`` goes on as the
+            teacher's features in the store were begun; otherwise it is ``32-true`` on a CPU, and on a GPU whatever the
+            teacher's ``gpu_precision`` says.
         accelerator: Device type, as Lightning Fabric takes it: ``auto``, ``cpu``, ``cuda``, ...
         devices: Number of processes on each node, or ``auto``.
         num_nodes: Number of nodes that share the work. Each of them runs this command.
@@ -54,7 +58,7 @@ class ExtractConfig:
     shard_size: int = 1000
     dtype: FeatureDtype = "float16"
     all_at_once: bool = False
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Precision | Literal["auto"] = "auto"
     accelerator: str = "auto"
     devices: int | str = "auto"
     num_nodes: int = 1

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from theia.errors import ConfigError, StoreError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
+from theia.extraction.precision import choose
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
@@ -22,7 +23,7 @@ from theia.models.backbone import PATCHES
 from theia.store.schema import IMAGE, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
-from theia.types import Json, TeacherSpec
+from theia.types import Json, Precision, TeacherSpec
 from theia.utils.progress import readable_bytes
 from theia.version import __version__
 
@@ -85,13 +86,12 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=config.strategy,
-            precision=config.precision,
         )
     # Lightning's MisconfigurationException is a bare Exception.
     except Exception as error:
         raise ConfigError(
             f"Lightning Fabric refuses accelerator={config.accelerator!r}, devices={config.devices!r}, "
-            f"num_nodes={config.num_nodes}, strategy={config.strategy!r}, precision={config.precision!r}: {error}"
+            f"num_nodes={config.num_nodes}, strategy={config.strategy!r}: {error}"
         ) from error
     splits: list[ExtractedSplit] | None = fabric.launch(partial(_run, config=config))
     return splits
@@ -111,21 +111,22 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     # Teachers that are to be in memory together anyway stay there.
     built: dict[str, Teacher] = {}
 
-    def build() -> list[TeacherSpec]:
-        specs, slow = [], []
+    def build() -> tuple[list[TeacherSpec], dict[str, Precision]]:
+        specs, on_gpu, slow = [], {}, []
         for name in config.teacher_names:
             teacher = build_teacher(name, config)
             specs.append(teacher.spec)
+            on_gpu[name] = teacher.gpu_precision
             if teacher.state_dict():  # a handcrafted teacher has no weights, and no use for a GPU
                 slow.append(name)
             if config.all_at_once or len(config.teacher_names) == 1:
                 built[name] = teacher
         if slow and config.accelerator == "auto" and fabric.device.type == "cpu":
             logger.warning("No GPU found: %s run on the CPU. Large teachers take seconds per image.", ", ".join(slow))
-        return specs
+        return specs, on_gpu
 
-    specs = processes.first(build)
-    processes.first(lambda: _begin(fabric, config, writers, image_sets, specs))
+    specs, on_gpu = processes.first(build)
+    precisions = processes.first(lambda: _begin(fabric, config, writers, image_sets, specs, on_gpu))
 
     for split, source in sources.items():
         store_images(split, source, image_sets[split], writers[split], config, processes)
@@ -134,7 +135,7 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
 
     groups = [specs] if config.all_at_once else [[spec] for spec in specs]
     for group in groups:
-        store_features(group, built, image_sets, writers, config, processes, fabric)
+        store_features(group, built, image_sets, writers, precisions, config, processes, fabric)
     processes.wait()
     splits = processes.first(lambda: _finish(config, writers, image_sets))
     return splits if processes.rank == 0 else None
@@ -146,20 +147,31 @@ def _begin(
     writers: dict[str, SplitWriter],
     image_sets: dict[str, ImageSet],
     specs: list[TeacherSpec],
-) -> None:
+    on_gpu: dict[str, Precision],
+) -> dict[str, dict[str, Precision]]:
+    """Announces all splits; returns the precision of each teacher, by split and teacher."""
     cuda = fabric.device.type == "cuda"
     computed: dict[str, Json] = {
         "device": torch.cuda.get_device_name(fabric.device) if cuda else f"cpu ({platform.machine()})",
-        "precision": config.precision,
         "batch_size": config.batch_size,
         "theia": __version__,
         "torch": torch.__version__,
     }
+    precisions = {
+        split: {
+            name: choose(config.precision, writer.begun_precision(name), cuda, wish) for name, wish in on_gpu.items()
+        }
+        for split, writer in writers.items()
+    }
     for split, writer in writers.items():
-        writer.begin(image_sets[split], specs, config.dtype, computed)
+        writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split])
     sets = plan(writers, image_sets, specs, config.dtype, config.labels)
     logger.info("Plan:\n%s", describe_plan(sets, config.store))
     check_disk(sets, config.store)
+    for split, chosen in precisions.items():
+        if lower := [f"{name} {precision}" for name, precision in chosen.items() if precision != "32-true"]:
+            logger.info("Precision of the teachers / %r: %s.", split, ", ".join(lower))
+    return precisions
 
 
 def _check_skipped(config: ExtractConfig, writers: dict[str, SplitWriter], image_sets: dict[str, ImageSet]) -> None:

@@ -1,8 +1,9 @@
 """The two stages of an extraction: images are decoded and stored, then teachers run over the stored images."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,19 +20,22 @@ from theia import registry
 from theia.errors import ConfigError, ImageError, PluginError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import UnreadableImageError, to_square
+from theia.extraction.precision import arithmetic
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
-from theia.store.features import ShardWriter
+from theia.store.features import ShardWriter, StoredRows, convert
 from theia.store.schema import IMAGE, ImageSet, Resize, feature_fields
+from theia.store.shard import Shard
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher, check_features
-from theia.types import TeacherFeatures, TeacherSpec
+from theia.types import Precision, TeacherFeatures, TeacherSpec
 from theia.utils.progress import Progress
 
 P = ParamSpec("P")
 
 _DECODED_TOGETHER = 16  # number of images
 _REASONS_SHOWN = 5
+_MOST_HELPERS = 4
 
 
 class Handover:
@@ -238,22 +242,27 @@ def store_features(
     built: Mapping[str, Teacher],
     image_sets: Mapping[str, ImageSet],
     writers: Mapping[str, SplitWriter],
+    precisions: Mapping[str, Mapping[str, Precision]],
     config: ExtractConfig,
     processes: Processes,
     fabric: Fabric,
 ) -> None:
     """Runs teachers that are in memory together over those shards of this process that lack their features.
 
-    While a teacher computes the features of one batch, those of the batch before are stored; there are never more.
+    While a teacher computes the features of one batch, those of the batch before are stored; there are never more. So
+    memory is needed for two batches of features as a teacher gives them and for one of them in its stored form, on the
+    CPU; on a GPU, for two of each there, and for two in stored form, pinned, in the memory of the host. A shard is
+    synced while the next one is written; there is never another one open.
 
     Args:
         specs: Specs of these teachers, as process 0 found them.
         built: Those teachers that this process already has in memory, by name.
         image_sets: Image sets of the splits, by split.
         writers: Writers of the splits, by split. Every image shard is there.
+        precisions: Precision of each teacher, by split and teacher.
         config: Options of the extraction.
         processes: The processes that share the work.
-        fabric: Fabric that decides device and precision.
+        fabric: Fabric that decides the device.
     """
     missing: dict[str, dict[int, list[str]]] = {}
     for split, images in image_sets.items():
@@ -273,10 +282,13 @@ def store_features(
             continue
         total = sum(image_sets[split].listed_in(shard) for shard in shards)
         label = f"{split}: {', '.join(name for name in teachers if any(name in names for names in shards.values()))}"
-        with Progress(label, total, shown=processes.rank == 0) as progress, Handover() as storing:
+        with (
+            Progress(label, total, shown=processes.rank == 0) as progress,
+            _Threads(_helper_count(config, fabric)) as threads,
+        ):
             for shard, names in shards.items():
                 chosen = {name: teachers[name] for name in names}
-                rows = _store_shard(shard, chosen, writers[split], config, fabric, progress, storing)
+                rows = _store_shard(shard, chosen, writers[split], precisions[split], config, fabric, progress, threads)
                 # Images that could not be read count as done, too.
                 progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
@@ -305,65 +317,105 @@ def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes) -> Tea
     return teacher
 
 
+class _Threads:
+    """The threads beside the one that calls the teachers. All have ended when the block is left.
+
+    Attributes:
+        reading: Reads and pins the next batch of images.
+        storing: Converts the features of the last batch, and waits for those who write them.
+        closing: Syncs the last shard and gives it its name.
+        helpers: Compute checksums and write.
+    """
+
+    def __init__(self, helpers: int) -> None:
+        self._stack = ExitStack()
+        self.helpers = self._stack.enter_context(ThreadPoolExecutor(helpers, "handover-helper"))
+        self.reading = self._stack.enter_context(ThreadPoolExecutor(1, "handover-reader"))
+        self.closing = self._stack.enter_context(Handover())
+        self.storing = self._stack.enter_context(Handover())
+
+    def __enter__(self) -> "_Threads":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def _helper_count(config: ExtractConfig, fabric: Fabric) -> int:
+    """More than four gain nothing: then the digest of a file, which one thread computes, is what takes longest."""
+    here = max(1, fabric.world_size // config.num_nodes)
+    return min(_MOST_HELPERS, max(1, len(os.sched_getaffinity(0)) // here))
+
+
 @torch.inference_mode()
 def _store_shard(
     shard: int,
     teachers: Mapping[str, Teacher],
     writer: SplitWriter,
+    precisions: Mapping[str, Precision],
     config: ExtractConfig,
     fabric: Fabric,
     progress: Progress,
-    storing: Handover,
+    threads: _Threads,
 ) -> int:
     images = writer.images(shard)
-    rows = images.rows
     row_bytes = sum(
         part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
     )
     with ExitStack() as opened:
-        files = {name: opened.enter_context(writer.open_shard(name, shard)) for name in teachers}
-        with storing.done():
-            # Batches are cut at the same rows in every run: a batch of another size may round differently.
-            for start in range(0, rows, config.batch_size):
-                stop = min(start + config.batch_size, rows)
-                batch = torch.from_numpy(images.read("data", start, stop)).to(fabric.device)
+        files = {name: opened.enter_context(writer.open_shard(name, shard, threads.helpers)) for name in teachers}
+        with threads.storing.done():
+            for batch in _batches(images, config.batch_size, fabric.device, threads.reading):
                 for name, teacher in teachers.items():
-                    features = _forward(teacher, batch, config, fabric)
-                    storing.give(_append, files[name], *_to_host(features, fabric.device))
-                progress.advance(stop - start, row_bytes * (stop - start))
-        # A slow disk takes long to sync a whole shard; the first batch of the next shard need not wait for it.
-        storing.give(opened.pop_all().close)
-    return rows
+                    features = _forward(teacher, batch, precisions[name], config)
+                    if batch.device.type != "cuda":
+                        threads.storing.give(_append_given, files[name], features)
+                    else:
+                        rows = convert(config.dtype, features.patches, features.cls).to_host()
+                        copied = torch.cuda.current_stream(batch.device).record_event()
+                        threads.storing.give(_append, files[name], rows, copied)
+                progress.advance(len(batch), row_bytes * len(batch))
+        # A slow disk takes long to sync a whole shard; the next shard need not wait for it.
+        threads.closing.give(opened.pop_all().close)
+    return images.rows
 
 
-def _forward(teacher: Teacher, images: Tensor, config: ExtractConfig, fabric: Fabric) -> TeacherFeatures:
+def _batches(images: Shard, batch_size: int, device: torch.device, reading: Executor) -> Iterator[Tensor]:
+    """Batches of stored images on a device, uint8, shape ``(B, 3, H, W)``; the next one is read meanwhile."""
+
+    def read(start: int) -> Tensor:
+        batch = torch.from_numpy(images.read("data", start, start + batch_size))
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    # Batches are cut at the same rows in every run: a batch of another size may round differently.
+    starts = range(0, images.rows, batch_size)
+    ahead = reading.submit(read, 0)
+    for start in starts:
+        batch = ahead.result()
+        if start + batch_size < images.rows:
+            ahead = reading.submit(read, start + batch_size)
+        yield batch.to(device, non_blocking=True)
+
+
+def _forward(teacher: Teacher, images: Tensor, precision: Precision, config: ExtractConfig) -> TeacherFeatures:
     try:
-        with fabric.autocast():
+        with arithmetic(precision, images.device):
             features: TeacherFeatures = teacher(images)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"Teacher {teacher.spec.name!r} does not fit into the memory of {fabric.device} with --batch_size "
+            f"Teacher {teacher.spec.name!r} does not fit into the memory of {images.device} with --batch_size "
             f"{config.batch_size}. Give a smaller one; whole shards are kept."
         ) from error
     check_features(teacher.spec, features, len(images))
     return features
 
 
-def _to_host(features: TeacherFeatures, device: torch.device) -> tuple[TeacherFeatures, torch.cuda.Event | None]:
-    """Features in the memory of the host, and the event after which their copies are complete."""
-    # Kept in the type that the teacher gave, which may be narrower: the thread that stores it converts it to float32.
-    cuda = device.type == "cuda"
-    patches = features.patches.to("cpu", non_blocking=cuda)
-    cls = None if features.cls is None else features.cls.to("cpu", non_blocking=cuda)
-    copied = torch.cuda.current_stream(device).record_event() if cuda else None
-    return TeacherFeatures(patches, cls), copied
+def _append_given(file: ShardWriter, features: TeacherFeatures) -> None:
+    file.append(features.patches.cpu(), None if features.cls is None else features.cls.cpu())
 
 
-def _append(file: ShardWriter, features: TeacherFeatures, copied: torch.cuda.Event | None) -> None:
-    if copied is not None:
-        copied.synchronize()
-    patches, cls = features.patches, features.cls
-    # Image by image: the conversions then need little memory, which stays in the processor's cache.
-    for row in range(len(patches)):
-        one = slice(row, row + 1)
-        file.append(patches[one].float().numpy(), None if cls is None else cls[one].float().numpy())
+def _append(file: ShardWriter, rows: StoredRows, copied: torch.cuda.Event) -> None:
+    copied.synchronize()
+    file.append_stored(rows)

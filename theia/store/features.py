@@ -1,11 +1,16 @@
-"""Writes one teacher's float32 features into a shard: checks, converts, sums and appends them batch by batch."""
+"""Writes one teacher's features into a shard: checks, converts, sums and appends them batch by batch.
 
-from collections.abc import Iterator, Sequence
+Conversion and sums run on the device that holds the features. The rest is done by the threads of a
+:class:`theia.store.shard.NewShard`.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from theia.errors import FeatureError
 from theia.store.schema import FeatureDtype
@@ -15,11 +20,41 @@ from theia.store.statistics import Moments
 from theia.teacher import check_features
 from theia.types import TeacherFeatures, TeacherSpec
 
-Float32 = NDArray[np.float32]
-
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _INT8_MAX = 127
-_BLOCK_VALUES = 1 << 18
+_BLOCK_VALUES = 1 << 16  # summed at a time: they stay in the cache
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Features of some images in their stored form, on any device.
+
+    Attributes:
+        columns: Rows by dataset name, contiguous.
+        sums: Sum and sum of squares of the stored patch tokens per channel (for int8, of the values that they stand
+            for), float64, shape ``(2, C)``. They are finite only if every value is.
+        cls_sums: The same of the CLS tokens; ``None`` for a teacher without one.
+        given: What the teacher gave, for a message about values that cannot be stored.
+    """
+
+    columns: dict[str, Tensor]
+    sums: Tensor
+    cls_sums: Tensor | None
+    given: TeacherFeatures
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.columns["data"])
+
+    def to_host(self) -> "StoredRows":
+        """Begins to copy the stored form into pinned memory of the host; the current stream knows when it is there."""
+        return replace(
+            self,
+            columns={name: values.to("cpu", non_blocking=True) for name, values in self.columns.items()},
+            sums=self.sums.to("cpu", non_blocking=True),
+            cls_sums=None if self.cls_sums is None else self.cls_sums.to("cpu", non_blocking=True),
+        )
 
 
 class ShardWriter:
@@ -38,35 +73,40 @@ class ShardWriter:
         self._patches = Moments.zero(spec.channels)
         self._cls = Moments.zero(spec.channels)
 
-    def append(self, patches: NDArray[np.float32], cls: NDArray[np.float32] | None) -> None:
-        """Stores the features of the next images.
+    def append(self, patches: NDArray[Any] | Tensor, cls: NDArray[Any] | Tensor | None) -> None:
+        """Converts and stores the features of the next images. They must be in the memory of the host.
 
         Args:
-            patches: Patch tokens of the images, float32, shape ``(b, N, C)``.
-            cls: CLS tokens of the images, float32, shape ``(b, C)``; ``None`` for a teacher without CLS token.
+            patches: Patch tokens of the images, floating point, shape ``(b, N, C)``.
+            cls: CLS tokens of the images, floating point, shape ``(b, C)``; ``None`` for a teacher without CLS token.
 
         Raises:
             FeatureError: If shapes do not fit the spec or the number of images, or a value cannot be stored.
             StoreError: If the disk is full.
         """
-        # torch warns about arrays that it may not write to.
-        patches = np.require(patches, np.float32, ["C", "W"])
-        cls = None if cls is None else np.require(cls, np.float32, ["C", "W"])
-        tensors = TeacherFeatures(torch.from_numpy(patches), None if cls is None else torch.from_numpy(cls))
-        check_features(self._spec, tensors, len(patches))
-        stop = self._rows + len(patches)
-        if stop > len(self.ids):
-            raise FeatureError(
-                f"Teacher {self._spec.name!r} gave features of more than the {len(self.ids)} images of "
-                f"{self._shard.path}. This is a defect of the extraction loop: please report it."
-            )
-        ids = self.ids[self._rows : stop]
-        columns, patch_moments, cls_moments = to_stored(self._spec, self._dtype, ids, patches, cls)
-        self._shard.write_samples(columns, self._rows)
-        self._patches += patch_moments
-        if cls_moments is not None:
-            self._cls += cls_moments
-        self._rows = stop
+        features = TeacherFeatures(_tensor(patches), None if cls is None else _tensor(cls))
+        check_features(self._spec, features, len(features.patches))
+        self._check_room(len(features.patches))
+        # Image by image: the conversions then need little memory, which stays in the processor's cache, and the
+        # helpers write one image while the next is converted.
+        for row in range(len(features.patches)):
+            one = slice(row, row + 1)
+            self._add(convert(self._dtype, features.patches[one], None if features.cls is None else features.cls[one]))
+        self._shard.settle()
+
+    def append_stored(self, rows: StoredRows) -> None:
+        """Stores the next images' features that were converted already, with :func:`convert`.
+
+        Args:
+            rows: Features in their stored form, in the memory of the host.
+
+        Raises:
+            FeatureError: If there are too many images, or a value cannot be stored.
+            StoreError: If the disk is full.
+        """
+        self._check_room(rows.images)
+        self._add(rows)
+        self._shard.settle()
 
     def close(self) -> None:
         """Writes the sums over the shard.
@@ -86,104 +126,147 @@ class ShardWriter:
             self._shard.write(total, moments.sum)
             self._shard.write(squares, moments.sumsq)
 
+    def _check_room(self, images: int) -> None:
+        if self._rows + images > len(self.ids):
+            raise FeatureError(
+                f"Teacher {self._spec.name!r} gave features of more than the {len(self.ids)} images of "
+                f"{self._shard.path}. This is a defect of the extraction loop: please report it."
+            )
 
-def to_stored(
-    spec: TeacherSpec, dtype: FeatureDtype, ids: Sequence[str], patches: Float32, cls: Float32 | None
-) -> tuple[dict[str, NDArray[Any]], Moments, Moments | None]:
-    """Converts a batch to its stored form.
+    def _add(self, rows: StoredRows) -> None:
+        # A sum is finite only if every value is: the check costs nothing until it fails.
+        if not rows.sums.isfinite().all():
+            self._refuse(rows.given.patches, "patch token", self._dtype)
+        if rows.cls_sums is not None and rows.given.cls is not None and not rows.cls_sums.isfinite().all():
+            self._refuse(rows.given.cls[:, None], "CLS token", "float16")
+        columns = {name: values.numpy() for name, values in rows.columns.items()}
+        for row in range(rows.images):
+            one = {name: values[row : row + 1] for name, values in columns.items()}
+            self._shard.write_samples(one, self._rows + row)
+        tokens = self._spec.grid_hw[0] * self._spec.grid_hw[1]
+        total, squares = rows.sums.numpy()
+        self._patches += Moments(total, squares, rows.images * tokens)
+        if rows.cls_sums is not None:
+            total, squares = rows.cls_sums.numpy()
+            self._cls += Moments(total, squares, rows.images)
+        self._rows += rows.images
+
+    def _refuse(self, given: Tensor, token: str, dtype: FeatureDtype) -> None:
+        values = given.float()
+        bad = ~(values if dtype == "int8" else values.half()).isfinite()
+        sample, position, channel = (int(index) for index in bad.nonzero()[0])
+        value = float(values[sample, position, channel])
+        where = (
+            f"Teacher {self._spec.name!r}, image {self.ids[self._rows + sample]!r}, {token} {position}, "
+            f"channel {channel}: {value:g}"
+        )
+        if not np.isfinite(value):
+            raise FeatureError(f"{where} is not a finite number. Remove that image from the source.")
+        remedy = "Store this teacher as int8, or remove" if token == "patch token" else "Remove"
+        raise FeatureError(
+            f"{where} is beyond float16, whose largest value is {_FLOAT16_MAX:g}. {remedy} that image from the source."
+        )
+
+
+def convert(dtype: FeatureDtype, patches: Tensor, cls: Tensor | None) -> StoredRows:
+    """Converts features to their stored form and sums them, on their device and without waiting for it.
 
     Args:
-        spec: Spec of the teacher, for messages.
         dtype: Stored type of the patch tokens. CLS tokens are always float16.
-        ids: Sample ids, for messages.
-        patches: Patch tokens, float32, shape ``(b, N, C)``.
-        cls: CLS tokens, float32, shape ``(b, C)``, or ``None``.
-
-    Returns:
-        Rows by dataset name, and the sums of the stored values (for int8, of the values that they stand for).
-
-    Raises:
-        FeatureError: If a value is NaN, infinite, or beyond float16. The message names teacher, image and channel.
+        patches: Patch tokens, floating point, shape ``(b, N, C)``, in any layout of memory.
+        cls: CLS tokens, floating point, shape ``(b, C)``, or ``None``.
     """
-    moments = Moments.zero(spec.channels)
-    columns: dict[str, NDArray[Any]] = {}
     if dtype == "int8":
-        columns["data"] = np.empty(patches.shape, np.int8)
-        columns["scale"] = np.empty((len(patches), 2, spec.channels), np.float32)
+        data, scale = quantise(patches.float())
+        columns = {"data": data.contiguous(), "scale": scale}
     else:
-        columns["data"] = _to_float16(patches)
-    # Infinities of both signs have no sum. The check below finds them, so numpy need not warn.
-    with np.errstate(invalid="ignore"):
-        for row, data in enumerate(columns["data"]):
-            if dtype == "int8":
-                data[:], columns["scale"][row] = quantise(patches[row])
-            for block in _blocks(*data.shape):
-                values = torch.from_numpy(data[block]).double().numpy()
-                if dtype == "int8":
-                    step, middle = columns["scale"][row]
-                    values *= step
-                    values += middle
-                moments += Moments.of(values)
-        cls_moments = None
-        if cls is not None:
-            columns["cls"] = _to_float16(cls)
-            cls_moments = Moments.of(columns["cls"])
-    # A sum is finite only if every value is: the check costs nothing until it fails.
-    if not np.isfinite(moments.sum).all():
-        _refuse(spec, ids, patches, "patch token", dtype)
-    if cls is not None and cls_moments is not None and not np.isfinite(cls_moments.sum).all():
-        _refuse(spec, ids, cls[:, None], "CLS token", "float16")
-    return columns, moments, cls_moments
+        scale = None
+        columns = {"data": _contiguous(patches.float().half())}
+    cls_sums = None
+    if cls is not None:
+        columns["cls"] = cls.float().half().contiguous()
+        cls_sums = sums(columns["cls"][:, None])
+    return StoredRows(columns, sums(columns["data"], scale), cls_sums, TeacherFeatures(patches, cls))
 
 
-def quantise(tokens: Float32) -> tuple[NDArray[np.int8], Float32]:
-    """Stores the range of each channel of one image in int8 steps; a value is ``int8 * step + middle``.
+def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Stores the range of each channel of each image in int8 steps; a value is ``int8 * step + middle``.
 
     The standard deviations of a teacher's channels differ by orders of magnitude, and some channels hardly move around
     a mean that is a hundred times as large. A single step for all channels of a token would leave nothing of most of
     them.
 
     Args:
-        tokens: Patch tokens of one image, shape ``(N, C)``.
+        tokens: Patch tokens, float32, shape ``(b, N, C)``.
 
     Returns:
-        int8 of the same shape, at most half a step off, and the steps and middles, float32, shape ``(2, C)``. Where a
-        channel is not finite, its step and middle are not finite either.
+        int8 of the same shape, at most half a step off, and the steps and middles, float32, shape ``(b, 2, C)``. Where
+        a channel is not finite, its step and middle are not finite either.
     """
-    low, high = tokens.min(0), tokens.max(0)
+    low, high = tokens.amin(1, keepdim=True), tokens.amax(1, keepdim=True)
     # Halved first: the difference of two large values may be beyond float32.
-    step = (high / 2 - low / 2) / np.float32(_INT8_MAX)
+    step = (high / 2 - low / 2) / _INT8_MAX
     middle = low / 2 + high / 2
     # A channel with a single value is its middle. So is a channel that is not finite, which its middle shows.
-    usable = (step >= np.finfo(np.float32).tiny) & np.isfinite(step)
+    usable = (step >= torch.finfo(torch.float32).tiny) & step.isfinite()
     steps = tokens - middle
-    steps /= np.where(usable, step, np.float32(1))
-    steps[:, ~usable] = 0
-    np.rint(steps, out=steps)
+    steps /= torch.where(usable, step, 1)
+    steps.masked_fill_(~usable, 0)
     # Where the range is a few units in the last place, the middle is rounded as coarsely.
-    np.clip(steps, -_INT8_MAX, _INT8_MAX, out=steps)
-    return steps.astype(np.int8), np.stack([step, middle])
+    steps.round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    return steps.to(torch.int8), torch.cat([step, middle], 1)
 
 
-def _blocks(tokens: int, channels: int) -> Iterator[slice]:
-    # The values that one step works on stay in the cache.
+def sums(data: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Sum and sum of squares of each channel, in float64.
+
+    Args:
+        data: Stored patch tokens, float16 or int8, shape ``(b, N, C)``, contiguous.
+        scale: Steps and middles of int8, float32, shape ``(b, 2, C)``.
+
+    Returns:
+        Sums on the device of ``data``, float64, shape ``(2, C)``.
+    """
+    if data.device.type == "cpu":
+        return _sums_on_host(data, scale)
+    total = torch.zeros(2, data.shape[2], dtype=torch.float64, device=data.device)
+    for row, tokens in enumerate(data):
+        # Image by image, which bounds the memory that the doubles take.
+        values = tokens.double()
+        if scale is not None:
+            values = values * scale[row, 0] + scale[row, 1]
+        total += torch.stack([values.sum(0), values.square().sum(0)])
+    return total
+
+
+def _sums_on_host(data: Tensor, scale: Tensor | None) -> Tensor:
+    """Likewise, with numpy, which is faster here and gives the same numbers whatever torch's number of threads."""
+    channels = data.shape[2]
     step = max(1, _BLOCK_VALUES // channels)
-    return (slice(start, start + step) for start in range(0, tokens, step))
+    # By way of float32, which is exact: there are vector instructions for each of the two steps.
+    single, double = torch.empty(step, channels), torch.empty(step, channels, dtype=torch.float64)
+    moments = Moments.zero(channels)
+    # Infinities of both signs have no sum, which is for the caller to find.
+    with np.errstate(invalid="ignore"):
+        for row, tokens in enumerate(data):
+            for block in tokens.split(step):
+                values = double[: len(block)].copy_(single[: len(block)].copy_(block))
+                if scale is not None:
+                    values *= scale[row, 0]
+                    values += scale[row, 1]
+                moments += Moments.of(values.numpy())
+    return torch.from_numpy(np.stack([moments.sum, moments.sumsq]))
 
 
-def _to_float16(values: Float32) -> NDArray[np.float16]:
-    # torch converts with vector instructions, nine times faster than numpy.
-    return torch.from_numpy(values).half().numpy()
+def _contiguous(values: Tensor) -> Tensor:
+    """A contiguous copy where one is needed: torch transposes matrices by blocks, but not batches of them."""
+    if values.is_contiguous() or values.device.type != "cpu":
+        return values.contiguous()
+    if len(values) == 1:
+        return values[0].contiguous()[None]
+    return torch.stack([matrix.contiguous() for matrix in values])
 
 
-def _refuse(spec: TeacherSpec, ids: Sequence[str], values: Float32, token: str, dtype: FeatureDtype) -> None:
-    bad = ~np.isfinite(values if dtype == "int8" else _to_float16(values))
-    sample, position, channel = (int(index) for index in np.argwhere(bad)[0])
-    value = float(values[sample, position, channel])
-    where = f"Teacher {spec.name!r}, image {ids[sample]!r}, {token} {position}, channel {channel}: {value:g}"
-    if not np.isfinite(value):
-        raise FeatureError(f"{where} is not a finite number. Remove that image from the source.")
-    remedy = "Store this teacher as int8, or remove" if token == "patch token" else "Remove"
-    raise FeatureError(
-        f"{where} is beyond float16, whose largest value is {_FLOAT16_MAX:g}. {remedy} that image from the source."
-    )
+def _tensor(values: NDArray[Any] | Tensor) -> Tensor:
+    # torch warns about arrays that it may not write to.
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, None, ["C", "W"]))

@@ -1,10 +1,12 @@
 """One shard on disk. h5py lays out and validates its structure; values are read and written at their byte offsets."""
 
+import hashlib
 import io
 import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ CRC32 = "crc32"
 CHECKED = ("data", "scale", "cls", "label")
 
 _ALIGNMENT = 4096  # bytes
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -208,11 +211,16 @@ class NewShard:
 
     If it is left as a context manager without :meth:`commit`, the temporary file is removed.
 
+    HDF5 is used by one thread at a time, whatever it does. Here it only lays out the file: checksums and system calls
+    run outside of Python's lock as well, so that helpers do them side by side. The digest of the file goes on in a
+    thread of its own while the rows come in, in their order, and so nothing of them has to be read back.
+
     Args:
         path: Final path of the shard.
         keys: Sample ids of the shard.
-        datasets: Number of rows and field of each dataset, by name.
+        datasets: Number of rows and field of each dataset, by name; ``data`` comes first.
         attributes: Attributes of the file.
+        helpers: Threads that compute checksums and write; by default the calling thread does all of it.
 
     Raises:
         StoreError: If the file cannot be written.
@@ -224,8 +232,14 @@ class NewShard:
         keys: Sequence[str],
         datasets: Mapping[str, tuple[int, Field]],
         attributes: Mapping[str, Json],
+        helpers: Executor | None = None,
     ) -> None:
         self.path = path
+        self._helpers = helpers
+        self._hasher = None if helpers is None else ThreadPoolExecutor(1, "handover-digest")
+        self._jobs: list[Future[None]] = []
+        self._digest = hashlib.sha256()
+        self._digested = 0  # bytes of the file
         self._temporary = temporary_path(path)
         encoded = encode(keys)
         datasets = {**datasets, KEY: (len(keys), Field(encoded.dtype, ()))}
@@ -241,6 +255,7 @@ class NewShard:
             with writing(path):
                 os.ftruncate(self._file, structure.size)
             self.write(KEY, encoded)
+            self._digest_to(self._datasets["data"].offset)
         except BaseException:
             self._discard()
             raise
@@ -251,6 +266,7 @@ class NewShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        wait(self._jobs)
         self._discard()
 
     def write(self, name: str, values: NDArray[Any], start: int = 0) -> None:
@@ -264,6 +280,11 @@ class NewShard:
         Raises:
             StoreError: If the rows do not fit, or the disk is full.
         """
+        self._check(name, values, start)
+        dataset = self._datasets[name]
+        self._write_bytes(as_bytes(np.ascontiguousarray(values)), dataset.offset + start * dataset.field.row_bytes)
+
+    def _check(self, name: str, values: NDArray[Any], start: int) -> None:
         dataset = self._datasets[name]
         field = dataset.field
         if values.dtype != field.dtype or values.shape[1:] != field.shape or start + len(values) > dataset.rows:
@@ -271,18 +292,45 @@ class NewShard:
                 f"{self.path}: rows {start} to {start + len(values)} of {values.shape[1:]} {values.dtype} do not fit "
                 f"into /{name}, {dataset.rows} rows of {field.shape} {field.dtype}."
             )
-        self._write_bytes(as_bytes(np.ascontiguousarray(values)), dataset.offset + start * field.row_bytes)
 
     def write_samples(self, columns: Mapping[str, NDArray[Any]], start: int = 0) -> None:
         """Writes all columns of some samples, and the samples' checksums.
 
+        With helpers it returns before they have done so; the values must not change until :meth:`settle`.
+
         Args:
             columns: Rows by dataset name.
             start: First row.
+
+        Raises:
+            StoreError: If the rows do not fit, or the disk is full. With helpers, the latter is raised later.
         """
-        for name, values in columns.items():
-            self.write(name, values, start)
-        self.write(CRC32, row_crc32([columns[name] for name in CHECKED if name in columns]), start)
+        rows = {name: np.ascontiguousarray(values) for name, values in columns.items()}
+        for name, values in rows.items():
+            self._check(name, values, start)
+        data = self._datasets["data"]
+        follows = data.offset + start * data.field.row_bytes == self._digested
+        if follows:
+            self._digested += rows["data"].nbytes
+        if self._helpers is None or self._hasher is None:
+            self._write_rows(rows, start)
+            if follows:
+                self._digest.update(as_bytes(rows["data"]))
+            return
+        self._jobs.append(self._helpers.submit(self._write_rows, rows, start))
+        if follows:
+            self._jobs.append(self._hasher.submit(self._digest.update, as_bytes(rows["data"])))
+
+    def settle(self) -> None:
+        """Waits until the helpers have written all that was given to them.
+
+        Raises:
+            StoreError: If the disk is full.
+        """
+        wait(self._jobs)
+        done, self._jobs = self._jobs, []
+        for job in done:
+            job.result()
 
     def sync(self) -> tuple[int, str]:
         """Waits until the file is on the disk.
@@ -290,14 +338,32 @@ class NewShard:
         Returns:
             Size of the file in bytes, and its sha256.
         """
+        self.settle()
         with writing(self.path):
             os.fsync(self._file)
-            return self._temporary.stat().st_size, file_sha256(self._temporary)
+            size = os.fstat(self._file).st_size
+        self._digest_to(size)
+        return size, self._digest.hexdigest()
 
     def commit(self) -> None:
         """Gives the synced file its final name."""
         with writing(self.path):
             publish(self._temporary, self.path)
+
+    def _write_rows(self, rows: Mapping[str, NDArray[Any]], start: int) -> None:
+        for name, values in rows.items():
+            self.write(name, values, start)
+        self.write(CRC32, row_crc32([rows[name] for name in CHECKED if name in rows]), start)
+
+    def _digest_to(self, stop: int) -> None:
+        """Reads back what the digest has not seen yet: all but the rows of ``data``."""
+        block = bytearray(min(_READ_BYTES, max(stop - self._digested, 0)))
+        while self._digested < stop:
+            view = memoryview(block)[: stop - self._digested]
+            with writing(self.path):
+                read_whole(self._file, view, self._digested, self.path)
+            self._digest.update(view)
+            self._digested += len(view)
 
     def _write_bytes(self, view: memoryview, offset: int) -> None:
         with writing(self.path):
@@ -306,6 +372,8 @@ class NewShard:
                 view, offset = view[written:], offset + written
 
     def _discard(self) -> None:
+        if self._hasher is not None:
+            self._hasher.shutdown()
         if self._file >= 0:
             os.close(self._file)
         self._temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from theia.store.manifest import (
 )
 from theia.store.schema import (
     IMAGE,
+    MANIFEST,
     SPLIT_RULE,
     STATISTICS,
     FeatureDtype,
@@ -84,6 +86,7 @@ class SplitWriter:
         teachers: Sequence[TeacherSpec],
         dtype: FeatureDtype,
         computed: Mapping[str, Json],
+        precisions: Mapping[str, str] | None = None,
     ) -> None:
         """Announces what will be written, or checks that it continues the split that is there.
 
@@ -92,6 +95,7 @@ class SplitWriter:
             teachers: Specs of the teachers to extract now. Other teachers of the split stay, unless they have no file.
             dtype: Stored type of their patch tokens.
             computed: How the features are computed, for the record.
+            precisions: Precision in which each teacher computes, by teacher, for the record as well.
 
         Raises:
             StoreError: If the split holds other images, or other features of one of the teachers; if another split
@@ -110,7 +114,8 @@ class SplitWriter:
             check_splits(self._root, self._split, images, teachers, splits)
             sets = {IMAGE: SetRecord(), **kept}
             for spec in teachers:
-                new = SetRecord(spec=spec, dtype=dtype, computed=computed)
+                way = {**computed, "precision": precisions[spec.name]} if precisions else computed
+                new = SetRecord(spec=spec, dtype=dtype, computed=way)
                 sets[spec.name] = kept.get(spec.name, new)
                 check_teacher(self._root, self._split, spec.name, sets[spec.name], new)
             self._names = (IMAGE, *(spec.name for spec in teachers))
@@ -122,6 +127,27 @@ class SplitWriter:
         folders = [self._root, self._root / STATISTICS, self._root / self._split]
         for folder in (*folders, *(self._folder(name) for name in self._names)):
             remove_stale(folder)
+
+    def begun_precision(self, teacher: str) -> str | None:
+        """Precision of those of a teacher's features that are in the store: in this split, or else in another one.
+
+        Args:
+            teacher: Name of the teacher.
+
+        Returns:
+            The recorded precision; ``None`` if the store has no features of this teacher, or does not say.
+
+        Raises:
+            StoreError: If the manifest is damaged or cannot be read.
+        """
+        if not (self._root / MANIFEST).exists():
+            return None
+        splits = read_manifest(self._root).splits
+        for split in (self._split, *splits):
+            if split in splits and teacher in (sets := with_shards(self._root, split, splits[split]).sets):
+                found = sets[teacher].computed.get("precision")
+                return found if isinstance(found, str) else None
+        return None
 
     def has_shard(self, name: str, index: int) -> bool:
         """Whether a whole and valid shard is there already.
@@ -190,12 +216,13 @@ class SplitWriter:
         return shard
 
     @contextmanager
-    def open_shard(self, name: str, index: int) -> Iterator[ShardWriter]:
+    def open_shard(self, name: str, index: int, helpers: Executor | None = None) -> Iterator[ShardWriter]:
         """Writes one shard of a teacher. It appears when the block ends well and all images have features.
 
         Args:
             name: Name of the teacher.
             index: Number of the shard.
+            helpers: Threads that compute checksums and write; by default the calling thread does.
 
         Raises:
             FeatureError: If images are left without features.
@@ -207,7 +234,7 @@ class SplitWriter:
             raise StoreError(f"{name!r} is not a teacher of split {self._split!r}: write images with write_images().")
         ids = self.images(index).keys()
         attributes = layout.attributes(index, len(ids))
-        with NewShard(layout.path(index), ids, layout.datasets(len(ids)), attributes) as shard:
+        with NewShard(layout.path(index), ids, layout.datasets(len(ids)), attributes, helpers) as shard:
             features = ShardWriter(shard, spec, dtype, ids)
             yield features
             features.close()
