@@ -77,7 +77,7 @@ class Error:
         return cls(float(ratio.max()), float(ratio.median()))
 
 
-class RoundedFactors(TorchDispatchMode):
+class RoundedFactors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Rounds the float32 factors of products to TF32, as a GPU does, on any device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +107,7 @@ def measure(name: str, options: Mapping[str, Any], images: Tensor) -> dict[str, 
 
     def features(precision: Precision) -> Tensor:
         imitated = precision == "tf32" and images.device.type == "cpu"
-        mode: AbstractContextManager[object] = RoundedFactors() if imitated else nullcontext()
+        mode: AbstractContextManager[object] = RoundedFactors() if imitated else nullcontext()  # type: ignore[no-untyped-call]
         with torch.no_grad(), arithmetic(precision, images.device), mode:
             patches: Tensor = teacher(images).patches
         return patches.float().cpu()
@@ -131,7 +131,8 @@ def table(teachers: Sequence[str], count: int, device: str, architectures: Mappi
         sizes = ", ".join(f"{size} {value}" for size, value in architectures[name].items())
         rows.append((name, sizes, *(f"{error.worst:.1e} ({error.median:.1e})" for error in errors.values())))
         logger.info("%s", rows[-1])  # the next one may take minutes
-    return tabulate(rows, ("teacher", "architecture", "rounding to float16", "TF32", "bfloat16"), "github")
+    text: str = tabulate(rows, ("teacher", "architecture", "rounding to float16", "TF32", "bfloat16"), "github")
+    return text
 
 
 def run(teachers: list[str] = list(WIDE), images: int = 2, device: str = "cpu", deep: bool = False) -> str:  # noqa: B006

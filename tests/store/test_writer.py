@@ -29,6 +29,7 @@ from small_store import (
 )
 
 from theia.errors import FeatureError, ShapeError, StoreError
+from theia.store import shard as shard_module
 from theia.store.features import convert
 from theia.store.reader import FeatureStore
 from theia.store.schema import ImageSet
@@ -165,6 +166,34 @@ def test_helpers_write_what_the_calling_thread_writes(tmp_path: Path, dtype: str
         content.append([path.read_bytes() for path in files])
         assert json.loads(content[-1][1])["sha256"] == sha256(content[-1][0]).hexdigest()
     assert content[0] == content[1]
+
+
+def test_helped_writing_goes_to_the_disk_before_the_end_and_tells_its_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "_FLUSHED_BYTES", 1)
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    writer = begin(tmp_path)
+    write_images(writer, image_set(), 0)
+
+    def store() -> None:
+        with ThreadPoolExecutor(3) as helpers, writer.open_shard("odd", 0, helpers) as shard:
+            for number in range(4):
+                shard.append(patches(ODD, number)[None], None)
+
+    store()
+    assert flushed
+    shards(tmp_path, "odd")[0].unlink()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(StoreError, match=r"Disk full .*odd/shard-000000\.h5"):
+        store()
+    assert not shards(tmp_path, "odd")
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

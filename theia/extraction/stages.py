@@ -251,8 +251,7 @@ def store_features(
 
     While a teacher computes the features of one batch, those of the batch before are stored; there are never more. So
     memory is needed for two batches of features as a teacher gives them and for one of them in its stored form, on the
-    CPU; on a GPU, for two of each there, and for two in stored form, pinned, in the memory of the host. A shard is
-    synced while the next one is written; there is never another one open.
+    CPU; on a GPU, for two of each there, and for two in stored form, pinned, in the memory of the host.
 
     Args:
         specs: Specs of these teachers, as process 0 found them.
@@ -322,8 +321,7 @@ class _Threads:
 
     Attributes:
         reading: Reads and pins the next batch of images.
-        storing: Converts the features of the last batch, and waits for those who write them.
-        closing: Syncs the last shard and gives it its name.
+        storing: Converts the features of the last batch, and waits for the helpers; syncs a shard that is complete.
         helpers: Compute checksums and write.
     """
 
@@ -331,7 +329,6 @@ class _Threads:
         self._stack = ExitStack()
         self.helpers = self._stack.enter_context(ThreadPoolExecutor(helpers, "handover-helper"))
         self.reading = self._stack.enter_context(ThreadPoolExecutor(1, "handover-reader"))
-        self.closing = self._stack.enter_context(Handover())
         self.storing = self._stack.enter_context(Handover())
 
     def __enter__(self) -> "_Threads":
@@ -377,8 +374,8 @@ def _store_shard(
                         copied = torch.cuda.current_stream(batch.device).record_event()
                         threads.storing.give(_append, files[name], rows, copied)
                 progress.advance(len(batch), row_bytes * len(batch))
-        # A slow disk takes long to sync a whole shard; the next shard need not wait for it.
-        threads.closing.give(opened.pop_all().close)
+        # A slow disk takes long to sync a shard; the first batch of the next shard need not wait for it.
+        threads.storing.give(opened.pop_all().close)
     return images.rows
 
 

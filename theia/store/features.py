@@ -4,6 +4,8 @@ Conversion and sums run on the device that holds the features. The rest is done 
 :class:`theia.store.shard.NewShard`.
 """
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +24,9 @@ from theia.types import TeacherFeatures, TeacherSpec
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _INT8_MAX = 127
-_BLOCK_VALUES = 1 << 16  # summed at a time: they stay in the cache
+_BLOCK_VALUES = 1 << 18  # summed at a time
+_PIECE_VALUES = 1 << 20  # converted, checked and written at a time
+_LOCAL = threading.local()
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class ShardWriter:
         self._spec = spec
         self._dtype = dtype
         self._rows = 0
+        # Used for every batch: memory that is new costs more than the conversion.
+        self._stored = torch.empty(0, dtype=torch.float16)
         self._patches = Moments.zero(spec.channels)
         self._cls = Moments.zero(spec.channels)
 
@@ -87,11 +93,13 @@ class ShardWriter:
         features = TeacherFeatures(_tensor(patches), None if cls is None else _tensor(cls))
         check_features(self._spec, features, len(features.patches))
         self._check_room(len(features.patches))
-        # Image by image: the conversions then need little memory, which stays in the processor's cache, and the
-        # helpers write one image while the next is converted.
-        for row in range(len(features.patches)):
-            one = slice(row, row + 1)
-            self._add(convert(self._dtype, features.patches[one], None if features.cls is None else features.cls[one]))
+        # A few images at a time: conversions then need little memory, and the helpers write some while the next ones
+        # are converted.
+        if self._dtype == "float16" and len(self._stored) < len(features.patches):
+            self._stored = torch.empty(features.patches.shape, dtype=torch.float16)
+        for piece in self._pieces(len(features.patches)):
+            cls_tokens = None if features.cls is None else features.cls[piece]
+            self._add(convert(self._dtype, features.patches[piece], cls_tokens, self._stored[piece]))
         self._shard.settle()
 
     def append_stored(self, rows: StoredRows) -> None:
@@ -140,9 +148,9 @@ class ShardWriter:
         if rows.cls_sums is not None and rows.given.cls is not None and not rows.cls_sums.isfinite().all():
             self._refuse(rows.given.cls[:, None], "CLS token", "float16")
         columns = {name: values.numpy() for name, values in rows.columns.items()}
-        for row in range(rows.images):
-            one = {name: values[row : row + 1] for name, values in columns.items()}
-            self._shard.write_samples(one, self._rows + row)
+        for piece in self._pieces(rows.images):
+            some = {name: values[piece] for name, values in columns.items()}
+            self._shard.write_samples(some, self._rows + piece.start)
         tokens = self._spec.grid_hw[0] * self._spec.grid_hw[1]
         total, squares = rows.sums.numpy()
         self._patches += Moments(total, squares, rows.images * tokens)
@@ -150,6 +158,11 @@ class ShardWriter:
             total, squares = rows.cls_sums.numpy()
             self._cls += Moments(total, squares, rows.images)
         self._rows += rows.images
+
+    def _pieces(self, images: int) -> Iterator[slice]:
+        # Not smaller: threads that hand each other much less hand each other mostly Python's lock.
+        step = max(1, _PIECE_VALUES // (self._spec.grid_hw[0] * self._spec.grid_hw[1] * self._spec.channels))
+        return (slice(start, min(start + step, images)) for start in range(0, images, step))
 
     def _refuse(self, given: Tensor, token: str, dtype: FeatureDtype) -> None:
         values = given.float()
@@ -168,20 +181,21 @@ class ShardWriter:
         )
 
 
-def convert(dtype: FeatureDtype, patches: Tensor, cls: Tensor | None) -> StoredRows:
+def convert(dtype: FeatureDtype, patches: Tensor, cls: Tensor | None, out: Tensor | None = None) -> StoredRows:
     """Converts features to their stored form and sums them, on their device and without waiting for it.
 
     Args:
         dtype: Stored type of the patch tokens. CLS tokens are always float16.
         patches: Patch tokens, floating point, shape ``(b, N, C)``, in any layout of memory.
         cls: CLS tokens, floating point, shape ``(b, C)``, or ``None``.
+        out: Memory for patch tokens that are stored as float16, shape ``(b, N, C)``; on a CPU only.
     """
     if dtype == "int8":
         data, scale = quantise(patches.float())
         columns = {"data": data.contiguous(), "scale": scale}
     else:
         scale = None
-        columns = {"data": _contiguous(patches.float().half())}
+        columns = {"data": _to_float16(patches, out)}
     cls_sums = None
     if cls is not None:
         columns["cls"] = cls.float().half().contiguous()
@@ -244,11 +258,11 @@ def _sums_on_host(data: Tensor, scale: Tensor | None) -> Tensor:
     channels = data.shape[2]
     step = max(1, _BLOCK_VALUES // channels)
     # By way of float32, which is exact: there are vector instructions for each of the two steps.
-    single, double = torch.empty(step, channels), torch.empty(step, channels, dtype=torch.float64)
+    single, double = _scratch(step, channels)
     moments = Moments.zero(channels)
     # Infinities of both signs have no sum, which is for the caller to find.
     with np.errstate(invalid="ignore"):
-        for row, tokens in enumerate(data):
+        for row, tokens in enumerate([data.flatten(0, 1)] if scale is None else data):
             for block in tokens.split(step):
                 values = double[: len(block)].copy_(single[: len(block)].copy_(block))
                 if scale is not None:
@@ -258,13 +272,24 @@ def _sums_on_host(data: Tensor, scale: Tensor | None) -> Tensor:
     return torch.from_numpy(np.stack([moments.sum, moments.sumsq]))
 
 
-def _contiguous(values: Tensor) -> Tensor:
-    """A contiguous copy where one is needed: torch transposes matrices by blocks, but not batches of them."""
-    if values.is_contiguous() or values.device.type != "cpu":
-        return values.contiguous()
-    if len(values) == 1:
-        return values[0].contiguous()[None]
-    return torch.stack([matrix.contiguous() for matrix in values])
+def _scratch(*shape: int) -> tuple[Tensor, Tensor]:
+    """Memory of this thread in float32 and in float64, which is used again and again."""
+    if getattr(_LOCAL, "shape", None) != shape:
+        with torch.inference_mode(False):  # so that it can be written to everywhere
+            _LOCAL.tensors = torch.empty(shape), torch.empty(shape, dtype=torch.float64)
+        _LOCAL.shape = shape
+    found: tuple[Tensor, Tensor] = _LOCAL.tensors
+    return found
+
+
+def _to_float16(values: Tensor, out: Tensor | None) -> Tensor:
+    if values.device.type != "cpu":
+        return values.half().contiguous()
+    out = torch.empty(values.shape, dtype=torch.float16) if out is None else out
+    for stored, given in zip(out, values, strict=True):
+        # torch transposes by blocks, which is five times as fast, only single matrices that keep their type.
+        stored.copy_(given if given.is_contiguous() else given.half())
+    return out
 
 
 def _tensor(values: NDArray[Any] | Tensor) -> Tensor:

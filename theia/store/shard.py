@@ -35,6 +35,7 @@ CHECKED = ("data", "scale", "cls", "label")
 
 _ALIGNMENT = 4096  # bytes
 _READ_BYTES = 1 << 20
+_FLUSHED_BYTES = 1 << 26  # are sent to the disk at a time
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ class NewShard:
 
     HDF5 is used by one thread at a time, whatever it does. Here it only lays out the file: checksums and system calls
     run outside of Python's lock as well, so that helpers do them side by side. The digest of the file goes on in a
-    thread of its own while the rows come in, in their order, and so nothing of them has to be read back.
+    thread of its own while the rows come in, in their order, and so nothing of them has to be read back. Another thread
+    sends them to the disk meanwhile, so that little is left to sync at the end.
 
     Args:
         path: Final path of the shard.
@@ -237,6 +239,9 @@ class NewShard:
         self.path = path
         self._helpers = helpers
         self._hasher = None if helpers is None else ThreadPoolExecutor(1, "handover-digest")
+        self._flusher = ThreadPoolExecutor(1, "handover-flush")
+        self._flush: Future[None] | None = None
+        self._flushed = 0  # bytes of the file
         self._jobs: list[Future[None]] = []
         self._digest = hashlib.sha256()
         self._digested = 0  # bytes of the file
@@ -331,6 +336,11 @@ class NewShard:
         done, self._jobs = self._jobs, []
         for job in done:
             job.result()
+        idle = self._flush is None or self._flush.done()
+        if self._helpers is not None and idle and self._digested - self._flushed >= _FLUSHED_BYTES:
+            self._finish_flush()
+            self._flushed = self._digested
+            self._flush = self._flusher.submit(os.fdatasync, self._file)
 
     def sync(self) -> tuple[int, str]:
         """Waits until the file is on the disk.
@@ -339,6 +349,7 @@ class NewShard:
             Size of the file in bytes, and its sha256.
         """
         self.settle()
+        self._finish_flush()
         with writing(self.path):
             os.fsync(self._file)
             size = os.fstat(self._file).st_size
@@ -371,7 +382,15 @@ class NewShard:
                 written = os.pwrite(self._file, view, offset)
                 view, offset = view[written:], offset + written
 
+    def _finish_flush(self) -> None:
+        # The system reports an error of the disk once: to this call, and then not to the last sync.
+        flush, self._flush = self._flush, None
+        if flush is not None:
+            with writing(self.path):
+                flush.result()
+
     def _discard(self) -> None:
+        self._flusher.shutdown()
         if self._hasher is not None:
             self._hasher.shutdown()
         if self._file >= 0:
