@@ -1,6 +1,5 @@
 """The two stages of an extraction: images are decoded and stored, then teachers run over the stored images."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -29,6 +28,7 @@ from theia.store.shard import Shard
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher, check_features
 from theia.types import Precision, TeacherFeatures, TeacherSpec
+from theia.utils.device import core_count
 from theia.utils.progress import Progress
 
 P = ParamSpec("P")
@@ -343,7 +343,7 @@ class _Threads:
 def _helper_count(config: ExtractConfig, fabric: Fabric) -> int:
     """More than four gain nothing: then the digest of a file, which one thread computes, is what takes longest."""
     here = max(1, fabric.world_size // config.num_nodes)
-    return min(_MOST_HELPERS, max(1, len(os.sched_getaffinity(0)) // here))
+    return min(_MOST_HELPERS, max(1, core_count() // here))
 
 
 @torch.inference_mode()
@@ -366,11 +366,14 @@ def _store_shard(
         with threads.storing.done():
             for batch in _batches(images, config.batch_size, fabric.device, threads.reading):
                 for name, teacher in teachers.items():
-                    features = _forward(teacher, batch, precisions[name], config)
+                    with _fitting(teacher, batch.device, config), arithmetic(precisions[name], batch.device):
+                        features: TeacherFeatures = teacher(batch)
+                    check_features(teacher.spec, features, len(batch))
                     if batch.device.type != "cuda":
                         threads.storing.give(_append_given, files[name], features)
                     else:
-                        rows = convert(config.dtype, features.patches, features.cls).to_host()
+                        with _fitting(teacher, batch.device, config):
+                            rows = convert(config.dtype, features.patches, features.cls).to_host()
                         copied = torch.cuda.current_stream(batch.device).record_event()
                         threads.storing.give(_append, files[name], rows, copied)
                 progress.advance(len(batch), row_bytes * len(batch))
@@ -396,17 +399,15 @@ def _batches(images: Shard, batch_size: int, device: torch.device, reading: Exec
         yield batch.to(device, non_blocking=True)
 
 
-def _forward(teacher: Teacher, images: Tensor, precision: Precision, config: ExtractConfig) -> TeacherFeatures:
+@contextmanager
+def _fitting(teacher: Teacher, device: torch.device, config: ExtractConfig) -> Iterator[None]:
     try:
-        with arithmetic(precision, images.device):
-            features: TeacherFeatures = teacher(images)
+        yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"Teacher {teacher.spec.name!r} does not fit into the memory of {images.device} with --batch_size "
+            f"Teacher {teacher.spec.name!r} does not fit into the memory of {device} with --batch_size "
             f"{config.batch_size}. Give a smaller one; whole shards are kept."
         ) from error
-    check_features(teacher.spec, features, len(images))
-    return features
 
 
 def _append_given(file: ShardWriter, features: TeacherFeatures) -> None:
