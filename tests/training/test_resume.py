@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from theia.data.datamodule import FeatureData
 from theia.training.checkpoints import Checkpoints
@@ -42,11 +43,20 @@ class Recorder(L.Callback):
 
 
 def fit(
-    store: Path, folder: Path, recorder: Recorder, resume: Path | None = None, every: int = 3, **trainer: Any
+    store: Path,
+    folder: Path,
+    recorder: Recorder,
+    resume: Path | None = None,
+    every: int = 3,
+    compile: bool = False,
+    **trainer: Any,
 ) -> Distillation:
     L.seed_everything(0)
+    torch.compiler.reset()  # each fit stands for a process of its own, which compiles anew
     data = FeatureData(str(store), batch_size=16, workers=1)
-    module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2)
+    module = Distillation(
+        data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2, compile=compile
+    )
     L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[recorder, Checkpoints(folder, every)], default_root_dir=folder, **trainer,
@@ -74,6 +84,22 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
     # The latest step before the kill at which a checkpoint was due: every so many, and after each epoch's validation.
     first = max(step for step in range(kill_at + 1) if step % every == 0 or step % STEPS == 0)
     assert resumed.rows == {step: rows for step, rows in whole.rows.items() if step >= first}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_a_killed_run_with_a_compiled_loss_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reference = fit(store, tmp_path_factory.mktemp("whole"), Recorder(), compile=True)
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(8), compile=True)
+    counters.clear()
+
+    module = fit(store, tmp_path, Recorder(), tmp_path / "last.ckpt", compile=True)
+
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
     for name, value in reference.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
 

@@ -107,7 +107,11 @@ class FeatureScaler(nn.Module):
         return tokens.float() * self.std + self.mean
 
     def _check(self) -> None:
-        self._ready = self._ready or bool(self.is_set)
+        # A compiled step sees a plain Python value here: neither a read of the device nor an assignment, both of which
+        # would break its graph.
+        if self._ready:
+            return
+        self.refresh()
         if not self._ready:
             raise ConfigError(
                 f"{self.name} has no statistics to normalise with. Set them from the feature store before "
