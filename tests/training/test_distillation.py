@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.training.callbacks import Throughput, TrainingProgress
 from theia.training.distillation import Distillation
 from theia.training.losses import cosine_loss, smooth_l1_loss
 
@@ -125,37 +126,75 @@ def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(stor
     )
 
 
-def test_a_step_that_does_not_log_asks_the_device_for_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []  # by step, values handed to the host: each would stall a GPU
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_a_step_that_does_not_log_asks_the_device_for_nothing(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    counts: dict[int, int] = {}  # by step, values handed to the host: each would stall a GPU
+    current: list[int] = []
 
     class Transfers(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            counts[-1] += function is torch.ops.aten._local_scalar_dense.default
+            if function is torch.ops.aten._local_scalar_dense.default:
+                note()
             return function(*args, **(kwargs or {}))
 
+    def note() -> None:
+        if current:
+            counts[current[0]] += 1
+
     class Steps(L.Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            counts.append(0)
-            self.transfers = Transfers().__enter__()
+        """Counts from the start of a step to the start of the next: Lightning reads values after all callbacks."""
 
-        def on_train_batch_end(self, *args: Any) -> None:
-            self.transfers.__exit__(None, None, None)
+        def __init__(self) -> None:
+            self.transfers: Any = None
 
-    to_list = torch.Tensor.tolist
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            self.stop()
+            current.append(trainer.global_step)
+            counts[trainer.global_step] = 0
+            self.transfers = Transfers()
+            self.transfers.__enter__()
 
-    def counted(tensor: torch.Tensor) -> Any:
-        counts[-1] += 1
-        return to_list(tensor)
+        def stop(self) -> None:
+            if current:
+                current.clear()
+                self.transfers.__exit__(None, None, None)
 
-    monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    data = FeatureData(str(store), batch_size=16, workers=0)
-    # AdamW of the CPU asks for its own step counts; the GPU's does not.
-    model = Distillation(data.teacher_shapes, **SMALL)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    model.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
-    trainer(max_epochs=1, limit_val_batches=0, log_every_n_steps=3, callbacks=[Steps()]).fit(model, data)
+        def on_train_epoch_end(self, *args: Any) -> None:
+            self.stop()
 
-    assert [count > 0 for count in counts] == [False, False, True, False, False]
+    for name in ("tolist", "cpu", "numpy"):
+        plain = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *args: Any, plain: Any = plain, **options: Any) -> Any:
+            note()
+            return plain(tensor, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def run(epochs: int, resume: Path | None = None) -> L.Trainer:
+        data = FeatureData(str(store), batch_size=16, workers=0)
+        # AdamW of the CPU asks for its own step counts; the GPU's does not.
+        model = Distillation(data.teacher_shapes, **SMALL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+        whole = L.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, max_epochs=epochs,
+            limit_val_batches=0, log_every_n_steps=3, callbacks=[Steps(), Throughput(), TrainingProgress()],
+        )  # fmt: skip
+        whole.fit(model, data, ckpt_path=resume)
+        return whole
+
+    first = run(1 if resumed else 3)
+    if resumed:
+        first.save_checkpoint(tmp_path / "run.ckpt")
+        counts.clear()
+        run(3, tmp_path / "run.ckpt")
+
+    steps = range(5 if resumed else 0, 15)
+    logged = {2, 5, 8, 11, 14}
+    assert {step: count > 0 for step, count in counts.items()} == {step: step in logged for step in steps}
 
 
 def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from theia.training.distillation import Distillation
+from theia.training.distillation import Distillation, shows_logged
 from theia.types import FeatureBatch
 from theia.utils.files import replacing
 from theia.utils.pictures import ColourBasis, board, colour_basis, is_constant, norm_map, pca_colours
@@ -39,8 +39,9 @@ class Throughput(L.Callback):
             return
         seconds = now - self._since
         minutes_left = (trainer.estimated_stepping_batches - step) * seconds / (step - self._first_step) / 60
-        pl_module.log("train/images_per_s", self._images / seconds, prog_bar=True, rank_zero_only=True)
-        pl_module.log("minutes_left", minutes_left, prog_bar=True, logger=False, rank_zero_only=True)
+        shown = shows_logged(trainer)
+        pl_module.log("train/images_per_s", self._images / seconds, prog_bar=shown, rank_zero_only=True)
+        pl_module.log("minutes_left", minutes_left, prog_bar=shown, logger=False, rank_zero_only=True)
         self._images, self._first_step, self._since = 0, step, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,6 +54,8 @@ class TrainingProgress(ProgressBar):
 
     Lightning's own shows nothing in a log file before the end of the training, and is wider than a usual terminal.
     """
+
+    reads_on_logged_steps = True
 
     def __init__(self) -> None:
         super().__init__()

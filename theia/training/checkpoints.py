@@ -135,6 +135,9 @@ class Checkpoints(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._note)  # Lightning restores the earlier handlers
+            # Lightning would ask all processes in every step whether its own handler has seen SIGTERM, and wait for the
+            # device to hear the answer. That handler is not in place, and _stops asks on the steps that log.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody  # type: ignore[method-assign]
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Saves a checkpoint after an optimisation step if one is due, and stops if a signal asked for it."""
@@ -255,6 +258,10 @@ def _check_accumulation(trainer: L.Trainer) -> None:
         f"Validations every {interval} batches would come in the midst of steps of {summed} batches "
         f"(trainer.accumulate_grad_batches). Set trainer.val_check_interval to a multiple of {summed}."
     )
+
+
+def _ask_nobody() -> None:
+    """Stands in for a question to all processes."""
 
 
 @rank_zero_only

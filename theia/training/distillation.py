@@ -28,6 +28,16 @@ def weights_name(weights: str) -> str:
     return weights if weights in ("scratch", "pretrained") else Path(weights).name
 
 
+def shows_logged(trainer: L.Trainer) -> bool:
+    """Whether values that are logged for a progress bar are shown by one.
+
+    Lightning reads such values from the device after every step. The project's own bar reads logged values on the steps
+    that log, when the host waits for the device anyway.
+    """
+    bar = trainer.progress_bar_callback
+    return bar is not None and not getattr(bar, "reads_on_logged_steps", False)
+
+
 class _FeatureData(Protocol):
     """The part of the trainer's datamodule that this module uses."""
 
@@ -138,7 +148,7 @@ class Distillation(L.LightningModule):
         total = losses.weighted_mean(by_teacher, self.loss_weights)
         if self.logs:
             self._stop_if_bad()
-            self.log("train/loss", total, prog_bar=True, sync_dist=True)
+            self.log("train/loss", total, prog_bar=shows_logged(self.trainer), sync_dist=True)
             rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
             self.log("train/learning_rate", rate, rank_zero_only=True)
         return total
