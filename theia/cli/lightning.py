@@ -32,7 +32,7 @@ from theia.cli.run_folder import (
     run_of,
 )
 from theia.cli.signals import until_signalled
-from theia.cli.trainer import check_left, check_processes, check_trainer
+from theia.cli.trainer import check_left, check_processes, check_trainer, set_up_processes
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import ConfigError
@@ -230,6 +230,7 @@ class TheiaCLI(LightningCLI):
                 "over all processes."
             )
         if self.subcommand == "fit":
+            set_up_processes(self.trainer, self.model)
             self.datamodule.check_training(self.trainer.world_size)
         if self.loaded:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))

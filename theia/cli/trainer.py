@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.modules.batchnorm import _NormBase
 
 from theia.errors import ConfigError
 from theia.utils.arguments import check_number
+from theia.utils.device import core_count
 
 # Smallest allowed values of Lightning's numbers, which it does not check, or refuses only deep in its own code.
 _LEAST = {
@@ -99,3 +102,29 @@ def check_processes(trainer: Trainer) -> None:
             f"The launcher started {launched} processes, but the trainer expects {trainer.world_size}. Set "
             "trainer.devices to the processes per node and trainer.num_nodes to the nodes."
         )
+
+
+def set_up_processes(trainer: Trainer, model: LightningModule) -> None:
+    """Sets how several processes train together; what was given with a strategy of one's own stays as it is.
+
+    Gradients become views of the buckets in which processes sum them, which saves a copy of them. Buffers are sent
+    around before every step only if training changes them, as batch norms do: statistics of features never change. And
+    all processes of a node together start as many compiler processes as the node has cores. The graph is not declared
+    static: that gains nothing where every parameter is used, and does not go together with a compiled step
+    (https://github.com/pytorch/pytorch/issues/93672).
+
+    Args:
+        trainer: Trainer that is to train the model.
+        model: Model that is to be trained.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    changed = any(isinstance(part, _NormBase) and part.track_running_stats for part in model.modules())
+    # The strategy cannot be built with these options, as it is there before the model.
+    strategy._ddp_kwargs = {"broadcast_buffers": changed, "gradient_as_bucket_view": True, **strategy._ddp_kwargs}
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        import torch._inductor.config as inductor
+
+        share = core_count() // trainer.num_devices
+        inductor.compile_threads = max(1, min(inductor.compile_threads or 1, share))
