@@ -245,6 +245,27 @@ def test_the_trainers_own_options_work(store: Path, tmp_path: Path, option: str)
     assert main(["fit", *options(store, tmp_path / "run", "--trainer.max_epochs=1", *option.split())]) == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "measures"),
+    [
+        ("--trainer.precision=32-true", True),
+        ("--trainer.benchmark=false", False),
+        ("--trainer.deterministic=true", False),
+    ],
+)
+def test_training_has_cudnn_measure_its_convolutions_unless_told_otherwise(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, measures: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    try:
+        assert main(["fit", *options(store, tmp_path / "run", "--trainer.fast_dev_run=1", option)]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert torch.backends.cudnn.benchmark == measures
+
+
 @pytest.mark.parametrize("bar", ["none", "own"])
 def test_no_progress_or_another_bar_can_be_asked_for(
     bar: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

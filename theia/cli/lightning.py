@@ -257,6 +257,8 @@ class TheiaCLI(LightningCLI):
         if self.subcommand == "fit":
             run = self.run_folder
             callbacks = [Throughput(), FeaturePictures()]
+            if trainer.benchmark is None and not trainer.deterministic:
+                kwargs["benchmark"] = True  # all batches have one size, so cuDNN measures each convolution once
             if trainer.logger is None or trainer.logger is True:
                 # Where 'last' found no checkpoint, rows of a run that was killed before its first one may lie there.
                 step = 0 if self.asked == "last" else None

@@ -101,13 +101,13 @@ class Distillation(L.LightningModule):
             {name: SampleMean(self.feature_loss) for name in teachers}, compute_groups=False
         )
         self.norm_entropy = NormEntropy()
-        self._first_bad_step: dict[str, Tensor] = {}
+        self._first_bad_step: Tensor | None = None  # (T,), int64, by teacher
         self._prepared = False
         self.objective = Objective(self.distiller, self.feature_loss)
 
     def on_fit_start(self) -> None:
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
-        self._first_bad_step = {}
+        self._first_bad_step = None
         self._prepare()
         wanted = self.hparams["compile"]
         if self.device.type == "cuda" if wanted is None else wanted:
@@ -243,22 +243,20 @@ class Distillation(L.LightningModule):
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.
-        for name, loss in by_teacher.items():
-            first = self._first_bad_step.get(name)
-            if first is None:
-                first = torch.full((), _NEVER, dtype=torch.int64, device=loss.device)
-            bad = ~torch.isfinite(loss.detach()) & (first == _NEVER)
-            self._first_bad_step[name] = torch.where(bad, self.global_step, first)
+        bad = ~torch.isfinite(torch.stack(list(by_teacher.values())).detach())
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
+        first = bad & (self._first_bad_step == _NEVER)
+        self._first_bad_step = torch.where(first, self.global_step, self._first_bad_step)
 
     def _stop_if_bad(self) -> None:
-        if not self._first_bad_step:
+        if self._first_bad_step is None:
             return
         # Over all processes, because one that stopped alone would leave the others waiting.
-        steps = torch.stack(list(self._first_bad_step.values()))
-        first = self.trainer.strategy.reduce(steps, reduce_op="min").tolist()
+        first = self.trainer.strategy.reduce(self._first_bad_step.clone(), reduce_op="min").tolist()
         step = min(first)
         if step < _NEVER:
-            names = ", ".join(repr(name) for name, at in zip(self._first_bad_step, first, strict=True) if at == step)
+            names = ", ".join(repr(name) for name, at in zip(self.distiller.teachers, first, strict=True) if at == step)
             raise DivergenceError(
                 f"The loss of teacher {names} is not finite since step {step}. The last checkpoint is from before it. "
                 "Lower model.learning_rate or check the features with 'theia store verify'."
