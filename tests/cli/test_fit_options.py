@@ -128,7 +128,8 @@ OTHER: dict[str, Any] = {
     "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
     "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
-    "model.decay_rule": "authors", "model.warmup": 0.5, "model.compile": False, "data.teachers": ["alpha"],
+    "model.decay_rule": "authors", "model.warmup": 0.5, "model.compile": True, "model.cuda_graphs": True,
+    "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2,
 }  # fmt: skip
@@ -163,7 +164,7 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     free = [f"--{name}={value}" for name, value in OTHER.items() if OPTIONS[name].resumed == "free"]
-    assert len(free) == 2
+    assert len(free) == 3
 
     again = ["fit", f"--config={config}", f"--run_folder={copy}", "--ckpt_path=last"]
     same = ["--trainer.limit_train_batches=1.0", "--trainer.precision=32-true"]  # where nothing is given

@@ -16,13 +16,13 @@ from theia.training.losses import Objective, mse_loss
 TEACHERS = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
 
 
-def fit(store: Path, **options: Any) -> dict[str, torch.Tensor]:
+def fit(store: Path, accelerator: str = "cpu", accumulate: int = 1, **options: Any) -> dict[str, torch.Tensor]:
     L.seed_everything(0)
     data = FeatureData(str(store), batch_size=16, workers=0)
     model = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-3, **options)
     trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, max_epochs=2,
+        accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=2, accumulate_grad_batches=accumulate,
     )  # fmt: skip
     trainer.fit(model, data)
     return model.state_dict()
@@ -37,6 +37,27 @@ def test_compiled_training_ends_with_the_weights_of_plain_training(store: Path, 
         torch.testing.assert_close(
             compiled[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
         )
+
+
+@pytest.mark.parametrize("options", [{"compile": False}, {"compile": True, "accumulate": 2}], ids=["plain", "summed"])
+def test_graphs_are_refused_where_they_cannot_be(store: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs needs a compiled step"):
+        fit(store, cuda_graphs=True, **options)
+
+
+def test_graphs_do_not_change_what_a_cpu_learns(store: Path) -> None:
+    without, graphs = (fit(store, compile=True, cuda_graphs=on) for on in (False, True))
+
+    for name, value in without.items():
+        assert torch.equal(graphs[name], value), name
+
+
+@pytest.mark.gpu
+def test_graphs_do_not_change_what_a_gpu_learns(store: Path) -> None:
+    without, graphs = (fit(store, accelerator="gpu", compile=True, cuda_graphs=on) for on in (False, True))
+
+    for name, value in without.items():
+        torch.testing.assert_close(graphs[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=name: f"{at}: {text}")
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

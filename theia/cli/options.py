@@ -42,7 +42,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
-    **_table(_FIT, "free", "model.", "compile"),
+    **_table(_FIT, "free", "model.", "compile cuda_graphs"),
     # Options of the samples and their order. A store may have moved: its images and features are compared, not its
     # path. Options of another data class are all applied: that class checks for itself whether a run can go on
     # (check_state).

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from theia.errors import DivergenceError, WeightsError
+from theia.errors import ConfigError, DivergenceError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.training import losses
@@ -63,6 +63,8 @@ class Distillation(L.LightningModule):
         warmup: Share of all steps over which the learning rate rises linearly from 1 % to its full value.
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
+        cuda_graphs: Whether a GPU replays the compiled step as CUDA graphs, which spares the host most of its work.
+            Experimental: it has not been run on a GPU yet.
         options: Options of the student and its translators, as :class:`~theia.models.architecture.Architecture` names
             them.
     """
@@ -78,6 +80,7 @@ class Distillation(L.LightningModule):
         decay_rule: DecayRule = "matrices",
         warmup: float = 0.1,
         compile: bool | None = None,
+        cuda_graphs: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -109,9 +112,14 @@ class Distillation(L.LightningModule):
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
         self._first_bad_step = None
         self._prepare()
-        wanted = self.hparams["compile"]
+        wanted, graphs = self.hparams["compile"], self.hparams["cuda_graphs"]
+        if graphs and (wanted is False or self.trainer.accumulate_grad_batches > 1):
+            raise ConfigError(
+                "model.cuda_graphs needs a compiled step whose gradients last for one batch. Leave it out, or "
+                "leave out model.compile: false and trainer.accumulate_grad_batches."
+            )
         if self.device.type == "cuda" if wanted is None else wanted:
-            self.objective.compile(self.device)
+            self.objective.compile(self.device, graphs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that weights and statistics come from the checkpoint, and renames entries of earlier versions."""

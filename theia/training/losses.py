@@ -196,24 +196,29 @@ class Objective:
         self.loss = loss
         self._translate: Callable[..., Any] = distiller
         self._compare: Callable[..., dict[str, Tensor]] = self._losses
+        self._graphs = False
 
-    def compile(self, device: torch.device) -> None:
+    def compile(self, device: torch.device, graphs: bool = False) -> None:
         """Has the first batch compile what gains speed from it: everything on a GPU, only the loss on a CPU.
 
         All batches should have one size, because each new size is compiled again.
 
         Args:
             device: Device of the batches.
+            graphs: Whether a GPU replays forward and backward pass as CUDA graphs, which spares the host the launch of
+                each kernel. The results of a call, gradients included, then last until the next call only.
 
         Raises:
             ConfigError: If torch.compile does not work here; the message says what is missing.
         """
         _check_compiler(device)
+        self._graphs = graphs
+        mode = "reduce-overhead" if graphs else None
         # One pass over the raw features, which never stores them normalised.
-        self._compare = torch.compile(self._losses, dynamic=False)
+        self._compare = torch.compile(self._losses, dynamic=False, mode=mode)
         # On a CPU nearly all of the rest is matrix products, which do not get faster when compiled.
         if device.type == "cuda":
-            self._translate = torch.compile(self.distiller.forward, dynamic=False)
+            self._translate = torch.compile(self.distiller.forward, dynamic=False, mode=mode)
 
     def __call__(self, batch: FeatureBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes losses and translations of a batch.
@@ -222,6 +227,8 @@ class Objective:
             The loss of each teacher by name, a scalar (if its CLS token is distilled, the mean of the patch and the CLS
             loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher name.
         """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         _, predictions, cls_predictions = self._translate(batch.images)
         return self.compare(predictions, cls_predictions, batch), predictions
 
