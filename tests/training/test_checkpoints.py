@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from theia.errors import ConfigError, FileError
+from theia.training import checkpoints
 from theia.training.checkpoints import Checkpoints, DurableCheckpoints, StopRequested, lowest_loss
 from theia.training.records import MetricsCSV
 
@@ -44,15 +47,24 @@ class Scripted(L.LightningModule):
 LOSSES = {1: 2.06, 2: 1.81, 3: 1.68, 4: 1.11, 5: 1.0045, 6: 1.0746, 7: 1.01, 8: 1.0}
 
 
-def fit(run: Path, epochs: int, *more: L.Callback, resume: str | None = "last", every: int = 1, rows: int = 1) -> None:
+def fit(
+    run: Path,
+    epochs: int,
+    *more: L.Callback,
+    resume: str | None = "last",
+    every: int = 1,
+    rows: int = 1,
+    minutes: float = math.inf,
+    io: type[DurableCheckpoints] = DurableCheckpoints,
+) -> None:
     """Trains, from a checkpoint of the run, or of anywhere if ``resume`` is a path, if there is one."""
     last = run / "checkpoints" / f"{resume}.ckpt"
     steps = torch.load(last, weights_only=True)["global_step"] if last.exists() else None
     data = DataLoader(TensorDataset(torch.ones(rows, 1)))
     L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=MetricsCSV(run, steps), log_every_n_steps=1,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, plugins=[DurableCheckpoints()],
-        callbacks=[*more, Checkpoints(run / "checkpoints", every)], default_root_dir=run,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, plugins=[io()],
+        callbacks=[*more, Checkpoints(run / "checkpoints", every, every_minutes=minutes)], default_root_dir=run,
     ).fit(Scripted(LOSSES), data, data, ckpt_path=last if last.exists() else None, weights_only=True)  # fmt: skip
 
 
@@ -327,3 +339,94 @@ def test_a_ctrl_c_while_a_checkpoint_is_written_stays_one(tmp_path: Path, monkey
 
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class Slow(DurableCheckpoints):
+    """Writes a checkpoint only when training has gone on for two steps, and notes what it writes."""
+
+    written: ClassVar[list[tuple[int, float]]] = []
+    at_once: ClassVar[list[int]] = []
+    taken: ClassVar[list[int]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.at_once.append(1)
+        assert len(self.at_once) == 1
+        step = checkpoint["global_step"]
+        deadline = time.monotonic() + 20
+        while len(self.taken) < min(step + 2, 8) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        super().save_checkpoint(checkpoint, path)
+        self.written.append((step, float(checkpoint["state_dict"]["layer.bias"])))
+        self.at_once.pop()
+
+
+class Taken(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        Slow.taken.append(trainer.global_step)
+
+
+def test_training_goes_on_while_one_checkpoint_is_written_as_it_was(tmp_path: Path) -> None:
+    for noted in (Slow.written, Slow.taken):
+        noted.clear()
+
+    fit(tmp_path, 1, Taken(), every=3, rows=8, io=Slow)
+
+    # Each step lowers the bias by 0.1. The last checkpoint is that of the validation.
+    steps = [step for step, _ in Slow.written]
+    assert steps == [3, 6, 8]
+    first = Slow.written[0][1] + 0.3
+    assert [bias for _, bias in Slow.written] == pytest.approx([first - 0.1 * step for step in steps])
+    assert best_step(tmp_path) == 8
+
+
+class FullDisk(DurableCheckpoints):
+    """Has no room from the second step on."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if checkpoint["global_step"] > 1:
+            raise FileError(f"Disk full at step {checkpoint['global_step']}")
+        super().save_checkpoint(checkpoint, path)
+
+
+@pytest.mark.parametrize("rows", [2, 8], ids=["at the end", "in a step"])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_one_before_stays(tmp_path: Path, rows: int) -> None:
+    with pytest.raises(FileError, match="Disk full at step 2"):
+        fit(tmp_path, 1, rows=rows, io=FullDisk)
+
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_an_error_of_the_training_does_not_hide_that_of_a_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+            trainer.callbacks[-1].on_train_batch_end(trainer)  # begins to write
+            if index == 1:
+                raise ConfigError("this ends the training")
+
+    with pytest.raises(ConfigError, match="this ends the training"):
+        fit(tmp_path, 1, Breaks(), rows=8, io=FullDisk)
+
+    assert "not written either: Disk full at step 2" in caplog.text
+
+
+def test_a_checkpoint_is_written_after_some_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    class Noted(DurableCheckpoints):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            steps.append(checkpoint["global_step"])
+            super().save_checkpoint(checkpoint, path)
+
+    class Hours(L.Callback):
+        """A minute passes with every step."""
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            clock[0] += 60
+
+    clock = [0.0]
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    fit(tmp_path, 1, Hours(), every=1000, minutes=3, rows=8, io=Noted)
+
+    assert steps == [3, 6, 8]

@@ -105,7 +105,12 @@ class TheiaCLI(LightningCLI):
         )  # fmt: skip
         parser.add_argument(
             "--checkpoint_every", type=int, default=1000,
-            help="Optimisation steps between two writes of last.ckpt: the most that a killed run loses.",
+            help="Optimisation steps between two writes of last.ckpt: with those that a write takes, the most that a "
+            "killed run loses.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--checkpoint_minutes", type=float, default=10.0,
+            help="Minutes after which last.ckpt is written even if fewer steps were taken.",
         )  # fmt: skip
         parser.add_argument(
             "--compare_untrained", type=bool, default=True,
@@ -265,7 +270,8 @@ class TheiaCLI(LightningCLI):
                 step = self.loaded["global_step"] if self.loaded else step
                 kwargs["logger"] = [Events(run, step), MetricsCSV(run, step)]
             if trainer.enable_checkpointing is not False and not trainer.fast_dev_run:
-                callbacks.append(Checkpoints(checkpoints(run), options.checkpoint_every, self.state))
+                every, minutes = options.checkpoint_every, options.checkpoint_minutes
+                callbacks.append(Checkpoints(checkpoints(run), every, self.state, minutes))
         else:
             kwargs["logger"] = False
         if trainer.enable_model_summary is None:  # its table names the parts of the module, not those of the student

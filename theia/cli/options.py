@@ -62,7 +62,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_TEST, "free", "trainer.", "limit_test_batches"),
     **_table(_ALL, "same", "", "seed_everything"),
     # What is shown, written and measured besides.
-    **_table(_FIT, "free", "", "checkpoint_every"),
+    **_table(_FIT, "free", "", "checkpoint_every checkpoint_minutes"),
     **_table(_FIT, "free", "trainer.", "logger log_every_n_steps enable_checkpointing num_sanity_val_steps"),
     **_table(_FIT, "free", "trainer.", "enable_model_summary enable_autolog_hparams detect_anomaly"),
     **_table(_FIT, "free", "trainer.", "reload_dataloaders_every_n_epochs"),

@@ -39,6 +39,7 @@ def check_trainer(options: Namespace) -> None:
         ConfigError: If an option is refused. The message names it.
     """
     check_number("checkpoint_every", options.checkpoint_every, 1)
+    check_number("checkpoint_minutes", options.checkpoint_minutes, 0, above=True)
     check_number("scorer_images", options.scorer_images, 1)
     check_number("seed_everything", options.seed_everything, 0, _LARGEST_SEED)
     trainer = options.trainer

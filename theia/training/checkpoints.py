@@ -1,5 +1,6 @@
 """Writes the checkpoints of a run, ``last.ckpt`` to resume from and ``best.ckpt``; a kill never damages them.
 
+Training goes on while a checkpoint is written: that happens in a thread, from a snapshot, and one at a time.
 ``last.ckpt`` is written first and ``best.ckpt`` is then a copy of it. Each holds its own held-out loss, so that no file
 repeats what another file may contradict. None holds a path, so a run folder may be moved or copied.
 """
@@ -11,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from theia.errors import CheckpointError, ConfigError
 from theia.models.checkpoint import read_checkpoint
+from theia.training.background import Background, LaterCheckpoints
 from theia.training.records import RESUME, MetricsCSV, Rows
 from theia.utils.files import replacing
 
@@ -84,7 +88,7 @@ class DurableCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` every few steps, after each validation, at the end, and when a signal asks to stop.
+    """Writes ``last.ckpt`` every few steps and minutes, after a validation, at the end, and when a signal asks to stop.
 
     If a validation is due at the same step, the checkpoint is written after the validation, because Lightning does not
     repeat a validation that was killed. After a validation with the lowest loss so far, the checkpoint is also copied
@@ -94,19 +98,33 @@ class Checkpoints(Checkpoint):
     signals by which a scheduler announces the end of a job. A second Ctrl-C ends the run at once. After SIGUSR1 a SLURM
     job is put back into the queue.
 
+    The end of the training, however it comes, waits for the checkpoint that is being written. If one could not be
+    written, the next step raises the error.
+
     Args:
         folder: Folder of the run's checkpoints.
-        every_n_steps: Optimisation steps between two checkpoints, which is the most that a killed run loses.
+        every_n_steps: Optimisation steps between two checkpoints, which with those that a write takes is the most that
+            a killed run loses.
         state: Further plain values to keep in every checkpoint, by name.
+        every_minutes: Minutes after which a checkpoint is due even if fewer steps were taken. Several processes look at
+            the clock on the steps that log.
     """
 
-    def __init__(self, folder: str | Path, every_n_steps: int, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_steps: int,
+        state: Mapping[str, Any] | None = None,
+        every_minutes: float = math.inf,
+    ) -> None:
         self.last, self.best = Path(folder) / LAST, Path(folder) / BEST
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
+        self._background = Background()
         self._state = dict(state or {})
         self._loss: float | None = None  # held-out loss of the current weights, once they are validated
         self._lowest = math.inf
         self._step = self._saved_step = 0
+        self._saved_at = time.monotonic()
         self._signal: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,35 +139,38 @@ class Checkpoints(Checkpoint):
         """Notes the step at which the run begins and the lowest loss so far, and starts to handle signals."""
         _check_accumulation(trainer)
         self._step = self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
         source = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         own = source is not None and source.resolve().parent == self.last.parent.resolve()
         if trainer.is_global_zero:
             self._lowest = lowest_loss(self.best, trainer.global_step)
             # The run may have been killed between writing last.ckpt and best.ckpt.
-            if source is not None and own:
-                self._keep_if_best(source)
+            if source is not None and own and self._is_lowest():
+                self._keep(source)
         if source is not None and not own:
             # A branch of another run: killed before its next checkpoint, it resumes from here and not from scratch.
             self._loss = None  # the old value is from a validation of the other run
             self._save(trainer)
+            self._background.wait()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._note)  # Lightning restores the earlier handlers
             # Lightning would ask all processes in every step whether its own handler has seen SIGTERM, and wait for the
             # device to hear the answer. That handler is not in place, and _stops asks on the steps that log.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody  # type: ignore[method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Saves a checkpoint after an optimisation step if one is due, and stops if a signal asked for it."""
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step, self._loss = trainer.global_step, None
+        self._background.check()
         fetcher = trainer.fit_loop._data_fetcher
         # Lightning has no public way to ask whether a validation is due.
         if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
             return
         stops = self._stops(trainer)
-        if stops or trainer.global_step % self.every_n_steps == 0:
+        if stops or trainer.global_step % self.every_n_steps == 0 or self._is_time(trainer):
             # Writes the row of this step before the checkpoint; Lightning would write it afterwards. Loggers that a
             # user adds would write the row twice.
             if all(isinstance(records, Rows) for records in trainer.loggers):
@@ -164,31 +185,54 @@ class Checkpoints(Checkpoint):
             return
         loss = trainer.callback_metrics.get(MONITORED)
         self._loss = None if loss is None else float(loss)
-        self._save(trainer)
-        if trainer.is_global_zero:
-            self._keep_if_best(self.last)
+        self._save(trainer, best=trainer.is_global_zero and self._is_lowest())
         if self._stops(trainer, now=True):
             self._stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the last checkpoint of the training, if the last step has none yet."""
+        """Saves the last checkpoint of the training, if the last step has none yet, and waits until it is written."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+        self._background.wait()
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Waits for the checkpoint that is being written. The error that ends the run stays the one that is raised."""
+        try:
+            self._background.wait()
+        except Exception as error:
+            logger.error("The last checkpoint was not written either: %s", error)
+
+    def _save(self, trainer: L.Trainer, best: bool = False) -> None:
         for records in trainer.loggers:
             records.save()
             if isinstance(records, MetricsCSV):
                 records.sync()
-        trainer.save_checkpoint(self.last, weights_only=False)
-        self._saved_step = trainer.global_step
+        strategy = trainer.strategy
+        direct = strategy.checkpoint_io
+        strategy.checkpoint_io = LaterCheckpoints(
+            self._background, direct.save_checkpoint, partial(self._keep, self.last) if best else _nothing
+        )
+        try:
+            trainer.save_checkpoint(self.last, weights_only=False)
+        finally:
+            strategy.checkpoint_io = direct
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
-    def _keep_if_best(self, checkpoint: Path) -> None:
+    def _is_time(self, trainer: L.Trainer) -> bool:
+        """Whether so much time has passed that a checkpoint is due."""
+        due = time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        return self._any_process(trainer, due)
+
+    def _is_lowest(self) -> bool:
+        """Whether the held-out loss of the current weights is the lowest so far; from then on, it is."""
         if self._loss is None or not self._loss < self._lowest:
-            return
+            return False
+        self._lowest = self._loss
+        return True
+
+    def _keep(self, checkpoint: Path) -> None:
         with replacing(self.best, again=RESUME) as temporary:
             shutil.copyfile(checkpoint, temporary)
-        self._lowest = self._loss
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
@@ -199,15 +243,19 @@ class Checkpoints(Checkpoint):
 
     def _stops(self, trainer: L.Trainer, now: bool = False) -> bool:
         """Whether any process was asked to stop."""
-        asked = self._signal is not None
+        return self._any_process(trainer, self._signal is not None, now)
+
+    def _any_process(self, trainer: L.Trainer, says: bool, now: bool = False) -> bool:
+        """Whether one of the processes says yes."""
         if trainer.world_size == 1:
-            return asked
+            return says
         # Several processes agree on the steps that log, when they wait for the device anyway.
         if not now and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
-        return trainer.strategy.reduce_boolean_decision(asked, all=False)
+        return trainer.strategy.reduce_boolean_decision(says, all=False)
 
     def _stop(self, trainer: L.Trainer) -> None:
+        self._background.wait()
         if trainer.strategy.reduce_boolean_decision(self._signal == signal.SIGUSR1, all=False):
             requeue()
         trainer.strategy.barrier()
@@ -260,8 +308,8 @@ def _check_accumulation(trainer: L.Trainer) -> None:
     )
 
 
-def _ask_nobody() -> None:
-    """Stands in for a question to all processes."""
+def _nothing() -> None:
+    """Stands in for what is not to be done."""
 
 
 @rank_zero_only
