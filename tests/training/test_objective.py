@@ -75,6 +75,23 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
         )
 
 
+def test_held_out_batches_are_compiled_if_the_step_is_but_for_a_smaller_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    distiller = Distiller(Student(StudentOptions(image_size=32, width=16, depth=1, heads=2)), TEACHERS)
+    objective = Objective(distiller, mse_loss)
+    compiled = []
+    monkeypatch.setattr(objective, "_translate", lambda images: compiled.append(len(images)) or distiller(images))
+    batches = [torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8) for size in (4, 4, 3, 4)]
+
+    translated = [objective.translate(images) for images in batches]
+
+    assert compiled == [4, 4, 4]
+    for images, (tokens, patches, _) in zip(batches, translated, strict=True):
+        assert torch.equal(tokens.patches, distiller(images)[0].patches)
+        assert torch.equal(patches["alpha"], distiller(images)[1]["alpha"])
+
+
 def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
     torch.manual_seed(0)
     distiller = Distiller(Student(StudentOptions(image_size=32, width=16, depth=1, heads=2)), TEACHERS)

@@ -231,7 +231,7 @@ class Distillation(L.LightningModule):
         self.log_dict(terms, sync_dist=True)
 
     def _score(self, batch: FeatureBatch, stage: str) -> None:
-        tokens, predictions, _ = self.distiller(batch.images)
+        tokens, predictions, _ = self.objective.translate(batch.images)
         for name, prediction in predictions.items():
             target = self._target(batch, name)
             self.metrics[stage][name].update(prediction, target)  # type: ignore[index]  # ModuleDict of ModuleDicts

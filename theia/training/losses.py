@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from theia.errors import ConfigError, ShapeError
+from theia.models.backbone import StudentTokens
 from theia.models.distiller import Distiller
 from theia.types import FeatureBatch
 
@@ -197,6 +198,7 @@ class Objective:
         self._translate: Callable[..., Any] = distiller
         self._compare: Callable[..., dict[str, Tensor]] = self._losses
         self._graphs = False
+        self._held_out_size: int | None = None  # images in a full batch of held-out data
 
     def compile(self, device: torch.device, graphs: bool = False) -> None:
         """Has the first batch compile what gains speed from it: everything on a GPU, only the loss on a CPU.
@@ -231,6 +233,22 @@ class Objective:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         _, predictions, cls_predictions = self._translate(batch.images)
         return self.compare(predictions, cls_predictions, batch), predictions
+
+    def translate(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
+        """Student tokens and translations of held-out images, as the distiller gives them.
+
+        If the training step is compiled, so is this, for batches as large as the first: the last, smaller one is not
+        worth another compilation.
+
+        Args:
+            images: RGB images, uint8, shape ``(B, 3, H, W)``.
+        """
+        if self._held_out_size is None:
+            self._held_out_size = len(images)
+        compiled = len(images) == self._held_out_size and not self._graphs
+        translated: tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]
+        translated = (self._translate if compiled else self.distiller)(images)
+        return translated
 
     def compare(
         self, predictions: dict[str, Tensor], cls_predictions: dict[str, Tensor], batch: FeatureBatch
