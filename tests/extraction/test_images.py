@@ -312,14 +312,13 @@ def test_flipped_bytes_in_a_png_are_unreadable():
         (b"", "empty file"),
         (b"just some text", "not a JPEG, PNG"),
         (b"\xff\xd8\xff", "not a JPEG, PNG"),
-        (encode(Image.new("RGB", (4, 4)), "GIF"), "not a JPEG, PNG"),
         (encode(Image.new("RGB", (4, 4)), "EPS"), "not a JPEG, PNG"),
         (png(0, 4, 8, 2, [b""] * 4), "not a JPEG, PNG"),
         (png(20_000, 20_000, 8, 2, [b""]), "DecompressionBomb"),
         (encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "no defined range"),
         (encode(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"), "no defined range"),
     ],
-    ids=["empty", "text", "start of a JPEG", "GIF", "EPS", "no width", "bomb", "float", "32-bit"],
+    ids=["empty", "text", "start of a JPEG", "EPS", "no width", "bomb", "float", "32-bit"],
 )
 def test_unreadable_data_gives_a_reason(data, reason):
     with pytest.raises(UnreadableImageError, match=reason):
@@ -407,3 +406,17 @@ def test_centre_crop_of_a_thin_strip_stays_small(size):
     # Resized as a whole this one would have a billion pixels.
     square = to_square(Image.new("RGB", size, (10, 20, 30)), 224, "center_crop")
     np.testing.assert_array_equal(square.reshape(3, -1).T, np.broadcast_to((10, 20, 30), (224 * 224, 3)))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "JPEG2000"])
+def test_later_formats_are_read(kind):
+    colours = Image.new("RGB", (16, 16), (200, 30, 60))
+    options = {"quality": 100} if kind == "AVIF" else {}
+    assert np.abs(np.asarray(decode(encode(colours, kind, **options)), int) - (200, 30, 60)).max() <= 3
+
+
+def test_a_moving_gif_gives_its_first_frame():
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=[second])
+    assert decode(file.getvalue()).getpixel((3, 3)) == (255, 0, 0)

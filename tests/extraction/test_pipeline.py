@@ -17,8 +17,11 @@ from events import aged
 from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
+from theia.cli.extract import _as_one_word
 from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
+from theia.extraction import sources
 from theia.extraction.pipeline import extract
+from theia.extraction.user_files import EARLY_ENDINGS
 from theia.models.backbone import StudentOptions
 from theia.models.student import Student
 
@@ -359,3 +362,34 @@ def test_weights_that_run_on_the_cpu_unasked_are_named(
 def test_impossible_options_are_refused(config, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**change)
+
+
+def test_a_store_that_was_begun_with_fewer_endings_goes_on_without_the_others(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "images/later.gif").write_bytes((tmp_path / "images/000.png").read_bytes())
+    with monkeypatch.context() as early:
+        early.setattr(sources, "IMAGE_ENDINGS", EARLY_ENDINGS)
+        extract(config())
+    before = keys(tmp_path / "store", "image")
+    assert "later.gif" not in before
+    extract(config())
+    assert "1 images of split 'train' are left out" in caplog.text
+    assert keys(tmp_path / "store", "image") == before
+    # A store of its own has them.
+    extract(config(store=tmp_path / "other"))
+    assert keys(tmp_path / "other", "image") == [*before, "later.gif"]
+
+
+def test_several_places_make_one_split(config, pixels, tmp_path: Path) -> None:
+    write_images(tmp_path / "more", 3)
+    extract(config(images=[str(tmp_path / "images"), f"lab={tmp_path / 'more'}"]))
+    assert keys(tmp_path / "store", "pooled") == [
+        *(f"images/{name}" for name in pixels), *(f"lab/{name}" for name in list(pixels)[:3]),
+    ]  # fmt: skip
+
+
+def test_the_command_takes_several_places_as_words() -> None:
+    argv = ["--images", "a b", "c", "--teachers", "hog"]
+    assert _as_one_word(argv) == ["--images", '["a b", "c"]', "--teachers", "hog"]
+    assert _as_one_word(["--images", "{train: a}", "--every", "2"]) == ["--images", "{train: a}", "--every", "2"]

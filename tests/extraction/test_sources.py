@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from theia.errors import ImageError
+from theia.errors import ConfigError, ImageError
 from theia.extraction.images import UnreadableImageError
 from theia.extraction.sources import open_source
+from theia.extraction.user_files import HAS_HEIF
 
 
 def image_bytes(seed, format="PNG"):
@@ -177,7 +178,7 @@ def test_a_link_to_itself_among_class_folders_is_no_class(tmp_path):
 
 def write_odd(root):
     """Names of every kind that is not read, beside one image."""
-    write(root, "a.jpg", "b.gif", "x/c.GIF", "d.heic", "e.jfif", "f.tar.gz", "._g.jpg", "x/.h.jpg", ".thumbs/i.jpg")
+    write(root, "a.jpg", "b.psd", "x/c.PSD", "d.jxl", "e.pjp", "f.tar.gz", "._g.jpg", "x/.h.jpg", ".thumbs/i.jpg")
     for name in ("a.json", "x/b.json", "README", ".DS_Store"):
         (root / name).touch()
 
@@ -194,15 +195,16 @@ def test_what_is_passed_over_in_a_folder_is_said_once(tmp_path, caplog):
     level, said = passed_over(caplog)
     assert level == "WARNING"
     assert said.startswith(
-        "2 .gif, 1 .heic (not JPEG, PNG, WebP, BMP or TIFF); 1 .jfif (JPEG by another ending: rename to .jpg); "
-        "1 .tar.gz (compressed: decompress first); 2 .json, 1 without ending; 2 hidden, such as "
+        "2 .psd, 1 .jxl (not JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or JPEG 2000); "
+        "1 .pjp (JPEG by another ending: rename to .jpg); 1 .tar.gz (compressed: decompress first); "
+        "2 .json, 1 without ending; 2 hidden, such as "
     )
     assert said.endswith("; 1 hidden folder, such as .thumbs")
 
 
 def test_what_is_passed_over_in_tar_files_is_said_once_for_all(tmp_path, caplog):
     image = image_bytes(0)
-    names = ["./a.jpg", "b.gif", "b.json", "../c.jpg", "x/../../d.jpg", ".x/e.jpg", "x/._f.jpg", "x/.DS_Store", "a.jpg"]
+    names = ["./a.jpg", "b.psd", "b.json", "../c.jpg", "x/../../d.jpg", ".x/e.jpg", "x/._f.jpg", "x/.DS_Store", "a.jpg"]
     for shard in ("0.tar", "1.tar"):
         with tarfile.open(tmp_path / shard, "w") as tar:
             for name in names:
@@ -215,9 +217,9 @@ def test_what_is_passed_over_in_tar_files_is_said_once_for_all(tmp_path, caplog)
         assert open_source(str(tmp_path), "train").ids == ["0.tar/a.jpg", "1.tar/a.jpg"]
     assert passed_over(caplog) == (
         "WARNING",
-        "2 .gif (not JPEG, PNG, WebP, BMP or TIFF); 3 .json; 4 with '..' in the path (pack with tar -C FOLDER), such "
-        "as 0.tar/../c.jpg; 4 hidden, such as 0.tar/.x/e.jpg; 2 replaced by a later member of the same name, such as "
-        "0.tar/a.jpg",
+        "2 .psd (not JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or JPEG 2000); 3 .json; 4 with '..' in the path (pack with "
+        "tar -C FOLDER), such as 0.tar/../c.jpg; 4 hidden, such as 0.tar/.x/e.jpg; 2 replaced by a later member of the "
+        "same name, such as 0.tar/a.jpg",
     )
 
 
@@ -248,7 +250,7 @@ def test_nothing_is_said_where_nothing_is_passed_over(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("a.heic", r"1 \.heic \(not JPEG"), ("a.jfif", r"1 \.jfif .*rename"), (".x.jpg", r"1 hidden, such as .*\.x\.jpg")],
+    [("a.jxl", r"1 \.jxl \(not JPEG"), ("a.pjp", r"1 \.pjp .*rename"), (".x.jpg", r"1 hidden, such as .*\.x\.jpg")],
 )
 def test_where_no_image_is_left_the_error_says_what_there_is(tmp_path, name, said):
     write(tmp_path / "folder", name)
@@ -448,7 +450,9 @@ def test_missing_place(tmp_path):
 
 def test_a_single_image_file_is_refused(tmp_path):
     write(tmp_path, "a.jpg")
-    with pytest.raises(ImageError, match=r"neither a folder nor a \.tar file.*folder that holds it"):
+    with pytest.raises(
+        ImageError, match=r"neither a folder nor a \.tar, \.parquet or \.txt file.*folder that holds it"
+    ):
         open_source(str(tmp_path / "a.jpg"), "train")
 
 
@@ -543,3 +547,81 @@ def test_description_does_not_depend_on_where_the_images_lie(tmp_path, monkeypat
         open_source(place, "train").description for place in (str(tmp_path / "there" / "set"), "../set", ".")
     ]
     assert descriptions == [{"kind": "folder", "name": "set"}] * 3
+
+
+@pytest.mark.skipif(HAS_HEIF, reason="HEIC counts as an image where pillow-heif is installed")
+def test_without_its_package_heic_is_passed_over_with_what_to_install(tmp_path, caplog):
+    write(tmp_path, "a.jpg", "b.heic")
+    with caplog.at_level(logging.INFO, "theia"):
+        assert open_source(str(tmp_path), "train").ids == ["a.jpg"]
+    assert passed_over(caplog) == ("WARNING", "1 .heic (to read them: pip install pillow-heif)")
+
+
+# Lists of paths, and several places
+
+
+def test_a_list_names_images_relative_to_itself(tmp_path):
+    contents = write(tmp_path / "sets", "x/a.png", "y/b.png", "c.png")
+    (tmp_path / "sets/some.txt").write_text("y/b.png\n\nx/a.png\n")
+    source = open_source(str(tmp_path / "sets/some.txt"), "train", labels=True)
+    assert source.ids == ["y/b.png", "x/a.png"]
+    assert source.labels == [1, 0]
+    assert_reads(source, {name: contents[name] for name in source.ids})
+
+
+def test_a_list_with_a_repeated_or_a_missing_image_is_said(tmp_path):
+    write(tmp_path, "a.png")
+    (tmp_path / "twice.txt").write_text("a.png\na.png\n")
+    with pytest.raises(ImageError, match=r"twice\.txt names a\.png twice"):
+        open_source(str(tmp_path / "twice.txt"), "train")
+    (tmp_path / "missing.txt").write_text("gone.png\n")
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        open_source(str(tmp_path / "missing.txt"), "train").read(0)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ImageError, match="UTF-8"):
+        open_source(str(tmp_path / "binary.txt"), "train")
+
+
+def test_several_places_are_joined_under_their_names(tmp_path):
+    first, second = write(tmp_path / "one", "a.png", "b.png"), write(tmp_path / "deep/two", "a.png")
+    source = open_source([str(tmp_path / "one"), f"other={tmp_path / 'deep/two'}", "sample:2"], "train")
+    assert source.ids[:3] == ["one/a.png", "one/b.png", "other/a.png"]
+    assert len(source.ids) == 5
+    source = pickle.loads(pickle.dumps(source))
+    assert same(source.read(1), first["b.png"])
+    assert same(source.read(2), second["a.png"])
+    assert np.array_equal(np.asarray(source.read(4)), np.asarray(open_source("sample:2", "train").read(1)))
+
+
+def test_two_places_of_one_name_need_another(tmp_path):
+    write(tmp_path / "a/train", "x.png")
+    write(tmp_path / "b/train", "x.png")
+    with pytest.raises(ConfigError, match=r"would be called 'train'.*NAME="):
+        open_source([str(tmp_path / "a/train"), str(tmp_path / "b/train")], "train")
+
+
+def test_joined_labels_must_number_classes_alike(tmp_path):
+    write(tmp_path / "one", "cat/a.png", "dog/b.png")
+    write(tmp_path / "two", "dog/a.png", "cat/b.png")
+    source = open_source([str(tmp_path / "one"), str(tmp_path / "two")], "train", labels=True)
+    assert (source.classes, list(source.labels)) == (["cat", "dog"], [0, 1, 0, 1])
+    write(tmp_path / "three", "eel/a.png")
+    with pytest.raises(ImageError, match="one and three number their classes differently"):
+        open_source([str(tmp_path / "one"), str(tmp_path / "three")], "train", labels=True)
+
+
+def test_images_of_one_sample_share_its_label(tmp_path):
+    pack(
+        tmp_path / "a.tar",
+        {
+            "7.left.png": image_bytes(0),
+            "7.right.png": image_bytes(1),
+            "7.cls": b"3",
+            "8.png": image_bytes(2),
+            "8.cls": b"1",
+        },
+    )
+    source = open_source(str(tmp_path / "a.tar"), "train", labels=True)
+    assert list(zip(source.ids, source.labels, strict=True)) == [
+        ("a.tar/7.left.png", 3), ("a.tar/7.right.png", 3), ("a.tar/8.png", 1),
+    ]  # fmt: skip

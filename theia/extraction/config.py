@@ -15,15 +15,19 @@ class ExtractConfig:
     """Images, teachers, and the store for their features.
 
     Attributes:
-        images: Where the images are: a folder, a folder of tar shards, one tar file, or ``sample:COUNT`` for crops of
-            the sample photographs; frames of recordings as ``lerobot:FOLDER``, ``lerobot:FOLDER#CAMERA`` or
-            ``video:FOLDER``. Several splits at once as ``{train: PLACE, val: PLACE}``; of recordings, one place for
-            both: every fifth episode or video is held out of train.
+        images: Where the images are: a folder, a folder of tar or parquet files, one such file, a ``.txt`` file with a
+            path in each line, ``hf:OWNER/NAME`` or ``hf:OWNER/NAME:SPLIT`` for a set on the Hugging Face hub, or
+            ``sample:COUNT`` for crops of the sample photographs; frames of recordings as ``lerobot:FOLDER``,
+            ``lerobot:FOLDER#CAMERA`` or ``video:FOLDER``. Several places, with blanks between them, are joined; sample
+            ids then begin with the last part of the place, or with NAME if it is given as ``NAME=PLACE``. Several
+            splits at once as ``{train: PLACE, val: PLACE}``; of recordings, one place for both: every fifth episode or
+            video is held out of train.
         teachers: Names of teachers, comma-separated or as a list; see ``theia teachers``.
         store: Folder of the feature store. An existing store is continued, or gets the new teachers and splits.
         split: Name of the split if ``images`` is a single place; train by default.
         every: Distance between the frames that are taken of recordings: 1 takes all.
-        labels: Keep class labels, from the first level of sub-folders or from the ``.cls`` members of tar shards.
+        labels: Keep class labels, from the first level of sub-folders, from the ``.cls`` members of tar shards, or from
+            the column ``label`` of parquet files.
         size: Height and width of every stored image, in pixels; a multiple of 16, the patch size of the paper's
             students, or of 14.
         resize: Squash the whole image to a square, or cut out its centre.
@@ -45,7 +49,7 @@ class ExtractConfig:
         teacher_options: Arguments of the teachers' constructors, by teacher.
     """
 
-    images: dict[str, str] | str
+    images: dict[str, list[str] | str] | list[str] | str
     teachers: list[str] | str
     store: Path
     split: str | None = None
@@ -85,7 +89,9 @@ class ExtractConfig:
             raise ConfigError(f"--teachers names {', '.join(repeated)} twice. Name each teacher once.")
         if not self.locations:
             raise ConfigError("--images is empty. Give a place, or one for each split: {train: PLACE, val: PLACE}.")
-        if self.split is not None and not isinstance(self.images, str):
+        if not all(self.locations.values()):
+            raise ConfigError("--images has a split without a place. Give one for each: {train: PLACE, val: PLACE}.")
+        if self.split is not None and isinstance(self.images, dict):
             raise ConfigError("--split is for a single place; --images names its splits itself. Leave out --split.")
         for split in self.locations:
             if not is_split_name(split):
@@ -97,6 +103,6 @@ class ExtractConfig:
         return comma_list(self.teachers)
 
     @property
-    def locations(self) -> dict[str, str]:
-        """Place of the images of each split, by split."""
-        return {self.split or "train": self.images} if isinstance(self.images, str) else self.images
+    def locations(self) -> dict[str, list[str] | str]:
+        """Place or places of the images of each split, by split."""
+        return self.images if isinstance(self.images, dict) else {self.split or "train": self.images}

@@ -1,23 +1,25 @@
 """Decodes image files to RGB pixels, and resizes those to the square that teachers and student see."""
 
+import importlib
 import io
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError, features
 
 from theia.errors import ImageError
-from theia.extraction.user_files import is_fault_of_one_file, open_regular, reason
+from theia.extraction.user_files import FORMATS_SAID, HAS_HEIF, is_fault_of_one_file, open_regular, reason
 from theia.store.schema import Resize
 
 # For the record of an image set.
 RESIZE_FILTER = "bicubic, antialiased (Pillow)"
 
 # The format follows from the content, not from the ending; parsers of other formats never see the data.
-_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP", "GIF", "JPEG2000", *(["AVIF"] if features.check("avif") else []))
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,7 +86,7 @@ def decode(data: bytes) -> Image.Image:
     for a warning, but not too large, is treated like any other.
 
     Args:
-        data: Content of a JPEG, PNG, WebP, BMP or TIFF file.
+        data: Content of a JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or JPEG 2000 file, or of HEIC with pillow-heif.
 
     Returns:
         The image in RGB.
@@ -97,7 +99,7 @@ def decode(data: bytes) -> Image.Image:
         raise UnreadableImageError("empty file")
     _silence_pillow()
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             # Must come before the orientation is read: Pillow rotates a TIFF as it loads, and a PNG may end with EXIF.
             image.load()
             rgb = _to_rgb(image)
@@ -105,11 +107,27 @@ def decode(data: bytes) -> Image.Image:
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImageError("not a JPEG, PNG, WebP, BMP or TIFF image, or its header is damaged") from error
+        raise UnreadableImageError(
+            f"not a {FORMATS_SAID} image, or its header is damaged{_missing_decoder(data)}"
+        ) from error
     except Exception as error:
         # Damaged data makes decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise UnreadableImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
     return rgb if method is None else rgb.transpose(method)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    if not HAS_HEIF:
+        return _FORMATS
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return (*_FORMATS, "HEIF")
+
+
+def _missing_decoder(data: bytes) -> str:
+    if data[4:12] == b"ftypavif" and "AVIF" not in _FORMATS:
+        return "; this Pillow cannot read AVIF: pip install 'pillow>=11.3'"
+    return ""
 
 
 def to_square(image: Image.Image, size: int, resize: Resize) -> npt.NDArray[np.uint8]:

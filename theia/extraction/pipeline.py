@@ -15,12 +15,15 @@ from tabulate import tabulate
 from theia.errors import ConfigError, StoreError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
+from theia.extraction.joined import ChosenSource
 from theia.extraction.precision import choose
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
+from theia.extraction.user_files import EARLY_ENDINGS
 from theia.models.backbone import PATCHES
-from theia.store.schema import IMAGE, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
+from theia.store.manifest import read_manifest
+from theia.store.schema import IMAGE, MANIFEST, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
 from theia.types import Json, Precision, TeacherSpec
@@ -103,7 +106,8 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(
         lambda: {
-            split: open_source(place, split, config.labels, config.every) for split, place in config.locations.items()
+            split: _as_begun(open_source(places, split, config.labels, config.every), split, config)
+            for split, places in config.locations.items()
         }
     )
     image_sets = {split: _image_set(source, config) for split, source in sources.items()}
@@ -189,6 +193,21 @@ def _finish(
         ExtractedSplit(split, image_sets[split].listed, len(writer.skipped()), config.store / split / "skipped.csv")
         for split, writer in writers.items()
     ]
+
+
+def _as_begun(source: ImageSource, split: str, config: ExtractConfig) -> ImageSource:
+    """The images that a split was begun with, if it was begun when fewer endings of files counted as images."""
+    record = read_manifest(config.store).splits.get(split) if (config.store / MANIFEST).exists() else None
+    if record is None or record.images.listed >= len(source.ids):
+        return source
+    early = [place for place, name in enumerate(source.ids) if name.lower().endswith(EARLY_ENDINGS)]
+    if hash_ids([source.ids[place] for place in early]) != record.images.ids_sha256:
+        return source
+    logger.warning(
+        "%d images of split %r are left out: their endings did not count as images when it was begun.",
+        len(source.ids) - len(early), split,
+    )  # fmt: skip
+    return ChosenSource(source, early)
 
 
 def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:

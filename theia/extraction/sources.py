@@ -1,8 +1,9 @@
-"""Where images come from: a folder, tar files (:mod:`theia.extraction.tars`), recordings, or sample photographs."""
+"""Where images come from: a folder, a list, tar or parquet files, the hub, recordings, or sample photographs."""
 
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,15 +14,25 @@ from PIL import Image
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.images import UnreadableImageError, read_image
+from theia.extraction.joined import join
+from theia.extraction.parquet import HUB, PARQUET_ENDING, HubSource, ParquetSource, parquet_of_split
 from theia.extraction.recordings import LEROBOT, VIDEO, open_recordings
 from theia.extraction.tars import TarSource
-from theia.extraction.user_files import COMPRESSED_TAR_ENDINGS, IMAGE_ENDINGS, TAR_ENDING, PassedOver, is_folder
+from theia.extraction.user_files import (
+    COMPRESSED_TAR_ENDINGS,
+    IMAGE_ENDINGS,
+    TAR_ENDING,
+    PassedOver,
+    is_folder,
+    open_regular,
+)
 from theia.types import Json
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = "sample"
 SAMPLE_COUNT = 640
+_LIST_ENDING = ".txt"
 
 
 class ImageSource(Protocol):
@@ -55,16 +66,22 @@ class ImageSource(Protocol):
         """
 
 
-def open_source(location: str, split: str, labels: bool = False, every: int = 1) -> ImageSource:
+def open_source(location: str | Sequence[str], split: str, labels: bool = False, every: int = 1) -> ImageSource:
     """Opens images for extraction.
 
     Args:
-        location: One of
+        location: One or several (see :func:`theia.extraction.joined.join`) of
 
             - a folder of images, at any depth, in sorted order; the id is the path below the folder. With
               ``labels`` the folders right below it are the classes, in sorted order.
             - a ``.tar`` file or a folder of them, uncompressed; the id is ``<tar>/<member>``. With ``labels``
-              the member ``a.cls`` holds the class of ``a.jpg`` as an integer.
+              the member ``a.cls`` holds the class of ``a.jpg`` as an integer, and of ``a.left.jpg``.
+            - a folder of ``.parquet`` files as Hugging Face writes them, or one of them; the id is
+              ``<file>/row-<row>``. Files that are named after splits are chosen by ``split``. With ``labels`` the
+              column ``label`` holds the class.
+            - ``hf:OWNER/NAME`` or ``hf:OWNER/NAME:SPLIT``: a set on the Hugging Face hub.
+            - a ``.txt`` file with the path of an image in each line, relative to that file; the id is the path. With
+              ``labels`` the first folders in the paths are the classes.
             - ``sample`` or ``sample:COUNT``: crops of photographs that come with scikit-image. A folder of that
               name is ``./sample``.
             - ``lerobot:FOLDER`` or ``lerobot:FOLDER#CAMERA``: frames of recorded robot episodes.
@@ -81,8 +98,11 @@ def open_source(location: str, split: str, labels: bool = False, every: int = 1)
         ImageError: If the place does not exist or holds no image, tar files and images are mixed, a tar file is damaged
             or compressed, a name is not valid UTF-8, or labels are asked for and missing.
         TrajectoryError: If recorded episodes cannot be read.
-        ConfigError: If a camera is not there, what reads recordings is not installed, or ``every`` has no use.
+        ConfigError: If a camera is not there, what reads recordings or parquet files is not installed, or ``every`` has
+            no use.
     """
+    if not isinstance(location, str):
+        return join(location, lambda place: open_source(place, split, labels, every))
     kind, colon, place = location.partition(":")
     if colon and kind in (LEROBOT, VIDEO):
         return open_recordings(kind, place, split, labels, every)
@@ -90,20 +110,29 @@ def open_source(location: str, split: str, labels: bool = False, every: int = 1)
         raise ConfigError(f"--every is for recordings ({LEROBOT}: and {VIDEO}:), and {location} is none. Leave it out.")
     if kind == SAMPLE:
         return _open_sample(location, split, labels)
-    root = Path(location)
+    if colon and kind == HUB:
+        return HubSource(place, split, labels)
+    path, _, column = location.partition("#")
+    root = Path(location if Path(location).exists() else path)
     source: ImageSource
     passed_over = PassedOver()
     if is_folder(root, f"Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."):
-        source = _open_folder(root, labels, passed_over)
+        source = _open_folder(root, split, labels, column or None, passed_over)
     elif root.suffix.lower() == TAR_ENDING:
         source = TarSource(root.parent, [root.name], labels, passed_over)
+    elif root.suffix.lower() == PARQUET_ENDING:
+        source = ParquetSource(root.parent, [root.name], column or None, labels)
+    elif root.suffix.lower() == _LIST_ENDING:
+        source = FolderSource(root.parent, _read_list(root), labels)
     else:
-        raise ImageError(f"{root} is neither a folder nor a .tar file. {_compressed_hint([root.name])}")
+        raise ImageError(
+            f"{root} is neither a folder nor a .tar, .parquet or {_LIST_ENDING} file. {_compressed_hint([root.name])}"
+        )
     if not source.ids:
         there = f" There are: {passed_over}." if str(passed_over) else ""
         raise ImageError(
             f"No image in {root}.{there} Names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
-            "for files that hold such; hidden ones do not. A tar file of tar files must be unpacked once."
+            "or .parquet for files that hold such; hidden ones do not. A tar file of tar files must be unpacked once."
         )
     _check_names(source.ids, root)
     if str(passed_over):
@@ -112,21 +141,43 @@ def open_source(location: str, split: str, labels: bool = False, every: int = 1)
     return source
 
 
-def _open_folder(root: Path, labels: bool, passed_over: PassedOver) -> ImageSource:
+def _open_folder(root: Path, split: str, labels: bool, column: str | None, passed_over: PassedOver) -> ImageSource:
     names = list_files(root, passed_over)
     images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
     tars = [name for name in names if name.lower().endswith(TAR_ENDING)]
+    tables = [name for name in names if name.lower().endswith(PARQUET_ENDING)]
     compressed = [name for name in names if name.lower().endswith(COMPRESSED_TAR_ENDINGS)]
     if images and tars:
         raise ImageError(
             f"{root} holds both images ({images[0]}) and tar files ({tars[0]}). Point to a folder with one of the two."
         )
+    if tables and (images or tars):
+        raise ImageError(
+            f"{root} holds both parquet files ({tables[0]}) and others ({(images or tars)[0]}). Point to a folder with "
+            "one of the two."
+        )
     if compressed and not images:
         raise ImageError(f"{root} holds compressed tar files ({compressed[0]}). {_compressed_hint(compressed)}")
     for name in names:
-        if not name.lower().endswith((*IMAGE_ENDINGS, TAR_ENDING)):
+        if not name.lower().endswith((*IMAGE_ENDINGS, TAR_ENDING, PARQUET_ENDING)):
             passed_over.add(name)
+    if tables:
+        return ParquetSource(root, parquet_of_split(tables, split, root), column, labels)
     return TarSource(root, tars, labels, passed_over) if tars else FolderSource(root, images, labels)
+
+
+def _read_list(path: Path) -> list[str]:
+    """Paths in a text file, one in each line, without those that are empty."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"{path} cannot be read as a list of images: {error}. It is text in UTF-8.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None:
+        raise ImageError(f"{path} names {repeated} twice. Every image counts once: remove one of the two lines.")
+    return names
 
 
 def _open_sample(location: str, split: str, labels: bool) -> ImageSource:

@@ -36,7 +36,8 @@ class TarSource:
     Args:
         root: Folder of the archives.
         names: Paths of the archives relative to it; a sample id is ``<archive>/<member>``.
-        labels: Whether to read the class of ``a.jpg`` from the member ``a.cls``, an integer in ASCII.
+        labels: Whether to read the class of ``a.jpg``, or of ``a.left.jpg``, from the member ``a.cls``, an integer in
+            ASCII.
         passed_over: Counter of the members that are not images.
 
     Raises:
@@ -152,8 +153,11 @@ def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Me
         if isinstance(members[image], str):
             labels.append(0)  # placeholder for an image that cannot be read, and so is not stored
             continue
-        name = str(PurePosixPath(image).with_suffix(_LABEL_ENDING))
-        place = members.get(name)
+        # Several images of one sample share a label: a.left.jpg and a.right.jpg have a.cls.
+        base = PurePosixPath(image)
+        name = str(base.with_suffix(_LABEL_ENDING))
+        sample = str(base.with_name(base.name.partition(".")[0] + _LABEL_ENDING))
+        place = members.get(name, members.get(sample))
         if not isinstance(place, _Stretch):
             raise ImageError(
                 f"Labels were asked for, but {path} has no member {name!r} beside {image!r}. "

@@ -1,6 +1,7 @@
 """Rules for users' files: which may be opened, whether an error is the fault of one file, and which are not read."""
 
 import errno
+import importlib.util
 import os
 import stat
 from collections import Counter
@@ -9,8 +10,18 @@ from typing import BinaryIO, Literal
 
 from theia.errors import ImageError
 
+# HEIC is read by a package of its own.
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+_HEIF_ENDINGS = (".heic", ".heif")
+
+# File names that counted as images when the first stores were made, in lower case.
+EARLY_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # File names that count as images, in lower case.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_ENDINGS = (
+    *EARLY_ENDINGS, ".gif", ".avif", ".jfif", ".jif", ".jpe", ".jp2", ".j2k", *(_HEIF_ENDINGS if HAS_HEIF else ()),
+)  # fmt: skip
+
+FORMATS_SAID = "JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or JPEG 2000"
 
 # Errors that are about one file alone: they would be the same on any disk, and will be the same tomorrow. All others
 # (EIO, ESTALE, ETIMEDOUT, EMFILE, ENOMEM, ...) are about the disk, the network or this process: trying again may help,
@@ -112,15 +123,15 @@ def _check_regular(status: os.stat_result) -> None:
 TAR_ENDING = ".tar"
 COMPRESSED_TAR_ENDINGS = (".tgz", ".tbz", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-# Endings that a user may expect to be read as images, and what to say about them. JPEGs with other endings are not read
-# either: ids are made from the list, and stores that were begun without them could not be continued.
+# Endings that a user may expect to be read as images, and what to say about them.
 _EXPLAINED = (
+    (_HEIF_ENDINGS, "to read them: pip install pillow-heif"),
     (
-        (".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".tga", ".psd", ".exr", ".hdr",
-         ".ppm", ".pgm", ".pnm", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
-        "not JPEG, PNG, WebP, BMP or TIFF",
+        (".jxl", ".svg", ".ico", ".tga", ".psd", ".exr", ".hdr", ".ppm", ".pgm", ".pnm", ".raw", ".dng", ".cr2",
+         ".cr3", ".nef", ".arw"),
+        f"not {FORMATS_SAID}",
     ),
-    ((".jfif", ".jif", ".jpe", ".pjpeg", ".pjp"), "JPEG by another ending: rename to .jpg"),
+    ((".pjpeg", ".pjp"), "JPEG by another ending: rename to .jpg"),
     (COMPRESSED_TAR_ENDINGS, "compressed: decompress first"),
 )  # fmt: skip
 _SURPRISING = tuple(ending for endings, _ in _EXPLAINED for ending in endings)
