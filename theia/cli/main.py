@@ -45,10 +45,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "extract": Command("run teachers over images once and store their features", "theia.cli.extract"),
     "store": Command(
-        "say what is in a feature store, or verify every checksum of it",
+        "say what is in a feature store, verify every checksum of it, or copy it to another place and back",
         "theia.cli.store",
-        ("info", "verify"),
-        "Say what is in a feature store, or check that all of it is whole.",
+        ("info", "verify", "push", "pull"),
+        "Say what is in a feature store, check that all of it is whole, or copy it to another place and back.",
         positional=True,
     ),
     "teachers": Command("list the installed teachers", "theia.cli.teachers", ("teachers",)),

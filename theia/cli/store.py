@@ -1,7 +1,8 @@
-"""``theia store``: lists the content of a feature store, and checks that all of it is whole."""
+"""``theia store``: lists the content of a feature store, checks that all of it is whole, and copies it to and fro."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -9,7 +10,12 @@ from tqdm import tqdm
 from theia.store.verify import Problem, SetSummary, describe
 from theia.store.verify import verify as verify_store
 from theia.types import Json
+from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
+from theia.utils.files import check_folder
 from theia.utils.progress import readable_bytes
+
+if TYPE_CHECKING:
+    from theia.store.transfer import Transferred
 
 
 def info(path: Path) -> int:
@@ -60,6 +66,53 @@ def verify(path: Path) -> int:
     found = f"problems: {problems}" if problems else "all whole"
     print(f"{path}: {files} shards, {readable_bytes(total)}, {found}.")
     return 1 if problems else 0
+
+
+def push(path: Path, to: str, workers: int = 8) -> int:
+    """Copy a whole feature store to another place: an object store, another machine, a disk.
+
+    The same command goes on after an interruption.
+
+    Args:
+        path: Folder of the store.
+        to: Place that fsspec opens, such as s3://bucket/stores/imagenet, gs://..., hf://datasets/OWNER/NAME,
+            sftp://host/folder; each kind needs its package, such as s3fs.
+        workers: Number of files that are copied at once.
+    """
+    check_number("workers", workers, 1, MOST_PROCESSES)
+    # Listing a store does not need what opens other places.
+    from theia.store import transfer
+
+    print(_copied(transfer.push(path, to, workers), to))
+    return 0
+
+
+def pull(source: str, path: Path, teachers: str | None = None, splits: str | None = None, workers: int = 8) -> int:
+    """Copy a feature store, or some of its teachers, from another place, and compare every shard with its checksum.
+
+    The same command goes on after an interruption.
+
+    Args:
+        source: Place that 'theia store push' wrote.
+        path: Folder of the store here: a new one, or one that holds other teachers of the same images.
+        teachers: Teachers to copy, separated by commas; by default all.
+        splits: Splits to copy, separated by commas; by default all.
+        workers: Number of files that are copied at once.
+    """
+    check_number("workers", workers, 1, MOST_PROCESSES)
+    check_folder(path, "path")
+    from theia.store import transfer
+
+    done = transfer.pull(source, path, comma_list(teachers) or None, comma_list(splits) or None, workers)
+    print(_copied(done, str(path)))
+    return 0
+
+
+def _copied(done: "Transferred", to: str) -> str:
+    there = f"; {done.files - done.copied} were there" if done.files > done.copied else ""
+    return (
+        f"{to}: {done.copied} of {done.files} files copied, {readable_bytes(done.bytes)}{there}. All checksums agree."
+    )
 
 
 def _origin(source: Mapping[str, Json]) -> str:

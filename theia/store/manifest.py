@@ -61,15 +61,29 @@ def read_manifest(root: Path) -> Manifest:
         )
     path = root / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        _check_schema(path, content)
-        return Manifest({name: _split_from(values) for name, values in content["splits"].items()})
+        return parse_manifest(path, path.read_bytes())
     except FileNotFoundError:
         raise StoreError(
             f"{root} is not a feature store: it has no {MANIFEST}. Give the folder that 'theia extract --store' wrote."
         ) from None
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def parse_manifest(path: Path | str, text: bytes) -> Manifest:
+    """Makes a manifest of the content of its file.
+
+    Args:
+        path: Place of the file, for messages.
+        text: Its content.
+
+    Raises:
+        StoreError: If it is damaged, or has another schema.
+    """
+    try:
+        content = json.loads(text)
+        _check_schema(path, content)
+        return Manifest({name: _split_from(values) for name, values in content["splits"].items()})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or extract again."
@@ -82,11 +96,16 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     Raises:
         StoreError: If it cannot be written.
     """
+    replace_bytes(root / MANIFEST, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Content of the file of a manifest."""
     content = {
         "schema": SCHEMA_VERSION,
         "splits": {name: _split_to_plain(record) for name, record in manifest.splits.items()},
     }
-    replace_bytes(root / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 @contextmanager
@@ -102,7 +121,7 @@ def edit_manifest(root: Path) -> Iterator[Manifest]:
         write_manifest(root, manifest)
 
 
-def _check_schema(path: Path, content: Any) -> None:
+def _check_schema(path: Path | str, content: Any) -> None:
     schema = content.get("schema") if isinstance(content, dict) else None
     if not isinstance(schema, int):
         raise StoreError(f"{path} is not the manifest of a feature store: it states no schema. Extract again.")
