@@ -27,8 +27,8 @@ LOADER = "loader"
 _STORE = "store"
 _FORMATS = {"h5py + DataLoader": hdf5, "webdataset": tars, "litdata": chunks}
 _AIMS = {"h5py + DataLoader": 8.0, "webdataset": 8.0, "litdata": 2.0}
-_TEACHERS = {"clip": (16, 1024), "dinov2": (16, 1024), "vit": (16, 1280)}
-_SMALL = {"clip": (4, 16), "dinov2": (4, 16), "vit": (4, 20)}
+TEACHERS = {"clip": (16, 1024), "dinov2": (16, 1024), "vit": (16, 1280)}
+SMALL = {"clip": (4, 16), "dinov2": (4, 16), "vit": (4, 20)}
 _FAST = 8  # epochs in a turn
 
 
@@ -46,9 +46,9 @@ def run(settings: Settings) -> Result:
         BenchmarkError: If the disk is too small.
     """
     if settings.small:
-        samples, batch_size, fast = random_samples(32, 16, _SMALL, shard=8), 4, 1
+        samples, batch_size, fast = random_samples(32, 16, SMALL, shard=8), 4, 1
     else:
-        samples, batch_size, fast = random_samples(256, 224, _TEACHERS, shard=32), 16, _FAST
+        samples, batch_size, fast = random_samples(256, 224, TEACHERS, shard=32), 16, _FAST
     check_space(settings.folder, (len(_FORMATS) + 2) * samples.nbytes)  # one to spare
     write_store(settings.folder / _STORE, samples)
     for name, format_ in _FORMATS.items():

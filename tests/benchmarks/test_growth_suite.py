@@ -17,8 +17,8 @@ def test_it_goes_over_samples_and_over_teachers(tmp_path: Path) -> None:
 def test_a_loader_that_gives_other_bytes_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Split.read_into
 
-    def damaged(self, rows, buffers) -> None:
-        real(self, rows, buffers)
+    def damaged(self, rows, buffers, at_once=1) -> None:
+        real(self, rows, buffers, at_once)
         buffers["image"][0] ^= 1
 
     monkeypatch.setattr(Split, "read_into", damaged)

@@ -110,7 +110,7 @@ def test_forked_process_reads_with_its_own_files(root: Path) -> None:
 
 
 def test_few_open_files_suffice(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("theia.store.reader._open_files_at_most", lambda: 2)
+    monkeypatch.setattr("theia.store.reads._open_files_at_most", lambda: 2)
     split = FeatureStore(root).open_split("train")
     before = len(list(Path("/proc/self/fd").iterdir()))
     rows = np.random.default_rng(0).integers(0, len(split), 100).tolist()
@@ -119,7 +119,7 @@ def test_few_open_files_suffice(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_threads_share_a_split(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("theia.store.reader._open_files_at_most", lambda: 2)
+    monkeypatch.setattr("theia.store.reads._open_files_at_most", lambda: 2)
     split, expected, done = FeatureStore(root).open_split("train"), through_h5py(root, "train"), []
 
     def read(seed: int) -> None:

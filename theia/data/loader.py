@@ -10,6 +10,7 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
 from theia.data.workers import Workers
 from theia.errors import ConfigError
 from theia.store.reader import Split
+from theia.store.reads import AT_ONCE
 from theia.store.schema import IMAGE
 from theia.types import FeatureBatch
 
@@ -45,7 +46,9 @@ class FeatureLoader:
         self._ahead = workers * _PREFETCH
         self._ring = Ring(split, sampler.largest, self._ahead)
         slots = self._ring.slots
-        self._workers = Workers(lambda slot, rows: _read(split, rows, slots[slot]), workers, str(split.folder))
+        # The training process reads by itself only where it must stay without threads, for instance to be forked.
+        at_once = AT_ONCE if workers else 1
+        self._workers = Workers(lambda slot, rows: _read(split, rows, slots[slot], at_once), workers, str(split.folder))
         self._copies: DeviceCopies | None = None
         self._iterations = 0
 
@@ -121,8 +124,8 @@ class FeatureLoader:
         return self._copies.ahead(batches)
 
 
-def _read(split: Split, rows: Rows, slot: Slot) -> None:
-    split.read_into(rows, {name: slot.arrays[name] for name in split.fields})
+def _read(split: Split, rows: Rows, slot: Slot, at_once: int) -> None:
+    split.read_into(rows, {name: slot.arrays[name] for name in split.fields}, at_once)
 
 
 def _features(batch: RawBatch, split: Split) -> FeatureBatch:

@@ -3,12 +3,9 @@
 import hashlib
 import mmap
 import os
-import resource
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
-from theia.store.disk import unreadable
 from theia.store.manifest import Manifest, check_splits, read_manifest, with_shards
+from theia.store.reads import Files, Read, memory_bytes
 from theia.store.schema import IMAGE, MANIFEST, Field, SplitRecord, set_folder, statistics_path
 from theia.store.sets import LABEL, SetLayout, missing_shards
-from theia.store.shard import KEY, Dataset, Shard, as_bytes, decode, read_whole
+from theia.store.shard import KEY, Dataset, Shard, as_bytes, decode
 from theia.store.statistics import ChannelStatistics
 from theia.types import TeacherSpec
-
-# More than any store has, but not unlimited: some programs close every descriptor that they could have open.
-_MANY_FILES = 1 << 16
 
 Int64 = NDArray[np.int64]
 
@@ -56,6 +50,10 @@ class Split:
         image_hw: Height and width of the images, in pixels.
         fields: Fields of a row: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
         labels: Class indices, int64, shape ``(rows,)``, or ``None``.
+        direct: Whether rows are read past the page cache, from the disk into the buffers. By default, this is so for a
+            split larger than the memory: in random order, one of twice its size would find 15 % of its rows in the page
+            cache, and pay for that with a copy of each row and with what other programs have there. A split that fits
+            is read from the disk once, and from the page cache in all later epochs.
     """
 
     def __init__(
@@ -83,18 +81,29 @@ class Split:
         self._keys = keys
         self._first_rows = np.cumsum([0, *(dataset.rows for _, dataset in keys)], dtype=np.int64)
         self._process = 0
-        self._file: Callable[[str], _File] = _File
+        self._files: Files | None = None
+        self.direct = len(self) * sum(field.row_bytes for field in self.fields.values()) > memory_bytes()
 
     def images_only(self) -> "Split":
         """Gives the same rows without features."""
         return Split({}, self.image_hw, {IMAGE: self._columns[IMAGE]}, self._keys, self.labels)
 
+    def with_cls_of(self, teachers: Collection[str]) -> "Split":
+        """Gives the same rows without the CLS tokens of all but some teachers.
+
+        Args:
+            teachers: Names of the teachers whose CLS tokens remain, if the store has them.
+        """
+        unwanted = {f"{name}/cls" for name in self.teachers if name not in teachers}
+        columns = {name: column for name, column in self._columns.items() if name not in unwanted}
+        return Split(self.teachers, self.image_hw, columns, self._keys, self.labels)
+
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        # File descriptors are not passed on: they belong to one process.
-        return {**self.__dict__, "_process": 0, "_file": _File}
+        # File descriptors and threads are not passed on: they belong to one process.
+        return {**self.__dict__, "_process": 0, "_files": None}
 
     @property
     def folder(self) -> Path:
@@ -111,7 +120,7 @@ class Split:
         path, dataset = self._keys[int(shards[0])]
         size = dataset.field.row_bytes
         text = bytearray(size)
-        self._read(path, memoryview(text), dataset.offset + int(within[0]) * size)
+        self._own_files().read(Read(path, memoryview(text), dataset.offset + int(within[0]) * size))
         return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
     def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
@@ -122,12 +131,13 @@ class Split:
         """
         return {name: shared_array((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
 
-    def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]]) -> None:
+    def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]], at_once: int = 1) -> None:
         """Reads samples into the first rows of buffers. Only fields that have a buffer are read.
 
         Args:
             rows: Row numbers, int64, shape ``(n,)``, in any order.
             buffers: Buffers by field name, C-contiguous, of the field's type, shape ``(>= n, *field.shape)``.
+            at_once: Number of reads that may wait for the disk at a time; more than 1 takes threads.
 
         Raises:
             ShapeError: If a buffer does not fit its field.
@@ -135,6 +145,7 @@ class Split:
         """
         shards, within = self._locate(rows)
         numbers = shards.tolist()
+        reads = []
         for name, buffer in buffers.items():
             column = self._fitting(name, buffer, len(rows))
             size = column.field.row_bytes
@@ -142,18 +153,15 @@ class Split:
             offsets = (column.offsets[shards] + within * size).tolist()
             start = 0
             for shard, offset in zip(numbers, offsets, strict=True):
-                self._read(column.paths[shard], view[start : start + size], offset)
+                reads.append(Read(column.paths[shard], view[start : start + size], offset))
                 start += size
+        self._own_files().read_all(reads, self.direct, at_once)
 
     def _locate(self, rows: Int64) -> tuple[Int64, Int64]:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise StoreError(
                 f"Rows {rows.min()} to {rows.max()} were asked for; the split has rows 0 to {len(self) - 1}."
             )
-        if self._process != os.getpid():
-            # A file that the cache drops is closed when the last thread that uses it lets go of it.
-            self._file = lru_cache(_open_files_at_most())(_File)
-            self._process = os.getpid()
         # Searched from the right, because a shard without rows begins where the next one does.
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
         return shards, rows - self._first_rows[shards]
@@ -175,12 +183,12 @@ class Split:
             )
         return column
 
-    def _read(self, path: str, target: memoryview, offset: int) -> None:
-        try:
-            file = self._file(path)
-            read_whole(file.descriptor, target, offset, path)
-        except OSError as error:
-            raise unreadable(path, error) from error
+    def _own_files(self) -> Files:
+        # A worker was forked with its parent's files, and without its parent's threads.
+        if self._files is None or self._process != os.getpid():
+            self._files = Files()
+            self._process = os.getpid()
+        return self._files
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -196,33 +204,6 @@ def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     count = int(np.prod(shape, dtype=np.int64))
     memory = mmap.mmap(-1, max(1, count * dtype.itemsize))  # a mapping cannot be empty
     return np.frombuffer(memory, dtype, count).reshape(shape)
-
-
-class _File:
-    """An open file that is closed with its last reference."""
-
-    __slots__ = ("descriptor",)
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-def _open_files_at_most() -> int:
-    # Random order over a large store touches every file again and again. With the usual limit of 1024 descriptors,
-    # files would be closed and opened all the time.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    # A quarter of the limit: there are train and validation splits, and everything else that a process opens.
-    return max((_MANY_FILES if soft == resource.RLIM_INFINITY else soft) // 4, 16)
 
 
 class FeatureStore:
