@@ -1,9 +1,13 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch._dynamo.utils
+import torch._inductor.config
+from torch._inductor.utils import run_and_get_code
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
@@ -11,7 +15,8 @@ from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
 from theia.training.distillation import Distillation
-from theia.training.losses import Objective, mse_loss
+from theia.training.losses import FeatureLoss, Objective, mse_loss
+from theia.types import FeatureBatch
 
 TEACHERS = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
 
@@ -102,3 +107,41 @@ def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
     expected_tokens, expected, _ = distiller(images)
     torch.testing.assert_close(patches["alpha"], expected["alpha"])
     torch.testing.assert_close(tokens.patches, expected_tokens.patches)
+
+
+def test_int8_features_are_compared_without_a_copy_in_float32() -> None:
+    torch.manual_seed(0)
+    images, tokens, channels = 3, 16, 24
+    values = torch.randint(-127, 128, (images, tokens, channels), dtype=torch.int8)
+    scales = torch.rand(images, 2, channels) / 40
+    mean, std = torch.randn(channels), torch.rand(channels) + 0.5
+    prediction = torch.randn(images, tokens, channels, requires_grad=True)
+    shape = {"channels": channels, "grid_hw": [4, 4], "has_cls": False}
+    distiller = Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), {"alpha": shape})
+    distiller.set_statistics("alpha", mean, std)
+    objective = Objective(distiller, FeatureLoss())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    objective.compile(torch.device("cpu"))
+    batch = FeatureBatch(torch.empty(0), {"alpha": values}, {"alpha": scales})
+
+    def step() -> None:
+        loss = objective.compare({"alpha": prediction}, {}, batch)["alpha"]
+        (gradient,) = torch.autograd.grad(loss, prediction)
+        results.extend((loss.detach(), gradient))
+
+    results: list[torch.Tensor] = []
+    with torch._inductor.config.patch(force_disable_caches=True):  # the code itself is looked at
+        _, programs = run_and_get_code(step)
+
+    target = (values.double() * scales[:, :1] + scales[:, 1:] - mean) / std
+    exact = prediction.detach().double().requires_grad_()
+    cosine = torch.cosine_similarity(exact.flatten(1), target.flatten(1)).mean()
+    expected = 0.9 * (1 - cosine) + 0.1 * torch.nn.functional.smooth_l1_loss(exact, target)
+    (gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(results[0].double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1].double(), gradient, rtol=1e-4, atol=1e-8)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # Of all that is as large as the features, only the gradient is stored.
+    whole = [match for program in programs for match in re.findall(r"empty_strided_cpu\(\((3, 16, 24|1152)", program)]
+    assert (len(programs), len(whole)) == (2, 1)

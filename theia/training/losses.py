@@ -16,6 +16,10 @@ from theia.types import FeatureBatch
 
 PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
 
+# What is used twice is stored in between if it comes from more than 4 tensors. The difference of a prediction and int8
+# features comes from 5: both, the scales of the image, and the mean and deviation of the teacher.
+_FUSED: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
+
 _TINY = 1e-16  # a feature map with a smaller sum of squares has no direction
 
 
@@ -215,12 +219,13 @@ class Objective:
         """
         _check_compiler(device)
         self._graphs = graphs
-        mode = "reduce-overhead" if graphs else None
-        # One pass over the raw features, which never stores them normalised.
-        self._compare = torch.compile(self._losses, dynamic=False, mode=mode)
+        # What mode="reduce-overhead" stands for, which does not go together with other options.
+        replayed = {"triton.cudagraphs": True} if graphs else {}
+        # Over the raw features directly, which are never stored normalised.
+        self._compare = torch.compile(self._losses, dynamic=False, options={**_FUSED, **replayed})
         # On a CPU nearly all of the rest is matrix products, which do not get faster when compiled.
         if device.type == "cuda":
-            self._translate = torch.compile(self.distiller.forward, dynamic=False, mode=mode)
+            self._translate = torch.compile(self.distiller.forward, dynamic=False, options=replayed)
 
     def __call__(self, batch: FeatureBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes losses and translations of a batch.
