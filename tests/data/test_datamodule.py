@@ -1,6 +1,11 @@
+import os
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import h5py
+import lightning as L
 import numpy as np
 import psutil
 import pytest
@@ -8,6 +13,7 @@ import torch
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.training.distillation import Distillation
 
 
 @pytest.mark.parametrize(
@@ -99,3 +105,76 @@ def test_workers_end_with_the_run_however_it_ends(store: Path, ending: str) -> N
     {"teardown": lambda: data.teardown("fit"), "on_exception": lambda: data.on_exception(KeyboardInterrupt())}[ending]()
 
     assert not any(map(psutil.pid_exists, workers))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, str]]:
+    """Counts the reads of rows by split, teacher and dataset, which the HDF5 structure of the file tells."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    real = os.preadv
+
+    def preadv(file: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        with h5py.File(path, "r", locking=False) as shard:
+            places = {name: (data.id.get_offset() or 0, data.nbytes) for name, data in shard.items()}
+        (dataset,) = [name for name, (start, size) in places.items() if start <= offset < start + size]
+        if dataset not in ("key", "label"):  # whole columns, once, when a split is opened
+            found[path.parents[1].name, path.parent.name, dataset] += 1
+        return real(file, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return found
+
+
+def trainer() -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_train_batches=2, limit_val_batches=1,
+        limit_test_batches=1, max_epochs=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distill_cls", [False, True])
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_cls_tokens_are_read_only_where_they_are_distilled(
+    store: Path, command: str, distill_cls: bool, reads: Counter[tuple[str, str, str]]
+) -> None:
+    data = FeatureData(str(store), batch_size=8, val_batch_size=4, workers=0)
+    size = {"image_size": 32, "width": 16, "depth": 1, "heads": 2}
+    model = Distillation(data.teacher_shapes, distill_cls=distill_cls, compile=False, **size)
+
+    getattr(trainer(), command)(model, data)
+
+    columns = [("image", "data"), ("alpha", "data"), ("beta", "data"), *([("beta", "cls")] if distill_cls else [])]
+    wanted = {("val", *column): 4 for column in columns}
+    if command == "fit":
+        wanted |= {("train", *column): 16 for column in columns}
+    assert reads == wanted
+
+
+def test_a_model_that_says_nothing_gets_every_cls_token(store: Path) -> None:
+    data = FeatureData(str(store), batch_size=8, val_batch_size=4, workers=0)
+    assert {tuple(next(iter(loader)).cls) for loader in (data.train_dataloader(), data.val_dataloader())} == {("beta",)}
+
+    data.cls_teachers = []  # a scorer still gets them
+    assert list(next(iter(data.ordered_dataloader("train", torch.device("cpu")))).cls) == ["beta"]
+    assert list(next(iter(data.train_dataloader())).cls) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "machine", "processes", "workers"),
+    [(2, 2, 1, 1), (8, 8, 1, 2), (64, 64, 1, 4), (128, 128, 8, 4), (64, 64, 8, 2), (16, 128, 8, 4), (1, 1, 4, 1)],
+)
+def test_workers_follow_the_cores_of_each_training_process(
+    store: Path, own: int, machine: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(own)))
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
+    data = FeatureData(str(store), batch_size=8)
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        num_devices=processes, global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    loader = data.train_dataloader()
+    next(iter(loader))
+    assert len(loader._workers.pids) == workers
+    data.teardown("fit")

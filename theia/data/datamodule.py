@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import shlex
 from typing import Any, Literal
 
@@ -17,11 +18,14 @@ from theia.store.reader import FeatureStore, Split
 from theia.store.schema import canonical_json, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.utils.arguments import check_number, comma_list
+from theia.utils.device import core_count
 
 logger = logging.getLogger(__name__)
 
-
 _DEFAULT_VAL_SPLIT = "val"
+# A worker copies some 5 GB/s from the page cache, and takes memory for two batches and more.
+_CORES_PER_WORKER = 4
+_MOST_WORKERS = 4
 
 
 class FeatureData(TrainingData):
@@ -32,7 +36,8 @@ class FeatureData(TrainingData):
         teachers: Teachers to use, comma-separated or a YAML list; all teachers in the store by default.
         batch_size: Samples per training batch over all processes. With accumulated gradients, a step takes several.
         val_batch_size: Samples per batch and process in validation and test.
-        workers: Reading processes per training process; 0 reads in the training process.
+        workers: Reading processes per training process; 0 reads in the training process. By default one for every 4
+            cores per training process, from 1 to 4.
         fraction: Share of the training samples to use, in (0, 1]; the same samples for every seed.
         seed: Seed for the order of the training samples.
         val_split: Split for validation and test.
@@ -48,7 +53,7 @@ class FeatureData(TrainingData):
         teachers: str | list[str] | None = None,
         batch_size: int = 128,
         val_batch_size: int = 64,
-        workers: int = 1,
+        workers: int | None = None,
         fraction: float = 1.0,
         seed: int = 0,
         val_split: str = _DEFAULT_VAL_SPLIT,
@@ -57,7 +62,8 @@ class FeatureData(TrainingData):
         super().__init__()
         check_number("data.batch_size", batch_size, 1)
         check_number("data.val_batch_size", val_batch_size, 1)
-        check_number("data.workers", workers, 0)
+        if workers is not None:
+            check_number("data.workers", workers, 0)
         check_number("data.seed", seed, 0)
         check_number("data.fraction", fraction, 0, 1, above=True)
         check_number("data.holdout", holdout, 0, 1, above=True, below=True)
@@ -152,7 +158,7 @@ class FeatureData(TrainingData):
 
     def train_dataloader(self) -> FeatureLoader:
         """Loader of shuffled training batches, whose state goes into the checkpoint."""
-        split = self._open("train")
+        split = self._compared("train")
         sampler = self._training_sampler(split, *self._processes())
         self._training_loader = self._loader(split, sampler)
         if self._resume is not None:
@@ -161,7 +167,7 @@ class FeatureData(TrainingData):
 
     def val_dataloader(self) -> FeatureLoader:
         """Loader of the held-out samples, each once, in order."""
-        split = self._open(self.val_split or "train")
+        split = self._compared(self.val_split or "train")
         sampler = EvaluationSampler(self._held_out_rows(), self.val_batch_size, *self._processes())
         return self._loader(split, sampler)
 
@@ -326,9 +332,20 @@ class FeatureData(TrainingData):
     ) -> FeatureLoader:
         if device is None and self.trainer:
             device = self.trainer.strategy.root_device
-        loader = FeatureLoader(split, sampler, self.workers, device if device and device.type == "cuda" else None)
+        workers = self._default_workers() if self.workers is None else self.workers
+        loader = FeatureLoader(split, sampler, workers, device if device and device.type == "cuda" else None)
         self._loaders.append(loader)
         return loader
+
+    def _default_workers(self) -> int:
+        # Where each process is bound to cores of its own, as SLURM does it, it may use all of those.
+        shared = (os.cpu_count() or 1) // (self.trainer.num_devices if self.trainer else 1)
+        return min(max(min(core_count(), shared) // _CORES_PER_WORKER, 1), _MOST_WORKERS)
+
+    def _compared(self, split: str) -> Split:
+        """A split without the CLS tokens that the model does not compare, each of which would be a read of its own."""
+        opened = self._open(split)
+        return opened if self.cls_teachers is None else opened.with_cls_of(self.cls_teachers)
 
     def _open(self, split: str, teachers: list[str] | None = None) -> Split:
         if split not in self._splits:

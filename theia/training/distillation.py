@@ -1,6 +1,6 @@
 """The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,7 @@ class _FeatureData(Protocol):
     """The part of the trainer's datamodule that this module uses."""
 
     batch_size: int
+    cls_teachers: Collection[str] | None
 
     def statistics(self) -> Mapping[str, FeatureStatistics]: ...
 
@@ -107,6 +108,12 @@ class Distillation(L.LightningModule):
         self._first_bad_step: Tensor | None = None  # (T,), int64, by teacher
         self._prepared = False
         self.objective = Objective(self.distiller, self.feature_loss)
+
+    def setup(self, stage: str) -> None:
+        """Tells the data which CLS tokens are compared, before they make a loader: they need not read the others."""
+        data: _FeatureData | None = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            data.cls_teachers = self.distiller.cls_teachers
 
     def on_fit_start(self) -> None:
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
