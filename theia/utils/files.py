@@ -183,8 +183,9 @@ def allocate(path: Path) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # macOS has no such call
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def file_sha256(path: Path) -> str:
