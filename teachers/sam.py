@@ -36,11 +36,16 @@ STD = (58.395, 57.12, 57.375)
 CHANNELS = 256
 IMAGE_SIZE = 1024
 PATCH_SIZE = 16
+CORNER_SIZE = 224  # pixels of the long edge of an image in a corner of the canvas
+
+Canvas = Literal["fill", "corner"]
 
 
-def _preprocessing(image_size: int) -> dict[str, Json]:
+def _preprocessing(image_size: int, canvas: Canvas = "fill") -> dict[str, Json]:
+    in_corner: dict[str, Json] = {"canvas": image_size} if canvas == "corner" else {}
     return {
-        "size": image_size,
+        "size": CORNER_SIZE if canvas == "corner" else image_size,
+        **in_corner,
         "resize": "long edge",
         "interpolation": "bilinear",
         "antialias": True,
@@ -72,6 +77,7 @@ class SAM(Teacher):
         model: Literal["vit_b", "vit_l", "vit_h"] = "vit_h",
         architecture: dict[str, int] | None = None,
         mask_generator: dict[str, float] | None = None,
+        canvas: Canvas = "fill",
     ) -> None:
         """Builds the model and loads its weights.
 
@@ -82,10 +88,13 @@ class SAM(Teacher):
             architecture: Changes to the encoder: any of ``depth``, ``width``, ``heads`` and ``image_size`` (pixels).
             mask_generator: Settings of ``SamAutomaticMaskGenerator`` for ``theia decode``, such as ``points_per_side``
                 and ``pred_iou_thresh``; by default the package's own.
+            canvas: ``fill`` enlarges the image to the whole input, as SAM's authors do. ``corner`` puts it, 224 pixels
+                on its long edge, into the upper left corner and keeps the 14x14 tokens there: a twentieth of the disk
+                space. They are of a scene that is seen small, and have no masks in ``theia decode``.
 
         Raises:
-            ConfigError: If ``architecture`` has an unknown key or sizes that do not fit, or ``mask_generator`` has
-                an unknown key.
+            ConfigError: If ``architecture`` has an unknown key or sizes that do not fit, ``mask_generator`` has an
+                unknown key, or the input is smaller than an image in its corner.
             WeightsError: If the checkpoint cannot be fetched or read, or is of another architecture.
         """
         super().__init__()
@@ -104,13 +113,21 @@ class SAM(Teacher):
         # All of it: prompt encoder and mask decoder, which only decoding needs, are 16 MB.
         self.sam = sam
         self.image_size: int = sam.image_encoder.img_size
-        grid = self.image_size // PATCH_SIZE
+        self.canvas = canvas
+        # Pixels of the long edge of the image in the input.
+        self.edge = CORNER_SIZE if canvas == "corner" else self.image_size
+        if self.edge > self.image_size:
+            raise ConfigError(
+                f"Teacher 'sam': an image of {self.edge} pixels does not fit into a corner of an input of "
+                f"{self.image_size} pixels. Leave out canvas, or make the architecture's image_size larger."
+            )
+        grid = self.edge // PATCH_SIZE
         self.spec = replace(
             self.spec,
             weights=weights,
             revision=revision,
             grid_hw=(grid, grid),
-            preprocessing=_preprocessing(self.image_size),
+            preprocessing=_preprocessing(self.image_size, canvas),
         )
 
     @property
@@ -120,7 +137,7 @@ class SAM(Teacher):
         return encoder
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Resizes the long edge to ``image_size``, normalises, pads to a square.
+        """Resizes the long edge to ``edge``, normalises, pads to a square.
 
         Args:
             images: RGB images, uint8, shape ``(B, 3, H, W)``.
@@ -128,7 +145,7 @@ class SAM(Teacher):
         Returns:
             Pixels, float32, shape ``(B, 3, image_size, image_size)``.
         """
-        scale = self.image_size / max(images.shape[-2:])
+        scale = self.edge / max(images.shape[-2:])
         height, width = (int(side * scale + 0.5) for side in images.shape[-2:])
         # Upstream resizes with Pillow: along the rows, then the columns, each time to whole grey levels, half up.
         pixels = images.float()
@@ -140,13 +157,18 @@ class SAM(Teacher):
     def forward(self, images: Tensor) -> TeacherFeatures:
         """Features of a batch. See :meth:`theia.teacher.Teacher.forward`."""
         embeddings = self.image_encoder(self.preprocess(images))  # (B, C, H, W)
+        rows, columns = self.spec.grid_hw
+        embeddings = embeddings[..., :rows, :columns]
         return TeacherFeatures(embeddings.flatten(2).transpose(1, 2))
 
-    def decode(self, patches: Tensor, images: Tensor) -> Masks:
+    def decode(self, patches: Tensor, images: Tensor) -> Masks | None:
         """Masks at points all over the image, as the package's automatic mask generator chooses them.
 
-        See :meth:`theia.teacher.Teacher.decode`.
+        ``None`` if the image lay in a corner: the mask decoder needs the features of the whole canvas. See
+        :meth:`theia.teacher.Teacher.decode`.
         """
+        if self.canvas == "corner":
+            return None
         from segment_anything import SamAutomaticMaskGenerator
 
         generator = SamAutomaticMaskGenerator(self.sam, **self.mask_generator)

@@ -81,6 +81,29 @@ def test_features_equal_upstream(teacher: SAM, upstream: Sam) -> None:
     torch.testing.assert_close(grid, wanted.permute(0, 2, 3, 1), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (224, 160)])
+def test_an_image_in_a_corner_gives_what_upstream_gives_there(
+    upstream: Sam, checkpoint: Path, height: int, width: int
+) -> None:
+    small = SAM(str(checkpoint), "vit_b", SMALL, canvas="corner").requires_grad_(False)
+    image = photograph(height, width)
+    resized = ResizeLongestSide(224).apply_image(image[0].permute(1, 2, 0).numpy())
+    pixels = upstream.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None])  # which pads to 1024
+    with torch.no_grad():
+        expected = upstream.image_encoder(pixels)[..., :14, :14].flatten(2).transpose(1, 2)
+    features = small(image)
+    check_features(small.spec, features, 1)
+    assert small.spec.grid_hw == (14, 14)
+    assert small.spec.preprocessing["canvas"] == 1024
+    torch.testing.assert_close(features.patches, expected, atol=1e-3, rtol=1e-3)
+    assert small.decode(features.patches, image) is None
+
+
+def test_a_corner_needs_room() -> None:
+    with pytest.raises(ConfigError, match="does not fit into a corner of an input of 128 pixels"):
+        SAM("random", "vit_b", {**SMALL, "image_size": 128}, canvas="corner")
+
+
 @pytest.mark.parametrize(("model", "depth"), [("vit_b", 12), ("vit_l", 24), ("vit_h", 32)])
 def test_a_changed_architecture_keeps_the_layout_of_the_registry(
     model: Literal["vit_b", "vit_l", "vit_h"], depth: int

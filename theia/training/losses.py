@@ -14,11 +14,13 @@ from theia.models.backbone import StudentTokens
 from theia.models.distiller import Distiller
 from theia.types import FeatureBatch
 
+Options = dict[str, str | int | bool | Callable[..., Any]]  # of the compiler
+
 PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
 
 # What is used twice is stored in between if it comes from more than 4 tensors. The difference of a prediction and int8
 # features comes from 5: both, the scales of the image, and the mean and deviation of the teacher.
-_FUSED: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
+_FUSED: Options = {"realize_reads_threshold": 8}
 
 _TINY = 1e-16  # a feature map with a smaller sum of squares has no direction
 
@@ -220,7 +222,7 @@ class Objective:
         _check_compiler(device)
         self._graphs = graphs
         # What mode="reduce-overhead" stands for, which does not go together with other options.
-        replayed = {"triton.cudagraphs": True} if graphs else {}
+        replayed: Options = {"triton.cudagraphs": True} if graphs else {}
         # Over the raw features directly, which are never stored normalised.
         self._compare = torch.compile(self._losses, dynamic=False, options={**_FUSED, **replayed})
         # On a CPU nearly all of the rest is matrix products, which do not get faster when compiled.
