@@ -16,7 +16,9 @@ def test_groups_stand_for_the_tasks_of_the_paper():
 
 
 def test_an_unknown_task_of_any_simulator_gets_the_nearest():
-    with pytest.raises(ConfigError, match=r"'walker-wlk'. Is it 'walker-walk'\? Groups: metaworld, dmc, adroit. Tasks"):
+    with pytest.raises(
+        ConfigError, match=r"'walker-wlk'. Is it 'walker-walk'\? Groups: small, metaworld, dmc, adroit. Tasks"
+    ):
         find_tasks(["walker-wlk"])
     with pytest.raises(ConfigError, match=r"Is it 'relocate'\?"):
         find_tasks(["relocat"])
