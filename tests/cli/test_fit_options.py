@@ -383,6 +383,7 @@ def test_a_signal_before_training_ends_the_command_and_leaves_nothing(
 # Numbers that look senseless and are no mistake that a range could tell.
 SENSIBLE = {
     "trainer.gradient_clip_val": "1e+30",  # never clips
+    "checkpoint_minutes": "1e+30",  # by steps alone
     "model.learning_rate": "1e+30",  # the loss tells, before a checkpoint is written
     "model.weight_decay": "1e+30",  # likewise
 }

@@ -115,6 +115,7 @@ PLACES = [
 def test_every_command_that_writes_has_a_place() -> None:
     assert {program for program, _ in PLACES} == {program for program, _ in parsers()} - {
         "store info", "store verify", "teachers",  # only read
+        "store push", "store pull",  # their places stand by position
         "ablate report",  # writes into the sweep that it reads
     }  # fmt: skip
 
@@ -301,6 +302,8 @@ def test_the_current_folder_is_still_a_folder() -> None:
 FUNCTIONS = {
     "store info": store.info,
     "store verify": store.verify,
+    "store push": store.push,
+    "store pull": store.pull,
     "ablate": ablate.ablate,
     "ablate report": ablate.report,
     "analyze": analyze.analyze,

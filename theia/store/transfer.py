@@ -4,8 +4,8 @@ A place that is being written holds a file that names every shard with its check
 manifest only at the end. So an interrupted push goes on, and a store that is not whole is not taken for one.
 """
 
-import logging
 import posixpath
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -29,8 +29,6 @@ from theia.store.manifest import (
 from theia.store.schema import IMAGE, MANIFEST, STATISTICS, SetRecord, SplitRecord, statistics_path
 from theia.store.sets import SKIPPED, SetLayout, split_layouts
 from theia.utils.files import file_sha256, publish, remove_stale, sync, temporary_path
-
-logger = logging.getLogger(__name__)
 
 _PUSHING = "pushing.json"
 _PULLING = ".pulling.json"
@@ -94,12 +92,14 @@ def push(root: Path, url: str, workers: int = 8) -> Transferred:
         path = root / file.name
         size = file_size(path)
         if size is None:
-            raise StoreError(f"{path} is missing. See: theia store verify {root}")
+            raise StoreError(f"{path} is missing. See: theia store verify {shlex.quote(str(root))}")
         if file.sha256 is not None:
             if known.get(file.name) == file and place.size(file.name) == file.bytes:
                 return 0
             if size != file.bytes or file_sha256(path) != file.sha256:
-                raise StoreError(f"{path} is not what the manifest says. See: theia store verify {root}")
+                raise StoreError(
+                    f"{path} is not what the manifest says. See: theia store verify {shlex.quote(str(root))}"
+                )
         place.put(path, file.name)
         return size
 
