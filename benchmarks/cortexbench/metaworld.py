@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cortexbench.scenes import Factor, View, view_from
-from benchmarks.cortexbench.simulation import Environment, Expert, Quality, Step
+from benchmarks.cortexbench.simulation import Environment, Expert, Quality, Step, load_mujoco
 from benchmarks.cortexbench.tasks import Task
 
 # CortexBench looks through a camera "top_cap2", which MetaWorld has lost since.
@@ -43,6 +43,12 @@ class MetaWorld(Environment):
     def _begin(self, seed: int) -> NDArray[np.float64]:
         self._environment.seed(seed)
         observation: NDArray[np.float64] = self._environment.reset()[0]
+        # In some tasks, MetaWorld moves a body after it has computed where everything is: picture and observation would
+        # show it where it was until the first step.
+        load_mujoco().mj_forward(self._model, self._data)
+        here = self._environment._get_curr_obs_combined_no_goal()
+        self._environment._prev_obs = here.copy()
+        observation[: 2 * len(here)] = np.concatenate([here, here])  # now, and one step before
         return observation
 
     def _move(self, action: NDArray[np.float32]) -> Step:

@@ -118,6 +118,8 @@ class _Run:
                 continue
             recording = TaskRecording(self.plan.data.folders[task], task, self.plan.preset.demonstrations)
             course = self.plan.course(task, recording)
+            if warning := too_short(task, recording, self.plan.preset.steps(TASKS[task])):
+                _say(warning)
             here = [replace(one, proprioception=TASKS[task].proprioception) for one in eyes]
             with Simulators(course, self.workers) as simulators:
                 if not told:
@@ -275,6 +277,27 @@ def _outcome(records: Sequence[dict[str, Any]], task: str) -> str:
     if TASKS[task].measure == "return":
         return f"score {100 * np.mean(values):.1f}"
     return f"success {sum(values):.0f} of {len(values)}"
+
+
+def too_short(task: str, recording: TaskRecording, steps: int) -> str | None:
+    """Warns if rollouts end before most of the demonstrations have succeeded.
+
+    Args:
+        task: Full name of the task.
+        recording: Its demonstrations.
+        steps: Number of steps of a rollout.
+
+    Returns:
+        The warning, or ``None``.
+    """
+    needed = [one.record["success_step"] for one in recording.originals if one.record.get("success_step")]
+    late = sum(step > steps for step in needed)
+    if not needed or 2 * late < len(needed):
+        return None
+    return (
+        f"Rollouts of {task} end after {steps} steps, and {late} of {len(needed)} demonstrations succeed only later: "
+        "expect no success with this preset, from any policy."
+    )
 
 
 def _say(text: str) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench.encoders import Eyes
 from benchmarks.cortexbench.run_files import RunFiles
-from benchmarks.cortexbench.running import choose_reference
+from benchmarks.cortexbench.running import choose_reference, too_short
 from theia.errors import ConfigError
 from theia.utils.files import write_whole
 
@@ -45,6 +46,16 @@ def test_a_simulator_s_process_loads_no_torch():
     code = "import benchmarks.cortexbench.simulators, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_rollouts_shorter_than_the_demonstrations_need_are_said():
+    def recording(*steps):
+        return SimpleNamespace(originals=[SimpleNamespace(record={"success_step": step}) for step in steps])
+
+    assert too_short("hammer-v3", recording(50, 70, None), 60) is not None
+    assert "2 of 3 demonstrations succeed only later" in too_short("hammer-v3", recording(50, 70, 80), 60)
+    assert too_short("hammer-v3", recording(50, 55, 80), 60) is None
+    assert too_short("walker-walk", recording(None, None), 60) is None
 
 
 def test_the_reference_is_found_by_name_or_label_before_anything_is_trained(tmp_path):

@@ -55,6 +55,16 @@ def test_an_episode_is_a_function_of_its_seed() -> None:
             assert np.array_equal(used.step(action).observation, fresh.step(action).observation)
 
 
+@pytest.mark.parametrize("task", ["dial-turn", "drawer-open", "faucet-open", "window-open", "hammer"])
+def test_the_first_observation_shows_things_where_they_are(task: str) -> None:
+    with environment(task) as made:
+        for seed in range(3):
+            first = made.reset(seed).copy()
+            second = made.step(np.zeros(4)).observation
+            assert np.abs(first[4:18] - second[4:18]).max() < 0.01
+            assert np.array_equal(first[:18], first[18:36])
+
+
 def test_seeds_differ_in_what_they_begin_with() -> None:
     with environment() as made:
         assert len({tuple(made.reset(seed)[-3:]) for seed in range(5)}) == 5

@@ -79,6 +79,14 @@ def test_a_perfect_encoder_reaches_zero_and_a_blind_one_the_deviation(tmp_path: 
     assert found["state"]["plan"]["mean"] < 1e-3
 
 
+def test_intervals_over_too_few_episodes_are_said(tmp_path: Path) -> None:
+    few = run(tmp_path / "few", record(tmp_path / "data"), ["constant"], [])["notes"]
+    assert not any("intervals say nothing" in note for note in few)
+    other = record(tmp_path / "other", seed=3, episodes=2)
+    notes = run(tmp_path / "out", record(tmp_path / "again"), ["constant"], [str(other)])["notes"]
+    assert any(note.startswith("Only 2 episodes of other are tested on") for note in notes)
+
+
 def test_frames_shuffled_among_episodes_tell_nothing(tmp_path: Path) -> None:
     found = run(tmp_path / "out", record(tmp_path / "data", shuffled=True), ["perfect"])["summary"]
     blind = found["blind"]["plan"]["mean"]

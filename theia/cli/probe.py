@@ -132,7 +132,8 @@ def dynamics(
         preset: Size of the transformer: small has two layers of 128 on 7x7 tokens, full is HIVE-Bench's rule on all
             tokens.
         seeds: Seeds of the transformer, separated by commas; 0 by default. Nothing in ridge is random.
-        reference: Encoder that the others are compared with, episode by episode; by default the first one.
+        reference: Encoder that the others are compared with, episode by episode; by default the first one that is no
+            control, or else the first.
         batch_size: Number of frames that are given to an encoder together.
         device: Device that encoders and transformers run on; auto takes a GPU if there is one.
     """

@@ -42,7 +42,7 @@ class Summary:
         """A row per encoder; below it, by task if there are several."""
         headers = ["encoder"]
         for column in self.columns:
-            title = self._title(column)
+            title = f"{self._title(column)} error"
             headers += [title, f"{title}: to {self.reference}", "p"]
         rows = []
         for name, means in self.means.items():

@@ -17,6 +17,7 @@ Target = Literal["action", "displacement", "mean_action"]
 Question = Literal["plan", "motion"]
 
 QUESTIONS: tuple[Question, ...] = ("plan", "motion")
+_ENOUGH_EPISODES = 5  # below, intervals say nothing
 _PREFIX, _PICTURES = "lerobot:", "observation.images."
 _MEANING: dict[Target, str] = {
     "action": "action[t + {h} - 1] - state[t]",
@@ -128,6 +129,12 @@ def open_recordings(
                 f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
                 "are needed. Give a smaller --horizon."
             )
+    few = [(one.name, len(tested_episodes(one))) for one in recordings if len(tested_episodes(one)) < _ENOUGH_EPISODES]
+    notes += [
+        f"Only {count} episode{'s' * (count > 1)} of {name} {'are' if count > 1 else 'is'} tested on: over so few, "
+        "intervals say nothing, and no p can be small. Record more."
+        for name, count in few
+    ]
     return recordings, kind, notes
 
 
