@@ -25,7 +25,7 @@ from theia.extraction.images import to_square
 from theia.extraction.precision import arithmetic
 from theia.extraction.sources import open_source
 from theia.types import Precision
-from theia.utils.arguments import check_number
+from theia.utils.arguments import check_number, comma_list
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +135,11 @@ def table(teachers: Sequence[str], count: int, device: str, architectures: Mappi
     return text
 
 
-def run(teachers: list[str] = list(WIDE), images: int = 2, device: str = "cpu", deep: bool = False) -> str:  # noqa: B006
+def run(teachers: str = ",".join(WIDE), images: int = 2, device: str = "cpu", deep: bool = False) -> str:
     """Measures what TF32 and bfloat16 do to the features of the built-in teachers, with random weights.
 
     Args:
-        teachers: Names of the teachers.
+        teachers: Names of the teachers, separated by commas.
         images: Number of sample images.
         device: Device to measure, such as cpu or cuda.
         deep: Whether the models are deep and narrow, instead of wide and shallow.
@@ -149,7 +149,7 @@ def run(teachers: list[str] = list(WIDE), images: int = 2, device: str = "cpu", 
         deviation.
     """
     check_number("images", images, 1, 10000)
-    return table(teachers, images, device, DEEP if deep else WIDE)
+    return table(comma_list(teachers), images, device, DEEP if deep else WIDE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from errno import EOPNOTSUPP
@@ -26,10 +26,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.throughput.contenders import Contender, ended
+from benchmarks.throughput.contenders import Contender, ended, theia_loader
 from benchmarks.throughput.data import (
-    IMAGE,
-    ROW,
     Batch,
     Samples,
     check_parity,
@@ -40,8 +38,6 @@ from benchmarks.throughput.data import (
 from benchmarks.throughput.loaders import SMALL, TEACHERS
 from benchmarks.throughput.measure import Cost, Measure, Result, Settings, interleave, ratios
 from benchmarks.throughput.opponents import chunks, limits, tars
-from theia.data.loader import FeatureLoader
-from theia.data.sampler import TrainingSampler
 from theia.store.reader import FeatureStore, shared_array
 
 DEPTH = 32  # reads under way at a time
@@ -84,7 +80,7 @@ def run(settings: Settings) -> Result:
         contenders = {RAW: Contender(partial(_raw, store))}
         contenders[LOOP] = Contender(partial(_plain, store, batch_size))
         for name, direct in ((CACHED, False), (DIRECT, True)):
-            contenders[name] = Contender(_loader(store, batch_size, direct, stack))
+            contenders[name] = Contender(theia_loader(store, batch_size, stack, workers=1, direct=direct))
         for name, format_ in _FORMATS.items():
             loader = stack.enter_context(ended(format_.loader(settings.folder / name, batch_size)))
             contenders[name] = Contender(partial(iter, loader))
@@ -160,26 +156,11 @@ def _late(store: Path, samples: Samples, batch_size: int, settings: Settings) ->
         stack.enter_context(late(0 if settings.small else DELAY))
         contenders = {
             f"late: {LOOP}": Contender(partial(_plain, store, batch_size)),
-            "late: loader": Contender(_loader(store, batch_size, False, stack)),
+            "late: loader": Contender(theia_loader(store, batch_size, stack, workers=1, direct=False)),
         }
         for name, contender in contenders.items():
             check_parity(name, contender.epoch(), samples)
         return interleave({name: contender.turn for name, contender in contenders.items()}, settings.pairs)
-
-
-def _loader(store: Path, batch_size: int, direct: bool, stack: ExitStack) -> Callable[[], Iterator[Batch]]:
-    split = FeatureStore(store).open_split("train")
-    split.direct = direct
-    sampler = TrainingSampler(np.arange(len(split)), batch_size, seed=0)
-    loader = FeatureLoader(split, sampler, workers=1)
-    stack.callback(loader.close)
-
-    def epoch() -> Iterator[Batch]:
-        sampler.set_epoch(sampler.epoch + 1)
-        for batch in loader:
-            yield {ROW: batch.rows, IMAGE: batch.images, **batch.patches}  # type: ignore[dict-item]  # a store has rows
-
-    return epoch
 
 
 def _plain(store: Path, batch_size: int) -> Iterator[Batch]:

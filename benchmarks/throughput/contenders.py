@@ -73,7 +73,12 @@ def ended(loader: "DataLoader[Any]") -> Iterator["DataLoader[Any]"]:
 
 
 def theia_loader(
-    store: Path, batch_size: int, stack: ExitStack, teachers: Sequence[str] | None = None
+    store: Path,
+    batch_size: int,
+    stack: ExitStack,
+    teachers: Sequence[str] | None = None,
+    workers: int = WORKERS,
+    direct: bool | None = None,
 ) -> Callable[[], Iterator[Batch]]:
     """Theia's loader over a store's split ``train``.
 
@@ -82,13 +87,17 @@ def theia_loader(
         batch_size: Number of samples per batch; an incomplete last batch is left out.
         stack: Stack that closes the loader.
         teachers: Teachers to read; all by default.
+        workers: Number of reading processes.
+        direct: Whether to read past the page cache; the split's own choice by default.
 
     Returns:
         Function that starts an epoch.
     """
     split = FeatureStore(store).open_split("train", teachers)
+    if direct is not None:
+        split.direct = direct
     sampler = TrainingSampler(np.arange(len(split)), batch_size, seed=0)
-    loader = FeatureLoader(split, sampler, WORKERS)
+    loader = FeatureLoader(split, sampler, workers)
     stack.callback(loader.close)
 
     def epoch() -> Iterator[Batch]:
