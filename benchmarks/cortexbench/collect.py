@@ -17,7 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.cortexbench.demonstrations import MOST_EPISODES, Plan, demonstrate
-from benchmarks.cortexbench.recordings import check_options
+from benchmarks.cortexbench.recordings import check_options, keep_options
 from benchmarks.cortexbench.scenes import check_factors
 from benchmarks.cortexbench.simulation import (
     DISTRIBUTIONS,
@@ -203,11 +203,11 @@ def table(summaries: Sequence[TaskSummary]) -> str:
 
 def _record(plan: Plan, out: Path, episodes: int, workers: int) -> str:
     started = time.monotonic()
-    writer = plan.open_writer(out)
     simulator = TASKS[plan.tasks[0]].simulator
-    check_options(
-        out, {**asdict(plan), "simulator": installed((DISTRIBUTIONS[simulator], "mujoco", *_BESIDES[simulator]))}
-    )
+    settings = {**asdict(plan), "simulator": installed((DISTRIBUTIONS[simulator], "mujoco", *_BESIDES[simulator]))}
+    check_options(out, settings)
+    writer = plan.open_writer(out)
+    keep_options(out, settings)
     jobs = [
         (task, number) for task in plan.tasks for number in range(episodes) if not writer.has(plan.index(task, number))
     ]

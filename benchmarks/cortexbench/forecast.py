@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,32 @@ _TRIED_STEPS = 12
 _TRIED_OF_BATCH = 4  # steps of the demonstrations, where the encoder is trained too
 
 
+@dataclass(frozen=True)
+class Left:
+    """What is left to do for one encoder.
+
+    Attributes:
+        policies: Number of policies to train, and to test along the way.
+        tests: Number of further tests of finished policies.
+    """
+
+    policies: int
+    tests: int
+
+
 def forecast(
-    plan: RunPlan, left: Mapping[str, int], eyes: Sequence[Eyes], task: str, recording: TaskRecording,
-    simulators: Simulators, tests: int, workers: int, device: torch.device,
+    plan: RunPlan, left: Mapping[str, Left], eyes: Sequence[Eyes], task: str, recording: TaskRecording,
+    simulators: Simulators, workers: int, device: torch.device,
 ) -> str:  # fmt: skip
     """Measures one step of everything, and says how long the rest will take at most.
 
     Args:
         plan: The run.
-        left: Number of policies that are left to train, by the label of the encoder.
+        left: What is left to do, by the label of the encoder.
         eyes: What they are given.
         task: Full name of the first task.
         recording: Its demonstrations.
         simulators: Its simulators.
-        tests: Number of tests of a finished policy.
         workers: Number of simulator processes.
         device: Device of encoders and policies.
     """
@@ -47,18 +60,18 @@ def forecast(
         encoding, deciding, fitting = _seconds(plan, one, task, recording, workers, device)
         simulating = (looking if one.tokens_of is not None else blind) / min(workers, preset.rollouts)
         epochs, evaluations = plan.schedule(recording.frame_count)
-        steps = preset.rollouts * preset.steps(TASKS[task]) * (len(evaluations) + tests)
+        policies, tests = left[one.label].policies, left[one.label].tests
+        steps = preset.rollouts * preset.steps(TASKS[task]) * (policies * len(evaluations) + tests)
         updates = epochs * updates_per_epoch(recording.frame_count, RECIPES[plan.learner.head].batch_size)
         execute = plan.learner.execute or plan.learner.predicted
         # Of the frames between two decisions, no more than three are encoded.
         a_step = simulating + encoding * min(HISTORY, execute) / execute + deciding
-        acting = steps * a_step
-        seconds = left[one.label] * (updates * fitting + acting)
-        seconds += tasks * recording.frame_count * encoding if left[one.label] else 0
+        seconds = policies * updates * fitting + steps * a_step
+        seconds += tasks * recording.frame_count * encoding if policies else 0
         total += seconds
         lines.append(
-            f"  {one.label}: {left[one.label]} policies, {updates} updates of {1000 * fitting:.0f} ms and at most "
-            f"{steps:,} steps of {1000 * a_step:.0f} ms each: {seconds / 60:.0f} min"
+            f"  {one.label}: {policies} policies, each with {updates} updates of {1000 * fitting:.0f} ms, and at most "
+            f"{steps:,} steps of {1000 * a_step:.0f} ms in all: {seconds / 60:.0f} min"
         )
     return f"At most about {total / 60:.0f} min, as measured now on this machine:\n" + "\n".join(lines)
 

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.cortexbench.demonstrations import CAMERAS, REWARD
-from benchmarks.cortexbench.recordings import check_options
+from benchmarks.cortexbench.recordings import check_options, keep_options
 from benchmarks.cortexbench.tasks import TASKS, Task, choose_tasks, folders_of
 from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import ACTION, STATE
@@ -229,15 +229,14 @@ def _open(folder: Path, files: Mapping[str, Path], task: Task, path: Demonstrati
     if path.internal is not None:
         values[INTERNAL_STATE] = [f"value_{n}" for n in range(path.internal.shape[1])]
     cameras = {CAMERAS + task.camera: (size, size)}
+    settings = {
+        "tasks": list(files), "imported": {name: file.name for name, file in files.items()}, "vary": [],
+        "size": size, "pictures": "image",
+        "quality": "full",  # the paper's
+    }  # fmt: skip
+    check_options(folder, settings)
     writer = LeRobotWriter(folder, task.frames_per_s, values, cameras, list(files), "image", task.robot)
-    check_options(
-        folder,
-        {
-            "tasks": list(files), "imported": {name: file.name for name, file in files.items()}, "vary": [],
-            "size": size, "pictures": "image",
-            "quality": "full",  # the paper's
-        },
-    )  # fmt: skip
+    keep_options(folder, settings)
     return writer
 
 

@@ -107,7 +107,7 @@ class Recordings:
 
 
 def check_options(out: Path, settings: Mapping[str, Any]) -> None:
-    """Writes down with what options a data set was begun, or compares it with those of now.
+    """Compares the options that a data set was begun with, if it was, with those of now.
 
     Args:
         out: Folder of the data set.
@@ -121,7 +121,6 @@ def check_options(out: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         if any((out / "meta/episodes").glob("*/*.parquet")):
             raise TrajectoryError(f"{out} holds a data set that was not recorded by this command. Give a new folder.")
-        write_whole(path, json.dumps(now, indent=2))
         return
     try:
         before = dict(json.loads(path.read_text()))
@@ -133,3 +132,14 @@ def check_options(out: Path, settings: Mapping[str, Any]) -> None:
         raise TrajectoryError(
             f"{out} was begun with {said}. Go on with the same options and versions, or give a new folder."
         )
+
+
+def keep_options(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes down with what options a data set was begun.
+
+    Args:
+        out: Folder of the data set, which :func:`check_options` found no other options in.
+        settings: The options, and versions of what is simulated with.
+    """
+    if not (out / _RECORD).exists():
+        write_whole(out / _RECORD, json.dumps(jsonable(dict(settings)), indent=2))

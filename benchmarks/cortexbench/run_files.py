@@ -44,9 +44,10 @@ class RunFiles:
         """Rollouts of a finished policy where one thing looks different."""
         return self.policy(label, task, seed) / f"{SHIFT}{factor}.json"
 
-    def video(self, label: str, task: str, seed: int, number: int) -> Path:
-        """Video of one rollout of a finished policy."""
-        return self.out / "videos" / f"{_file_name(label)}-{task}-seed-{seed}-rollout-{number:02d}.mp4"
+    def video(self, label: str, task: str, seed: int, factor: str | None, number: int) -> Path:
+        """Video of one rollout of a finished policy, or of one where one thing looks different."""
+        shift = "" if factor is None else f"-{SHIFT}{factor}"
+        return self.out / "videos" / f"{_file_name(label)}-{task}-seed-{seed}{shift}-rollout-{number:02d}.mp4"
 
 
 def _file_name(label: str) -> str:

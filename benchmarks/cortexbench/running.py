@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cortexbench.encoders import STATE, Eyes, TaskRecording, open_all
-from benchmarks.cortexbench.forecast import forecast
+from benchmarks.cortexbench.forecast import Left, forecast
 from benchmarks.cortexbench.learning import check_trainable, demonstrations_of, make_head, tuning_of
 from benchmarks.cortexbench.presets import PRESETS, Features, PresetName
 from benchmarks.cortexbench.reporting import LOSSY, report
@@ -125,8 +125,7 @@ class _Run:
                 if not told:
                     _say(
                         forecast(
-                            self.plan, self._left(here), here, task, recording, simulators, len(self.shifts),
-                            self.workers, self.device,
+                            self.plan, self._left(here), here, task, recording, simulators, self.workers, self.device
                         )
                     )  # fmt: skip
                     told = True
@@ -146,11 +145,16 @@ class _Run:
         if not (folder / POLICY).is_file():
             self._train(eyes, course, seed, demonstrations, simulators)
         if self.videos and not self._filmed(eyes, course.task, seed):
-            pilot = self._pilot(eyes, folder)
-            shown = replace(course, seeds=course.seeds[: self.videos])
-            path_of = partial(self.files.video, eyes.label, course.task, seed)
-            with Film(path_of, TASKS[course.task].frames_per_s) as film:
-                roll_out(simulators, pilot, shown, film.watch)
+            self._film(eyes, course, seed, simulators)
+
+    def _film(
+        self, eyes: Eyes, course: Course, seed: int, simulators: Simulators, factor: Factor | None = None
+    ) -> None:
+        pilot = self._pilot(eyes, self.files.policy(eyes.label, course.task, seed))
+        shown = replace(course, seeds=course.seeds[: self.videos])
+        path_of = partial(self.files.video, eyes.label, course.task, seed, factor)
+        with Film(path_of, TASKS[course.task].frames_per_s) as film:
+            roll_out(simulators, pilot, shown, film.watch)
 
     def _pilot(self, eyes: Eyes, folder: Path) -> Pilot:
         """A finished policy."""
@@ -169,13 +173,17 @@ class _Run:
         other = replace(course, vary=check_factors([*course.vary, factor]))
         with Simulators(other, self.workers) as simulators:
             for one, seed in left:
-                folder = self.files.policy(one.label, course.task, seed)
-                pilot = self._pilot(one, folder)
+                if self.videos and not self._filmed(one, course.task, seed, factor):
+                    self._film(one, other, seed, simulators, factor)
+                path = self.files.shift(one.label, course.task, seed, factor)
+                if path.is_file():
+                    continue
+                pilot = self._pilot(one, self.files.policy(one.label, course.task, seed))
                 started = time.monotonic()
                 found = roll_out(simulators, pilot, other)
                 records = _records(found, course.task)
                 record = {"shift": factor, "rollout seconds": time.monotonic() - started, "rollouts": records}
-                write_whole(self.files.shift(one.label, course.task, seed, factor), json.dumps(jsonable(record)))
+                write_whole(path, json.dumps(jsonable(record)))
                 _say(f"{one.label}, {course.task}, seed {seed}, another {factor}: {_outcome(records, course.task)}")
 
     def _train(
@@ -191,6 +199,8 @@ class _Run:
             self.device, epochs, tuning=tuning,
         )  # fmt: skip
         pilot = Pilot(eyes, training.head, self.device, self.plan.learner.execute)
+        if training.losses:
+            _say(f"{eyes.label}, {course.task}, seed {seed}: goes on after epoch {len(training.losses) - 1}")
         for epoch in evaluations:
             training.advance(epoch)
             path = folder / f"rollouts-{epoch:03d}.json"
@@ -223,24 +233,35 @@ class _Run:
         save_head(training.head, folder / POLICY, about)
         (folder / "training.pt").unlink(missing_ok=True)
 
-    def _left(self, eyes: Sequence[Eyes]) -> dict[str, int]:
-        """Number of policies that are not finished, by the label of the encoder."""
+    def _left(self, eyes: Sequence[Eyes]) -> dict[str, Left]:
+        """What is not done, by the label of the encoder."""
+        every = [(task, seed) for task in self.plan.tasks for seed in self.seeds]
         return {
-            one.label: sum(not self._finished(one, task, seed) for task in self.plan.tasks for seed in self.seeds)
+            one.label: Left(
+                sum(not self._trained(one, task, seed) for task, seed in every),
+                sum(not self._shifted(one, task, seed, f) for task, seed in every for f in self.shifts),
+            )
             for one in eyes
         }
 
     def _finished(self, eyes: Eyes, task: str, seed: int) -> bool:
-        done = (self.files.policy(eyes.label, task, seed) / POLICY).is_file()
-        shown = not self.videos or self._filmed(eyes, task, seed)
-        return done and shown and all(self._shifted(eyes, task, seed, factor) for factor in self.shifts)
+        shown = self._filmed(eyes, task, seed)
+        return (
+            self._trained(eyes, task, seed)
+            and shown
+            and all(self._shifted(eyes, task, seed, factor) for factor in self.shifts)
+        )
+
+    def _trained(self, eyes: Eyes, task: str, seed: int) -> bool:
+        return (self.files.policy(eyes.label, task, seed) / POLICY).is_file()
 
     def _shifted(self, eyes: Eyes, task: str, seed: int, factor: Factor) -> bool:
-        return self.files.shift(eyes.label, task, seed, factor).is_file()
+        done = self.files.shift(eyes.label, task, seed, factor).is_file()
+        return done and self._filmed(eyes, task, seed, factor)
 
-    def _filmed(self, eyes: Eyes, task: str, seed: int) -> bool:
+    def _filmed(self, eyes: Eyes, task: str, seed: int, factor: Factor | None = None) -> bool:
         numbers = range(min(self.videos, self.plan.preset.rollouts))
-        return all(self.files.video(eyes.label, task, seed, number).is_file() for number in numbers)
+        return all(self.files.video(eyes.label, task, seed, factor, number).is_file() for number in numbers)
 
     def _check_weights(self, eyes: Eyes) -> None:
         path = self.files.encoder(eyes.label)

@@ -14,7 +14,7 @@ from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench import collect as collecting
 from benchmarks.cortexbench import simulation
 from benchmarks.cortexbench.demonstrations import MOST_ATTEMPTS, Plan, first_success
-from benchmarks.cortexbench.recordings import check_options
+from benchmarks.cortexbench.recordings import check_options, keep_options
 from benchmarks.cortexbench.simulation import SimulationError, find_opengl
 from benchmarks.cortexbench.tasks import find_tasks
 from theia.errors import ConfigError, TrajectoryError
@@ -148,7 +148,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(
 
 
 def test_a_folder_goes_on_with_the_options_that_it_was_begun_with(tmp_path: Path) -> None:
-    check_options(tmp_path, asdict(PLAN))
+    keep_options(tmp_path, asdict(PLAN))
     check_options(tmp_path, asdict(PLAN))
     with pytest.raises(TrajectoryError, match=r"begun with noise 0\.0, not 0\.1"):
         check_options(tmp_path, asdict(replace(PLAN, noise=0.1)))
@@ -156,7 +156,7 @@ def test_a_folder_goes_on_with_the_options_that_it_was_begun_with(tmp_path: Path
 
 def test_a_folder_with_other_physics_is_refused(tmp_path: Path) -> None:
     settings = {**asdict(PLAN), "simulator": {"mujoco": "3.3.0"}}
-    check_options(tmp_path, settings)
+    keep_options(tmp_path, settings)
     path = tmp_path / "meta/collection.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps({**written, "simulator": {**written["simulator"], "mujoco": "2.3.7"}}))

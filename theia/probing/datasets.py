@@ -347,9 +347,13 @@ def of_data(data: DenseData) -> str:
 
 
 def of_files(*roots: str | None) -> str:
-    """Fingerprint of the names, sizes and times of files, and of all files in folders."""
-    every = [path for root in roots if root for path in [Path(root), *sorted(Path(root).rglob("*"))]]
-    return fingerprint([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in every if path.is_file()])
+    """Fingerprint of sizes and times of files, and of all files in folders with their paths in them.
+
+    It does not depend on where a folder lies, nor on how its path is spelt.
+    """
+    every = [(root, path) for root in roots if root for path in [Path(root), *sorted(Path(root).rglob("*"))]]
+    files = [(str(path.relative_to(root)), path.stat()) for root, path in every if path.is_file()]
+    return fingerprint([[name, found.st_size, found.st_mtime_ns] for name, found in files])
 
 
 def read_cameras(split: Path, names: Sequence[str]) -> tuple[list[Camera], list[tuple[int, int]]]:

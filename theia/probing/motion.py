@@ -91,8 +91,8 @@ def open_recordings(
         The data sets, the one to fit on first; the target; and what a reader of the figures must know.
 
     Raises:
-        ConfigError: If there are too few or too short episodes, the data sets are not of one robot, or one is given
-            twice with the same camera.
+        ConfigError: If there are too few or too short episodes, the data sets are not of one robot, one is given
+            twice with the same camera, or a camera is named twice.
         TrajectoryError: If one cannot be read.
     """
     folder = LeRobotFolder(_path(train))
@@ -105,6 +105,10 @@ def open_recordings(
             "never divided between the two. Record more."
         )
     places = [train, *tests]
+    if camera is not None and (named := [place for place in places if _camera(place) is not None]):
+        raise ConfigError(
+            f"--camera {camera} is for all data sets, and {named[0]} names a camera too. Leave out one of the two."
+        )
     paths = [_path(place).resolve() for place in places]
     folders = [folder, *(folder if _path(test).resolve() == paths[0] else LeRobotFolder(_path(test)) for test in tests)]
     cameras = [
