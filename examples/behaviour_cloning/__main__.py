@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ from examples.behaviour_cloning.training import TrainingOptions, blind_error, ev
 from theia.errors import ConfigError, TheiaError
 from theia.policies import HeadKind
 from theia.policies.policy import save_policy
-from theia.policies.sight import Features, Sight
+from theia.policies.sight import Features, Sight, features_of_noise
+from theia.probing.datasets import fingerprint, of_files
 from theia.trajectories.lerobot import LeRobotFolder
 from theia.utils.files import check_folder
 
@@ -40,6 +42,8 @@ def clone(
     training: TrainingOptions = TrainingOptions(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Trains a policy on demonstrations and prints its error on episodes that it never saw.
+
+    The same command goes on after an interruption.
 
     Args:
         encoder: Exported folder, training checkpoint, or id on the Hugging Face hub.
@@ -75,8 +79,16 @@ def clone(
     sight = Sight(encoder, body, features)
     if unfreeze:
         body.unfreeze(None if unfreeze == "all" else unfreeze)
-    policy, _ = train(sight, body.image_size, seen, training, head, chunk, seed, device)
+    same = fingerprint(
+        features_of_noise(sight, body.image_size)[1], of_files(str(demonstrations)) if demonstrations else "", camera,
+        unfreeze, features, head, chunk, held_out, seed, asdict(training),
+    )  # fmt: skip
+    unfinished = output.with_name(f"{output.name}.unfinished-{same[:12]}")
+    if unfinished.exists():
+        sys.stderr.write(f"Goes on with the training that was interrupted, from {unfinished}.\n")
+    policy, _ = train(sight, body.image_size, seen, training, head, chunk, seed, device, unfinished)
     save_policy(policy, output)
+    unfinished.unlink(missing_ok=True)
     error, blind = evaluate(policy, unseen), blind_error(seen, unseen)
     rows = [[number, *pair] for number, pair in enumerate(zip(error.tolist(), blind.tolist(), strict=True))]
     headers = ["action", "held-out error", "error of the best constant"]

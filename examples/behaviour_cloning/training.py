@@ -1,6 +1,7 @@
 """Trains a policy on demonstrations in memory, and says how far its actions are off."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ def train(
     chunk: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    unfinished: Path | None = None,
 ) -> tuple[Policy, list[float]]:
     """Fits a policy to demonstrations.
 
@@ -67,6 +69,7 @@ def train(
         chunk: Number of actions that it predicts at once.
         seed: Seed of weights and order.
         device: Device to train on.
+        unfinished: File that the state is kept in after every epoch; a training that finds it goes on from there.
 
     Returns:
         The policy, and the mean loss of each epoch.
@@ -102,8 +105,11 @@ def train(
         scale: Scale | None = "standard" if head == "mlp" else None  # actions of any robot, in any unit
         return HEADS[head](channels, tokens.grid, state.shape[1], actions, None, chunk, scale)
 
-    training = Training(make, cloned, seed, None, place, options.epochs, recipe, tuning)
-    bar = tqdm(range(options.epochs), desc="train", unit="epoch", disable=not options.progress)
+    training = Training(make, cloned, seed, unfinished, place, options.epochs, recipe, tuning)
+    first = len(training.losses)
+    bar = tqdm(
+        range(first, options.epochs), "train", options.epochs, initial=first, unit="epoch", disable=not options.progress
+    )
     for epoch in bar:
         training.advance(epoch)
         bar.set_postfix(loss=f"{training.losses[-1]:.4f}")

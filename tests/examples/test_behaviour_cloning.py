@@ -23,6 +23,7 @@ from theia import Encoder, load_policy
 from theia.errors import ConfigError, DivergenceError, FeatureError, ShapeError
 from theia.models.architecture import Architecture
 from theia.policies import HeadKind
+from theia.policies.cloning import Training
 from theia.policies.demonstrated import tokens_in_memory
 from theia.policies.sight import Features, Sight
 
@@ -274,3 +275,34 @@ def test_command_saves_a_policy_that_acts_as_it_did(
     # A second run must not write over the first.
     assert command.main(arguments) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_policy(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "d.npz", **arrays_of(random_demonstrations(32)))
+    arguments = [
+        f"--encoder={checkpoint}", f"--demonstrations={tmp_path / 'd.npz'}", "--features=mean", "--device=cpu",
+        "--training.epochs=4", "--training.progress=false",
+    ]  # fmt: skip
+    assert command.main([*arguments, f"--output={tmp_path / 'whole'}"]) == 0
+    advance = Training.advance
+
+    def interrupted(training: Training, epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        advance(training, epoch)
+
+    cut = [*arguments, f"--output={tmp_path / 'cut'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "advance", interrupted)
+        assert command.main(cut) == 130
+    trained = []
+    monkeypatch.setattr(Training, "advance", lambda self, epoch: (trained.append(epoch), advance(self, epoch)))
+    assert command.main(cut) == 0
+
+    assert trained == [2, 3]
+    assert "Goes on" in capsys.readouterr().err
+    assert not list(tmp_path.glob("cut.unfinished*"))
+    whole, other = (load_policy(tmp_path / name).head.state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
