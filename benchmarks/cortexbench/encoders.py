@@ -120,7 +120,7 @@ def open_all(names: Sequence[str], features: Features, device: torch.device) -> 
 def _open(name: str, label: str, features: Features, device: torch.device) -> Eyes:
     if name in (BLIND, STATE):
         return Eyes(name, label, None, 0, (1, 1), fingerprint(name), (0.0,))
-    sight = open_sight(name, features, device)
+    sight = open_sight(name, features, device, {control: f"control: {what}" for control, what in CONTROLS.items()})
     tokens, of_noise = features_of_noise(sight, IMAGE_SIZE)
     if features == "spatial" and tokens.patches.shape[1] < 2:
         raise ConfigError(f"{name} gives one vector per picture, no spatial features. Take --features vector.")

@@ -183,7 +183,7 @@ def paired(ours: NDArray[np.float64], theirs: NDArray[np.float64], tasks: int = 
     """
     from scipy import stats
 
-    found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]), tasks)
+    found = paired_over_episodes(ours, theirs, np.ones(ours.shape[1]), _parts(ours, tasks))
     if len(ours) > 1 or not np.isin([ours, theirs], (0, 1)).all():
         return found
     better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
@@ -207,7 +207,20 @@ def _line(name: str, task: str, unit: str, ours: Sequence[Results], theirs: Sequ
             difference = paired(_joined(ours, common), _joined(theirs, common), len(ours))
     best = float(np.mean([one.best for one in found]))
     anywhere = float(np.mean([one.anywhere[:, -1].mean() for one in found])) if unit == RATE else None
-    return Line(name, task, over_episodes(last, np.ones(last.shape[1]), len(ours)), best, anywhere, difference, unit)
+    return Line(
+        name,
+        task,
+        over_episodes(last, np.ones(last.shape[1]), _parts(last, len(ours))),
+        best,
+        anywhere,
+        difference,
+        unit,
+    )
+
+
+def _parts(values: NDArray[np.float64], tasks: int) -> list[int]:
+    """Task of each rollout, where those of several tasks lie one after another."""
+    return np.repeat(np.arange(tasks), values.shape[1] // tasks).tolist()
 
 
 def _common(parts: Sequence[Results]) -> set[int]:

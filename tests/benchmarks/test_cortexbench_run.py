@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.cortexbench import __main__ as command
-from benchmarks.cortexbench.encoders import Eyes
+from benchmarks.cortexbench.encoders import Eyes, open_all
 from benchmarks.cortexbench.run_files import RunFiles
 from benchmarks.cortexbench.running import choose_reference, too_short
 from theia.errors import ConfigError
@@ -46,6 +47,11 @@ def test_a_simulator_s_process_loads_no_torch():
     code = "import benchmarks.cortexbench.simulators, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_controls_are_offered_where_an_encoder_s_name_is_wrong():
+    with pytest.raises(ConfigError, match=r"'blnd' names no encoder[\s\S]*blind +control: no picture"):
+        open_all(["blnd"], "spatial", torch.device("cpu"))
 
 
 def test_rollouts_shorter_than_the_demonstrations_need_are_said():
@@ -100,7 +106,7 @@ def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations
     assert "blind (control)" in said.out
     assert "At most about" in said.err
     assert "lossy" not in said.err + said.out
-    assert len(list(whole.glob("videos/*.mp4"))) == 2
+    assert len(list(whole.glob("videos/*.mp4"))) == 6  # two of them where the texture, and two where the light differs
     assert len({record["task"] for record in outcomes(whole).values() if "task" in record}) == 1  # smoke: the first
     assert len([name for name in outcomes(whole) if "shift-" in name]) == 4
     assert "another light" in said.out

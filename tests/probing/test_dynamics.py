@@ -44,7 +44,8 @@ def noise(images: Tensor) -> StudentTokens:
 
 @pytest.fixture(autouse=True)
 def own_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "open_encoder", lambda name, device: {"perfect": coordinates, "constant": noise}[name])
+    known = {"perfect": coordinates, "constant": noise}
+    monkeypatch.setattr(module, "open_encoder", lambda name, device, controls: known[name])
 
 
 def run(
@@ -118,6 +119,18 @@ def test_a_data_set_is_not_tested_on_twice(tmp_path: Path, again: str) -> None:
     with pytest.raises(ConfigError, match="data with a camera that it is fitted on"):
         run(tmp_path / "out", train, ["perfect"], [f"{tmp_path}/{again}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_camera_for_all_and_one_of_a_data_set_are_refused_together(tmp_path: Path) -> None:
+    train = record_with_two_cameras(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"--camera top is for all data sets, and .*data#side names a camera too"):
+        open_recordings(str(train), [f"{train}#side"], "top", HORIZON, None)
+
+
+def test_a_moved_data_set_is_the_same(tmp_path: Path) -> None:
+    before = open_recordings(str(record(tmp_path / "data")), [], None, HORIZON, None)[0][0].identity
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert open_recordings(f"{tmp_path}/./moved", [], None, HORIZON, None)[0][0].identity == before
 
 
 def test_the_state_is_standardised_by_the_fitted_episodes(tmp_path: Path) -> None:

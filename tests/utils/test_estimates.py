@@ -153,13 +153,13 @@ def test_seeds_spread_as_much_against_a_reference_that_is_not_random() -> None:
 
 
 def test_parts_that_were_chosen_do_not_widen_the_interval() -> None:
-    apart = np.repeat([[1.0, 0.0]], 25, 1)
-    found = over_episodes(apart, np.ones(50), parts=2)
+    apart = np.tile([[1.0, 0.0]], 25)
+    found = over_episodes(apart, np.ones(50), ["push", "pull"] * 25)
     assert (found.low, found.mean, found.high) == (0.5, 0.5, 0.5)
     # One part of rate 0.5, one without spread: the error of the mean is half of the first one's.
     rng = np.random.default_rng(0)
     half = np.concatenate([rng.permutation(np.repeat([1.0, 0.0], 50)), np.zeros(100)])[None]
-    found = over_episodes(half, np.ones(200), parts=2)
+    found = over_episodes(half, np.ones(200), np.repeat([0, 1], 100).tolist())
     assert found.half_width == pytest.approx(1.96 * 0.05 / 2, rel=0.15)
 
 

@@ -4,7 +4,8 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -72,12 +73,17 @@ class NamedEncoder(nn.Module):
         return StudentTokens(cls, tokens.registers.float(), tokens.patches.float(), tokens.grid)
 
 
-def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu") -> NamedEncoder:
+def open_encoder(
+    name: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    controls: Mapping[str, str] = MappingProxyType({}),
+) -> NamedEncoder:
     """Builds the encoder that a name stands for.
 
     Args:
         name: Name in one of the forms of :data:`theia.encoder.FORMS`, or the path of a folder or file.
         device: Device of the encoder.
+        controls: Names that the caller knows besides, with what they mean: what to offer if the name has no form.
 
     Raises:
         ConfigError: If the name has none of the forms, or a model has no spatial features.
@@ -92,7 +98,7 @@ def open_encoder(name: str | os.PathLike[str], device: str | torch.device = "cpu
     # A single word, or one before an unknown colon, is neither path nor id: somebody forgot a prefix.
     is_word = colon or "/" not in model
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
-        forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in FORMS.items())
+        forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in {**FORMS, **controls}.items())
         raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{forms}")
     encoder = load(model)
     return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)

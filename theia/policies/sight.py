@@ -1,5 +1,7 @@
 """What a policy sees through: an encoder whose tokens are given as a map or as one vector."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -68,13 +70,19 @@ class Sight(nn.Module):
         return StudentTokens(None, tokens.patches[:, :0], vector[:, None], (1, 1))
 
 
-def open_sight(name: str, features: Features, device: str | torch.device = "cpu") -> Sight:
+def open_sight(
+    name: str,
+    features: Features,
+    device: str | torch.device = "cpu",
+    controls: Mapping[str, str] = MappingProxyType({}),
+) -> Sight:
     """Opens an encoder by its name.
 
     Args:
         name: Name in one of the forms of :data:`theia.encoder.FORMS`, or ``pixels`` for 16x16 mean colours.
         features: See :class:`Sight`.
         device: Device of the encoder.
+        controls: See :func:`theia.encoder.from_name.open_encoder`.
 
     Raises:
         ConfigError: If the name names nothing.
@@ -82,7 +90,7 @@ def open_sight(name: str, features: Features, device: str | torch.device = "cpu"
     """
     if name == PIXELS:
         return Sight(name, None, features)
-    opened = open_encoder(name)
+    opened = open_encoder(name, controls=controls)
     return Sight(name, opened.source if isinstance(opened.source, Encoder) else opened, features).to(device)
 
 

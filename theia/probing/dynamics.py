@@ -44,7 +44,11 @@ Readout = Literal["ridge", "transformer"]
 Preset = Literal["small", "full"]
 
 BLIND, STATE_ONLY, PIXELS = "blind", "state", "pixels"
-CONTROLS = (BLIND, STATE_ONLY, PIXELS)
+CONTROLS = {
+    BLIND: "control: no picture",
+    STATE_ONLY: "control: the robot's state at t, no picture",
+    PIXELS: "control: 16x16 mean colours",
+}
 _HORIZON = 16
 
 
@@ -91,7 +95,7 @@ def dynamics(
     Raises:
         TheiaError: If data cannot be read or do not fit together, or an encoder cannot be probed.
     """
-    names = [*dict.fromkeys(CONTROLS), *encoders] if not set(CONTROLS) & set(encoders) else _with_controls(encoders)
+    names = [*(control for control in CONTROLS if control not in encoders), *encoders]
     labels = short_labels(names)
     chosen = _reference(reference, names, encoders)
     recordings, kind, notes = open_recordings(train, tests, camera, horizon, target)
@@ -282,10 +286,6 @@ def _by_episode(error: NDArray[np.float64], recording: Recording, tested: NDArra
     return [float(error[episodes == episode].mean()) for episode in tested_episodes(recording)]
 
 
-def _with_controls(encoders: Sequence[str]) -> list[str]:
-    return [*(control for control in CONTROLS if control not in encoders), *encoders]
-
-
 def _reference(wanted: str | None, names: Sequence[str], encoders: Sequence[str]) -> str:
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice:
@@ -300,7 +300,7 @@ def _reference(wanted: str | None, names: Sequence[str], encoders: Sequence[str]
 
 def _tokens_of(name: str, device: torch.device) -> tuple[TokensOf, str]:
     """An encoder, tried on one image, and a fingerprint of what it gave."""
-    tokens_of: TokensOf = pixel_means if name == PIXELS else open_encoder(name, device)
+    tokens_of: TokensOf = pixel_means if name == PIXELS else open_encoder(name, device, CONTROLS)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=generator)
     tokens = tokens_of(noise.to(device))

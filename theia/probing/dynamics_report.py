@@ -104,9 +104,9 @@ def summarise(
         for column in columns:
             question, data = column
             here, there = np.asarray(of[question][data]), np.asarray(errors[reference][question][data])
-            means[name][column] = over_episodes(here, weights[data])
+            means[name][column] = over_episodes(here, weights[data], tasks[data])
             if name != reference:
-                raw[name, column] = paired_over_episodes(here, there, weights[data])
+                raw[name, column] = paired_over_episodes(here, there, weights[data], tasks[data])
             labels = np.asarray(tasks[data])
             by_task[name][column] = {
                 str(task): float(

@@ -171,7 +171,9 @@ _DRAWS = 2000
 _FLIPS = 10_000
 
 
-def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], parts: int = 1) -> Estimate:
+def over_episodes(
+    errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], parts: Sequence[Any] | None = None
+) -> Estimate:
     """Weighted mean over episodes, with a bootstrap interval over episodes and seeds.
 
     The frames of an episode are alike, and so are its errors: it is drawn as a whole.
@@ -179,14 +181,17 @@ def over_episodes(errors: npt.NDArray[np.float64], weights: npt.NDArray[np.float
     Args:
         errors: Mean error of each episode, shape ``(seeds, episodes)``.
         weights: Weight of each episode, such as its number of samples, shape ``(episodes,)``.
-        parts: Number of parts of equal length that the episodes come in, such as tasks that were chosen and not drawn:
-            how much the parts differ does not widen the interval.
+        parts: Part that each episode belongs to, such as a task that was chosen and not drawn: how much the parts
+            differ does not widen the interval. By default, all are of one.
     """
     rng = np.random.default_rng(0)
     seeds, episodes = errors.shape
-    size = episodes // parts
-    drawn = [rng.multinomial(size, np.full(size, 1 / size), _DRAWS) for _ in range(parts)]
-    counts = np.concatenate(drawn, 1) * weights
+    _, labels = np.unique(np.zeros(episodes) if parts is None else parts, return_inverse=True)
+    counts = np.empty((_DRAWS, episodes))
+    for part in range(labels.max() + 1):
+        places = np.flatnonzero(labels == part)
+        counts[:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), _DRAWS)
+    counts *= weights
     shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _DRAWS) / seeds
     draws = (counts * (shares @ errors)).sum(1) / counts.sum(1)
     low, high = np.percentile(draws, [50 - 50 * CONFIDENCE, 50 + 50 * CONFIDENCE])
@@ -197,7 +202,7 @@ def paired_over_episodes(
     errors: npt.NDArray[np.float64],
     reference: npt.NDArray[np.float64],
     weights: npt.NDArray[np.float64],
-    parts: int = 1,
+    parts: Sequence[Any] | None = None,
 ) -> Difference:
     """Difference from a reference on the same episodes.
 
