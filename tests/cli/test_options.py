@@ -115,7 +115,7 @@ PLACES = [
 def test_every_command_that_writes_has_a_place() -> None:
     assert {program for program, _ in PLACES} == {program for program, _ in parsers()} - {
         "store info", "store verify", "teachers",  # only read
-        "store push", "store pull",  # their places stand by position
+        "store push", "store pull", "store statistics",  # their places stand by position
         "ablate report",  # writes into the sweep that it reads
     }  # fmt: skip
 
@@ -302,6 +302,7 @@ def test_the_current_folder_is_still_a_folder() -> None:
 FUNCTIONS = {
     "store info": store.info,
     "store verify": store.verify,
+    "store statistics": store.statistics,
     "store push": store.push,
     "store pull": store.pull,
     "ablate": ablate.ablate,

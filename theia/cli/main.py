@@ -45,10 +45,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "extract": Command("run teachers over images once and store their features", "theia.cli.extract"),
     "store": Command(
-        "say what is in a feature store, verify every checksum of it, or copy it to another place and back",
+        "say what is in a feature store, verify every checksum of it, measure it, or copy it",
         "theia.cli.store",
-        ("info", "verify", "push", "pull"),
-        "Say what is in a feature store, check that all of it is whole, or copy it to another place and back.",
+        ("info", "verify", "statistics", "push", "pull"),
+        "Say what is in a feature store, check that all of it is whole, measure it, or copy it to another place.",
         positional=True,
     ),
     "teachers": Command("list the installed teachers", "theia.cli.teachers", ("teachers",)),

@@ -1,4 +1,4 @@
-"""``theia store``: lists the content of a feature store, checks that all of it is whole, and copies it to and fro."""
+"""``theia store``: lists the content of a feature store, checks that it is whole, measures it, and copies it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,14 @@ from theia.store.verify import Problem, SetSummary, describe
 from theia.store.verify import verify as verify_store
 from theia.types import Json
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list
+from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder
-from theia.utils.progress import readable_bytes
+from theia.utils.progress import Progress, readable_bytes
 
 if TYPE_CHECKING:
     from theia.store.transfer import Transferred
+
+_SHARES = (0.9, 0.99, 0.999)  # of the variance
 
 
 def info(path: Path) -> int:
@@ -66,6 +69,41 @@ def verify(path: Path) -> int:
     found = f"problems: {problems}" if problems else "all whole"
     print(f"{path}: {files} shards, {readable_bytes(total)}, {found}.")
     return 1 if problems else 0
+
+
+def statistics(path: Path, teachers: str | None = None, images: int | None = None, device: Device = "auto") -> int:
+    """Measure the covariances of each teacher's channels, and say how many principal components hold its variance.
+
+    They are written to the folder statistics of the store. The same command goes on after an interruption.
+
+    Args:
+        path: Folder of the store.
+        teachers: Teachers to measure, separated by commas; by default all of the training split.
+        images: Number of images, spread evenly over the training split; by default all.
+        device: Device that multiplies; auto takes a GPU if there is one.
+    """
+    check_number("images", images, 2)
+    # Listing a store needs no torch.
+    from theia.store import second_moments
+    from theia.store.reader import FeatureStore
+    from theia.store.schema import TRAIN
+
+    store = FeatureStore(path)
+    names = comma_list(teachers) or list(store.teachers(TRAIN))
+    place = choose_device(device)
+    counts = {name: second_moments.count(store, name, images) for name in names}
+    rows = []
+    for name in names:
+        with Progress(name, counts[name]) as progress:
+            found = second_moments.measure(store, name, images, place, progress.advance)
+        deviations = found.covariance.diagonal() ** 0.5
+        spread = f"{deviations.min():.3g} to {deviations.max():.3g}"
+        parts = [found.components_for(share) for share in _SHARES]
+        rows.append((name, len(found.mean), found.images, found.tokens, spread, *parts))
+    headers = ("teacher", "channels", "images", "tokens", "deviations", *(f"for {share:.1%}" for share in _SHARES))
+    print(tabulate(rows, headers))
+    print("\nThe last columns: number of principal components that hold that share of the variance.")
+    return 0
 
 
 def push(path: Path, to: str, workers: int = 8) -> int:
