@@ -10,7 +10,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
+from theia.cli.main import main
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
 from theia.training.distillation import Distillation
@@ -178,3 +180,55 @@ def test_workers_follow_the_cores_of_each_training_process(
     next(iter(loader))
     assert len(loader._workers.pids) == workers
     data.teardown("fit")
+
+
+@pytest.fixture(scope="module")
+def of_two_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of eight images of a robot and eight others, by way of theia extract."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, colour in (("robot", 200), ("web", 50)):
+        (folder / name).mkdir()
+        for number in range(8):
+            Image.new("RGB", (32, 32), (colour, number, 0)).save(folder / name / f"{number}.png")
+    places = [str(folder / "robot"), f"photos={folder / 'web'}"]
+    line = ["extract", "--images", *places, "--teachers=color", "--size=32", f"--store={folder / 'store'}"]
+    assert main([*line, "--workers=0", "--shard_size=5"]) == 0
+    return folder / "store"
+
+
+def sources_drawn(store: Path, **options: Any) -> Counter[str]:
+    data = FeatureData(str(store), batch_size=2, workers=0, holdout=0.01, **options)
+    loader = data.train_dataloader()
+    seen = Counter("robot" if image[0, 0, 0] == 200 else "photos" for batch in loader for image in batch.images)
+    assert data.trained_on - sum(seen.values()) in (0, 1)  # what makes no whole batch is left out
+    return seen
+
+
+def test_sources_are_drawn_as_often_as_their_weights_say(of_two_sources: Path) -> None:
+    plain = sources_drawn(of_two_sources)
+    weighted = sources_drawn(of_two_sources, weights={"robot": 3, "photos": 0.5})
+    without = sources_drawn(of_two_sources, weights={"photos": 0})
+
+    assert sum(plain.values()) == 14  # of 15: one is held out
+    assert weighted["robot"] in range(20, 25)
+    assert weighted["photos"] in range(3, 5)
+    assert without.keys() == {"robot"}
+
+
+def test_weights_change_neither_the_order_of_scorers_nor_unseen_in_a_resumed_run(of_two_sources: Path) -> None:
+    data = FeatureData(str(of_two_sources), batch_size=2, workers=0, weights={"robot": 2})
+    every = [row for batch in data.ordered_dataloader("train", torch.device("cpu")) for row in batch.rows.tolist()]
+    assert every == sorted(set(every))
+    data.train_dataloader()
+    with pytest.raises(ConfigError, match=r"data\.weights \{'robot': 2\}, this one with \{\}"):
+        FeatureData(str(of_two_sources), batch_size=2, workers=0).check_state(data.state_dict())
+
+
+def test_weights_of_sources_that_are_not_there_are_refused(of_two_sources: Path, store: Path) -> None:
+    for place, weights, said in (
+        (of_two_sources, {"web": 2.0}, "names 'web', but .* come from robot, photos"),
+        (store, {"web": 2.0}, "come from one source"),
+        (store, {"web": -1.0}, r"data\.weights\.web is -1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            FeatureData(str(place), weights=weights).check_training(1)

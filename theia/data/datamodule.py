@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from theia.data.loader import FeatureLoader
 from theia.data.protocol import TrainingData
-from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out, repeated
 from theia.errors import ConfigError
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import canonical_json, to_plain
@@ -26,6 +26,7 @@ _DEFAULT_VAL_SPLIT = "val"
 # A worker copies some 5 GB/s from the page cache, and takes memory for two batches and more.
 _CORES_PER_WORKER = 4
 _MOST_WORKERS = 4
+_MOST_WEIGHT = 1000
 
 
 class FeatureData(TrainingData):
@@ -39,6 +40,9 @@ class FeatureData(TrainingData):
         workers: Reading processes per training process; 0 reads in the training process. By default one for every 4
             cores per training process, from 1 to 4.
         fraction: Share of the training samples to use, in (0, 1]; the same samples for every seed.
+        weights: Number of times that the images of a source are drawn in an epoch, by the name that its sample ids
+            begin with, such as {robot: 3, imagenet: 0.5}; 1 for the sources that are left out. For a store of several
+            sources.
         seed: Seed for the order of the training samples.
         val_split: Split for validation and test.
         holdout: Share of the training split to hold out if the store has no validation split.
@@ -55,6 +59,7 @@ class FeatureData(TrainingData):
         val_batch_size: int = 64,
         workers: int | None = None,
         fraction: float = 1.0,
+        weights: dict[str, float] | None = None,
         seed: int = 0,
         val_split: str = _DEFAULT_VAL_SPLIT,
         holdout: float = 0.01,
@@ -71,6 +76,9 @@ class FeatureData(TrainingData):
         self.val_batch_size = val_batch_size
         self.workers = workers
         self.fraction = fraction
+        self.weights = weights or {}
+        for name, weight in self.weights.items():
+            check_number(f"data.weights.{name}", weight, 0, _MOST_WEIGHT)
         self.seed = seed
         self.holdout = holdout
         self.store = FeatureStore(store)
@@ -95,6 +103,7 @@ class FeatureData(TrainingData):
         self._loaders: list[FeatureLoader] = []
         self._training_loader: FeatureLoader | None = None
         self._resume: dict[str, Any] | None = None
+        self._sources: np.ndarray[Any, Any] | None = None  # number of the source of each training sample
         first = self._open(self.val_split or "train", names)
         self.teacher_specs = dict(first.teachers)
 
@@ -131,7 +140,7 @@ class FeatureData(TrainingData):
         Raises:
             StoreError: If no training split was extracted.
         """
-        return len(self._training_rows(self._open("train")))
+        return len(self._drawn_rows(self._open("train")))
 
     def provenance(self) -> dict[str, Any]:
         """The exact origin of the features: the store's digest and the weights of each teacher; builtin types only."""
@@ -242,6 +251,7 @@ class FeatureData(TrainingData):
             "images_sha256": self._training_images,
             "features": self._features("train"),
             "held_out": self._held_out_digest(),
+            "weights": self.weights,
             "loader": self._training_loader.state_dict(),
         }
 
@@ -275,6 +285,11 @@ class FeatureData(TrainingData):
                 f"The held-out images of the store {self.store.root}, or their features, are not those that the "
                 "checkpoint's run was validated on: another split, or one that was extracted since. The best of both "
                 "would not be comparable. Resume with its own store, or start a new run."
+            )
+        if state.get("weights", {}) != self.weights:
+            raise ConfigError(
+                f"The checkpoint's run drew its samples with data.weights {state.get('weights', {})}, this one with "
+                f"{self.weights}: their order would change in mid-run. Resume with the same, or start a new run."
             )
         self._training_sampler(self._open("train"), 0, 1).load_state_dict(state["loader"])
 
@@ -354,11 +369,32 @@ class FeatureData(TrainingData):
         return self._splits[split]
 
     def _training_sampler(self, split: Split, rank: int, world_size: int) -> TrainingSampler:
-        return TrainingSampler(self._training_rows(split), self.batch_size, self.seed, rank, world_size)
+        return TrainingSampler(self._drawn_rows(split), self.batch_size, self.seed, rank, world_size)
 
     def _training_rows(self, split: Split) -> Rows:
         rows = np.arange(len(split)) if self.val_split else hold_out(len(split), self.holdout)[0]
         return fixed_fraction(rows, self.fraction)
+
+    def _drawn_rows(self, split: Split) -> Rows:
+        """Rows of an epoch, some of them several times or not at all if there are weights."""
+        rows = self._training_rows(split)
+        if not self.weights:
+            return rows
+        source = self.store.manifest.splits["train"].images.source
+        parts = source.get("parts")
+        names = [str(part["as"]) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        unknown = [name for name in self.weights if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"data.weights names {unknown[0]!r}, but the training images of {self.store.root} come from "
+                f"{', '.join(names) or 'one source'}. Name those, or leave it out."
+            )
+        if self._sources is None:
+            of_names = {name: number for number, name in enumerate(names)}
+            self._sources = np.array([of_names[key.partition("/")[0]] for key in split.sample_ids()])
+        here = self._sources[rows]
+        weights = (self.weights.get(name, 1.0) for name in names)
+        return np.concatenate([repeated(rows[here == number], weight) for number, weight in enumerate(weights)])
 
     def _held_out_rows(self) -> Rows:
         split = self._open(self.val_split or "train")

@@ -43,6 +43,18 @@ def fixed_fraction(rows: Rows, fraction: float) -> Rows:
     return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(rows)[:kept])
 
 
+def repeated(rows: Rows, times: float) -> Rows:
+    """Repeats rows, the same ones for every seed.
+
+    Args:
+        rows: Row numbers.
+        times: How often each is to be there; of 2.5, half of them are there three times.
+    """
+    whole = int(times)
+    more = fixed_fraction(rows, times - whole) if times > whole and len(rows) else rows[:0]
+    return np.concatenate([np.repeat(rows, whole), more])
+
+
 class TrainingSampler:
     """Shuffled global batches, divided among the processes. Call :meth:`set_epoch` before each epoch but the first.
 

@@ -123,6 +123,20 @@ class Split:
         self._own_files().read(Read(path, memoryview(text), dataset.offset + int(within[0]) * size))
         return text.rstrip(b"\0").decode("utf-8", "surrogateescape")
 
+    def sample_ids(self) -> list[str]:
+        """Sample ids of all rows.
+
+        Raises:
+            StoreError: If a file cannot be read to its end.
+        """
+        found: list[str] = []
+        for path, dataset in self._keys:
+            texts = np.empty(dataset.rows, dataset.field.dtype)
+            if len(texts):
+                self._own_files().read(Read(path, as_bytes(texts), dataset.offset))
+            found += decode(texts)
+        return found
+
     def allocate(self, rows: int) -> dict[str, NDArray[Any]]:
         """Makes buffers for all fields, filled with zeros and shared with processes that are forked later.
 
