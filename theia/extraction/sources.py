@@ -17,6 +17,7 @@ from theia.extraction.images import UnreadableImageError, read_image
 from theia.extraction.joined import join
 from theia.extraction.parquet import HUB, PARQUET_ENDING, HubSource, ParquetSource, parquet_of_split
 from theia.extraction.recordings import LEROBOT, VIDEO, open_recordings
+from theia.extraction.remote import RemoteSource, is_remote
 from theia.extraction.tars import TarSource
 from theia.extraction.user_files import (
     COMPRESSED_TAR_ENDINGS,
@@ -86,6 +87,7 @@ def open_source(location: str | Sequence[str], split: str, labels: bool = False,
               name is ``./sample``.
             - ``lerobot:FOLDER`` or ``lerobot:FOLDER#CAMERA``: frames of recorded robot episodes.
             - ``video:FOLDER``: frames of the videos in a folder, at any depth, or of one video.
+            - a URL that fsspec opens, such as ``s3://BUCKET/FOLDER``, of image files or tar files.
         split: Split whose photographs ``sample`` shows. Of recordings, ``train`` has all but every fifth episode or
             video, and any other split has every fifth. Folders and tar files of images hold one split each.
         labels: Whether to read class labels.
@@ -116,7 +118,9 @@ def open_source(location: str | Sequence[str], split: str, labels: bool = False,
     root = Path(location if Path(location).exists() else path)
     source: ImageSource
     passed_over = PassedOver()
-    if is_folder(root, f"Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."):
+    if is_remote(location):
+        source = RemoteSource(location, labels, passed_over)
+    elif is_folder(root, f"Give a folder of images, a .tar file or a folder of them, or {SAMPLE!r}."):
         source = _open_folder(root, split, labels, column or None, passed_over)
     elif root.suffix.lower() == TAR_ENDING:
         source = TarSource(root.parent, [root.name], labels, passed_over)
@@ -131,13 +135,13 @@ def open_source(location: str | Sequence[str], split: str, labels: bool = False,
     if not source.ids:
         there = f" There are: {passed_over}." if str(passed_over) else ""
         raise ImageError(
-            f"No image in {root}.{there} Names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
+            f"No image in {location}.{there} Names that count end in {', '.join(IMAGE_ENDINGS)} (any case), or in .tar "
             "or .parquet for files that hold such; hidden ones do not. A tar file of tar files must be unpacked once."
         )
-    _check_names(source.ids, root)
+    _check_names(source.ids, location)
     if str(passed_over):
         level = logging.WARNING if passed_over.may_surprise else logging.INFO
-        logger.log(level, "Passed over in %s: %s", root, passed_over)
+        logger.log(level, "Passed over in %s: %s", location, passed_over)
     return source
 
 
@@ -196,13 +200,13 @@ def _compressed_hint(names: list[str]) -> str:
     return "Give the folder that holds it."
 
 
-def _check_names(ids: Sequence[str], root: Path) -> None:
+def _check_names(ids: Sequence[str], location: str) -> None:
     for sample_id in ids:
         try:
             sample_id.encode()
         except UnicodeEncodeError as error:
             raise ImageError(
-                f"The name {sample_id!r} in {root} is not valid UTF-8 and cannot be a sample id. Rename it."
+                f"The name {sample_id!r} in {location} is not valid UTF-8 and cannot be a sample id. Rename it."
             ) from error
 
 

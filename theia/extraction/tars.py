@@ -17,14 +17,16 @@ _LABEL_ENDING = ".cls"
 _TAIL_BYTES = 1 << 16
 
 
-class _Stretch(NamedTuple):
+class Stretch(NamedTuple):
+    """Bytes of an archive."""
+
     offset: int
     size: int
 
 
-_NOWHERE = _Stretch(-1, 0)
+_NOWHERE = Stretch(-1, 0)
 # Place of each image by name, or the reason why it cannot be read.
-_Members = dict[str, _Stretch | str]
+Members = dict[str, Stretch | str]
 
 
 class TarSource:
@@ -79,7 +81,7 @@ class TarSource:
         return read_image(self._archives[archive], offset, size)
 
 
-def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple[_Members, list[int]]:
+def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple[Members, list[int]]:
     """Images of one archive by sample id, and their classes if labels are asked for."""
     try:
         file = open_regular(path)
@@ -91,16 +93,27 @@ def _open(path: Path, name: str, labels: bool, passed_over: PassedOver) -> tuple
             "its permissions, or remove it."
         ) from error
     with file:
-        members = _scan(file, path, name, labels, passed_over)
+        members = scan(file, path, name, labels, passed_over)
         images = {member: part for member, part in members.items() if member.lower().endswith(IMAGE_ENDINGS)}
-        classes = _read_labels(file, path, images, members) if labels else []
+        classes = read_labels(file, path, images, members) if labels else []
     return {f"{name}/{member}": part for member, part in images.items()}, classes
 
 
-def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: PassedOver) -> _Members:
-    """Reads the images of an archive and, if asked for, their labels."""
+def scan(file: BinaryIO, path: Path | str, archive: str, labels: bool, passed_over: PassedOver) -> Members:
+    """Finds the members of an archive that are images and, if asked for, labels.
+
+    Args:
+        file: The archive.
+        path: Path of the archive, for messages.
+        archive: Name of the archive, for the counter.
+        labels: Whether to find labels.
+        passed_over: Counter of the other members.
+
+    Raises:
+        ImageError: If the archive is damaged, cut short or compressed, or a member is a link.
+    """
     endings = (*IMAGE_ENDINGS, _LABEL_ENDING) if labels else IMAGE_ENDINGS
-    members: _Members = {}
+    members: Members = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -136,7 +149,7 @@ def _scan(file: BinaryIO, path: Path, archive: str, labels: bool, passed_over: P
     return members
 
 
-def _stretch(member: tarfile.TarInfo, path: Path) -> _Stretch | str:
+def _stretch(member: tarfile.TarInfo, path: Path | str) -> Stretch | str:
     if member.isdev():
         return f"a {'FIFO' if member.isfifo() else 'device'}, not a regular file"
     if not member.isreg() or member.issparse():
@@ -144,10 +157,21 @@ def _stretch(member: tarfile.TarInfo, path: Path) -> _Stretch | str:
             f"Member {member.name!r} of {path} is a link or a sparse file, not plain bytes. "
             "Pack it again with tar --dereference --hard-dereference."
         )
-    return _Stretch(member.offset_data, member.size)
+    return Stretch(member.offset_data, member.size)
 
 
-def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Members) -> list[int]:
+def read_labels(file: BinaryIO, path: Path | str, images: Iterable[str], members: Members) -> list[int]:
+    """Reads the class of each image.
+
+    Args:
+        file: The archive.
+        path: Path of the archive, for messages.
+        images: Names of the members that are images.
+        members: Members of the archive, from :func:`scan`.
+
+    Raises:
+        ImageError: If one is missing or not an integer.
+    """
     labels = []
     for image in images:
         if isinstance(members[image], str):
@@ -158,7 +182,7 @@ def _read_labels(file: BinaryIO, path: Path, images: Iterable[str], members: _Me
         name = str(base.with_suffix(_LABEL_ENDING))
         sample = str(base.with_name(base.name.partition(".")[0] + _LABEL_ENDING))
         place = members.get(name, members.get(sample))
-        if not isinstance(place, _Stretch):
+        if not isinstance(place, Stretch):
             raise ImageError(
                 f"Labels were asked for, but {path} has no member {name!r} beside {image!r}. "
                 "Pack one for every image, or extract without labels."

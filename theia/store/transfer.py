@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import fsspec
 from tqdm import tqdm
 
-from theia.errors import ConfigError, StoreError
+from theia.errors import StoreError
 from theia.store.disk import file_size, writing
 from theia.store.manifest import (
     Manifest,
@@ -28,7 +27,7 @@ from theia.store.manifest import (
 )
 from theia.store.schema import IMAGE, MANIFEST, STATISTICS, SetRecord, SplitRecord, statistics_path
 from theia.store.sets import SKIPPED, SetLayout, split_layouts
-from theia.utils.files import file_sha256, publish, remove_stale, sync, temporary_path
+from theia.utils.files import file_sha256, open_url, publish, remove_stale, sync, temporary_path
 
 _PUSHING = "pushing.json"
 _PULLING = ".pulling.json"
@@ -261,14 +260,7 @@ class _Place:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            self._fs, self._path = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            raise ConfigError(
-                f"{url} cannot be opened: {error}. fsspec opens such places with that package."
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"{url} is no place that fsspec opens: {error}.") from error
+        self._fs, self._path = open_url(self.url)
 
     def read(self, name: str) -> bytes | None:
         """Content of a small file; ``None`` if it is not there."""

@@ -279,3 +279,23 @@ def _is_dead(pid: int) -> bool:
     except PermissionError:
         pass  # It is alive and belongs to another user.
     return False
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """File system of a place elsewhere, and the place's path in it.
+
+    Args:
+        url: Place that fsspec opens, such as ``s3://bucket/folder``.
+
+    Raises:
+        ConfigError: If it is no such place, or what opens it is not installed.
+    """
+    import fsspec  # what works on a local disk does not need it
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ConfigError(f"{url} cannot be opened: {error}. fsspec opens such places with that package.") from error
+    except ValueError as error:
+        raise ConfigError(f"{url} is no place that fsspec opens: {error}.") from error
+    return fs, str(path)
