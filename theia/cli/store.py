@@ -153,6 +153,11 @@ def _copied(done: "Transferred", to: str) -> str:
     )
 
 
+def _stored_as(part: SetSummary) -> str:
+    kept = "" if part.components is None else f", {part.components} components"
+    return f"{part.dtype or ''}{kept}"
+
+
 def _origin(source: Mapping[str, Json]) -> str:
     """The record of an image source in words."""
     facts = {name: _words(value) for name, value in source.items()}
@@ -174,4 +179,4 @@ def _row(part: SetSummary, size: int, shards: int) -> tuple[str, ...]:
         return (*there, f"{size}x{size} x 3", "", "uint8", "", "", state)
     weights = spec.weights if spec.revision is None else f"{spec.weights} ({spec.revision})"
     shape = f"{spec.grid_hw[0]}x{spec.grid_hw[1]} x {spec.channels}"
-    return (*there, shape, "yes" if spec.has_cls else "no", part.dtype or "", weights, spec.licence, state)
+    return (*there, shape, "yes" if spec.has_cls else "no", _stored_as(part), weights, spec.licence, state)

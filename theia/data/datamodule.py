@@ -313,6 +313,8 @@ class FeatureData(TrainingData):
         digests = {}
         for name, spec in self.teacher_specs.items():
             facts = {**to_plain(spec), "licence": None, "dtype": sets[name].dtype}
+            if (basis := sets[name].basis) is not None:
+                facts["basis"] = basis.sha256
             digests[name] = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
         return digests
 

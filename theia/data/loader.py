@@ -130,7 +130,7 @@ def _read(split: Split, rows: Rows, slot: Slot, at_once: int) -> None:
 
 def _features(batch: RawBatch, split: Split) -> FeatureBatch:
     tensors = batch.tensors
-    return FeatureBatch(
+    found = FeatureBatch(
         images=tensors[IMAGE],
         patches={name: tensors[name] for name in split.teachers},
         scales=_suffixed(tensors, "/scale"),
@@ -138,6 +138,10 @@ def _features(batch: RawBatch, split: Split) -> FeatureBatch:
         labels=tensors.get(LABELS),
         rows=torch.from_numpy(batch.rows),
     )
+    for name, basis in split.bases.items():
+        stored, scale = found.patches[name], found.scales.pop(name, None)
+        found.patches[name] = basis.restore(stored if scale is None else stored * scale[:, :1] + scale[:, 1:]).half()
+    return found
 
 
 def _suffixed(tensors: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:

@@ -36,6 +36,9 @@ class ExtractConfig:
         shard_size: Number of images per shard. Interrupted work is kept in whole shards.
         dtype: Stored type of the features. ``int8`` divides the range of each channel of an image into steps, and
             halves the size.
+        keep_components: Number of principal components to keep of each token, from which the channels are restored when
+            they are read. They are those of up to 2,000 of the images. By default, and for teachers with no more
+            channels than that, all channels are kept.
         all_at_once: Hold all teachers in memory and read every image once; otherwise one teacher after another.
         precision: Arithmetic of the teachers: ``32-true`` is float32 throughout; ``tf32`` lets a GPU round the factors
             of matrix products and convolutions to TF32; ``bf16-mixed`` is bfloat16 autocast. ``auto`` goes on as the
@@ -61,6 +64,7 @@ class ExtractConfig:
     workers: int = 2
     shard_size: int = 1000
     dtype: FeatureDtype = "float16"
+    keep_components: int | None = None
     all_at_once: bool = False
     precision: Precision | Literal["auto"] = "auto"
     accelerator: str = "auto"
@@ -75,6 +79,7 @@ class ExtractConfig:
         check_number("size", self.size, 1, MOST_PIXELS)
         check_number("batch_size", self.batch_size, 1)
         check_number("shard_size", self.shard_size, 1)
+        check_number("keep_components", self.keep_components, 1)
         check_number("num_nodes", self.num_nodes, 1, MOST_PROCESSES)
         check_number("workers", self.workers, 0, MOST_PROCESSES)
         check_number("max_skipped", self.max_skipped, 0, 1)

@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from tabulate import tabulate
 
 from theia.errors import ConfigError, StoreError
+from theia.extraction.basis import find_basis
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
 from theia.extraction.joined import ChosenSource
@@ -22,8 +23,9 @@ from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
 from theia.extraction.user_files import EARLY_ENDINGS
 from theia.models.backbone import PATCHES
+from theia.store.components import Basis, load_basis
 from theia.store.manifest import read_manifest
-from theia.store.schema import IMAGE, MANIFEST, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
+from theia.store.schema import IMAGE, MANIFEST, TRAIN, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
 from theia.types import Json, Precision, TeacherSpec
@@ -130,7 +132,7 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
         return specs, on_gpu
 
     specs, on_gpu = processes.first(build)
-    precisions = processes.first(lambda: _begin(fabric, config, writers, image_sets, specs, on_gpu))
+    precisions = processes.first(lambda: _begin(fabric, config, writers, sources, image_sets, specs, built, on_gpu))
 
     for split, source in sources.items():
         store_images(split, source, image_sets[split], writers[split], config, processes)
@@ -149,8 +151,10 @@ def _begin(
     fabric: Fabric,
     config: ExtractConfig,
     writers: dict[str, SplitWriter],
+    sources: Mapping[str, ImageSource],
     image_sets: dict[str, ImageSet],
     specs: list[TeacherSpec],
+    built: Mapping[str, Teacher],
     on_gpu: dict[str, Precision],
 ) -> dict[str, dict[str, Precision]]:
     """Announces all splits; returns the precision of each teacher, by split and teacher."""
@@ -163,19 +167,63 @@ def _begin(
     }
     precisions = {
         split: {
-            name: choose(config.precision, writer.begun_precision(name), cuda, wish) for name, wish in on_gpu.items()
+            name: choose(config.precision, _begun_precision(writer, name), cuda, wish) for name, wish in on_gpu.items()
         }
         for split, writer in writers.items()
     }
+    bases = _bases(fabric, config, writers, sources, specs, built, precisions)
     for split, writer in writers.items():
-        writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split])
-    sets = plan(writers, image_sets, specs, config.dtype, config.labels)
+        writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split], bases)
+    sets = plan(writers, image_sets, specs, config.dtype, config.labels, bases)
     logger.info("Plan:\n%s", describe_plan(sets, config.store))
     check_disk(sets, config.store)
     for split, chosen in precisions.items():
         if lower := [f"{name} {precision}" for name, precision in chosen.items() if precision != "32-true"]:
             logger.info("Precision of the teachers / %r: %s.", split, ", ".join(lower))
     return precisions
+
+
+def _begun_precision(writer: SplitWriter, name: str) -> str | None:
+    begun = writer.begun(name)
+    found = None if begun is None else begun.computed.get("precision")
+    return found if isinstance(found, str) else None
+
+
+def _bases(
+    fabric: Fabric,
+    config: ExtractConfig,
+    writers: Mapping[str, SplitWriter],
+    sources: Mapping[str, ImageSource],
+    specs: Sequence[TeacherSpec],
+    built: Mapping[str, Teacher],
+    precisions: Mapping[str, Mapping[str, Precision]],
+) -> dict[str, Basis]:
+    """Bases of the teachers that have more channels than are kept, as they were begun or from the training images."""
+    found: dict[str, Basis] = {}
+    split = TRAIN if TRAIN in sources else next(iter(sources))
+    for spec in specs:
+        if config.keep_components is None or config.keep_components >= spec.channels:
+            continue
+        begun = next((record for writer in writers.values() if (record := writer.begun(spec.name))), None)
+        if begun is not None and begun.basis is not None:
+            if begun.basis.components != config.keep_components:
+                raise StoreError(
+                    f"{config.store} has {begun.basis.components} components of {spec.name!r}, and --keep_components "
+                    f"is {config.keep_components}. Give the same number, or another --store."
+                )
+            found[spec.name] = load_basis(config.store, spec.name, begun.basis)
+            continue
+        teacher = (built.get(spec.name) or build_teacher(spec.name, config)).to(fabric.device)
+        found[spec.name] = find_basis(
+            teacher, sources[split], config.size, config.resize, config.keep_components, config.batch_size,
+            precisions[split][spec.name], fabric.device,
+        )  # fmt: skip
+    for name, basis in found.items():
+        logger.info(
+            "%s: %d of %d components hold %.2f %% of the variance over %d images.",
+            name, basis.record.components, len(basis.mean), 100 * basis.kept, basis.images,
+        )  # fmt: skip
+    return found
 
 
 def _check_skipped(config: ExtractConfig, writers: dict[str, SplitWriter], image_sets: dict[str, ImageSet]) -> None:
@@ -256,6 +304,7 @@ def plan(
     specs: Sequence[TeacherSpec],
     dtype: FeatureDtype,
     labels: bool,
+    bases: Mapping[str, Basis] | None = None,
 ) -> list[PlannedSet]:
     """Computes the size of every set, and how much of it is still missing.
 
@@ -265,13 +314,16 @@ def plan(
         specs: Specs of the teachers.
         dtype: Stored type of the features.
         labels: Whether image shards hold labels.
+        bases: Bases of the teachers whose features are stored as components, by teacher.
     """
     sets = []
     for split, images in image_sets.items():
         kinds = [(IMAGE, f"3 x {images.size}x{images.size}", "uint8", image_fields(images.size, labels))]
         for spec in specs:
             shape = f"{spec.channels} x {spec.grid_hw[0]}x{spec.grid_hw[1]}" + (" + CLS" if spec.has_cls else "")
-            kinds.append((spec.name, shape, dtype, feature_fields(spec, dtype)))
+            components = bases[spec.name].record.components if bases and spec.name in bases else None
+            kept = dtype if components is None else f"{dtype}, {components} components"
+            kinds.append((spec.name, shape, kept, feature_fields(spec, dtype, components)))
         for name, shape, stored_as, fields in kinds:
             absent = [shard for shard in range(images.shard_count) if not writers[split].has_shard(name, shard)]
             sets.append(

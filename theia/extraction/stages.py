@@ -23,7 +23,7 @@ from theia.extraction.precision import arithmetic
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.store.features import ShardWriter, StoredRows, convert
-from theia.store.schema import IMAGE, ImageSet, Resize, feature_fields
+from theia.store.schema import IMAGE, ImageSet, Resize
 from theia.store.shard import Shard
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher, check_features
@@ -358,9 +358,8 @@ def _store_shard(
     threads: _Threads,
 ) -> int:
     images = writer.images(shard)
-    row_bytes = sum(
-        part.row_bytes for teacher in teachers.values() for part in feature_fields(teacher.spec, config.dtype).values()
-    )
+    bases = {name: writer.basis(name) for name in teachers}
+    row_bytes = sum(writer.row_bytes(name) for name in teachers)
     with ExitStack() as opened:
         files = {name: opened.enter_context(writer.open_shard(name, shard, threads.helpers)) for name in teachers}
         with threads.storing.done():
@@ -373,7 +372,7 @@ def _store_shard(
                         threads.storing.give(_append_given, files[name], features)
                     else:
                         with _fitting(teacher, batch.device, config):
-                            rows = convert(config.dtype, features.patches, features.cls).to_host()
+                            rows = convert(config.dtype, features.patches, features.cls, basis=bases[name]).to_host()
                         copied = torch.cuda.current_stream(batch.device).record_event()
                         threads.storing.give(_append, files[name], rows, copied)
                 progress.advance(len(batch), row_bytes * len(batch))

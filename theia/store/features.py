@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from theia.errors import FeatureError
+from theia.store.components import Basis
 from theia.store.schema import FeatureDtype
 from theia.store.sets import CLS_SUMS, PATCH_SUMS
 from theia.store.shard import NewShard
@@ -68,11 +69,14 @@ class ShardWriter:
         ids: Sample ids of the shard, in the order in which features are expected.
     """
 
-    def __init__(self, shard: NewShard, spec: TeacherSpec, dtype: FeatureDtype, ids: list[str]) -> None:
+    def __init__(
+        self, shard: NewShard, spec: TeacherSpec, dtype: FeatureDtype, ids: list[str], basis: Basis | None = None
+    ) -> None:
         self.ids = ids
         self._shard = shard
         self._spec = spec
         self._dtype = dtype
+        self._basis = basis
         self._rows = 0
         # Used for every batch: memory that is new costs more than the conversion.
         self._stored = torch.empty(0, dtype=torch.float16)
@@ -95,11 +99,12 @@ class ShardWriter:
         self._check_room(len(features.patches))
         # A few images at a time: conversions then need little memory, and the helpers write some while the next ones
         # are converted.
-        if self._dtype == "float16" and len(self._stored) < len(features.patches):
+        used = self._dtype == "float16" or self._basis is not None
+        if used and len(self._stored) < len(features.patches):
             self._stored = torch.empty(features.patches.shape, dtype=torch.float16)
         for piece in self._pieces(len(features.patches)):
             cls_tokens = None if features.cls is None else features.cls[piece]
-            self._add(convert(self._dtype, features.patches[piece], cls_tokens, self._stored[piece]))
+            self._add(convert(self._dtype, features.patches[piece], cls_tokens, self._stored[piece], self._basis))
         self._shard.settle()
 
     def append_stored(self, rows: StoredRows) -> None:
@@ -167,6 +172,11 @@ class ShardWriter:
     def _refuse(self, given: Tensor, token: str, dtype: FeatureDtype) -> None:
         values = given.float()
         bad = ~(values if dtype == "int8" else values.half()).isfinite()
+        if not bad.any():
+            raise FeatureError(
+                f"Teacher {self._spec.name!r}, image {self.ids[self._rows]!r} or one of the next: a component "
+                "is beyond float16. Extract this teacher without --keep_components."
+            )
         sample, position, channel = (int(index) for index in bad.nonzero()[0])
         value = float(values[sample, position, channel])
         where = (
@@ -181,7 +191,9 @@ class ShardWriter:
         )
 
 
-def convert(dtype: FeatureDtype, patches: Tensor, cls: Tensor | None, out: Tensor | None = None) -> StoredRows:
+def convert(
+    dtype: FeatureDtype, patches: Tensor, cls: Tensor | None, out: Tensor | None = None, basis: Basis | None = None
+) -> StoredRows:
     """Converts features to their stored form and sums them, on their device and without waiting for it.
 
     Args:
@@ -189,18 +201,26 @@ def convert(dtype: FeatureDtype, patches: Tensor, cls: Tensor | None, out: Tenso
         patches: Patch tokens, floating point, shape ``(b, N, C)``, in any layout of memory.
         cls: CLS tokens, floating point, shape ``(b, C)``, or ``None``.
         out: Memory for patch tokens that are stored as float16, shape ``(b, N, C)``; on a CPU only.
+        basis: Basis of the components to store; ``None`` to store all channels. Sums are then those of the channels
+            in float16, so that statistics are those of a store with all of them.
     """
+    stored, scale = patches if basis is None else basis.project(patches), None
     if dtype == "int8":
-        data, scale = quantise(patches.float())
+        data, scale = quantise(stored.float())
         columns = {"data": data.contiguous(), "scale": scale}
     else:
-        scale = None
-        columns = {"data": _to_float16(patches, out)}
+        columns = {"data": _to_float16(stored, out if basis is None else None)}
+    if basis is None:
+        total = sums(columns["data"], scale)
+    else:
+        total = sums(_to_float16(patches, out))
+        finite = columns["data" if scale is None else "scale"].isfinite().all()
+        total = torch.where(finite, total, torch.nan)
     cls_sums = None
     if cls is not None:
         columns["cls"] = cls.float().half().contiguous()
         cls_sums = sums(columns["cls"][:, None])
-    return StoredRows(columns, sums(columns["data"], scale), cls_sums, TeacherFeatures(patches, cls))
+    return StoredRows(columns, total, cls_sums, TeacherFeatures(patches, cls))
 
 
 def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from theia.store.schema import (
     IMAGE,
     MANIFEST,
     SCHEMA_VERSION,
+    BasisRecord,
     ImageSet,
     SetRecord,
     ShardRecord,
@@ -145,7 +146,8 @@ def _set_to_plain(name: str, record: SetRecord) -> dict[str, Any]:
     files = {"shards": [to_plain(shard) for shard in record.shards], "complete": record.complete}
     if name == IMAGE:
         return files
-    return {"spec": to_plain(record.spec), "dtype": record.dtype, "computed": dict(record.computed), **files}
+    basis = {} if record.basis is None else {"basis": to_plain(record.basis)}
+    return {"spec": to_plain(record.spec), "dtype": record.dtype, **basis, "computed": dict(record.computed), **files}
 
 
 def _split_from(values: dict[str, Any]) -> SplitRecord:
@@ -161,6 +163,7 @@ def _set_from(values: dict[str, Any]) -> SetRecord:
     return SetRecord(
         spec=teacher_spec_from(values["spec"]) if "spec" in values else None,
         dtype=values.get("dtype"),
+        basis=BasisRecord(**values["basis"]) if "basis" in values else None,
         computed=values.get("computed", {}),
         shards=tuple(ShardRecord(**shard) for shard in values["shards"]),
         complete=values["complete"],
@@ -200,7 +203,15 @@ def check_teacher(root: Path, split: str, name: str, former: SetRecord, new: Set
     Raises:
         StoreError: If they differ. The message names the first difference.
     """
-    former_way, way = ({"dtype": part.dtype, "precision": part.computed.get("precision")} for part in (former, new))
+    former_way, way = (
+        {
+            "dtype": part.dtype,
+            "keep_components": part.basis and part.basis.components,
+            "basis": part.basis and part.basis.sha256,
+            "precision": part.computed.get("precision"),
+        }
+        for part in (former, new)
+    )
     difference = _spec_difference(former.spec, new.spec) or _first_difference(former_way, way)
     if difference:
         raise StoreError(

@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
+from theia.store.components import Basis, load_basis
 from theia.store.manifest import Manifest, check_splits, read_manifest, with_shards
 from theia.store.reads import Files, Read, memory_bytes
 from theia.store.schema import IMAGE, MANIFEST, Field, SplitRecord, set_folder, statistics_path
@@ -50,6 +52,7 @@ class Split:
         image_hw: Height and width of the images, in pixels.
         fields: Fields of a row: ``"image"``, and per teacher ``NAME``, ``NAME/scale`` (int8 only) and ``NAME/cls``.
         labels: Class indices, int64, shape ``(rows,)``, or ``None``.
+        bases: By name, bases of the teachers of which components are stored: whoever reads them restores the channels.
         direct: Whether rows are read past the page cache, from the disk into the buffers. By default, this is so for a
             split larger than the memory: in random order, one of twice its size would find 15 % of its rows in the page
             cache, and pay for that with a copy of each row and with what other programs have there. A split that fits
@@ -63,6 +66,7 @@ class Split:
         columns: dict[str, Column],
         keys: Sequence[tuple[str, Dataset]],
         labels: Int64 | None,
+        bases: Mapping[str, Basis] = MappingProxyType({}),
     ) -> None:
         """Keeps what ``FeatureStore.open_split`` found.
 
@@ -72,7 +76,9 @@ class Split:
             columns: Places of all values, by field name.
             keys: File and dataset with the sample ids of each shard.
             labels: Class indices of all rows, int64, shape ``(rows,)``, or ``None``.
+            bases: Bases of the teachers whose components are stored, by name.
         """
+        self.bases = dict(bases)
         self.teachers = teachers
         self.image_hw = image_hw
         self.labels = labels
@@ -96,7 +102,7 @@ class Split:
         """
         unwanted = {f"{name}/cls" for name in self.teachers if name not in teachers}
         columns = {name: column for name, column in self._columns.items() if name not in unwanted}
-        return Split(self.teachers, self.image_hw, columns, self._keys, self.labels)
+        return Split(self.teachers, self.image_hw, columns, self._keys, self.labels, self.bases)
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -323,7 +329,10 @@ class FeatureStore:
         labels = np.concatenate([shard.read(LABEL) for shard in labelled]) if labelled else None
         keys = [(str(shard.path), shard.datasets[KEY]) for shard in shards[IMAGE]]
         size = record.images.size
-        return Split({name: record.teachers[name] for name in names}, (size, size), columns, keys, labels)
+        bases = {
+            name: load_basis(self.root, name, basis) for name in names if (basis := record.sets[name].basis) is not None
+        }
+        return Split({name: record.teachers[name] for name in names}, (size, size), columns, keys, labels, bases)
 
     def _record(self, split: str) -> SplitRecord:
         if split not in self.manifest.splits:

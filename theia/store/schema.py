@@ -92,6 +92,19 @@ class ShardRecord:
     sha256: str
 
 
+@dataclass(frozen=True)
+class BasisRecord:
+    """What identifies the basis of features that are stored as components.
+
+    Attributes:
+        components: Number of components that are kept.
+        sha256: Digest of the file of the basis.
+    """
+
+    components: int
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetRecord:
     """The files of one teacher, or of the images, within a split.
@@ -99,6 +112,7 @@ class SetRecord:
     Attributes:
         spec: Spec of the teacher; ``None`` for images.
         dtype: Type of the stored patch tokens; ``None`` for images.
+        basis: Basis of the components that are stored; ``None`` if the channels are.
         computed: How the features were computed (device, precision, versions). This is information; only the precision
             is compared.
         shards: One record per shard, empty until the set is complete for the first time.
@@ -107,6 +121,7 @@ class SetRecord:
 
     spec: TeacherSpec | None = None
     dtype: FeatureDtype | None = None
+    basis: BasisRecord | None = None
     computed: Mapping[str, Json] = field(default_factory=dict)
     shards: tuple[ShardRecord, ...] = ()
     complete: bool = False
@@ -146,12 +161,18 @@ def image_fields(size: int, labels: bool) -> dict[str, Field]:
     return row | {"label": Field(np.dtype("<i8"), ())} if labels else row
 
 
-def feature_fields(spec: TeacherSpec, dtype: FeatureDtype) -> dict[str, Field]:
-    """Fields of a row of a teacher's shard, by dataset name, in the order in which the checksum covers them."""
-    tokens = spec.grid_hw[0] * spec.grid_hw[1]
-    row = {"data": Field(np.dtype("i1" if dtype == "int8" else "<f2"), (tokens, spec.channels))}
+def feature_fields(spec: TeacherSpec, dtype: FeatureDtype, components: int | None = None) -> dict[str, Field]:
+    """Fields of a row of a teacher's shard, by dataset name, in the order in which the checksum covers them.
+
+    Args:
+        spec: Spec of the teacher.
+        dtype: Stored type of the patch tokens.
+        components: Number of components that are stored of each token; ``None`` for all channels.
+    """
+    tokens, width = spec.grid_hw[0] * spec.grid_hw[1], components or spec.channels
+    row = {"data": Field(np.dtype("i1" if dtype == "int8" else "<f2"), (tokens, width))}
     if dtype == "int8":
-        row["scale"] = Field(np.dtype("<f4"), (2, spec.channels))
+        row["scale"] = Field(np.dtype("<f4"), (2, width))
     if spec.has_cls:
         row["cls"] = Field(np.dtype("<f2"), (spec.channels,))
     return row

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from theia.errors import StoreError
+from theia.store.components import load_basis
 from theia.store.disk import replace_bytes, unreadable
 from theia.store.reader import FeatureStore
 from theia.store.schema import STATISTICS, TRAIN, canonical_json
@@ -23,6 +25,47 @@ from theia.store.shard import Shard
 
 _ROWS_AT_ONCE = 16
 _SAVE_EVERY_S = 60.0
+
+
+@dataclass
+class Sums:
+    """Sums of tokens and of their products around a centre: a few in float32, theirs in float64.
+
+    Attributes:
+        centre: Centre of each channel, float32, shape ``(C,)``; near the mean, so that nothing cancels out.
+        sum: Sum of the tokens' distances from it, float64, shape ``(C,)``.
+        products: Sum of the products of the distances, float64, shape ``(C, C)``.
+        tokens: Number of tokens.
+    """
+
+    centre: Tensor
+    sum: NDArray[np.float64]
+    products: NDArray[np.float64]
+    tokens: int = 0
+
+    @classmethod
+    def around(cls, centre: Tensor) -> "Sums":
+        """Sums of no tokens."""
+        return cls(centre, np.zeros(len(centre)), np.zeros((len(centre), len(centre))))
+
+    def add(self, tokens: Tensor) -> None:
+        """Adds tokens, float32, shape ``(n, C)``, on the device of the centre."""
+        distances = tokens - self.centre
+        self.sum += distances.sum(0, dtype=torch.float64).cpu().numpy()
+        self.products += (distances.T @ distances).double().cpu().numpy()
+        self.tokens += len(tokens)
+
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each channel, shape ``(C,)``."""
+        return np.asarray(self.centre.double().cpu().numpy() + self.sum / self.tokens)
+
+    def covariance(self) -> NDArray[np.float64]:
+        """Population covariance, shape ``(C, C)``."""
+        shift = self.sum / self.tokens
+        found = self.products / self.tokens - np.outer(shift, shift)
+        found = (found + found.T) / 2
+        np.fill_diagonal(found, found.diagonal().clip(min=0))  # rounding may take a dead channel below
+        return np.asarray(found)
 
 
 @dataclass(frozen=True)
@@ -88,8 +131,8 @@ def measure(
 ) -> SecondMoments:
     """Computes the covariance of one teacher's channels and writes it beside the other statistics.
 
-    The sum of a few images is in float32 around the mean, and theirs are added in float64. What is there already and
-    belongs to the same features and images is not computed again; an interrupted pass goes on at the last whole minute.
+    What is there already and belongs to the same features and images is not computed again; an interrupted pass goes
+    on at the last whole minute.
 
     Args:
         store: The store.
@@ -103,6 +146,7 @@ def measure(
     """
     layout = _layout(store, teacher)
     centre = torch.from_numpy(store.statistics(teacher).mean).float().to(device)
+    basis = None if layout.record.basis is None else load_basis(store.root, teacher, layout.record.basis)
     total = sum(record.rows for record in layout.record.shards)
     step = 1 if most is None else max(1, -(-total // most))
     features, target = _digest(layout), path_of(store.root, teacher)
@@ -112,37 +156,30 @@ def measure(
         return load(store, teacher)
     part = target.with_suffix(".unfinished.npz")
     state = _read(part)
-    if state is None or (state["features"], state["step"]) != (features, step):
-        channels = len(centre)
-        state = {
-            "features": features, "step": step, "shards": 0, "images": 0, "tokens": 0,
-            "sum": np.zeros(channels), "products": np.zeros((channels, channels)),
-        }  # fmt: skip
-    advance(int(state["images"]))
-    first = sum(record.rows for record in layout.record.shards[: state["shards"]])
+    sums = Sums.around(centre)
+    images = shards = 0
+    if state is not None and (state["features"], state["step"]) == (features, step):
+        sums = Sums(centre, state["sum"], state["products"], state["tokens"])
+        images, shards = state["images"], state["shards"]
+    advance(images)
+    first = sum(record.rows for record in layout.record.shards[:shards])
     saved = time.monotonic()
-    for record in layout.record.shards[state["shards"] :]:
+    for record in layout.record.shards[shards:]:
         shard = layout.open(record.index, record)
         rows = np.arange(-first % step, record.rows, step)
         for some in np.array_split(rows, -(-len(rows) // _ROWS_AT_ONCE)) if len(rows) else ():
-            tokens = torch.from_numpy(_values(shard, some)).to(device).float().flatten(0, 1) - centre
-            state["sum"] += tokens.sum(0, dtype=torch.float64).cpu().numpy()
-            state["products"] += (tokens.T @ tokens).double().cpu().numpy()
-            state["tokens"] += len(tokens)
-            state["images"] += len(some)
+            tokens = torch.from_numpy(_values(shard, some)).to(device).float()
+            sums.add((tokens if basis is None else basis.restore(tokens)).flatten(0, 1))
+            images += len(some)
             advance(len(some))
-        state["shards"] += 1
+        shards += 1
         first += record.rows
         if time.monotonic() - saved > _SAVE_EVERY_S:
-            _write(part, state)
+            so_far = {"sum": sums.sum, "products": sums.products, "tokens": sums.tokens}
+            _write(part, {"features": features, "step": step, "images": images, "shards": shards, **so_far})
             saved = time.monotonic()
-    shift = state["sum"] / state["tokens"]
-    mean = centre.double().cpu().numpy() + shift
-    covariance = state["products"] / state["tokens"] - np.outer(shift, shift)
-    result = {name: state[name] for name in ("features", "step", "tokens", "images")}
-    covariance = (covariance + covariance.T) / 2
-    np.fill_diagonal(covariance, covariance.diagonal().clip(min=0))  # rounding may take a dead channel below
-    _write(target, {**result, "mean": mean, "covariance": covariance})
+    found = {"mean": sums.mean(), "covariance": sums.covariance(), "tokens": sums.tokens}
+    _write(target, {"features": features, "step": step, "images": images, **found})
     part.unlink(missing_ok=True)
     return load(store, teacher)
 

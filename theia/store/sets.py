@@ -80,7 +80,8 @@ class SetLayout:
         """
         if self.record.spec is None:
             return image_fields(self.images.size, labels)
-        return feature_fields(self.record.spec, self.record.dtype or "float16")
+        components = self.record.basis.components if self.record.basis else None
+        return feature_fields(self.record.spec, self.record.dtype or "float16", components)
 
     def sum_names(self) -> tuple[str, ...]:
         """Names of the datasets that hold sums over the shard."""
@@ -117,6 +118,7 @@ class SetLayout:
             "dtype": self.record.dtype or "float16",
             "spec": to_plain(spec),
             "preprocessing_sha256": preprocessing_hash(spec),
+            **({} if self.record.basis is None else {"basis": to_plain(self.record.basis)}),
         }
 
     def open(self, index: int, record: ShardRecord | None) -> Shard:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from theia.errors import StoreError
+from theia.store.components import basis_path
 from theia.store.disk import file_size, writing
 from theia.store.manifest import (
     Manifest,
@@ -197,6 +198,8 @@ def _files(root: Path, manifest: Manifest) -> Iterator[_File]:
                 yield _File(_below(layout, layout.path(shard.index)), shard.bytes, shard.sha256)
             if split == "train" and layout.name != IMAGE:
                 yield _File(f"{STATISTICS}/{statistics_path(root, layout.name).name}")
+            if layout.record.basis is not None:
+                yield _File(f"{STATISTICS}/{basis_path(root, layout.name).name}")
         yield _File(f"{split}/{SKIPPED}.csv")
 
 

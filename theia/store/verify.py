@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from theia.errors import StoreError
+from theia.store.components import basis_path, load_basis
 from theia.store.disk import file_size
 from theia.store.manifest import read_manifest
 from theia.store.schema import IMAGE, TRAIN, FeatureDtype, ImageSet, ShardRecord, set_folder, statistics_path
@@ -63,6 +64,12 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
         layouts = split_layouts(Path(root), split, record)
         for layout in layouts:
             found = False
+            if layout.record.basis is not None:
+                try:
+                    load_basis(layout.root, layout.name, layout.record.basis)
+                except StoreError as error:
+                    path = basis_path(layout.root, layout.name)
+                    yield Problem(path, str(error).removeprefix(f"{path} "))
             for event in _verify_set(layout, layouts[0]):
                 found = found or isinstance(event, Problem)
                 yield event
@@ -151,6 +158,7 @@ class SetSummary:
         name: ``"image"`` or the name of the teacher.
         spec: Spec of the teacher, or ``None`` for images.
         dtype: Stored type of the patch tokens, or ``None`` for images.
+        components: Number of components that are stored of each token; ``None`` for all channels.
         rows: Number of samples that are there.
         shards: Number of files that are there.
         bytes: Size of these files in bytes, as it was recorded when they were written.
@@ -161,6 +169,7 @@ class SetSummary:
     name: str
     spec: TeacherSpec | None
     dtype: FeatureDtype | None
+    components: int | None
     rows: int
     shards: int
     bytes: int
@@ -207,6 +216,7 @@ def _summary(layout: SetLayout) -> SetSummary:
         name=layout.name,
         spec=record.spec,
         dtype=record.dtype,
+        components=None if record.basis is None else record.basis.components,
         rows=sum(shard.rows for shard in shards),
         shards=len(shards),
         bytes=sum(shard.bytes for shard in shards),

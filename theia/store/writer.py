@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theia.errors import ShapeError, StoreError
+from theia.store.components import Basis, load_basis, save_basis
 from theia.store.disk import replace_bytes, writing
 from theia.store.features import ShardWriter
 from theia.store.manifest import (
@@ -79,6 +80,7 @@ class SplitWriter:
         self._names: tuple[str, ...] = ()
         self._sets: dict[str, SetLayout] = {}
         self._whole = WholeShards(self._sets)
+        self._bases: dict[str, Basis] = {}
 
     def begin(
         self,
@@ -87,6 +89,7 @@ class SplitWriter:
         dtype: FeatureDtype,
         computed: Mapping[str, Json],
         precisions: Mapping[str, str] | None = None,
+        bases: Mapping[str, Basis] | None = None,
     ) -> None:
         """Announces what will be written, or checks that it continues the split that is there.
 
@@ -96,6 +99,7 @@ class SplitWriter:
             dtype: Stored type of their patch tokens.
             computed: How the features are computed, for the record.
             precisions: Precision in which each teacher computes, by teacher, for the record as well.
+            bases: Bases of the teachers whose features are stored as components, by teacher.
 
         Raises:
             StoreError: If the split holds other images, or other features of one of the teachers; if another split
@@ -115,27 +119,30 @@ class SplitWriter:
             sets = {IMAGE: SetRecord(), **kept}
             for spec in teachers:
                 way = {**computed, "precision": precisions[spec.name]} if precisions else computed
-                new = SetRecord(spec=spec, dtype=dtype, computed=way)
+                basis = (bases or {}).get(spec.name)
+                new = SetRecord(spec=spec, dtype=dtype, basis=None if basis is None else basis.record, computed=way)
                 sets[spec.name] = kept.get(spec.name, new)
                 check_teacher(self._root, self._split, spec.name, sets[spec.name], new)
             self._names = (IMAGE, *(spec.name for spec in teachers))
             for layout in split_layouts(self._root, self._split, SplitRecord(images, sets)):
                 if layout.name in self._names and layout.record.complete and missing_shards(layout):
                     sets[layout.name] = replace(layout.record, complete=False)
+            for name, basis in (bases or {}).items():
+                save_basis(self._root, name, basis)
             manifest.splits[self._split] = SplitRecord(images, sets)
             self._announce(manifest.splits[self._split])
         folders = [self._root, self._root / STATISTICS, self._root / self._split]
         for folder in (*folders, *(self._folder(name) for name in self._names)):
             remove_stale(folder)
 
-    def begun_precision(self, teacher: str) -> str | None:
-        """Precision of those of a teacher's features that are in the store: in this split, or else in another one.
+    def begun(self, teacher: str) -> SetRecord | None:
+        """Record of those of a teacher's features that are in the store: in this split, or else in another one.
 
         Args:
             teacher: Name of the teacher.
 
         Returns:
-            The recorded precision; ``None`` if the store has no features of this teacher, or does not say.
+            The record; ``None`` if the store has no features of this teacher.
 
         Raises:
             StoreError: If the manifest is damaged or cannot be read.
@@ -145,9 +152,25 @@ class SplitWriter:
         splits = read_manifest(self._root).splits
         for split in (self._split, *splits):
             if split in splits and teacher in (sets := with_shards(self._root, split, splits[split]).sets):
-                found = sets[teacher].computed.get("precision")
-                return found if isinstance(found, str) else None
+                return sets[teacher]
         return None
+
+    def basis(self, teacher: str) -> Basis | None:
+        """Basis of a teacher's components; ``None`` if all channels are stored.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        record = self._layout(teacher).record.basis
+        if record is None:
+            return None
+        if teacher not in self._bases:
+            self._bases[teacher] = load_basis(self._root, teacher, record)
+        return self._bases[teacher]
+
+    def row_bytes(self, name: str) -> int:
+        """Number of bytes that a set stores of each image."""
+        return sum(field.row_bytes for field in self._layout(name).row_fields().values())
 
     def has_shard(self, name: str, index: int) -> bool:
         """Whether a whole and valid shard is there already.
@@ -235,7 +258,7 @@ class SplitWriter:
         ids = self.images(index).keys()
         attributes = layout.attributes(index, len(ids))
         with NewShard(layout.path(index), ids, layout.datasets(len(ids)), attributes, helpers) as shard:
-            features = ShardWriter(shard, spec, dtype, ids)
+            features = ShardWriter(shard, spec, dtype, ids, self.basis(name))
             yield features
             features.close()
             self._commit(shard, layout, index, len(ids))
