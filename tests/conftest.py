@@ -88,6 +88,14 @@ def make_split() -> Callable[..., None]:
     return write_split
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plain_cpu() -> Iterator[None]:
+    """Training is in float32 unless a test asks for something else, also on a CPU with instructions for bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("theia.cli.trainer.has_bfloat16_cpu", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_found() -> Iterator[None]:
     """The command line sets up logging for a whole process; a test must not leave that to the next."""

@@ -2,7 +2,7 @@
 
 float32, translators in NCHW, the images through the transformers image processor inside the step, every target
 normalised to a float32 tensor first, cosine, smooth-L1 and squared error each computed on its own and read with
-``.item()`` in every step, AdamW with its defaults. The student's transformer is timm's, as in ours.
+``.item()`` in every step, AdamW with its defaults. The student's transformer is timm's own.
 """
 
 import copy
@@ -10,9 +10,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
+from theia.models.cpu_layers import CpuAttention, CpuMlp
 from theia.models.distiller import Distiller
 
 
@@ -28,6 +31,11 @@ class PlainDistiller(nn.Module):
         super().__init__()
         self.processor = ViTImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
         self.vit = copy.deepcopy(ours.student.backbone.model)
+        for module in self.vit.modules():
+            if isinstance(module, CpuAttention):
+                module.__class__ = Attention  # type: ignore[assignment]
+            elif isinstance(module, CpuMlp):
+                module.__class__ = Mlp  # type: ignore[assignment]
         self.heads = nn.ModuleDict()
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         for name in ours.teachers:

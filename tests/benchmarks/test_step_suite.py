@@ -15,7 +15,7 @@ def test_the_suite_measures_every_step_and_its_parity(tmp_path: Path, monkeypatc
 
     result = step.run(Settings(tmp_path, pairs=2, small=True))
 
-    assert len(result.measures) == 11
+    assert len(result.measures) == 14
     assert all(value > 0 for measure in result.measures for value in measure.values)
     assert all(parity["loss_relative_difference"] < 1e-5 for parity in result.details["parity"].values())
     assert {len(runs) for costs in result.details["costs"].values() for runs in costs.values()} == {2}

@@ -184,6 +184,31 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     assert (written["trainer"]["max_epochs"], written["ckpt_path"]) == (3, None)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["begun in bfloat16", "begun in float32"])
+def test_a_run_keeps_the_precision_that_was_chosen_for_it(
+    first: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin, chosen = tmp_path / "begun", "Training in bfloat16"
+    monkeypatch.setattr("theia.cli.trainer.has_bfloat16_cpu", lambda: first)
+    assert main(["fit", f"--config={config}", f"--run_folder={begin}"]) == 0
+    assert (chosen in capsys.readouterr().err) == first
+
+    monkeypatch.setattr("theia.cli.trainer.has_bfloat16_cpu", lambda: not first)
+    again = ["fit", f"--config={config}", f"--run_folder={begin}", "--ckpt_path=last"]
+    assert main([*again, "--trainer.max_epochs=2"]) == 0
+
+    said = capsys.readouterr().err
+    assert chosen not in said
+    assert "trainer.precision is" not in said
+    precision = "bf16-mixed" if first else "32-true"
+    assert json.loads((begin / "environment.json").read_text())["precision"] == precision
+    assert yaml.safe_load((begin / "config.yaml").read_text())["trainer"]["precision"] == precision
+
+    other = "32-true" if first else "bf16-mixed"
+    assert main([*again, "--trainer.max_epochs=3", f"--trainer.precision={other}"]) == 0
+    assert json.loads((begin / "environment.json").read_text())["precision"] == other
+
+
 @pytest.mark.parametrize("name", ["FeatureData", "FeatureDataModule"])  # the other of an earlier version
 def test_features_of_other_weights_are_refused_on_resuming(
     config: Path, run: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]

@@ -1,15 +1,19 @@
 """How the trainer of a run is set up."""
 
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch._inductor.config as inductor
+from jsonargparse import Namespace
 from torch import nn
 
 from theia.cli import trainer as trainer_options
-from theia.cli.trainer import set_up_processes
+from theia.cli.trainer import choose_precision, set_up_processes
+from theia.utils.device import has_bfloat16_cpu
 
 
 class _Model(L.LightningModule):
@@ -61,3 +65,37 @@ def test_processes_of_a_node_compile_on_its_cores_together(monkeypatch: pytest.M
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
     set_up_processes(two_processes(), _Model())
     assert inductor.compile_threads == 32  # as was asked for
+
+
+BF16, FLOAT32 = "bf16-mixed", "32-true"
+
+
+@pytest.mark.parametrize(
+    ("options", "cpu_has_it", "gpu", "chosen"),
+    [
+        ({}, True, False, BF16),
+        ({}, False, False, FLOAT32),
+        ({}, True, True, FLOAT32),  # a GPU is as before
+        ({"accelerator": "cpu"}, True, True, BF16),
+        ({"accelerator": "gpu"}, True, True, FLOAT32),
+        ({"precision": FLOAT32}, True, False, "32-true"),
+        ({"precision": BF16}, False, False, BF16),
+        ({"plugins": ["MixedPrecision"]}, True, False, None),
+    ],
+)
+def test_a_new_run_is_in_bfloat16_on_a_cpu_that_computes_in_it(
+    options: dict[str, object], cpu_has_it: bool, gpu: bool, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_options, "has_bfloat16_cpu", lambda: cpu_has_it)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    given = Namespace(**{"precision": None, "accelerator": "auto", "plugins": None, **options})
+
+    assert choose_precision(given, {}) == chosen
+
+
+def test_what_the_cpu_can_do_is_what_the_kernel_says() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file() or platform.machine() != "x86_64":
+        pytest.skip("only Linux on x86 lists them")
+
+    assert has_bfloat16_cpu() == bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))

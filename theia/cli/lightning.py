@@ -32,7 +32,7 @@ from theia.cli.run_folder import (
     run_of,
 )
 from theia.cli.signals import until_signalled
-from theia.cli.trainer import check_left, check_processes, check_trainer, set_up_processes
+from theia.cli.trainer import check_left, check_processes, check_trainer, choose_precision, set_up_processes
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import ConfigError
@@ -182,6 +182,7 @@ class TheiaCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
+        options.trainer.precision = choose_precision(options.trainer, self.loaded)
         self.state: dict[str, Any] = {"options": shaping(options), "changes": []}
         if not options.trainer.fast_dev_run:
             self._check_folder()

@@ -176,13 +176,7 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
     Raises:
         ConfigError: If options differ that must stay the same. The message names all of them.
     """
-    state = checkpoint.get("callbacks", {}).get(Checkpoints.__qualname__, {})
-    then = state.get("options")
-    if then is None:  # a run of an earlier version recorded less
-        then = {
-            f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
-        }
-    then = {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data class
+    then = recorded(checkpoint)
     different = [
         name
         for name, value in now.items()
@@ -196,6 +190,16 @@ def changes(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
             "had, or start another run with --run_folder FOLDER and without --ckpt_path."
         )
     return [Change(checkpoint["global_step"], name, then[name], now[name]) for name in different]
+
+
+def recorded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the options with which a checkpoint was made, by name, as :func:`shaping` gives them."""
+    then = checkpoint.get("callbacks", {}).get(Checkpoints.__qualname__, {}).get("options")
+    if then is None:  # a run of an earlier version recorded less
+        then = {
+            f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
+        }
+    return {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data class
 
 
 def earlier_changes(checkpoint: Mapping[str, Any]) -> list[Change]:

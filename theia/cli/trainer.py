@@ -1,9 +1,11 @@
 """Options of the trainer and of a run that Lightning would not refuse, or only after work has begun."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,9 +13,12 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.modules.batchnorm import _NormBase
 
+from theia.cli.options import recorded
 from theia.errors import ConfigError
 from theia.utils.arguments import check_number
-from theia.utils.device import core_count
+from theia.utils.device import core_count, has_bfloat16_cpu
+
+logger = logging.getLogger(__name__)
 
 # Smallest allowed values of Lightning's numbers, which it does not check, or refuses only deep in its own code.
 _LEAST = {
@@ -27,6 +32,7 @@ _SHARES = {
     "overfit_batches": 0, "val_check_interval": 1,
 }  # fmt: skip
 _LARGEST_SEED = 2**32 - 1
+_FLOAT32 = "32-true"
 
 
 def check_trainer(options: Namespace) -> None:
@@ -68,6 +74,33 @@ def check_trainer(options: Namespace) -> None:
             f"trainer.precision is {trainer.precision}: features and their statistics would lose too much. "
             f"Use {str(trainer.precision).replace('true', 'mixed')}."
         )
+
+
+def choose_precision(trainer: Namespace, checkpoint: Mapping[str, Any]) -> str | None:
+    """The precision of a training for which none is given.
+
+    A run that goes on keeps its precision, on any machine. A new one takes bfloat16 if it trains on a CPU that has
+    instructions for it, else float32.
+
+    Args:
+        trainer: Options of the trainer.
+        checkpoint: Content of the checkpoint that the run goes on from; empty for a new run.
+
+    Returns:
+        Value for ``trainer.precision``; ``None`` beside plugins, as one may bring a precision of its own.
+    """
+    if trainer.precision is not None or trainer.plugins:
+        return trainer.precision  # type: ignore[no-any-return]
+    if checkpoint:
+        return str(recorded(checkpoint).get("trainer.precision", _FLOAT32))
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    if not on_cpu or not has_bfloat16_cpu():
+        return _FLOAT32
+    logger.info(
+        "Training in bfloat16 (trainer.precision: bf16-mixed), for which this CPU has instructions. For float32: "
+        "--trainer.precision 32-true"
+    )
+    return "bf16-mixed"
 
 
 def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
+from theia.models import cpu_layers
 
 Registers = Literal[0, 1, 4, 8]
 # Rules for resizing a position embedding. "size", our rule and timm's: bicubic, antialiased, from corner to corner.
@@ -114,6 +115,7 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        cpu_layers.adapt(model)
         self.model = model
         self._never: frozenset[str] = frozenset()  # names of parameters that spatial tokens do not depend on
         # Only transformers give intermediate features as tokens, and only they have this option.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
+from theia.models.cpu_layers import TransposedConvolution
 
 TranslatorKind = Literal["cnn", "linear"]
 GridHW = tuple[int, int]
@@ -52,7 +53,7 @@ class Translator(nn.Module):
         elif kind != "cnn":
             raise ConfigError(f"No translator of kind {kind!r}. Choose one of: cnn, linear.")
         elif student_grid_hw == (14, 14) and grid_hw in ((16, 16), (64, 64)):
-            self.pad = nn.ConvTranspose2d(width, width, 3)
+            self.pad = TransposedConvolution(width, width, 3)
             layers = _to_16x16(width) if grid_hw == (16, 16) else _to_64x64(width)
         else:
             layers = _to_any(width, student_grid_hw, grid_hw)
@@ -120,10 +121,10 @@ def _to_16x16(width: int) -> list[nn.Module]:
     return [
         _JointNorm(width, 16, 16),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         _JointNorm(width, 16, 16),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         _JointNorm(width, 16, 16),
         _ToTokens(),
     ]
@@ -132,11 +133,11 @@ def _to_16x16(width: int) -> list[nn.Module]:
 def _to_64x64(width: int) -> list[nn.Module]:
     return [
         _JointNorm(width, 16, 16),
-        nn.ConvTranspose2d(width, width, 3, stride=2, padding=1),  # 31x31
-        nn.ReLU(),
+        TransposedConvolution(width, width, 3, stride=2, padding=1),  # 31x31
+        nn.ReLU(inplace=True),
         _JointNorm(width, 31, 31),
-        nn.ConvTranspose2d(width, width, 3, stride=2, output_padding=1),  # 64x64
-        nn.ReLU(),
+        TransposedConvolution(width, width, 3, stride=2, output_padding=1),  # 64x64
+        nn.ReLU(inplace=True),
         _JointNorm(width, 64, 64),
         _ToTokens(),
     ]
@@ -146,11 +147,11 @@ def _to_any(width: int, student_grid_hw: GridHW, grid_hw: GridHW) -> list[nn.Mod
     return [
         _JointNorm(width, *student_grid_hw),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         *_resize(student_grid_hw, grid_hw),
         _JointNorm(width, *grid_hw),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         _JointNorm(width, *grid_hw),
         _ToTokens(),
     ]

@@ -24,6 +24,13 @@ def choose_device(wanted: Device) -> "torch.device":
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def has_bfloat16_cpu() -> bool:
+    """Whether the CPU has instructions for products in bfloat16: AVX512-BF16 or AMX."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def core_count() -> int:
     """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
