@@ -93,7 +93,7 @@ def collect(
 
     Args:
         tasks: Names of tasks, such as drawer-open,walker-walk, separated by commas; metaworld and dmc stand for
-            CortexBench's five of each, small for five that tell encoders apart in short runs.
+            CortexBench's five of each, small for six that tell encoders apart in short runs.
         out: Folder for the data set of MetaWorld's tasks. Tasks with other actions have data sets of their own in it,
             in folders that are named like the task.
         episodes: Number of demonstrations of each task. Those that fail are dropped, and replaced by the next seed; in

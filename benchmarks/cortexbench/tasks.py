@@ -142,7 +142,7 @@ TASKS = {task.name: task for task in _ALL}
 # Names that stand for several tasks: those of CortexBench's MuJoCo subset, and those of MetaWorld that are neither done
 # blind nor beyond a policy that knows the whole state, and that tell encoders apart with the preset small.
 GROUPS = {
-    "small": ("dial-turn-v3", "assembly-v3", "push-v3", "door-unlock-v3", "drawer-open-v3"),
+    "small": ("dial-turn-v3", "assembly-v3", "push-v3", "door-unlock-v3", "drawer-open-v3", "coffee-pull-v3"),
     "metaworld": ("assembly-v3", "bin-picking-v3", "button-press-topdown-v3", "drawer-open-v3", "hammer-v3"),
     "dmc": tuple(task.name for task in _ALL if task.simulator == "dmc"),
     "adroit": tuple(task.name for task in _ALL if task.simulator == "adroit"),
