@@ -49,7 +49,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "free", "data.", "store workers"),
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
-    **_table(_FIT, "same", "data.", "batch_size fraction seed"),
+    **_table(_FIT, "same", "data.", "batch_size fraction weights seed"),
     # How long and where to train; the steps already taken stay the same.
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
     **_table(_ALL, "applied", "trainer.", "accelerator strategy devices num_nodes precision sync_batchnorm"),
