@@ -97,6 +97,6 @@ def fitting(teacher: Teacher, images: int, device: torch.device) -> Iterator[Non
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(
             f"Teacher {teacher.spec.name!r} does not fit into the memory of {device}: {needs}; {readable_bytes(free)} "
-            f"of {readable_bytes(total)} are free. Give it fewer images at a time (theia extract --batch_size, theia fit "
-            "--data.teacher_batch_size), fewer teachers at once, or a larger device. What was finished is kept."
+            f"of {readable_bytes(total)} are free. Give it fewer images at a time (theia extract --batch_size, "
+            "theia fit --data.teacher_batch_size), fewer teachers, or a larger device. What was finished is kept."
         ) from error

@@ -134,7 +134,7 @@ def run(
     def build() -> tuple[list[TeacherSpec], dict[str, Precision]]:
         specs, on_gpu, slow = [], {}, []
         for name in config.teacher_names:
-            teacher = built.get(name) or build_teacher(name, config)
+            teacher = built.get(name) or build_teacher(name, config.teacher_options.get(name))
             specs.append(teacher.spec)
             on_gpu[name] = teacher.gpu_precision
             if teacher.state_dict():  # a handcrafted teacher has no weights, and no use for a GPU

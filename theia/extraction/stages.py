@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -291,8 +291,12 @@ def store_features(
                 progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
 
-def build_teacher(name: str, config: ExtractConfig) -> Teacher:
-    """Builds one teacher with the options that the configuration gives it.
+def build_teacher(name: str, options: Mapping[str, Any] | None) -> Teacher:
+    """Builds one teacher.
+
+    Args:
+        name: Name of the teacher.
+        options: Arguments of its constructor.
 
     Raises:
         UnknownTeacherError: If the teacher is not installed.
@@ -302,11 +306,11 @@ def build_teacher(name: str, config: ExtractConfig) -> Teacher:
     # A plugin that draws weights must draw the same ones in every process and on every resume.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return registry.create(name, config.teacher_options.get(name))
+        return registry.create(name, options)
 
 
 def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes) -> Teacher:
-    teacher = build_teacher(spec.name, config)
+    teacher = build_teacher(spec.name, config.teacher_options.get(spec.name))
     if teacher.spec != spec:
         raise PluginError(
             f"Teacher {spec.name!r} is {teacher.spec} in process {processes.rank}, but {spec} in process 0. "

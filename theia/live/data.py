@@ -1,0 +1,314 @@
+"""Training data without a feature store: images are decoded, and teachers run on them, while the student learns."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from theia.data.loader import FeatureLoader
+from theia.data.numbered import NumberedData, Part
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
+from theia.errors import ConfigError
+from theia.extraction.joined import ChosenSource
+from theia.extraction.sources import ImageSource, open_source
+from theia.live.cache import Cache
+from theia.live.images import Augmentation, LiveImages, check_images, check_random_access, readable_rows
+from theia.live.teachers import LiveLoader, LiveTeachers, as_device
+from theia.store.reader import Split
+from theia.store.schema import Resize, canonical_json, hash_ids, to_plain
+from theia.store.statistics import ChannelStatistics
+from theia.types import Precision
+from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
+from theia.utils.progress import readable_bytes
+
+logger = logging.getLogger(__name__)
+
+_MOST_WORKERS = 32
+
+
+class LiveData(NumberedData):
+    """Runs the teachers on the images of each training batch, instead of reading features from a store.
+
+    Args:
+        images: Where the training images are: a folder, tar files, a list, hf:OWNER/NAME or sample:COUNT, as theia
+            extract takes them; a YAML list of several places joins them.
+        teachers: Teachers to run, comma-separated or a YAML list.
+        teacher_options: Arguments of the teachers' constructors, by teacher: {clip: {weights: random}}. See the options
+            of theia extract.
+        val_images: Where the images for validation and test are; by default, a share of the training images.
+        labels: Whether to read class labels, for the scorer classification.
+        size: Height and width of the images that student and teachers see, in pixels.
+        resize: Squash the whole image to a square, or cut out its centre.
+        batch_size: Samples per training batch over all processes. With accumulated gradients, a step takes several.
+        val_batch_size: Samples per batch and process in validation and test.
+        workers: Decoding processes per training process; 0 decodes in the training process. By default one for every
+            core per training process, up to 32.
+        fraction: Share of the training images to use, in (0, 1]; the same images for every seed.
+        seed: Seed for the order of the training images, and for their augmentation.
+        holdout: Share of the training images to hold out if there are no val_images.
+        cache: Folder for what is computed once: features of the held-out images, statistics, images that cannot be
+            decoded.
+        statistics_images: Number of training images, chosen at random but always the same, that means and standard
+            deviations of the features come from.
+        check_images: Decode every image once before the first training, and leave out those that cannot be decoded.
+        teacher_batch_size: Images per forward pass of a teacher.
+        teacher_device: Device of the teachers, such as cuda:1; by default that of the training.
+        teacher_precision: Arithmetic of the teachers, as in theia extract.
+        augment_crop: Smallest share of the image's area in a random crop; none by default.
+        augment_flip: Probability of a horizontal flip.
+        augment_jitter: Strength of random changes of colour, from 0 to 1.
+
+    Raises:
+        ImageError: If there are no images, or they can only be read in order.
+        UnknownTeacherError: If a teacher is not installed.
+        WeightsError: If the weights of a teacher cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        images: str | list[str] | None = None,
+        teachers: str | list[str] | None = None,
+        teacher_options: dict[str, dict[str, Any]] | None = None,
+        val_images: str | list[str] | None = None,
+        labels: bool = False,
+        size: int = 224,
+        resize: Resize = "squash",
+        batch_size: int = 128,
+        val_batch_size: int = 64,
+        workers: int | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
+        holdout: float = 0.01,
+        cache: str = "stores/live",
+        statistics_images: int = 10000,
+        check_images: bool = True,
+        teacher_batch_size: int = 32,
+        teacher_device: str | None = None,
+        teacher_precision: Precision | Literal["auto"] = "auto",
+        augment_crop: float | None = None,
+        augment_flip: float = 0.0,
+        augment_jitter: float = 0.0,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, workers, fraction, seed, holdout)
+        check_number("data.size", size, 1, MOST_PIXELS)
+        check_number("data.statistics_images", statistics_images, 1)
+        check_number("data.teacher_batch_size", teacher_batch_size, 1)
+        self.prepare_data_per_node = False  # the cache is on a disk that all nodes share, like the run folder
+        self.augmentation = Augmentation(augment_crop, augment_flip, augment_jitter, seed)
+        if not images:
+            raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
+        names = comma_list(teachers)
+        if not names:
+            raise ConfigError(
+                "LiveData needs teachers: --data.teachers NAMES. 'theia teachers' lists the installed ones."
+            )
+        idle = [name for name in teacher_options or {} if name not in names]
+        if idle:
+            raise ConfigError(
+                f"data.teacher_options has options of {idle[0]!r}, which data.teachers does not name. Name it there, "
+                "or leave them out."
+            )
+        self._device = None if teacher_device is None else as_device(teacher_device)
+        self._place = images if isinstance(images, str) else ", ".join(images)
+        self._listed = open_source(images, "train", labels)
+        check_random_access(self._listed.description, self._place)
+        self._val_images = None if val_images is None else open_source(val_images, "val", labels)
+        self._size, self._resize = size, resize
+        self._statistics_images = statistics_images
+        self._cache_folder = Path(cache)
+        self._check_images = check_images
+        self._record = self._cache_folder / f"images-{_digest(_images(self._listed))[:16]}.json"
+        self._source: ImageSource | None = None if check_images else self._listed
+        self._cache: Cache | None = None
+        self._identity: dict[str, Any] | None = None
+        self._stored: Split | None = None
+        # Teachers are built before any work, as their options may change the shape of their features.
+        self.teachers = LiveTeachers(names, teacher_options or {}, teacher_batch_size, teacher_precision)
+        self.teacher_specs = self.teachers.specs
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self._size
+
+    @property
+    def origin(self) -> str:
+        """The images' place."""
+        return f"the images {self._place}"
+
+    @property
+    def source(self) -> ImageSource:
+        """Training images and, if there are no others, held-out images: all, or those that the check has found good."""
+        if self._source is None:
+            rows = readable_rows(self._record, len(self._listed.ids))
+            if rows is None:
+                return self._listed
+            all_good = len(rows) == len(self._listed.ids)
+            self._source = self._listed if all_good else ChosenSource(self._listed, rows)
+        return self._source
+
+    def prepare_data(self) -> None:
+        """Checks the images and computes what the cache lacks. Lightning calls it in the first process only.
+
+        Raises:
+            ImageError: If too many images cannot be decoded.
+            ConfigError: If a teacher does not fit into the memory of its device.
+            FeatureError: If a teacher gives features of a wrong shape, or values that cannot be stored.
+            StoreError: If the cache cannot be written.
+        """
+        if self._source is None and readable_rows(self._record, len(self._listed.ids)) is None:
+            check_images(self._listed, self._place, self._record, self._decoding_workers())
+        left_out = len(self._listed.ids) - len(self.source.ids)
+        if left_out:
+            logger.warning(
+                "%d of %d images of %s cannot be decoded and are left out. Reasons: %s",
+                left_out, len(self._listed.ids), self._place, self._record,
+            )  # fmt: skip
+        device = self.teacher_device
+        logger.info(
+            "Teachers run live on %s: %s, %s of weights. Held-out features and statistics: %s",
+            device, ", ".join(self.teacher_specs), readable_bytes(self.teachers.bytes), self.cache.root,
+        )  # fmt: skip
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        sample = ChosenSource(self.source, self._sampled().tolist()) if fitting else None
+        self.cache.fill(
+            self._held_out_source(), sample, self.teachers, device, self._size, self._resize, self._decoding_workers()
+        )
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of these images and teachers. Where images are checked, it is known once they were."""
+        if self._cache is None or self._source is None:
+            facts = {
+                "held_out": _images(self._held_out_source()),
+                "statistics": _images(ChosenSource(self.source, self._sampled().tolist())),
+                "size": self._size,
+                "resize": self._resize,
+                "teachers": {name: self._features(name) for name in self.teacher_specs},
+            }
+            self._cache = Cache(self._cache_folder, facts, list(self.teacher_specs))
+        return self._cache
+
+    @property
+    def teacher_device(self) -> torch.device:
+        """Device of the teachers."""
+        if self._device is not None:
+            return self._device
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """Mean and standard deviation of each channel over some training images, without augmentation, by teacher."""
+        return self.cache.statistics()
+
+    def labels_agree(self) -> bool:
+        """Whether classes have the same numbers in both parts; logs a warning if not."""
+        held_out = self._held_out_source().classes
+        if held_out is None or self.source.classes is None or held_out == self.source.classes:
+            return True
+        logger.warning(
+            "Scorers get no labels: data.images and data.val_images number their classes differently (%d and %d "
+            "classes). Give both the same folders.", len(self.source.classes), len(held_out),
+        )  # fmt: skip
+        return False
+
+    def provenance(self) -> dict[str, Any]:
+        """The images and the weights of each teacher; builtin types only."""
+        return {
+            "images": {**self.source.description, "ids_sha256": hash_ids(self.source.ids)},
+            "teachers": {
+                name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
+                for name, spec in self.teacher_specs.items()
+            },
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`NumberedData.check_state`. Where images are yet to be checked, it waits until they are."""
+        if self.source is self._source:
+            super().check_state(state)
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of the training images, of each teacher's features, and of what is held out; no path."""
+        if self._identity is None or self._source is None:  # a digest of a million ids takes a second
+            features = {name: _digest(self._features(name)) for name in self.teacher_specs}
+            seen = {"size": self._size, "resize": self._resize}
+            held_out = None if self._val_images is not None else self.holdout
+            self._identity = {
+                "images_sha256": _digest({**_images(self.source), **seen, "held out": held_out}),
+                "features": features,
+                "held_out": _digest({**_images(self._held_out_source()), **seen, "features": features}),
+            }
+        return self._identity
+
+    def all_training_rows(self) -> Rows:
+        """All rows, or those that are not held out."""
+        count = len(self.source.ids)
+        return np.arange(count) if self._val_images is not None else hold_out(count, self.holdout)[0]
+
+    def held_out_rows(self) -> Rows:
+        """All rows of the held-out images, or of those that could be decoded once the cache has their features."""
+        return np.arange(len(self._held_out() if self.cache.has_held_out else self._held_out_source().ids))
+
+    def loader(
+        self,
+        part: Part,
+        sampler: TrainingSampler | EvaluationSampler,
+        device: torch.device | None = None,
+        features: bool = True,
+    ) -> FeatureLoader:
+        """See :meth:`NumberedData.loader`. Training images get features; held-out ones have them in the cache."""
+        target = self.copied_to(device)
+        if part == "held_out":
+            split = self._held_out() if features else self._held_out().images_only()
+            workers = min(self.default_workers(), self._decoding_workers())
+            return self.keep(FeatureLoader(split, sampler, workers, target))
+        # Only training sees other views: scorers fit to the images as they are.
+        augmentation = self.augmentation if isinstance(sampler, TrainingSampler) else None
+        images = LiveImages(self.source, self._place, self._size, self._resize, augmentation)
+        workers = self._decoding_workers()
+        if not features:
+            return self.keep(FeatureLoader(images, sampler, workers, target, images.read))
+        teacher_device = device if device is not None and self._device is None else self.teacher_device
+        loader = LiveLoader(images, sampler, workers, target, images.read, self.teachers, teacher_device)
+        if self.processes()[0] == 0:
+            logger.info(
+                "Memory: %s for batches, which %s; teachers' weights take %s on %s.",
+                readable_bytes(loader.bytes),
+                f"{workers} processes decode into" if workers else "this process decodes into",
+                readable_bytes(self.teachers.bytes), teacher_device,
+            )  # fmt: skip
+        self.keep(loader)
+        return loader
+
+    def _features(self, name: str) -> Mapping[str, Any]:
+        """What decides a teacher's features."""
+        return {**to_plain(self.teacher_specs[name]), "licence": None, "precision": self.teachers.wanted}
+
+    def _held_out_source(self) -> ImageSource:
+        if self._val_images is not None:
+            return self._val_images
+        return ChosenSource(self.source, hold_out(len(self.source.ids), self.holdout)[1].tolist())
+
+    def _held_out(self) -> Split:
+        if self._stored is None:
+            self._stored = self.cache.held_out()
+        return self._stored
+
+    def _sampled(self) -> Rows:
+        rows = self.all_training_rows()
+        return fixed_fraction(rows, min(1.0, self._statistics_images / len(rows)))
+
+    def _decoding_workers(self) -> int:
+        return min(self.cores(), _MOST_WORKERS) if self.workers is None else self.workers
+
+
+def _images(source: ImageSource) -> dict[str, Any]:
+    return {"source": source.description, "ids": hash_ids(source.ids), "labels": source.labels is not None}
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
