@@ -94,7 +94,8 @@ class LiveTeachers:
 
 
 def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
-    return (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).to(device, non_blocking=True)
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    return whole.to(device, non_blocking=True).contiguous()  # as from a store: sums in another order round differently
 
 
 class LiveLoader(FeatureLoader):
