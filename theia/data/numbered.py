@@ -237,7 +237,7 @@ class NumberedData(TrainingData):
         if not state:
             return
         now = self.identity()
-        again = f"Resume with its own {self.origin.split()[1]}, or start a new run."
+        again = "Resume with its own data, or start a new run."
         if state["images_sha256"] != now["images_sha256"]:
             raise ConfigError(
                 f"The checkpoint's run drew from other training images than those of {self.origin}. {again}"
@@ -246,7 +246,7 @@ class NumberedData(TrainingData):
         other = [name for name, digest in now["features"].items() if then.get(name, digest) != digest]
         if other:
             raise ConfigError(
-                f"The features of {', '.join(other)} of {self.origin} are not those that the checkpoint's run learned "
+                f"The features of {', '.join(other)} in {self.origin} are not those that the checkpoint's run learned "
                 f"from: other weights, options or precision. {again}"
             )
         if state.get("held_out", now["held_out"]) != now["held_out"]:

@@ -138,8 +138,8 @@ class LiveData(NumberedData):
 
     @property
     def origin(self) -> str:
-        """The images' place."""
-        return f"the images {self._place}"
+        """The place of the images."""
+        return f"the live data of {self._place}"
 
     @property
     def source(self) -> ImageSource:
