@@ -315,7 +315,7 @@ def test_several_places_are_joined(live: Live, tmp_path: Path) -> None:
         ({"teachers": None}, ConfigError, "--data.teachers NAMES"),
         ({"teachers": "brightets"}, UnknownTeacherError, "brightest"),
         ({"teacher_options": {"brightest": {"depth": 2}}}, ConfigError, "no option 'depth'. It has: log, negative"),
-        ({"teacher_options": {"clip": {"weights": "random"}}}, ConfigError, "'clip', which data.teachers does not"),
+        ({"teacher_options": {"clip": {"weights": "random"}}}, ConfigError, "options of 'clip', which does not run"),
         ({"teacher_device": "cuda:99"}, ConfigError, "data.teacher_device is 'cuda:99'"),
         ({"teacher_device": "gpu"}, ConfigError, "data.teacher_device is 'gpu'"),
         ({"size": 0}, ConfigError, "data.size is 0"),

@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from theia.data.loader import FeatureLoader
+from theia.data.loader import FeatureLoader, Read
 from theia.data.numbered import NumberedData, Part
+from theia.data.ring import Samples
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
 from theia.errors import ConfigError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
 from theia.live.cache import Cache
 from theia.live.images import Augmentation, LiveImages, check_images, check_random_access, readable_rows
+from theia.live.stored import Joined, StoredPart
 from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
 from theia.store.schema import Resize, canonical_json, hash_ids, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Precision
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
+from theia.utils.files import check_folder
 from theia.utils.progress import readable_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class LiveData(NumberedData):
         teacher_options: Arguments of the teachers' constructors, by teacher: {clip: {weights: random}}. See the options
             of theia extract.
         val_images: Where the images for validation and test are; by default, a share of the training images.
+        stored_features: Folder of a feature store that has some of the teachers. They are read from it, as are all
+            images; the other teachers run live.
         labels: Whether to read class labels, for the scorer classification.
         size: Height and width of the images that student and teachers see, in pixels.
         resize: Squash the whole image to a square, or cut out its centre.
@@ -75,6 +80,7 @@ class LiveData(NumberedData):
         teachers: str | list[str] | None = None,
         teacher_options: dict[str, dict[str, Any]] | None = None,
         val_images: str | list[str] | None = None,
+        stored_features: str | None = None,
         labels: bool = False,
         size: int = 224,
         resize: Resize = "squash",
@@ -100,25 +106,33 @@ class LiveData(NumberedData):
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
         self.prepare_data_per_node = False  # the cache is on a disk that all nodes share, like the run folder
         self.augmentation = Augmentation(augment_crop, augment_flip, augment_jitter, seed)
-        if not images:
+        if not images and stored_features is None:
             raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
+        if stored_features is not None and (self.augmentation.active or val_images is not None):
+            what = (
+                "augmentation: stored features are of the images as they are"
+                if self.augmentation.active
+                else ("data.val_images: the store's split val, or a share of its training images, is held out")
+            )
+            raise ConfigError(f"data.stored_features does not go together with {what}. Leave out one of the two.")
         names = comma_list(teachers)
         if not names:
-            raise ConfigError(
-                "LiveData needs teachers: --data.teachers NAMES. 'theia teachers' lists the installed ones."
-            )
-        idle = [name for name in teacher_options or {} if name not in names]
-        if idle:
-            raise ConfigError(
-                f"data.teacher_options has options of {idle[0]!r}, which data.teachers does not name. Name it there, "
-                "or leave them out."
-            )
+            raise ConfigError("LiveData needs teachers: --data.teachers NAMES. 'theia teachers' lists those installed.")
         self._device = None if teacher_device is None else as_device(teacher_device)
-        self._place = images if isinstance(images, str) else ", ".join(images)
-        self._listed = open_source(images, "train", labels)
-        check_random_access(self._listed.description, self._place)
-        self._val_images = None if val_images is None else open_source(val_images, "val", labels)
         self._size, self._resize = size, resize
+        self._listed: ImageSource
+        self._val_images: ImageSource | None
+        self._store = None if stored_features is None else StoredPart(stored_features, names)
+        if self._store is not None:
+            self._place = f"the store {stored_features}"
+            self._store.check(None if not images else open_source(images, "train"), size, resize)
+            self._listed, self._val_images = self._store.images, self._store.val_images
+            check_images = False  # they were decoded when they were stored
+        elif images:
+            self._place = images if isinstance(images, str) else ", ".join(images)
+            self._listed = open_source(images, "train", labels)
+            check_random_access(self._listed.description, self._place)
+            self._val_images = None if val_images is None else open_source(val_images, "val", labels)
         self._statistics_images = statistics_images
         self._cache_folder = Path(cache)
         self._check_images = check_images
@@ -128,8 +142,17 @@ class LiveData(NumberedData):
         self._identity: dict[str, Any] | None = None
         self._stored: Split | None = None
         # Teachers are built before any work, as their options may change the shape of their features.
-        self.teachers = LiveTeachers(names, teacher_options or {}, teacher_batch_size, teacher_precision)
-        self.teacher_specs = self.teachers.specs
+        stored = {} if self._store is None else self._store.specs
+        run = [name for name in names if name not in stored]
+        idle = [name for name in teacher_options or {} if name not in run]
+        if idle:
+            raise ConfigError(
+                f"data.teacher_options has options of {idle[0]!r}, which does not run: the teachers that run are "
+                f"{', '.join(run)}. Name it in data.teachers, or leave its options out."
+            )
+        self.teachers = LiveTeachers(run, teacher_options or {}, teacher_batch_size, teacher_precision)
+        specs = stored | self.teachers.specs
+        self.teacher_specs = {name: specs[name] for name in names}
 
     @property
     def image_size(self) -> int:
@@ -172,7 +195,7 @@ class LiveData(NumberedData):
         device = self.teacher_device
         logger.info(
             "Teachers run live on %s: %s, %s of weights. Held-out features and statistics: %s",
-            device, ", ".join(self.teacher_specs), readable_bytes(self.teachers.bytes), self.cache.root,
+            device, ", ".join(self.teachers.built), readable_bytes(self.teachers.bytes), self.cache.root,
         )  # fmt: skip
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         sample = ChosenSource(self.source, self._sampled().tolist()) if fitting else None
@@ -189,9 +212,9 @@ class LiveData(NumberedData):
                 "statistics": _images(ChosenSource(self.source, self._sampled().tolist())),
                 "size": self._size,
                 "resize": self._resize,
-                "teachers": {name: self._features(name) for name in self.teacher_specs},
+                "teachers": {name: self._features(name) for name in self.teachers.built},
             }
-            self._cache = Cache(self._cache_folder, facts, list(self.teacher_specs))
+            self._cache = Cache(self._cache_folder, facts, list(self.teachers.built))
         return self._cache
 
     @property
@@ -203,7 +226,7 @@ class LiveData(NumberedData):
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Mean and standard deviation of each channel over some training images, without augmentation, by teacher."""
-        return self.cache.statistics()
+        return self.cache.statistics() | ({} if self._store is None else self._store.statistics())
 
     def labels_agree(self) -> bool:
         """Whether classes have the same numbers in both parts; logs a warning if not."""
@@ -220,11 +243,21 @@ class LiveData(NumberedData):
         """The images and the weights of each teacher; builtin types only."""
         return {
             "images": {**self.source.description, "ids_sha256": hash_ids(self.source.ids)},
+            **({} if self._store is None else {"stored_features": self._store.store.manifest_sha256}),
             "teachers": {
                 name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
                 for name, spec in self.teacher_specs.items()
             },
         }
+
+    def check_training(self, world_size: int) -> None:
+        """See :meth:`NumberedData.check_training`.
+
+        Raises:
+            ConfigError: Also if the cache cannot be written.
+        """
+        check_folder(self._cache_folder, "--data.cache")
+        super().check_training(world_size)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """See :meth:`NumberedData.check_state`. Where images are yet to be checked, it waits until they are."""
@@ -263,17 +296,29 @@ class LiveData(NumberedData):
         """See :meth:`NumberedData.loader`. Training images get features; held-out ones have them in the cache."""
         target = self.copied_to(device)
         if part == "held_out":
-            split = self._held_out() if features else self._held_out().images_only()
             workers = min(self.default_workers(), self._decoding_workers())
-            return self.keep(FeatureLoader(split, sampler, workers, target))
+            split = self._held_out()
+            if self._store is None or not features:
+                return self.keep(FeatureLoader(split if features else split.images_only(), sampler, workers, target))
+            source = self._store.val_images or self._store.images
+            rows = np.arange(len(source.ids)) if self._val_images else hold_out(len(source.ids), self.holdout)[1]
+            joined = Joined(split, source.split, rows)
+            return self.keep(FeatureLoader(joined, sampler, workers, target, joined.read))
         # Only training sees other views: scorers fit to the images as they are.
         augmentation = self.augmentation if isinstance(sampler, TrainingSampler) else None
-        images = LiveImages(self.source, self._place, self._size, self._resize, augmentation)
         workers = self._decoding_workers()
+        samples: Samples
+        read: Read | None
+        if self._store is not None:
+            split = self._store.images.split
+            samples, read = split if features else split.images_only(), None
+        else:
+            samples = images = LiveImages(self.source, self._place, self._size, self._resize, augmentation)
+            read = images.read
         if not features:
-            return self.keep(FeatureLoader(images, sampler, workers, target, images.read))
+            return self.keep(FeatureLoader(samples, sampler, workers, target, read))
         teacher_device = device if device is not None and self._device is None else self.teacher_device
-        loader = LiveLoader(images, sampler, workers, target, images.read, self.teachers, teacher_device)
+        loader = LiveLoader(samples, sampler, workers, target, read, self.teachers, teacher_device)
         if self.processes()[0] == 0:
             logger.info(
                 "Memory: %s for batches, which %s; teachers' weights take %s on %s.",
@@ -286,7 +331,10 @@ class LiveData(NumberedData):
 
     def _features(self, name: str) -> Mapping[str, Any]:
         """What decides a teacher's features."""
-        return {**to_plain(self.teacher_specs[name]), "licence": None, "precision": self.teachers.wanted}
+        facts = {**to_plain(self.teacher_specs[name]), "licence": None}
+        if self._store is not None and name in self._store.names:
+            return facts | self._store.features(name)
+        return facts | {"precision": self.teachers.wanted}
 
     def _held_out_source(self) -> ImageSource:
         if self._val_images is not None:
