@@ -101,8 +101,8 @@ def test_a_missing_image_at_the_end_is_named(live: Live, store: Path, tmp_path: 
     [
         ({"teachers": "mean"}, "none of the teachers mean; it has brightest"),
         ({"teachers": "brightest"}, "all of the teachers brightest"),
-        ({"augment_flip": 0.5}, "does not go together with augmentation"),
-        ({"val_images": "somewhere"}, "does not go together with data.val_images"),
+        ({"augment_flip": 0.5}, "and augmentation do not go together"),
+        ({"val_images": "somewhere"}, "and data.val_images do not go together"),
         ({"size": 64}, "--data.size 32 --data.resize squash"),
         ({"teacher_options": {"brightest": {"negative": True}}}, "'brightest', which does not run"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from theia.errors import StoreError
+from theia.errors import ImageError, StoreError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.pipeline import run
 from theia.extraction.processes import Processes
@@ -80,6 +80,8 @@ class Cache:
         Raises:
             StoreError: If the disk is too small or full, or a file is damaged.
             ImageError: If more than 1 % of the images cannot be decoded.
+            ConfigError: If a teacher does not fit into the memory of its device.
+            FeatureError: If a teacher gives features of a wrong shape, or values that cannot be stored.
         """
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,11 @@ class Cache:
                 sources[TRAIN] = sample
             if not sources:
                 return
-            logger.info("Computed once and kept in %s:", self.root)
+            parts = {
+                HELD_OUT: "the features of held-out images (val)",
+                TRAIN: "statistics over training images (train)",
+            }
+            logger.info("Computed once and kept in %s: %s.", self.root, ", ".join(parts[split] for split in sources))
             config = ExtractConfig(
                 images=dict.fromkeys(sources, "open already"),
                 teachers=self._names,
@@ -108,8 +114,8 @@ class Cache:
             )
             try:
                 run(sources, teachers.built, config, Processes(device))
-            except StoreError as error:
-                raise StoreError(
+            except (StoreError, ImageError) as error:
+                raise type(error)(
                     f"{error} That store is the cache of a live run: --data.cache names its folder."
                 ) from error
             if TRAIN in sources:

@@ -14,7 +14,7 @@ from theia.data.loader import FeatureLoader, Read
 from theia.data.numbered import NumberedData, Part
 from theia.data.ring import Samples
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
-from theia.errors import ConfigError
+from theia.errors import ConfigError, StoreError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
 from theia.live.cache import Cache
@@ -106,36 +106,28 @@ class LiveData(NumberedData):
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
         self.prepare_data_per_node = False  # the cache is on a disk that all nodes share, like the run folder
         self.augmentation = Augmentation(augment_crop, augment_flip, augment_jitter, seed)
-        if not images and stored_features is None:
-            raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
-        if stored_features is not None and (self.augmentation.active or val_images is not None):
-            what = (
-                "augmentation: stored features are of the images as they are"
-                if self.augmentation.active
-                else ("data.val_images: the store's split val, or a share of its training images, is held out")
-            )
-            raise ConfigError(f"data.stored_features does not go together with {what}. Leave out one of the two.")
         names = comma_list(teachers)
         if not names:
             raise ConfigError("LiveData needs teachers: --data.teachers NAMES. 'theia teachers' lists those installed.")
         self._device = None if teacher_device is None else as_device(teacher_device)
         self._size, self._resize = size, resize
-        self._listed: ImageSource
-        self._val_images: ImageSource | None
         self._store = None if stored_features is None else StoredPart(stored_features, names)
         if self._store is not None:
-            self._place = f"the store {stored_features}"
+            _check_mixed(self.augmentation, val_images)
             self._store.check(None if not images else open_source(images, "train"), size, resize)
-            self._listed, self._val_images = self._store.images, self._store.val_images
+            self._place = f"the store {stored_features}"
+            self._listed: ImageSource = self._store.images
+            self._val_images: ImageSource | None = self._store.val_images
             check_images = False  # they were decoded when they were stored
         elif images:
             self._place = images if isinstance(images, str) else ", ".join(images)
             self._listed = open_source(images, "train", labels)
             check_random_access(self._listed.description, self._place)
             self._val_images = None if val_images is None else open_source(val_images, "val", labels)
+        else:
+            raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
         self._statistics_images = statistics_images
         self._cache_folder = Path(cache)
-        self._check_images = check_images
         self._record = self._cache_folder / f"images-{_digest(_images(self._listed))[:16]}.json"
         self._source: ImageSource | None = None if check_images else self._listed
         self._cache: Cache | None = None
@@ -202,6 +194,19 @@ class LiveData(NumberedData):
         self.cache.fill(
             self._held_out_source(), sample, self.teachers, device, self._size, self._resize, self._decoding_workers()
         )
+
+    def setup(self, stage: str) -> None:
+        """Checks in every process that the first one has filled the cache.
+
+        Raises:
+            StoreError: If this process does not find it.
+        """
+        if not self.cache.has_held_out:
+            raise StoreError(
+                f"Process {self.processes()[0]} does not find {self.cache.root}, which process 0 fills before the "
+                "others start. If that one has stopped, it says why; otherwise let data.cache be on a disk that all "
+                "nodes share, and the images be the same everywhere."
+            )
 
     @property
     def cache(self) -> Cache:
@@ -356,6 +361,19 @@ class LiveData(NumberedData):
 
 def _images(source: ImageSource) -> dict[str, Any]:
     return {"source": source.description, "ids": hash_ids(source.ids), "labels": source.labels is not None}
+
+
+def _check_mixed(augmentation: Augmentation, val_images: object) -> None:
+    if augmentation.active:
+        raise ConfigError(
+            "data.stored_features and augmentation do not go together: stored features are of the images as they are. "
+            "Leave out one of the two."
+        )
+    if val_images is not None:
+        raise ConfigError(
+            "data.stored_features and data.val_images do not go together: the store's split val is held out, or a "
+            "share of its training images. Leave out data.val_images."
+        )
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ class LiveTeachers:
             FeatureError: If features do not fit a teacher's spec.
         """
         patches, cls = dict(batch.patches), dict(batch.cls)
-        pieces = torch.split(batch.images.to(device, non_blocking=True), self.batch_size)
+        pieces = torch.split(batch.images.to(device), self.batch_size)
         for name, teacher in self.built.items():
             given = [compute(teacher, piece, self.precision(name, device)) for piece in pieces]
             patches[name] = _joined([features.patches for features in given], batch.images.device)
@@ -95,7 +95,7 @@ class LiveTeachers:
 
 def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
     whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-    return whole.to(device, non_blocking=True).contiguous()  # as from a store: sums in another order round differently
+    return whole.to(device).contiguous()  # as from a store: sums in another order round differently
 
 
 class LiveLoader(FeatureLoader):
