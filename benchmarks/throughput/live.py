@@ -46,7 +46,7 @@ def run(settings: Settings) -> Result:
     Raises:
         ParityError: If live features are not those that were stored.
     """
-    images = 2 * _BATCH if settings.small else 8 * _BATCH
+    images = (2 if settings.small else 4) * _BATCH
     held_out = images // 16
     for split, count in (("train", images), ("val", held_out)):
         _write_photographs(settings.folder / split, split, count)

@@ -13,7 +13,6 @@ from live.conftest import SIZE, write_images
 
 from theia.data.sampler import TrainingSampler, hold_out
 from theia.errors import ConfigError, ImageError, UnknownTeacherError
-from theia.extraction.computing import fitting
 from theia.live import LiveData
 from theia.types import FeatureBatch
 
@@ -373,16 +372,32 @@ def test_a_run_does_not_go_on_with_other_data(live: Live, change: dict[str, Any]
 
 
 def test_a_teacher_that_is_too_large_is_told_with_what_it_needs(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = live(prepare=False).teachers.built["mean"]
-    teacher.weight = torch.nn.Parameter(torch.zeros(1_000_000))
+    data = live(prepare=False, teachers="mean")
+    teacher = data.teachers.built["mean"]
+    teacher.weight = torch.nn.Parameter(torch.zeros(1_000_000), requires_grad=False)
+
+    def fail(images: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    teacher.forward = fail
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**6, 3 * 10**9))
 
-    with (
-        pytest.raises(ConfigError, match=r"'mean' does not fit.*4 MB, and it was given 32.*2 MB of 3 GB") as caught,
-        fitting(teacher, 32, torch.device("cuda:0")),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ConfigError, match=r"'mean' does not fit.* 4 MB, and it was given 8.*2 MB of 3 GB") as caught:
+        data.prepare_data()
     assert "--data.teacher_batch_size" in str(caught.value)
+
+
+def test_each_epoch_shows_other_views(live: Live) -> None:
+    loader = live(augment_crop=0.2).train_dataloader()
+    seen = []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        batches = copied(loader)
+        rows = torch.cat([batch.rows for batch in batches]).tolist()
+        seen.append(dict(zip(rows, torch.cat([batch.images for batch in batches]), strict=True)))
+
+    assert seen[0].keys() == seen[1].keys()
+    assert not any(torch.equal(image, seen[1][row]) for row, image in seen[0].items())
 
 
 def test_the_order_is_that_of_the_sampler(live: Live) -> None:
