@@ -10,7 +10,7 @@ from torch import Tensor
 from theia.data.loader import FeatureLoader, Read
 from theia.data.ring import Samples
 from theia.data.sampler import EvaluationSampler, TrainingSampler
-from theia.errors import ConfigError
+from theia.errors import ConfigError, WeightsError
 from theia.extraction.computing import choose, compute, placed, weight_bytes
 from theia.extraction.stages import build_teacher
 from theia.teacher import Teacher
@@ -40,7 +40,7 @@ class LiveTeachers:
         batch_size: int,
         precision: Precision | Literal["auto"],
     ) -> None:
-        self.built: dict[str, Teacher] = {name: build_teacher(name, options.get(name)) for name in names}
+        self.built = {name: _build(name, options.get(name)) for name in names}
         self.batch_size = batch_size
         self.wanted = precision
 
@@ -91,6 +91,15 @@ class LiveTeachers:
             if tokens:
                 cls[name] = _joined(tokens, batch.images.device)
         return replace(batch, patches=patches, cls=cls)
+
+
+def _build(name: str, options: Mapping[str, Any] | None) -> Teacher:
+    try:
+        return build_teacher(name, options)
+    except WeightsError as error:  # whose advice is about theia extract
+        raise WeightsError(
+            f"{error} In theia fit, that option is --data.teacher_options.{name} '{{weights: /path/to/folder}}'."
+        ) from error
 
 
 def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
