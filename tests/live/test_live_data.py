@@ -306,6 +306,18 @@ def test_several_places_are_joined(live: Live, tmp_path: Path) -> None:
     assert "more/a/000.png" in data.source.ids
 
 
+def test_places_are_drawn_as_often_as_their_weights_say(live: Live, tmp_path: Path) -> None:
+    write_images(tmp_path / "more", 10)
+    places = [str(tmp_path / "images"), str(tmp_path / "more")]
+    data = live(images=places, val_images=places[:1], batch_size=1, weights={"images": 0.5, "more": 3.0})
+
+    rows = torch.cat([batch.rows for batch in data.train_dataloader()]).tolist()
+
+    names = [data.source.ids[row].partition("/")[0] for row in rows]
+    assert {name: names.count(name) for name in names} == {"images": 20, "more": 30}
+    assert data.trained_on == 50
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

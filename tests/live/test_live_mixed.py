@@ -65,6 +65,22 @@ def test_samples_are_those_of_a_store_that_has_all(
         np.testing.assert_array_equal(mixed.statistics()[name].mean, values.mean)
 
 
+def test_components_are_restored_beside_live_features(live: Live, tmp_path: Path, site: Path, pixels: Any) -> None:
+    config = ExtractConfig(
+        images=str(tmp_path / "images"), teachers="brightest", store=tmp_path / "few", size=SIZE, keep_components=2,
+        workers=0, accelerator="cpu", devices=1,
+    )  # fmt: skip
+    extract(config)
+    mixed = live(stored_features=str(tmp_path / "few"))
+    stored = FeatureData(str(tmp_path / "few"), batch_size=8, val_batch_size=4, workers=0, holdout=0.2)
+
+    for part in ("train_dataloader", "val_dataloader"):
+        ours, theirs = (whole(getattr(data, part)()) for data in (mixed, stored))
+        assert ours["brightest"].shape[-1] == 3
+        assert torch.equal(ours["brightest"], theirs["brightest"])
+        assert "mean" in ours
+
+
 def test_a_share_is_held_out_as_it_would_be_of_the_store(live: Live, tmp_path: Path, site: Path, store: Path) -> None:
     for name in ("some", "all"):
         manifest = tmp_path / name / "manifest.json"

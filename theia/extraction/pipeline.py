@@ -229,7 +229,7 @@ def _bases(
                 )
             found[spec.name] = load_basis(config.store, spec.name, begun.basis)
             continue
-        teacher = (built.get(spec.name) or build_teacher(spec.name, config)).to(device)
+        teacher = (built.get(spec.name) or build_teacher(spec.name, config.teacher_options.get(spec.name))).to(device)
         found[spec.name] = find_basis(
             teacher, sources[split], config.size, config.resize, config.keep_components, config.batch_size,
             precisions[split][spec.name], device,

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
 from theia.store.schema import Resize, canonical_json, hash_ids, to_plain
 from theia.store.statistics import ChannelStatistics
-from theia.types import Precision
+from theia.types import Json, Precision
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
 from theia.utils.files import check_folder
 from theia.utils.progress import readable_bytes
@@ -54,6 +54,8 @@ class LiveData(NumberedData):
         workers: Decoding processes per training process; 0 decodes in the training process. By default one for every
             core per training process, up to 32.
         fraction: Share of the training images to use, in (0, 1]; the same images for every seed.
+        weights: Number of times that the images of one of several places are drawn in an epoch, by the name that its
+            sample ids begin with, such as {robot: 3, imagenet: 0.5}; 1 for the places that are left out.
         seed: Seed for the order of the training images, and for their augmentation.
         holdout: Share of the training images to hold out if there are no val_images.
         cache: Folder for what is computed once: features of the held-out images, statistics, images that cannot be
@@ -88,6 +90,7 @@ class LiveData(NumberedData):
         val_batch_size: int = 64,
         workers: int | None = None,
         fraction: float = 1.0,
+        weights: dict[str, float] | None = None,
         seed: int = 0,
         holdout: float = 0.01,
         cache: str = "stores/live",
@@ -100,7 +103,7 @@ class LiveData(NumberedData):
         augment_flip: float = 0.0,
         augment_jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, seed, holdout)
+        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout)
         check_number("data.size", size, 1, MOST_PIXELS)
         check_number("data.statistics_images", statistics_images, 1)
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
@@ -286,6 +289,10 @@ class LiveData(NumberedData):
         """All rows, or those that are not held out."""
         count = len(self.source.ids)
         return np.arange(count) if self._val_images is not None else hold_out(count, self.holdout)[0]
+
+    def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
+        """Record of the source of the images, and their ids."""
+        return self.source.description, self.source.ids
 
     def held_out_rows(self) -> Rows:
         """All rows of the held-out images, or of those that could be decoded once the cache has their features."""

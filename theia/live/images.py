@@ -18,6 +18,7 @@ from theia.errors import ImageError
 from theia.extraction.images import UnreadableImageError, to_square
 from theia.extraction.sources import ImageSource
 from theia.extraction.stages import end_quietly
+from theia.store.components import Basis
 from theia.store.schema import IMAGE, Field, Resize
 from theia.types import Json
 from theia.utils.arguments import check_number
@@ -132,6 +133,7 @@ class LiveImages:
     ) -> None:
         self.fields = {IMAGE: Field(np.dtype("u1"), (3, size, size))}
         self.teachers: Collection[str] = ()
+        self.bases: Mapping[str, Basis] = {}
         self.labels = None if source.labels is None else np.array(source.labels, np.int64)
         self.folder = place
         self._source, self._size, self._resize = source, size, resize

@@ -34,7 +34,7 @@ class StoredImages:
         self.ids: Sequence[str] = split.sample_ids()
         self.labels: Sequence[int] | None = None if split.labels is None else split.labels.tolist()
         self.classes = None if classes is None else list(classes)
-        self.description: dict[str, Json] = {"kind": "store", "of": dict(description)}
+        self.description: dict[str, Json] = dict(description)
 
     def read(self, index: int) -> Image.Image:
         """One image, at its stored size; RGB.
@@ -127,7 +127,8 @@ class StoredPart:
 
     def features(self, name: str) -> dict[str, Any]:
         """What tells a teacher's stored features from others of the same spec."""
-        return {"dtype": self.store.manifest.splits[TRAIN].sets[name].dtype}
+        record = self.store.manifest.splits[TRAIN].sets[name]
+        return {"dtype": record.dtype, "basis": None if record.basis is None else record.basis.sha256}
 
     def _images(self, split: str) -> StoredImages:
         record = self.store.manifest.splits[split].images
@@ -146,6 +147,7 @@ class Joined:
     def __init__(self, cached: Split, stored: Split, rows: Rows) -> None:
         self.fields = {**stored.fields, **cached.fields}
         self.teachers = [*stored.teachers, *cached.teachers]
+        self.bases = stored.bases  # the cache keeps all channels
         self.labels = cached.labels
         self.folder = f"{cached.folder} and {stored.folder}"
         self._cached, self._stored, self._rows = cached, stored, rows
