@@ -383,6 +383,14 @@ def test_a_run_does_not_go_on_with_other_data(live: Live, change: dict[str, Any]
         live(**change).check_state(data.state_dict())
 
 
+def test_a_run_goes_on_where_its_images_were_moved(live: Live, tmp_path: Path) -> None:
+    data = live()
+    next(iter(data.train_dataloader()))
+    (tmp_path / "images").rename(tmp_path / "moved")
+
+    live(images=str(tmp_path / "moved")).check_state(data.state_dict())
+
+
 def test_a_teacher_that_is_too_large_is_told_with_what_it_needs(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     data = live(prepare=False, teachers="mean")
     teacher = data.teachers.built["mean"]

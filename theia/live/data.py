@@ -279,9 +279,9 @@ class LiveData(NumberedData):
             seen = {"size": self._size, "resize": self._resize}
             held_out = None if self._val_images is not None else self.holdout
             self._identity = {
-                "images_sha256": _digest({**_images(self.source), **seen, "held out": held_out}),
+                "images_sha256": _digest({"ids": hash_ids(self.source.ids), **seen, "held out": held_out}),
                 "features": features,
-                "held_out": _digest({**_images(self._held_out_source()), **seen, "features": features}),
+                "held_out": _digest({"ids": hash_ids(self._held_out_source().ids), **seen, "features": features}),
             }
         return self._identity
 
