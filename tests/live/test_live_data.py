@@ -165,6 +165,7 @@ def calls(tmp_path: Path) -> Callable[[], int]:
         ({"statistics_images": 4}, 8 + 4),
         ({"negative": True}, 40),
         ({"resize": "center_crop"}, 40),
+        ({"teacher_precision": "bf16-mixed"}, 40),
         ({"more": True}, 41),
     ],
 )  # fmt: skip
@@ -405,6 +406,22 @@ def test_a_teacher_that_is_too_large_is_told_with_what_it_needs(live: Live, monk
     with pytest.raises(ConfigError, match=r"'mean' does not fit.* 4 MB, and it was given 8.*2 MB of 3 GB") as caught:
         data.prepare_data()
     assert "--data.teacher_batch_size" in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16-mixed"])
+def test_teachers_run_in_the_precision_that_is_asked_for(live: Live, precision: str) -> None:
+    data = live(teachers="mean", teacher_precision=precision)
+    teacher, seen = data.teachers.built["mean"], []
+    forward = teacher.forward
+
+    def watched(images: torch.Tensor) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(images)
+
+    teacher.forward = watched
+    next(iter(data.train_dataloader()))
+
+    assert seen == [precision == "bf16-mixed"]
 
 
 def test_each_epoch_shows_other_views(live: Live) -> None:
