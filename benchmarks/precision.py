@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from theia import registry
 from theia.cli.main import carry_out
 from theia.cli.parser import Parser
+from theia.extraction.computing import arithmetic
 from theia.extraction.images import to_square
-from theia.extraction.precision import arithmetic
 from theia.extraction.sources import open_source
 from theia.types import Precision
 from theia.utils.arguments import check_number, comma_list

@@ -20,11 +20,11 @@ from theia.utils.provenance import machine, versions
 # Modules of this package, in the order in which they run.
 SUITES = [
     name
-    for name in ("loaders", "step", "growth", "extraction", "int8", "cold", "gpu")
+    for name in ("loaders", "step", "growth", "extraction", "int8", "live", "cold", "gpu")
     if importlib.util.find_spec(f"benchmarks.throughput.{name}")
 ]
 # Suites for the CPU: about five minutes on two cores.
-DEFAULT = [name for name in SUITES if name not in ("int8", "cold", "gpu")]
+DEFAULT = [name for name in SUITES if name not in ("int8", "live", "cold", "gpu")]
 
 
 def bench(

@@ -18,6 +18,8 @@ from theia.ablation.summary import Scored, summarise
 from theia.ablation.sweep_run import Run
 from theia.decoding.output import Output
 from theia.errors import FileError
+from theia.extraction.sources import SampleSource
+from theia.live.images import check_images
 from theia.probing.comparison import Unfinished
 from theia.probing.probes import Probed
 from theia.scoring.scorers import write_report
@@ -53,6 +55,7 @@ WRITERS: dict[str, Writer] = {
     "picture": write_picture,
     "benchmark": lambda folder, number: throughput.write(folder, f"cpu{number}", {}, {}),
     "soak": write_soak,
+    "checked images": lambda folder, number: check_images(SampleSource("val", number), "", folder / "checked.json", 0),
     "unfinished probes": lambda folder, number: Unfinished(folder).keep("id", Probed({"x": [number]}, {})),
 }
 
@@ -100,6 +103,7 @@ OTHERWISE = {
     "theia/ablation/report.py": {"savefig(picture": "into memory"},
     "benchmarks/cortexbench/reporting.py": {"print_png(str(temporary))": "inside replacing()"},
     "benchmarks/cortexbench/rollouts.py": {"load_av().open(str(temporary)": "inside replacing()"},
+    "benchmarks/throughput/live.py": {"save(folder": "data that the benchmark deletes"},
     "theia/analysis/page.py": {"savefig(content": "into memory"},
     "theia/decoding/output.py": {"save(temporary": "inside replacing()"},
     "theia/decoding/frames.py": {"save(temporary": "inside replacing()", "av.open": "likewise"},

@@ -1,6 +1,5 @@
 """``theia extract``: runs teachers over images and fills a feature store."""
 
-import json
 import logging
 import shlex
 import sys
@@ -12,7 +11,7 @@ from jsonargparse import Namespace
 from tabulate import tabulate
 
 from theia import registry
-from theia.cli.parser import Parser
+from theia.cli.parser import Parser, as_one_word
 from theia.errors import ConfigError, PluginError
 from theia.extraction.config import ExtractConfig
 from theia.teacher import Teacher
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> int:
         TheiaError: For the reasons given under :func:`theia.extraction.pipeline.extract`.
     """
     parser, found, broken = _build_parser()
-    config = _to_config(parser.parse_args(_as_one_word(argv)), found.keys(), broken)
+    config = _to_config(parser.parse_args(as_one_word(argv, "--images")), found.keys(), broken)
 
     _refuse_idle(argv, found.keys() - set(config.teacher_names))
     check_folder(config.store, "--store")
@@ -57,17 +56,6 @@ def main(argv: list[str]) -> int:
     if splits is not None:
         print(_summary(config, splits))
     return 0
-
-
-def _as_one_word(argv: Sequence[str]) -> list[str]:
-    """Several places behind ``--images`` as one list in YAML, which is what the parser takes."""
-    if "--images" not in argv:
-        return list(argv)
-    start = list(argv).index("--images") + 1
-    stop = next((place for place in range(start, len(argv)) if argv[place].startswith("--")), len(argv))
-    if stop - start < 2:
-        return list(argv)
-    return [*argv[:start], json.dumps(argv[start:stop]), *argv[stop:]]
 
 
 def _refuse_idle(argv: Sequence[str], idle: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from theia.cli.data import DataParser, data_last
 from theia.cli.main import COMMANDS
 from theia.cli.options import OPTIONS, changes, check_used, earlier_changes, shaping, typed
-from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, settle
+from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, as_one_word, settle
 from theia.cli.run_folder import (
     CONFIG,
     SaveRun,
@@ -36,6 +36,7 @@ from theia.cli.trainer import check_left, check_processes, check_trainer, choose
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import ConfigError
+from theia.live import LiveData
 from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
 from theia.scoring.contract import scorer_names
@@ -88,8 +89,8 @@ class TheiaCLI(LightningCLI):
                     action.help = SUPPRESS
                 if action.dest == "data":
                     action.help = (
-                        "Class of the training data, by its import path; FeatureData, whose options are below, if none "
-                        "is named."
+                        f"Class of the training data: {LiveData.__qualname__}, whose teachers run during training, or "
+                        "one of your own by its import path; FeatureData, whose options are below, if none is named."
                     )
                 if action.dest == "ckpt_path":
                     action.help = (
@@ -137,7 +138,10 @@ class TheiaCLI(LightningCLI):
         Raises:
             ConfigError: If an option was typed that the command does not use, or a number is outside its range.
         """
-        words = data_last(older.arguments(list(args)))  # type: ignore[arg-type]  # this command line passes lists only
+        words = older.arguments(list(args))  # type: ignore[arg-type]  # this command line passes lists only
+        for option in ("--data.images", "--data.val_images"):
+            words = as_one_word(words, option)
+        words = data_last(words)
         self.arguments = words[1:]
         if words and words[0] in self.subcommands():
             check_used(words[0], self.arguments)

@@ -52,7 +52,10 @@ COMMANDS = {
         positional=True,
     ),
     "teachers": Command("list the installed teachers", "theia.cli.teachers", ("teachers",)),
-    "fit": Command("train a student on a feature store or on data of your own, or resume its training", _LIGHTNING),
+    "fit": Command(
+        "train a student on a feature store, with live teachers or on data of your own, or resume its training",
+        _LIGHTNING,
+    ),
     "validate": Command("print the held-out figures that fit logs, for any checkpoint; writes nothing", _LIGHTNING),
     "test": Command(
         "report on a checkpoint: beside the untrained student, with scorers; writes figures and a picture", _LIGHTNING

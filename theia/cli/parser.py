@@ -1,6 +1,7 @@
 """The parser of Theia's own commands, and the rules for the values of every option."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -109,6 +110,17 @@ class Parser(OneLineErrors):
         by_default = [action.dest for action in self._actions if config.get(action.dest) == action.default]
         positional = [action.dest for action in self._actions if not action.option_strings]
         return settle(config, [*self.may_be_empty, *by_default], positional)
+
+
+def as_one_word(argv: Sequence[str], option: str) -> list[str]:
+    """A command line with several words behind an option as one list in YAML, which is what a parser takes."""
+    if option not in argv:
+        return list(argv)
+    start = list(argv).index(option) + 1
+    stop = next((place for place in range(start, len(argv)) if argv[place].startswith("--")), len(argv))
+    if stop - start < 2:
+        return list(argv)
+    return [*argv[:start], json.dumps(argv[start:stop]), *argv[stop:]]
 
 
 def call(

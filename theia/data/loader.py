@@ -1,11 +1,13 @@
-"""Loads batches from a feature store: workers read into shared slots, and copies to the device run ahead."""
+"""Loads batches by row numbers: workers read into shared slots, and copies to the device run ahead."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 
-from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Slot
+from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Samples, Slot
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
 from theia.data.workers import Workers
 from theia.errors import ConfigError
@@ -18,26 +20,32 @@ from theia.types import FeatureBatch
 _PREFETCH = 2
 
 
+# Reads rows, in an epoch, into a slot's arrays by field name.
+Read = Callable[[Rows, Mapping[str, NDArray[Any]], int], None]
+
+
 class FeatureLoader:
-    """Iterates over one split of a feature store.
+    """Iterates over one split of a feature store, or over other samples that can be read by row number.
 
     A batch is a view of a slot in a ring, valid until ``ring.HELD`` more batches were taken. Copy what must live
     longer. Only one iteration runs at a time: a second one ends the first. ``state_dict`` and ``load_state_dict``
     make this a stateful loader in Lightning's sense.
 
     Args:
-        split: Opened split of a feature store.
+        split: Opened split of a feature store, or other samples.
         sampler: Sampler that chooses the rows and their order.
         workers: Number of reading processes, which start with the first batch; 0 reads in this process.
         device: CUDA device to copy batches to, one batch ahead; by default batches stay in host memory.
+        read: Function that the workers call to read samples that are not a split.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Samples,
         sampler: TrainingSampler | EvaluationSampler,
         workers: int,
         device: torch.device | None = None,
+        read: Read | None = None,
     ) -> None:
         self.split = split
         self.sampler = sampler  # Lightning calls sampler.set_epoch
@@ -46,9 +54,10 @@ class FeatureLoader:
         self._ahead = workers * _PREFETCH
         self._ring = Ring(split, sampler.largest, self._ahead)
         slots = self._ring.slots
-        # The training process reads by itself only where it must stay without threads, for instance to be forked.
-        at_once = AT_ONCE if workers else 1
-        self._workers = Workers(lambda slot, rows: _read(split, rows, slots[slot], at_once), workers, str(split.folder))
+        if read is None:
+            # The training process reads by itself only where it must stay without threads, for instance to be forked.
+            read = partial(_read, cast(Split, split), AT_ONCE if workers else 1)
+        self._workers = Workers(partial(_fill, read, slots), workers, str(split.folder))
         self._copies: DeviceCopies | None = None
         self._iterations = 0
 
@@ -61,6 +70,7 @@ class FeatureLoader:
 
         Raises:
             StoreError: If a shard changed or vanished since the store was opened.
+            ImageError: If samples are decoded from images, and one cannot be.
             WorkerError: If a worker died, for instance because memory ran out.
         """
         # A generator, so that the order is decided only when the first batch is taken: Lightning makes the iterator
@@ -101,7 +111,7 @@ class FeatureLoader:
         asked = 0
         for rows in self.sampler:
             self._check_current(iteration)
-            self._workers.ask(self._ring.claim(), rows)
+            self._workers.ask(self._ring.claim(), rows, getattr(self.sampler, "epoch", 0))
             asked += 1
             if asked > self._ahead:
                 asked -= 1
@@ -124,11 +134,15 @@ class FeatureLoader:
         return self._copies.ahead(batches)
 
 
-def _read(split: Split, rows: Rows, slot: Slot, at_once: int) -> None:
-    split.read_into(rows, {name: slot.arrays[name] for name in split.fields}, at_once)
+def _fill(read: Read, slots: Sequence[Slot], slot: int, rows: Rows, epoch: int) -> None:
+    read(rows, slots[slot].arrays, epoch)
 
 
-def _features(batch: RawBatch, split: Split) -> FeatureBatch:
+def _read(split: Split, at_once: int, rows: Rows, arrays: Mapping[str, NDArray[Any]], _: int) -> None:
+    split.read_into(rows, {name: arrays[name] for name in split.fields}, at_once)
+
+
+def _features(batch: RawBatch, split: Samples) -> FeatureBatch:
     tensors = batch.tensors
     found = FeatureBatch(
         images=tensors[IMAGE],

@@ -2,16 +2,19 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from theia.data.sampler import Rows
-from theia.store.reader import Split, shared_array
+from theia.store.components import Basis
+from theia.store.reader import allocate, shared_array
+from theia.store.schema import Field
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,30 @@ class RawBatch:
     tensors: dict[str, torch.Tensor]
 
 
+class Samples(Protocol):
+    """What a loader reads by row number. A :class:`theia.store.reader.Split` is one."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Type and shape of one row of each field: ``"image"``, ``NAME``, ``NAME/scale``, ``NAME/cls``."""
+
+    @property
+    def teachers(self) -> Collection[str]:
+        """Names of the teachers whose features are among the fields."""
+
+    @property
+    def bases(self) -> Mapping[str, Basis]:
+        """Bases of the teachers of which components are stored, by name."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class index of every row, or ``None``."""
+
+    @property
+    def folder(self) -> object:
+        """Place of the samples, for messages."""
+
+
 class Ring:
     """Slots that are filled in turn.
 
@@ -63,18 +90,23 @@ class Ring:
     The number of slots ensures the first, :meth:`claim` the second.
 
     Args:
-        split: Split whose samples the slots will hold.
+        samples: Samples that the slots will hold.
         batch_size: Number of samples in the largest batch.
         ahead: Number of batches that are read ahead of the one in use.
     """
 
-    def __init__(self, split: Split, batch_size: int, ahead: int) -> None:
-        self.slots = [Slot(split.allocate(batch_size)) for _ in range(ahead + HELD)]
-        self._labels = split.labels
+    def __init__(self, samples: Samples, batch_size: int, ahead: int) -> None:
+        self.slots = [Slot(allocate(samples.fields, batch_size)) for _ in range(ahead + HELD)]
+        self._labels = samples.labels
         if self._labels is not None:
             for slot in self.slots:
                 slot.arrays[LABELS] = shared_array((batch_size,), self._labels.dtype)
         self._next = 0  # continues across epochs, as the last batch of one epoch is still valid when the next begins
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(array.nbytes for slot in self.slots for array in slot.arrays.values())
 
     def claim(self) -> int:
         """Waits until the next slot may be filled again, and gives its number."""

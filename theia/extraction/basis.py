@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from theia.errors import ImageError
+from theia.extraction.computing import compute
 from theia.extraction.images import UnreadableImageError, to_square
-from theia.extraction.precision import arithmetic
 from theia.extraction.sources import ImageSource
 from theia.store.components import Basis
 from theia.store.schema import Resize
 from theia.store.second_moments import Sums
-from theia.teacher import Teacher, check_features
+from theia.teacher import Teacher
 from theia.types import Precision
 from theia.utils.progress import Progress
 
@@ -54,9 +54,7 @@ def find_basis(
             if not pixels:
                 continue
             batch = torch.from_numpy(np.stack(pixels)).to(device)
-            with arithmetic(precision, device):
-                features = teacher(batch)
-            check_features(teacher.spec, features, len(batch))
+            features = compute(teacher, batch, precision)
             tokens = features.patches.float().flatten(0, 1)
             if sums is None:
                 sums = Sums.around(tokens.mean(0))

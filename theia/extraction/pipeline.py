@@ -14,10 +14,10 @@ from tabulate import tabulate
 
 from theia.errors import ConfigError, StoreError
 from theia.extraction.basis import find_basis
+from theia.extraction.computing import choose
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
 from theia.extraction.joined import ChosenSource
-from theia.extraction.precision import choose
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
@@ -104,7 +104,6 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
 
 def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
-    writers = {split: SplitWriter(config.store, split) for split in config.locations}
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(
         lambda: {
@@ -112,27 +111,44 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
             for split, places in config.locations.items()
         }
     )
+    return run(sources, {}, config, processes)
+
+
+def run(
+    sources: Mapping[str, ImageSource], built: Mapping[str, Teacher], config: ExtractConfig, processes: Processes
+) -> list[ExtractedSplit] | None:
+    """Stores the features of images that were opened already. See :func:`extract`.
+
+    Args:
+        sources: Images of each split, by split.
+        built: Teachers that are in memory already, by name.
+        config: Options of the extraction.
+        processes: The processes that share the work, and their devices.
+    """
+    writers = {split: SplitWriter(config.store, split) for split in sources}
     image_sets = {split: _image_set(source, config) for split, source in sources.items()}
     # Each teacher is built once before any work, so that a problem of the last one does not come to light after days.
     # Teachers that are to be in memory together anyway stay there.
-    built: dict[str, Teacher] = {}
+    built = dict(built)
 
     def build() -> tuple[list[TeacherSpec], dict[str, Precision]]:
         specs, on_gpu, slow = [], {}, []
         for name in config.teacher_names:
-            teacher = build_teacher(name, config)
+            teacher = built.get(name) or build_teacher(name, config.teacher_options.get(name))
             specs.append(teacher.spec)
             on_gpu[name] = teacher.gpu_precision
             if teacher.state_dict():  # a handcrafted teacher has no weights, and no use for a GPU
                 slow.append(name)
             if config.all_at_once or len(config.teacher_names) == 1:
                 built[name] = teacher
-        if slow and config.accelerator == "auto" and fabric.device.type == "cpu":
+        if slow and config.accelerator == "auto" and processes.device.type == "cpu":
             logger.warning("No GPU found: %s run on the CPU. Large teachers take seconds per image.", ", ".join(slow))
         return specs, on_gpu
 
     specs, on_gpu = processes.first(build)
-    precisions = processes.first(lambda: _begin(fabric, config, writers, sources, image_sets, specs, built, on_gpu))
+    precisions = processes.first(
+        lambda: _begin(processes.device, config, writers, sources, image_sets, specs, built, on_gpu)
+    )
 
     for split, source in sources.items():
         store_images(split, source, image_sets[split], writers[split], config, processes)
@@ -141,14 +157,14 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
 
     groups = [specs] if config.all_at_once else [[spec] for spec in specs]
     for group in groups:
-        store_features(group, built, image_sets, writers, precisions, config, processes, fabric)
+        store_features(group, built, image_sets, writers, precisions, config, processes)
     processes.wait()
     splits = processes.first(lambda: _finish(config, writers, image_sets))
     return splits if processes.rank == 0 else None
 
 
 def _begin(
-    fabric: Fabric,
+    device: torch.device,
     config: ExtractConfig,
     writers: dict[str, SplitWriter],
     sources: Mapping[str, ImageSource],
@@ -158,9 +174,9 @@ def _begin(
     on_gpu: dict[str, Precision],
 ) -> dict[str, dict[str, Precision]]:
     """Announces all splits; returns the precision of each teacher, by split and teacher."""
-    cuda = fabric.device.type == "cuda"
+    cuda = device.type == "cuda"
     computed: dict[str, Json] = {
-        "device": torch.cuda.get_device_name(fabric.device) if cuda else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
         "batch_size": config.batch_size,
         "theia": __version__,
         "torch": torch.__version__,
@@ -171,7 +187,7 @@ def _begin(
         }
         for split, writer in writers.items()
     }
-    bases = _bases(fabric, config, writers, sources, specs, built, precisions)
+    bases = _bases(device, config, writers, sources, specs, built, precisions)
     for split, writer in writers.items():
         writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split], bases)
     sets = plan(writers, image_sets, specs, config.dtype, config.labels, bases)
@@ -190,7 +206,7 @@ def _begun_precision(writer: SplitWriter, name: str) -> str | None:
 
 
 def _bases(
-    fabric: Fabric,
+    device: torch.device,
     config: ExtractConfig,
     writers: Mapping[str, SplitWriter],
     sources: Mapping[str, ImageSource],
@@ -213,10 +229,10 @@ def _bases(
                 )
             found[spec.name] = load_basis(config.store, spec.name, begun.basis)
             continue
-        teacher = (built.get(spec.name) or build_teacher(spec.name, config)).to(fabric.device)
+        teacher = (built.get(spec.name) or build_teacher(spec.name, config.teacher_options.get(spec.name))).to(device)
         found[spec.name] = find_basis(
             teacher, sources[split], config.size, config.resize, config.keep_components, config.batch_size,
-            precisions[split][spec.name], fabric.device,
+            precisions[split][spec.name], device,
         )  # fmt: skip
     for name, basis in found.items():
         logger.info(

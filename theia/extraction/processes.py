@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -21,7 +22,7 @@ class Processes:
     """Rank and number of the processes, and how they wait for each other.
 
     Args:
-        fabric: The Fabric that launched this process.
+        fabric: The Fabric that launched this process; or a device, on which this process does all of the work.
 
     Raises:
         ConfigError: If more processes were started than Fabric knows of, so that each would do all of the work.
@@ -33,18 +34,22 @@ class Processes:
     Attributes:
         rank: Number of this process among those of all nodes.
         world: Number of processes.
+        device: Device of this process.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
-        self.rank: int = fabric.global_rank
-        self.world: int = fabric.world_size
+    def __init__(self, fabric: Fabric | torch.device) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.world = 0, 1
+        if isinstance(fabric, torch.device):
+            self.device = fabric
+            return
+        self.rank, self.world, self.device = fabric.global_rank, fabric.world_size, fabric.device
         for environment in (TorchElasticEnvironment, SLURMEnvironment):
             if environment.detect() and (started := environment().world_size()) != self.world:
                 raise ConfigError(
                     f"{started} processes were started, but Lightning Fabric was told of {self.world}. Give as "
                     "--devices the processes on each node, and as --num_nodes the nodes."
                 )
-        self._group: dist.ProcessGroup | None = None
         if self.world > 1:
             # torch's type allows for processes outside the group; this one holds all.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))

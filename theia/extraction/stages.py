@@ -7,26 +7,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from theia import registry
-from theia.errors import ConfigError, ImageError, PluginError
+from theia.errors import ImageError, PluginError
+from theia.extraction.computing import compute, fitting, placed
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import UnreadableImageError, to_square
-from theia.extraction.precision import arithmetic
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.store.features import ShardWriter, StoredRows, convert
 from theia.store.schema import IMAGE, ImageSet, Resize
 from theia.store.shard import Shard
 from theia.store.writer import SplitWriter
-from theia.teacher import Teacher, check_features
+from theia.teacher import Teacher
 from theia.types import Precision, TeacherFeatures, TeacherSpec
 from theia.utils.device import core_count
 from theia.utils.progress import Progress
@@ -245,7 +244,6 @@ def store_features(
     precisions: Mapping[str, Mapping[str, Precision]],
     config: ExtractConfig,
     processes: Processes,
-    fabric: Fabric,
 ) -> None:
     """Runs teachers that are in memory together over those shards of this process that lack their features.
 
@@ -260,8 +258,7 @@ def store_features(
         writers: Writers of the splits, by split. Every image shard is there.
         precisions: Precision of each teacher, by split and teacher.
         config: Options of the extraction.
-        processes: The processes that share the work.
-        fabric: Fabric that decides the device.
+        processes: The processes that share the work, and their devices.
     """
     missing: dict[str, dict[int, list[str]]] = {}
     for split, images in image_sets.items():
@@ -272,7 +269,7 @@ def store_features(
         missing[split] = {shard: names for shard, names in lacking.items() if names}
     needed = {name for shards in missing.values() for names in shards.values() for name in names}
     teachers = {
-        spec.name: (built.get(spec.name) or _load(spec, config, processes)).to(fabric.device)
+        spec.name: placed(built.get(spec.name) or _load(spec, config, processes), processes.device)
         for spec in specs
         if spec.name in needed
     }
@@ -283,17 +280,23 @@ def store_features(
         label = f"{split}: {', '.join(name for name in teachers if any(name in names for names in shards.values()))}"
         with (
             Progress(label, total, shown=processes.rank == 0) as progress,
-            _Threads(_helper_count(config, fabric)) as threads,
+            _Threads(_helper_count(config, processes)) as threads,
         ):
             for shard, names in shards.items():
                 chosen = {name: teachers[name] for name in names}
-                rows = _store_shard(shard, chosen, writers[split], precisions[split], config, fabric, progress, threads)
+                rows = _store_shard(
+                    shard, chosen, writers[split], precisions[split], config, processes.device, progress, threads
+                )
                 # Images that could not be read count as done, too.
                 progress.advance(image_sets[split].listed_in(shard) - rows, 0)
 
 
-def build_teacher(name: str, config: ExtractConfig) -> Teacher:
-    """Builds one teacher with the options that the configuration gives it.
+def build_teacher(name: str, options: Mapping[str, Any] | None) -> Teacher:
+    """Builds one teacher.
+
+    Args:
+        name: Name of the teacher.
+        options: Arguments of its constructor.
 
     Raises:
         UnknownTeacherError: If the teacher is not installed.
@@ -303,11 +306,11 @@ def build_teacher(name: str, config: ExtractConfig) -> Teacher:
     # A plugin that draws weights must draw the same ones in every process and on every resume.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return registry.create(name, config.teacher_options.get(name))
+        return registry.create(name, options)
 
 
 def _load(spec: TeacherSpec, config: ExtractConfig, processes: Processes) -> Teacher:
-    teacher = build_teacher(spec.name, config)
+    teacher = build_teacher(spec.name, config.teacher_options.get(spec.name))
     if teacher.spec != spec:
         raise PluginError(
             f"Teacher {spec.name!r} is {teacher.spec} in process {processes.rank}, but {spec} in process 0. "
@@ -340,9 +343,9 @@ class _Threads:
         self._stack.__exit__(kind, error, trace)
 
 
-def _helper_count(config: ExtractConfig, fabric: Fabric) -> int:
+def _helper_count(config: ExtractConfig, processes: Processes) -> int:
     """More than four gain nothing: then the digest of a file, which one thread computes, is what takes longest."""
-    here = max(1, fabric.world_size // config.num_nodes)
+    here = max(1, processes.world // config.num_nodes)
     return min(_MOST_HELPERS, max(1, core_count() // here))
 
 
@@ -353,7 +356,7 @@ def _store_shard(
     writer: SplitWriter,
     precisions: Mapping[str, Precision],
     config: ExtractConfig,
-    fabric: Fabric,
+    device: torch.device,
     progress: Progress,
     threads: _Threads,
 ) -> int:
@@ -363,15 +366,13 @@ def _store_shard(
     with ExitStack() as opened:
         files = {name: opened.enter_context(writer.open_shard(name, shard, threads.helpers)) for name in teachers}
         with threads.storing.done():
-            for batch in _batches(images, config.batch_size, fabric.device, threads.reading):
+            for batch in _batches(images, config.batch_size, device, threads.reading):
                 for name, teacher in teachers.items():
-                    with _fitting(teacher, batch.device, config), arithmetic(precisions[name], batch.device):
-                        features: TeacherFeatures = teacher(batch)
-                    check_features(teacher.spec, features, len(batch))
+                    features = compute(teacher, batch, precisions[name])
                     if batch.device.type != "cuda":
                         threads.storing.give(_append_given, files[name], features)
                     else:
-                        with _fitting(teacher, batch.device, config):
+                        with fitting(teacher, len(batch), batch.device):
                             rows = convert(config.dtype, features.patches, features.cls, basis=bases[name]).to_host()
                         copied = torch.cuda.current_stream(batch.device).record_event()
                         threads.storing.give(_append, files[name], rows, copied)
@@ -396,17 +397,6 @@ def _batches(images: Shard, batch_size: int, device: torch.device, reading: Exec
         if start + batch_size < images.rows:
             ahead = reading.submit(read, start + batch_size)
         yield batch.to(device, non_blocking=True)
-
-
-@contextmanager
-def _fitting(teacher: Teacher, device: torch.device, config: ExtractConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"Teacher {teacher.spec.name!r} does not fit into the memory of {device} with --batch_size "
-            f"{config.batch_size}. Give a smaller one; whole shards are kept."
-        ) from error
 
 
 def _append_given(file: ShardWriter, features: TeacherFeatures) -> None:

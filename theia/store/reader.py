@@ -149,7 +149,7 @@ class Split:
         Args:
             rows: Number of samples that they hold.
         """
-        return {name: shared_array((rows, *field.shape), field.dtype) for name, field in self.fields.items()}
+        return allocate(self.fields, rows)
 
     def read_into(self, rows: Int64, buffers: Mapping[str, NDArray[Any]], at_once: int = 1) -> None:
         """Reads samples into the first rows of buffers. Only fields that have a buffer are read.
@@ -209,6 +209,16 @@ class Split:
             self._files = Files()
             self._process = os.getpid()
         return self._files
+
+
+def allocate(fields: Mapping[str, Field], rows: int) -> dict[str, NDArray[Any]]:
+    """Makes buffers for fields by name, filled with zeros and shared with processes that are forked later.
+
+    Args:
+        fields: Type and shape of one row of each field.
+        rows: Number of samples that they hold.
+    """
+    return {name: shared_array((rows, *field.shape), field.dtype) for name, field in fields.items()}
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

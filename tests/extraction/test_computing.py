@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from theia.extraction.precision import arithmetic, choose
+from theia.extraction.computing import arithmetic, choose
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,241 @@
+"""Images by row number: which sources can give them, which of them cannot be decoded, and what is seen of each."""
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from theia.data.sampler import Rows
+from theia.errors import ImageError
+from theia.extraction.images import UnreadableImageError, to_square
+from theia.extraction.sources import ImageSource
+from theia.extraction.stages import end_quietly
+from theia.store.components import Basis
+from theia.store.schema import IMAGE, Field, Resize
+from theia.types import Json
+from theia.utils.arguments import check_number
+from theia.utils.files import read_json, write_whole
+from theia.utils.progress import Progress
+
+# Kinds of sources that find any image as quickly as the next one.
+_RANDOM_ACCESS = {"folder", "tar", "sample", "hf"}
+_CHECKED_TOGETHER = 64  # number of images
+_SECONDS_BETWEEN_RECORDS = 5.0
+_MOST_UNREADABLE = 0.01  # as a share of all images, like theia extract --max_skipped
+_REASONS_SHOWN = 5
+
+
+def check_random_access(description: Mapping[str, Json], place: object) -> None:
+    """Refuses a source that must be read in order.
+
+    Args:
+        description: Description of the source.
+        place: Place of the images, for the message.
+
+    Raises:
+        ImageError: If a part of the source is of such a kind.
+    """
+    parts = description.get("parts")
+    for part in parts if isinstance(parts, list) else [description]:
+        kind = part.get("kind") if isinstance(part, dict) else None
+        if kind not in _RANDOM_ACCESS:
+            raise ImageError(
+                f"Images of {place} cannot be decoded during training: of {kind} data, a single image costs as much as "
+                "its neighbours together, and training wants them in random order. Make a feature store with 'theia "
+                "extract', or unpack the images into a folder or into tar files."
+            )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random views of an image. Teachers and student see the same one.
+
+    Attributes:
+        crop: Smallest share of the image's area in a random crop of any aspect from 3:4 to 4:3; ``None`` for none.
+        flip: Probability of a horizontal flip.
+        jitter: Strength of the colour jitter: brightness, contrast and saturation change by at most this factor, the
+            hue by a quarter of it.
+        seed: Seed for the views.
+    """
+
+    crop: float | None = None
+    flip: float = 0.0
+    jitter: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("data.augment_crop", self.crop, 0, 1, above=True)
+        check_number("data.augment_flip", self.flip, 0, 1)
+        check_number("data.augment_jitter", self.jitter, 0, 1)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is drawn at random."""
+        return self.crop is not None or self.flip > 0 or self.jitter > 0
+
+    def view(self, image: Image.Image, size: int, resize: Resize, epoch: int, row: int) -> NDArray[np.uint8]:
+        """One view, which only the seed, the epoch and the image decide.
+
+        Args:
+            image: Image in RGB.
+            size: Height and width of the view, in pixels.
+            resize: Way to bring the image to that size where it is not cropped.
+            epoch: Number of the epoch.
+            row: Row number of the image.
+
+        Returns:
+            Pixels, uint8, shape ``(3, size, size)``.
+        """
+        if not self.active:
+            return to_square(image, size, resize)
+        from torchvision.transforms import v2
+
+        drawn = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(drawn[0] >> 1))
+            if self.crop is not None:
+                image = v2.RandomResizedCrop(size, (self.crop, 1), interpolation=v2.InterpolationMode.BICUBIC)(image)
+            else:
+                image = Image.fromarray(to_square(image, size, resize).transpose(1, 2, 0))
+            if self.flip:
+                image = v2.RandomHorizontalFlip(self.flip)(image)
+            if self.jitter:
+                image = v2.ColorJitter(self.jitter, self.jitter, self.jitter, self.jitter / 4)(image)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class LiveImages:
+    """Images of a source as samples for a loader. See :class:`theia.data.ring.Samples`.
+
+    Args:
+        source: Source of the images.
+        place: Place of the images, for messages.
+        size: Height and width of the decoded images, in pixels.
+        resize: Way to bring an image to that size.
+        augmentation: Random views; none by default.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        place: object,
+        size: int,
+        resize: Resize,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.fields = {IMAGE: Field(np.dtype("u1"), (3, size, size))}
+        self.teachers: Collection[str] = ()
+        self.bases: Mapping[str, Basis] = {}
+        self.labels = None if source.labels is None else np.array(source.labels, np.int64)
+        self.folder = place
+        self._source, self._size, self._resize = source, size, resize
+        self._augmentation = augmentation or Augmentation()
+
+    def read(self, rows: Rows, arrays: Mapping[str, NDArray[Any]], epoch: int) -> None:
+        """Decodes images into a slot.
+
+        Args:
+            rows: Row numbers of the images.
+            arrays: The slot's arrays by field name.
+            epoch: Number of the epoch.
+
+        Raises:
+            ImageError: If an image cannot be decoded. The message names it and says how to go on.
+        """
+        for place, row in enumerate(rows.tolist()):
+            try:
+                image = self._source.read(row)
+            except UnreadableImageError as error:
+                raise ImageError(
+                    f"Image {self._source.ids[row]!r} of {self.folder} {error}. It was drawn for training, and none "
+                    "takes its place. Repair it and go on from the last checkpoint with --ckpt_path last; or start a "
+                    "new run with --data.check_images true, which leaves out what cannot be decoded."
+                ) from error
+            arrays[IMAGE][place] = self._augmentation.view(image, self._size, self._resize, epoch, row)
+
+
+class _Check(Dataset[list[tuple[int, str]] | ImageError]):
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def __getitem__(self, places: range) -> list[tuple[int, str]] | ImageError:
+        unreadable = []
+        for place in places:
+            try:
+                self._source.read(place)
+            except UnreadableImageError as error:
+                unreadable.append((place, str(error)))
+            except ImageError as error:
+                return error  # raised in the main process: a worker's own traceback would bury the message
+        return unreadable
+
+
+def readable_rows(record: Path, count: int) -> list[int] | None:
+    """Places of the images that can be decoded, as a finished check has recorded them.
+
+    Args:
+        record: File that :func:`check_images` wrote.
+        count: Number of images in the source.
+
+    Returns:
+        Sorted places in the source; ``None`` if the check has not finished.
+    """
+    found = read_json(record)
+    if found.get("checked") != count:
+        return None
+    unreadable = {place for place, _ in found["unreadable"]}
+    return [place for place in range(count) if place not in unreadable]
+
+
+def check_images(source: ImageSource, place: object, record: Path, workers: int) -> None:
+    """Decodes every image once, and records those that cannot be; goes on where it was interrupted.
+
+    Args:
+        source: Source of the images.
+        place: Place of the images, for messages.
+        record: JSON file of the result: ``checked``, the number of images so far, and ``unreadable``, a place in the
+            source and a reason for each.
+        workers: Number of decoding processes; 0 decodes in this one.
+
+    Raises:
+        ImageError: If more than 1 % of the images cannot be decoded, or none can be read at all.
+        FileError: If the record cannot be written.
+    """
+    found = read_json(record)
+    done, unreadable = found.get("checked", 0), [tuple(pair) for pair in found.get("unreadable", [])]
+    total = len(source.ids)
+    pieces = [range(start, min(start + _CHECKED_TOGETHER, total)) for start in range(done, total, _CHECKED_TOGETHER)]
+    loader = DataLoader(
+        _Check(source), sampler=pieces, batch_size=None, num_workers=workers, worker_init_fn=end_quietly
+    )
+    written = time.monotonic()
+    with Progress("images checked", total, done=done) as progress:
+        for piece, result in zip(pieces, loader, strict=True):
+            if isinstance(result, ImageError):
+                raise result
+            unreadable += result
+            done = piece.stop
+            progress.advance(len(piece))
+            if len(unreadable) > _MOST_UNREADABLE * total:
+                _refuse(source, place, unreadable, done)
+            if time.monotonic() - written > _SECONDS_BETWEEN_RECORDS or done == total:
+                write_whole(record, json.dumps({"checked": done, "unreadable": unreadable}))
+                written = time.monotonic()
+
+
+def _refuse(source: ImageSource, place: object, unreadable: Sequence[Any], done: int) -> None:
+    shown = "".join(f"\n  {source.ids[row]}: {reason}" for row, reason in unreadable[:_REASONS_SHOWN])
+    more = f"\n  and {len(unreadable) - _REASONS_SHOWN} more" if len(unreadable) > _REASONS_SHOWN else ""
+    raise ImageError(
+        f"{len(unreadable)} of the first {done} images of {place} cannot be decoded; at most "
+        f"{_MOST_UNREADABLE:.0%} of all {len(source.ids)} may be left out:{shown}{more}\n"
+        "Repair or remove them, or point data.images to a list of the others."
+    )

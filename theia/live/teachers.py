@@ -1,0 +1,163 @@
+"""Teachers that run during training: one batch of images in, the same batch with features out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from theia.data.loader import FeatureLoader, Read
+from theia.data.ring import Samples
+from theia.data.sampler import EvaluationSampler, TrainingSampler
+from theia.errors import ConfigError, WeightsError
+from theia.extraction.computing import choose, compute, placed, weight_bytes
+from theia.extraction.stages import build_teacher
+from theia.teacher import Teacher
+from theia.types import FeatureBatch, Precision, TeacherSpec
+
+
+class LiveTeachers:
+    """Several teachers in memory.
+
+    Args:
+        names: Names of the teachers.
+        options: Arguments of the teachers' constructors, by teacher.
+        batch_size: Number of images per forward pass of a teacher.
+        precision: Arithmetic of the teachers; ``"auto"`` chooses as ``theia extract`` does for a new store.
+
+    Raises:
+        UnknownTeacherError: If a teacher is not installed.
+        ConfigError: If a teacher does not have one of its options.
+        PluginError: If the plugin of a teacher is broken.
+        WeightsError: If the weights of a teacher cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        options: Mapping[str, Mapping[str, Any]],
+        batch_size: int,
+        precision: Precision | Literal["auto"],
+    ) -> None:
+        self.built = {name: _build(name, options.get(name)) for name in names}
+        self.batch_size = batch_size
+        self.wanted = precision
+
+    @property
+    def specs(self) -> dict[str, TeacherSpec]:
+        """Specs of the teachers, by name."""
+        return {name: teacher.spec for name, teacher in self.built.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(map(weight_bytes, self.built.values()))
+
+    def precision(self, name: str, device: torch.device) -> Precision:
+        """Arithmetic of one teacher on a device."""
+        return choose(self.wanted, None, device.type == "cuda", self.built[name].gpu_precision)
+
+    def move(self, device: torch.device) -> None:
+        """Moves all teachers to a device.
+
+        Raises:
+            ConfigError: If one does not fit there.
+        """
+        for teacher in self.built.values():
+            placed(teacher, device)
+
+    @torch.no_grad()  # not inference_mode, whose tensors a loss cannot keep for its gradients
+    def added(self, batch: FeatureBatch, device: torch.device) -> FeatureBatch:
+        """The batch with the features of all teachers.
+
+        Args:
+            batch: Batch of images, on any device.
+            device: Device of the teachers.
+
+        Returns:
+            The same images, with features on their device.
+
+        Raises:
+            ConfigError: If the memory of the device is too small.
+            FeatureError: If features do not fit a teacher's spec.
+        """
+        patches, cls = dict(batch.patches), dict(batch.cls)
+        pieces = torch.split(batch.images.to(device), self.batch_size)
+        for name, teacher in self.built.items():
+            given = [compute(teacher, piece, self.precision(name, device)) for piece in pieces]
+            patches[name] = _joined([features.patches for features in given], batch.images.device)
+            tokens = [features.cls for features in given if features.cls is not None]
+            if tokens:
+                cls[name] = _joined(tokens, batch.images.device)
+        return replace(batch, patches=patches, cls=cls)
+
+
+def _build(name: str, options: Mapping[str, Any] | None) -> Teacher:
+    try:
+        return build_teacher(name, options)
+    except WeightsError as error:  # whose advice is about theia extract
+        raise WeightsError(
+            f"{error} In theia fit, that option is --data.teacher_options.{name} '{{weights: /path/to/folder}}'."
+        ) from error
+
+
+def _joined(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    return whole.to(device).contiguous()  # as from a store: sums in another order round differently
+
+
+class LiveLoader(FeatureLoader):
+    """A loader whose batches get the features of live teachers, in the training process.
+
+    Args:
+        samples: Images by row number, perhaps with the stored features of other teachers.
+        sampler: Sampler that chooses the rows and their order.
+        workers: Number of decoding processes.
+        device: CUDA device of the training, to which batches are copied; ``None`` for host memory.
+        read: Function that the workers call to read samples; ``None`` for a split of a store.
+        teachers: The live teachers.
+        teacher_device: Device on which they run.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        sampler: TrainingSampler | EvaluationSampler,
+        workers: int,
+        device: torch.device | None,
+        read: Read | None,
+        teachers: LiveTeachers,
+        teacher_device: torch.device,
+    ) -> None:
+        super().__init__(samples, sampler, workers, device, read)
+        self._teachers, self._teacher_device = teachers, teacher_device
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the slots that the workers decode into."""
+        return self._ring.bytes
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        """Gives batches with features. See :meth:`FeatureLoader.__iter__`."""
+        self._teachers.move(self._teacher_device)
+        for batch in super().__iter__():
+            yield self._teachers.added(batch, self._teacher_device)
+
+
+def as_device(text: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"data.teacher_device is {text!r}, on which torch cannot compute here: {said}. Name another, such as "
+            "'cpu' or 'cuda:0', or leave it out: teachers then run on the device of the training."
+        ) from error
+    return device
