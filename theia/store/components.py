@@ -6,15 +6,18 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from theia.errors import StoreError
 from theia.store.disk import replace_bytes, unreadable
 from theia.store.schema import STATISTICS, BasisRecord
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Basis:
         """What identifies it."""
         return BasisRecord(len(self.axes), hashlib.sha256(self.content).hexdigest())
 
-    def project(self, tokens: Tensor) -> Tensor:
+    def project(self, tokens: "Tensor") -> "Tensor":
         """Components of tokens.
 
         Args:
@@ -84,7 +87,7 @@ class Basis:
         found: Tensor = (tokens.float() - mean) @ axes.T / self.scale
         return found
 
-    def restore(self, components: Tensor) -> Tensor:
+    def restore(self, components: "Tensor") -> "Tensor":
         """Tokens that have these components, and the mean of all others.
 
         Args:
@@ -93,19 +96,23 @@ class Basis:
         Returns:
             float32, shape ``(..., C)``.
         """
+        import torch  # listing a store does not need it
+
         mean, axes = self._on(components.device)
         flat = components.float().flatten(0, -2) * self.scale
         return torch.addmm(mean, flat, axes).reshape(*components.shape[:-1], len(mean))
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _on(self, device: "torch.device") -> "tuple[Tensor, Tensor]":
         """Mean and axes on a device, copied there once."""
+        import torch
+
         if device not in self._copies:
             with torch.inference_mode(False):  # so that they can be used where gradients are wanted, too
                 self._copies[device] = torch.from_numpy(self.mean).to(device), torch.from_numpy(self.axes).to(device)
         return self._copies[device]
 
     @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+    def _copies(self) -> "dict[torch.device, tuple[Tensor, Tensor]]":
         return {}
 
     def __getstate__(self) -> dict[str, object]:
