@@ -53,7 +53,7 @@ def run(
             first.
         preset: full is the paper's protocol: all tokens, 100 epochs, 3 seeds, 20 evaluations of 25 rollouts of the
             task's whole length; hours per encoder and task. small gives the policy 24 principal components of 7x7
-            averaged tokens, 25 epochs and 2 seeds, and tests it once, on 25 rollouts: of 150 steps in MetaWorld, which
+            averaged tokens, 25 epochs and one seed, and tests it once, on 25 rollouts: of 150 steps in MetaWorld, which
             end earlier where the task stays fulfilled, of 300 in DM Control, and of all in Adroit. smoke shows in a
             minute or two that everything works, and nothing else.
         vary: What differs between rollouts: any of camera, light, texture and distractor, separated by commas, or
