@@ -227,7 +227,8 @@ def test_weights_change_neither_the_order_of_scorers_nor_unseen_in_a_resumed_run
 def test_weights_of_sources_that_are_not_there_are_refused(of_two_sources: Path, store: Path) -> None:
     for place, weights, said in (
         (of_two_sources, {"web": 2.0}, "names 'web', but .* come from robot, photos"),
-        (store, {"web": 2.0}, "come from one source"),
+        (of_two_sources, {"robot": 0.0, "photos": 0.0}, "leave no training sample"),
+        (store, {"web": 2.0}, "come from one source, so leave it out"),
         (store, {"web": -1.0}, r"data\.weights\.web is -1"),
     ):
         with pytest.raises(ConfigError, match=said):

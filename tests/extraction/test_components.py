@@ -15,7 +15,7 @@ from theia.data.loader import FeatureLoader
 from theia.data.sampler import EvaluationSampler
 from theia.errors import ConfigError, StoreError
 from theia.store import second_moments
-from theia.store.components import Basis, basis_path
+from theia.store.components import Basis, basis_path, save_basis
 from theia.store.features import convert
 from theia.store.reader import FeatureStore
 from theia.store.transfer import pull, push
@@ -43,6 +43,12 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     store = tmp_path_factory.mktemp("small") / "store"
     assert extract(store, f"--keep_components={KEPT}", f"--dtype={request.param}") == 0
     return store
+
+
+def path_of(store: Path) -> Path:
+    record = FeatureStore(store).manifest.splits["train"].sets["hog"].basis
+    assert record is not None
+    return basis_path(store, "hog", record)
 
 
 def features(store: Path) -> np.ndarray:
@@ -103,33 +109,51 @@ def test_another_split_has_the_same_basis_and_another_number_is_refused(
     store = tmp_path / "store"
     shutil.copytree(small, store)
     kind = f"--dtype={FeatureStore(store).manifest.splits['train'].sets['hog'].dtype}"
-    before = basis_path(store, "hog").read_bytes()
+    before = path_of(store).read_bytes()
     assert extract(store, f"--keep_components={KEPT}", kind, split="val") == 0
-    assert basis_path(store, "hog").read_bytes() == before
+    assert path_of(store).read_bytes() == before
     sets = [split.sets["hog"].basis for split in FeatureStore(store).manifest.splits.values()]
     assert sets[0] == sets[1]
     capsys.readouterr()
     assert extract(store, "--keep_components=20", kind, split="other") == 1
     assert f"has {KEPT} components of 'hog', and --keep_components is 20" in capsys.readouterr().err
     assert extract(store, kind) == 1
-    assert "keep_components was 12, is None" in capsys.readouterr().err
-    assert basis_path(store, "hog").read_bytes() == before
+    assert "has 12 components of 'hog', and --keep_components is None" in capsys.readouterr().err
+    assert extract(store, kind, split="other") == 1
+    assert "has 12 components of 'hog', and --keep_components is None" in capsys.readouterr().err
+    assert path_of(store).read_bytes() == before
 
 
 def test_a_basis_that_is_lost_or_damaged_is_found(small: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(small, store)
-    path = basis_path(store, "hog")
+    path = path_of(store)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StoreError, match=r"hog\.basis\.npz is damaged"):
+    with pytest.raises(StoreError, match=r"hog\.basis-.*\.npz is damaged"):
         FeatureData(str(store))
     problems = [event for event in verify(store) if isinstance(event, Problem)]
     assert [problem.path for problem in problems] == [path]
     path.unlink()
-    with pytest.raises(StoreError, match=r"hog\.basis\.npz is missing\. Its features cannot be restored"):
+    with pytest.raises(StoreError, match=r"hog\.basis-.*\.npz is missing\. Its features cannot be restored"):
         FeatureData(str(store))
+
+
+def test_no_other_extraction_takes_the_place_of_a_basis(full: Path, small: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(small, store)
+    before = features(store)
+    save_basis(store, "hog", Basis.of(np.zeros(108), np.eye(108), KEPT, 1))  # of two that began at the same time
+    assert np.array_equal(features(store), before)
+
+
+def test_components_of_a_store_with_all_channels_are_refused_before_any_work(
+    full: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theia.extraction.pipeline.find_basis", lambda *_: pytest.fail("the teacher ran"))
+    assert extract(full, f"--keep_components={KEPT}") == 1
+    assert "has all components of 'hog', and --keep_components is 12" in capsys.readouterr().err
 
 
 def test_a_copy_has_the_basis(small: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from live.conftest import SIZE, write_images
+from PIL import Image, ImageOps
 
 from theia.data.sampler import TrainingSampler, hold_out
 from theia.errors import ConfigError, ImageError, UnknownTeacherError
@@ -255,7 +256,7 @@ def test_an_image_that_was_not_checked_stops_the_training_by_name(live: Live, tm
     data = live(check_images=False, workers=workers, val_images=str(tmp_path / "images"), statistics_images=1)
     damage(tmp_path, 3)
     try:
-        with pytest.raises(ImageError, match=r"'a/003\.png' of .*images not a JPEG.*--data\.check_images true"):
+        with pytest.raises(ImageError, match=r"'a/003\.png' .* cannot be read: not a JPEG.*data\.check_images be true"):
             list(data.train_dataloader())
     finally:
         data.teardown("fit")
@@ -274,6 +275,7 @@ def test_a_check_goes_on_where_it_was_interrupted(
             raise KeyboardInterrupt
         return read(self, index)
 
+    monkeypatch.setattr("theia.live.data.pixels_sha256", lambda source: "the same")
     monkeypatch.setattr(FolderSource, "read", watched)
     monkeypatch.setattr("theia.live.images._CHECKED_TOGETHER", 10)
     monkeypatch.setattr("theia.live.images._SECONDS_BETWEEN_RECORDS", -1.0)
@@ -390,6 +392,21 @@ def test_a_run_goes_on_where_its_images_were_moved(live: Live, tmp_path: Path) -
     (tmp_path / "images").rename(tmp_path / "moved")
 
     live(images=str(tmp_path / "moved")).check_state(data.state_dict())
+
+
+def test_other_images_of_the_same_names_are_told_from_these(live: Live, tmp_path: Path) -> None:
+    data = live()
+    next(iter(data.train_dataloader()))
+    state, cache = data.state_dict(), data.cache.root
+    for path in (tmp_path / "images").rglob("*.png"):
+        with Image.open(path) as image:
+            ImageOps.invert(image.convert("RGB")).save(path)
+
+    other = live()
+
+    assert other.cache.root != cache
+    with pytest.raises(ConfigError, match="other training images"):
+        other.check_state(state)
 
 
 def test_a_teacher_that_is_too_large_is_told_with_what_it_needs(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

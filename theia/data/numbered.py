@@ -154,16 +154,20 @@ class NumberedData(TrainingData):
         names = [str(part["as"]) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
         unknown = [name for name in self.weights if name not in names]
         if unknown:
+            come_from = f"{', '.join(names)}. Name those, or leave" if names else "one source, so leave"
             raise ConfigError(
-                f"data.weights names {unknown[0]!r}, but the training images of {self.origin} come from "
-                f"{', '.join(names) or 'one source'}. Name those, or leave it out."
+                f"data.weights names {unknown[0]!r}, but the training images of {self.origin} come from {come_from} "
+                "it out."
             )
         if self._sources is None:
             of_names = {name: number for number, name in enumerate(names)}
             self._sources = np.array([of_names[key.partition("/")[0]] for key in ids])
         here = self._sources[rows]
         weights = (self.weights.get(name, 1.0) for name in names)
-        return np.concatenate([repeated(rows[here == number], weight) for number, weight in enumerate(weights)])
+        drawn = np.concatenate([repeated(rows[here == number], weight) for number, weight in enumerate(weights)])
+        if not len(drawn):
+            raise ConfigError(f"data.weights {self.weights} leave no training sample. Give one source more than 0.")
+        return drawn
 
     def training_sampler(self, rank: int, world_size: int) -> TrainingSampler:
         """Sampler of the training samples of one process.

@@ -218,20 +218,22 @@ def _bases(
     found: dict[str, Basis] = {}
     split = TRAIN if TRAIN in sources else next(iter(sources))
     for spec in specs:
-        if config.keep_components is None or config.keep_components >= spec.channels:
-            continue
+        keep = config.keep_components
+        wanted = None if keep is None or keep >= spec.channels else keep
         begun = next((record for writer in writers.values() if (record := writer.begun(spec.name))), None)
+        if begun is not None and wanted != (there := begun.basis and begun.basis.components):
+            raise StoreError(
+                f"{config.store} has {there or 'all'} components of {spec.name!r}, and --keep_components is {keep}. "
+                "Give the same number, or another --store."
+            )
+        if wanted is None:
+            continue
         if begun is not None and begun.basis is not None:
-            if begun.basis.components != config.keep_components:
-                raise StoreError(
-                    f"{config.store} has {begun.basis.components} components of {spec.name!r}, and --keep_components "
-                    f"is {config.keep_components}. Give the same number, or another --store."
-                )
             found[spec.name] = load_basis(config.store, spec.name, begun.basis)
             continue
         teacher = (built.get(spec.name) or build_teacher(spec.name, config.teacher_options.get(spec.name))).to(device)
         found[spec.name] = find_basis(
-            teacher, sources[split], config.size, config.resize, config.keep_components, config.batch_size,
+            teacher, sources[split], config.size, config.resize, wanted, config.batch_size,
             precisions[split][spec.name], device,
         )  # fmt: skip
     for name, basis in found.items():

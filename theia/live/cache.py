@@ -87,6 +87,8 @@ class Cache:
             self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root / _LOCK):  # another run with the same images and teachers is waited for
             sources: dict[str, ImageSource] = {}
+            if self.has_statistics:  # a kill may have left what they were merged from
+                shutil.rmtree(self.root / TRAIN, ignore_errors=True)
             if held_out is not None and not self.has_held_out:
                 sources[HELD_OUT] = held_out
             if sample is not None and not self.has_statistics:

@@ -18,7 +18,14 @@ from theia.errors import ConfigError, StoreError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
 from theia.live.cache import Cache
-from theia.live.images import Augmentation, LiveImages, check_images, check_random_access, readable_rows
+from theia.live.images import (
+    Augmentation,
+    LiveImages,
+    check_images,
+    check_random_access,
+    pixels_sha256,
+    readable_rows,
+)
 from theia.live.stored import Joined, StoredPart
 from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
@@ -131,7 +138,10 @@ class LiveData(NumberedData):
             raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
         self._statistics_images = statistics_images
         self._cache_folder = Path(cache)
-        self._record = self._cache_folder / f"images-{_digest(_images(self._listed))[:16]}.json"
+        # Names alone would not tell these images from others that were made anew, or lie elsewhere.
+        self._pixels = [pixels_sha256(one) for one in (self._listed, self._val_images) if one is not None]
+        listed = {**_images(self._listed), "pixels": self._pixels[0]}
+        self._record = self._cache_folder / f"images-{_digest(listed)[:16]}.json"
         self._source: ImageSource | None = None if check_images else self._listed
         self._cache: Cache | None = None
         self._identity: dict[str, Any] | None = None
@@ -216,6 +226,7 @@ class LiveData(NumberedData):
         """The cache of these images and teachers. Where images are checked, it is known once they were."""
         if self._cache is None or self._source is None:
             facts = {
+                "pixels": self._pixels,
                 "held_out": _images(self._held_out_source()),
                 "statistics": _images(ChosenSource(self.source, self._sampled().tolist())),
                 "size": self._size,
@@ -276,12 +287,16 @@ class LiveData(NumberedData):
         """Digests of the training images, of each teacher's features, and of what is held out; no path."""
         if self._identity is None or self._source is None:  # a digest of a million ids takes a second
             features = {name: _digest(self._features(name)) for name in self.teacher_specs}
-            seen = {"size": self._size, "resize": self._resize}
+            seen = {"pixels": self._pixels, "size": self._size, "resize": self._resize}
             held_out = None if self._val_images is not None else self.holdout
             self._identity = {
-                "images_sha256": _digest({"ids": hash_ids(self.source.ids), **seen, "held out": held_out}),
+                "images_sha256": _digest(
+                    {"ids": hash_ids(self.source.ids), "pixels": self._pixels[0], **seen, "held out": held_out}
+                ),
                 "features": features,
-                "held_out": _digest({"ids": hash_ids(self._held_out_source().ids), **seen, "features": features}),
+                "held_out": _digest(
+                    {"ids": hash_ids(self._held_out_source().ids), "pixels": self._pixels, **seen, "features": features}
+                ),
             }
         return self._identity
 
@@ -325,7 +340,9 @@ class LiveData(NumberedData):
             split = self._store.images.split
             samples, read = split if features else split.images_only(), None
         else:
-            samples = images = LiveImages(self.source, self._place, self._size, self._resize, augmentation)
+            samples = images = LiveImages(
+                self.source, self._place, self._size, self._resize, augmentation, self._record
+            )
             read = images.read
         if not features:
             return self.keep(FeatureLoader(samples, sampler, workers, target, read))

@@ -1,5 +1,6 @@
 """Images by row number: which sources can give them, which of them cannot be decoded, and what is seen of each."""
 
+import hashlib
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -31,6 +32,7 @@ _CHECKED_TOGETHER = 64  # number of images
 _SECONDS_BETWEEN_RECORDS = 5.0
 _MOST_UNREADABLE = 0.01  # as a share of all images, like theia extract --max_skipped
 _REASONS_SHOWN = 5
+_SAMPLED = 64  # images whose pixels tell one set from another
 
 
 def check_random_access(description: Mapping[str, Json], place: object) -> None:
@@ -121,6 +123,7 @@ class LiveImages:
         size: Height and width of the decoded images, in pixels.
         resize: Way to bring an image to that size.
         augmentation: Random views; none by default.
+        record: File in which an earlier check of the images is recorded, if there was one.
     """
 
     def __init__(
@@ -130,7 +133,9 @@ class LiveImages:
         size: int,
         resize: Resize,
         augmentation: Augmentation | None = None,
+        record: Path = Path(),
     ) -> None:
+        self._record = record
         self.fields = {IMAGE: Field(np.dtype("u1"), (3, size, size))}
         self.teachers: Collection[str] = ()
         self.bases: Mapping[str, Basis] = {}
@@ -154,10 +159,12 @@ class LiveImages:
             try:
                 image = self._source.read(row)
             except UnreadableImageError as error:
+                anew = f"delete {self._record}" if self._record.exists() else "let data.check_images be true"
                 raise ImageError(
-                    f"Image {self._source.ids[row]!r} of {self.folder} {error}. It was drawn for training, and none "
-                    "takes its place. Repair it and go on from the last checkpoint with --ckpt_path last; or start a "
-                    "new run with --data.check_images true, which leaves out what cannot be decoded."
+                    f"Image {self._source.ids[row]!r} of {self.folder} cannot be read: {error}. It was drawn for "
+                    "training, and none takes its place. Repair it and go on from the last checkpoint with --ckpt_path "
+                    f"last; or {anew} and start a new run, which checks all images and leaves out those that cannot be "
+                    "decoded."
                 ) from error
             arrays[IMAGE][place] = self._augmentation.view(image, self._size, self._resize, epoch, row)
 
@@ -176,6 +183,26 @@ class _Check(Dataset[list[tuple[int, str]] | ImageError]):
             except ImageError as error:
                 return error  # raised in the main process: a worker's own traceback would bury the message
         return unreadable
+
+
+def pixels_sha256(source: ImageSource) -> str:
+    """A digest of the pixels of up to 64 images that are spread evenly over a source.
+
+    Names alone would not tell a set of images from another with running numbers, or one whose images were made anew.
+
+    Args:
+        source: The images.
+
+    Raises:
+        ImageError: If the place of the images cannot be read.
+    """
+    digest = hashlib.sha256()
+    for place in np.unique(np.linspace(0, len(source.ids) - 1, _SAMPLED).astype(int)).tolist():
+        try:
+            digest.update(source.read(place).tobytes())
+        except UnreadableImageError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
 
 
 def readable_rows(record: Path, count: int) -> list[int] | None:

@@ -157,7 +157,7 @@ def as_device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         said = str(error).splitlines()[0]
         raise ConfigError(
-            f"data.teacher_device is {text!r}, on which torch cannot compute here: {said}. Name another, such as "
-            "'cpu' or 'cuda:0', or leave it out: teachers then run on the device of the training."
+            f"data.teacher_device is {text!r}, on which torch cannot compute here: {said}. Name a device "
+            "that is there, such as 'cpu', or leave it out: teachers then run on the device of the training."
         ) from error
     return device

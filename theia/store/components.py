@@ -120,9 +120,9 @@ class Basis:
         return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 
 
-def basis_path(root: Path, teacher: str) -> Path:
-    """Path of the basis of one teacher."""
-    return root / STATISTICS / f"{teacher}.basis.npz"
+def basis_path(root: Path, teacher: str, record: BasisRecord) -> Path:
+    """Path of a basis of one teacher. Its digest is in the name: no other extraction can take its place."""
+    return root / STATISTICS / f"{teacher}.basis-{record.sha256[:12]}.npz"
 
 
 def save_basis(root: Path, teacher: str, basis: Basis) -> None:
@@ -131,7 +131,7 @@ def save_basis(root: Path, teacher: str, basis: Basis) -> None:
     Raises:
         StoreError: If the disk is full.
     """
-    path = basis_path(root, teacher)
+    path = basis_path(root, teacher, basis.record)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, basis.content)
 
@@ -147,8 +147,11 @@ def load_basis(root: Path, teacher: str, record: BasisRecord) -> Basis:
     Raises:
         StoreError: If it is missing, damaged or another one.
     """
-    path = basis_path(root, teacher)
-    lost = "Its features cannot be restored without it: bring it back from a copy, or extract this teacher anew."
+    path = basis_path(root, teacher, record)
+    lost = (
+        "Its features cannot be restored without it: bring it back from a copy, or delete the folders of this teacher "
+        "and run the same theia extract."
+    )
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record.sha256:

@@ -199,7 +199,7 @@ def _files(root: Path, manifest: Manifest) -> Iterator[_File]:
             if split == "train" and layout.name != IMAGE:
                 yield _File(f"{STATISTICS}/{statistics_path(root, layout.name).name}")
             if layout.record.basis is not None:
-                yield _File(f"{STATISTICS}/{basis_path(root, layout.name).name}")
+                yield _File(f"{STATISTICS}/{basis_path(root, layout.name, layout.record.basis).name}")
         yield _File(f"{split}/{SKIPPED}.csv")
 
 

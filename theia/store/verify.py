@@ -68,7 +68,7 @@ def verify(root: Path | str) -> Iterator[Problem | Checked]:
                 try:
                     load_basis(layout.root, layout.name, layout.record.basis)
                 except StoreError as error:
-                    path = basis_path(layout.root, layout.name)
+                    path = basis_path(layout.root, layout.name, layout.record.basis)
                     yield Problem(path, str(error).removeprefix(f"{path} "))
             for event in _verify_set(layout, layouts[0]):
                 found = found or isinstance(event, Problem)
@@ -226,6 +226,9 @@ def _summary(layout: SetLayout) -> SetSummary:
 
 
 def _problems_of_size(layout: SetLayout, records: Sequence[ShardRecord]) -> Iterator[Problem]:
+    basis = layout.record.basis
+    if basis is not None and file_size(place := basis_path(layout.root, layout.name, basis)) is None:
+        yield Problem(place, "is missing. Without it the features cannot be restored.")
     for record in records:
         path = layout.path(record.index)
         if file_size(path) is None:
