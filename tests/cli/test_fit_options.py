@@ -1,5 +1,6 @@
 """Each option of ``fit``, ``validate`` and ``test``: used or refused, in its range, true of its run."""
 
+import csv
 import inspect
 import json
 import os
@@ -15,12 +16,16 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
+import theia
 from theia.cli import lightning, run_folder
 from theia.cli.lightning import TheiaCLI
 from theia.cli.main import main
 from theia.cli.options import OPTIONS, changes, check_used, shaping, without
+from theia.cli.trainer import check_course
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.training.averaging import TRAINED
+from theia.training.distillation import COURSE
 from theia.training.records import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_parser")
@@ -128,7 +133,8 @@ OTHER: dict[str, Any] = {
     "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
     "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
-    "model.decay_rule": "authors", "model.warmup": 0.5, "model.compile": True, "model.cuda_graphs": True,
+    "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
+    "model.schedule": "cosine", "model.ema": 0.9, "model.compile": True, "model.cuda_graphs": True,
     "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2, "data.weights": {"web": 2.0},
@@ -147,7 +153,7 @@ def test_an_option_that_shapes_training_is_refused_on_resuming(
 ) -> None:
     before = contents(run)
 
-    value = json.dumps(OTHER[option]) if isinstance(OTHER[option], dict) else OTHER[option]
+    value = json.dumps(OTHER[option]) if isinstance(OTHER[option], dict | list) else OTHER[option]
 
     again = ["fit", f"--config={config}", f"--run_folder={run}", "--ckpt_path=last", "--trainer.max_epochs=2"]
     assert main([*again, f"--{option}={value}"]) == 1
@@ -182,6 +188,136 @@ def test_options_without_a_bearing_on_what_is_learned_may_change_and_others_are_
     ]  # fmt: skip
     written = yaml.safe_load((copy / "config.yaml").read_text())
     assert (written["trainer"]["max_epochs"], written["ckpt_path"]) == (3, None)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_of_a_constant_rate_without_an_average(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not {COURSE, TRAINED} & checkpoint.keys()
+    now = dict(checkpoint["callbacks"]["Checkpoints"]["options"])
+    for name in ("schedule", "ema", "betas"):
+        del checkpoint["callbacks"]["Checkpoints"]["options"][f"model.{name}"]
+
+    assert changes(checkpoint, now) == []
+    for name, value in {"schedule": "wsd", "ema": 0.9, "betas": [0.9, 0.95]}.items():
+        with pytest.raises(ConfigError, match=f"model.{name} was"):
+            changes(checkpoint, {**now, f"model.{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "planned", "done", "now", "goes_on"),
+    [
+        ("cosine", 10, 6, {"max_epochs": 10}, True),
+        ("cosine", 10, 6, {"max_epochs": 10, "max_steps": 50}, True),
+        ("cosine", 10, 6, {"max_epochs": 20}, False),
+        ("cosine", 10, 6, {"max_epochs": 8}, False),
+        ("cosine", 10, 10, {"max_epochs": 11}, False),
+        ("wsd", 10, 6, {"max_epochs": 20}, True),
+        ("wsd", 10, 6, {"max_epochs": 8}, True),  # falls from the 32nd of 40 steps on
+        ("wsd", 10, 6, {"max_epochs": 7}, False),  # would have fallen already
+        ("wsd", 10, 6, {"max_epochs": 10, "max_steps": 32}, False),
+        ("wsd", 10, 6, {"max_epochs": 80}, False),  # would still be in its warm-up
+        ("wsd", 10, 9, {"max_epochs": 20}, False),  # falls already
+        ("wsd", 10, 9, {"max_epochs": None, "max_steps": 50}, True),
+        ("wsd", 10, 9, {"max_epochs": -1, "max_steps": 51}, False),
+        ("wsd", 1000, 9, {"max_epochs": None}, True),
+    ],
+)  # fmt: skip
+def test_another_number_of_steps_is_refused_if_the_learning_rate_would_jump(
+    schedule: str, planned: int, done: int, now: dict[str, Any], goes_on: bool
+) -> None:
+    checkpoint = {
+        "global_step": 5 * done, COURSE: {"steps": 5 * planned, "steps_per_epoch": 5},
+        "hyper_parameters": {"schedule": schedule, "warmup": 0.1},
+    }  # fmt: skip
+    trainer = Namespace(**{"max_steps": -1, **now})
+
+    if goes_on:
+        check_course(trainer, checkpoint)
+    else:
+        with pytest.raises(ConfigError, match=f"was planned for {5 * planned}: after step {5 * done} it would jump"):
+            check_course(trainer, checkpoint)
+
+
+def test_the_courses_of_checkpoints_are_those_of_the_command_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["fit", f"--config={config}", "--ckpt_path=last", "--model.learning_rate=0.01", "--checkpoint_every=1"]
+    for schedule in ("cosine", "wsd"):
+        run = tmp_path / schedule
+        last = run / "checkpoints" / "last.ckpt"
+        begun = [*again, f"--run_folder={run}", f"--model.schedule={schedule}", "--trainer.accumulate_grad_batches=2"]
+        assert main([*begun, "--trainer.max_epochs=2"]) == 0
+        checkpoint = torch.load(last, weights_only=True)
+        assert checkpoint[COURSE] == {"steps": 6, "steps_per_epoch": 3}
+        assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+        before = contents(run)
+        capsys.readouterr()
+
+        assert main([*begun, "--trainer.max_epochs=3"]) == 1
+
+        assert f"model.schedule {schedule}) was planned for 6: after step 6 it would jump" in capsys.readouterr().err
+        assert contents(run) == before
+
+
+def test_a_run_of_wsd_that_is_cut_short_in_its_flat_part_falls_to_zero_at_its_new_end(
+    config: Path, tmp_path: Path
+) -> None:
+    again = ["fit", f"--config={config}", f"--run_folder={tmp_path}", "--ckpt_path=last", "--model.schedule=wsd"]
+    # A file that is there, so that the run stops after its first step.
+    stop = json.dumps([{"class_path": "trainings.Stopping", "init_args": {"file": str(config)}}])
+    assert main([*again, "--trainer.max_epochs=4", f"--trainer.callbacks={stop}", "--model.warmup=0"]) == 0
+    assert main([*again, "--trainer.max_epochs=2", "--model.warmup=0"]) == 0
+
+    with (tmp_path / METRICS).open() as file:
+        rates = [float(row["train/learning_rate"]) for row in csv.DictReader(file) if row["train/learning_rate"]]
+
+    assert rates == pytest.approx([5e-4] * 9 + [2.5e-4])  # ten steps, the last two of them fall
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--model.schedule=wsd", "--model.warmup=0.9"], "--model.warmup is 0.9, but"),
+        (["--model.schedule=step"], "schedule"),
+        (["--model.ema=1"], "--model.ema is 1.0; it must be below 1"),
+        (["--model.ema=0"], "--model.ema is 0.0; it must be above 0"),
+        (["--model.betas=[0.9, 1.0]"], "--model.betas is 1.0; it must be below 1"),
+        (["--model.betas=[0.9]"], "betas"),
+    ],
+)
+def test_a_senseless_recipe_is_refused_before_anything_is_written(
+    config: Path, tmp_path: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["fit", f"--config={config}", f"--run_folder={tmp_path / 'run'}", *given])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+
+    assert code in (1, 2)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_tested_exported_and_loaded_is_the_average(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert (
+        main(["fit", f"--config={config}", f"--run_folder={run}", "--model.ema=0.7", "--model.learning_rate=0.01"]) == 0
+    )
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=best"]) == 0
+    assert main(["export", f"--encoder={run / 'checkpoints' / 'best.ckpt'}", f"--out={tmp_path / 'exported'}"]) == 0
+
+    report = json.loads((run / "test_best.json").read_text())
+    assert report["after"]["test/loss"] == pytest.approx(best["callbacks"]["Checkpoints"]["val/loss"], rel=1e-6)
+    for place in (run / "checkpoints" / "best.ckpt", tmp_path / "exported"):
+        weights = theia.load(place).state_dict()
+        same, other = (
+            [torch.equal(weights[name], best[part][name]) for name in weights if "distiller.student." in name]
+            for part in ("state_dict", TRAINED)
+        )
+        assert len(same) > 5
+        assert all(same)
+        assert not all(other)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["begun in bfloat16", "begun in float32"])
@@ -429,7 +565,14 @@ def test_a_senseless_number_is_refused_with_its_name_before_anything_is_written(
 ) -> None:
     run = tmp_path / "run"
     checked = numeric(parsers["fit"])
-    assert {"model.learning_rate", "data.batch_size", "trainer.max_epochs", "checkpoint_every"} <= set(checked)
+    assert {
+        "model.learning_rate",
+        "model.ema",
+        "model.betas",
+        "data.batch_size",
+        "trainer.max_epochs",
+        "checkpoint_every",
+    } <= set(checked)
     wrong = []
     for name in checked:
         if "fit" not in OPTIONS[name].commands:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from trainings import hold, standing
 
 from theia.cli.main import main
+from theia.training.averaging import TRAINED
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 
@@ -366,3 +367,23 @@ def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str
         )
 
     assert by_one == pytest.approx(learned(tmp_path), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_average_weights_and_lower_the_learning_rate_like_one(store: Path, tmp_path: Path) -> None:
+    recipe = ("--model.ema=0.8", "--model.schedule=cosine", "--trainer.accumulate_grad_batches=2",
+              "--trainer.precision=32-true")  # fmt: skip
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        forked.run(*spread(store, run, processes), *recipe)
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+        with (run / "metrics.csv").open() as file:
+            losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+        parts[processes] = {"losses": torch.tensor(losses)} | {
+            f"{part}.{name}": value for part in ("state_dict", TRAINED) for name, value in checkpoint[part].items()
+        }
+
+    for name, value in parts[1].items():
+        torch.testing.assert_close(parts[2][name], value, rtol=1e-3, atol=1e-5, msg=name)

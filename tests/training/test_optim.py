@@ -1,12 +1,22 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from theia.errors import ConfigError
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.training.optim import build_optimizer, parameter_groups, scale_learning_rate, warmup_then_constant
+from theia.training.optim import (
+    Course,
+    build_optimizer,
+    learning_rate_schedule,
+    parameter_groups,
+    scale_learning_rate,
+    warmup_then_constant,
+)
 
 
 @pytest.fixture
@@ -110,6 +120,53 @@ def test_no_warmup_starts_at_the_full_rate():
 def test_negative_warmup_is_refused():
     with pytest.raises(ConfigError, match="0 or more"):
         rates(-1, 1)
+
+
+def scheduled(schedule, optimizer, steps):
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return out
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10, 39])
+def test_a_cosine_is_that_of_torch_and_then_zero(warmup):
+    theirs, ours = (SGD([nn.Parameter(torch.zeros(1))], lr=2e-3) for _ in range(2))
+    rising = LinearLR(theirs, 0.01, total_iters=max(warmup, 1))
+    falling = CosineAnnealingLR(theirs, 40 - warmup)
+    expected = scheduled(SequentialLR(theirs, [rising, falling], [warmup]), theirs, 41)
+
+    rates = scheduled(learning_rate_schedule(ours, Course("cosine", 40, warmup)), ours, 45)
+
+    assert rates[:41] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert rates[40:] == [0] * 5
+    assert all(rates[:40])
+
+
+@pytest.mark.parametrize(("steps", "warmup", "decay_from"), [(100, 10, 80), (7, 0, 6), (100, 80, 80), (3, 1, 2)])
+def test_wsd_is_flat_until_the_last_fifth_and_falls_linearly_to_zero(steps, warmup, decay_from):
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
+    corners = ([0, warmup, decay_from, steps], [0.01 if warmup else 1, 1, 1, 0])
+    expected = 2e-3 * np.interp(range(steps + 5), *corners)
+
+    rates = scheduled(learning_rate_schedule(optimizer, Course("wsd", steps, warmup)), optimizer, steps + 5)
+
+    assert rates == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_a_constant_rate_is_that_of_its_course():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=5e-4)
+    course = Course("constant", 30, 10)
+
+    rates = scheduled(learning_rate_schedule(optimizer, course), optimizer, 30)
+
+    assert rates == pytest.approx([5e-4 * course.share(step) for step in range(30)], rel=1e-9)
+
+
+def test_betas_reach_the_optimiser():
+    assert build_optimizer(nn.Linear(2, 2), 1e-3, betas=(0.9, 0.95)).defaults["betas"] == (0.9, 0.95)
 
 
 def test_learning_rate_is_linear_in_the_global_batch():

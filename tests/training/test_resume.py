@@ -1,5 +1,6 @@
 """A killed run goes on at the very next sample and ends with the same weights, bit for bit."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from theia.data.datamodule import FeatureData
+from theia.training.averaging import TRAINED
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import Distillation
 
@@ -49,14 +51,16 @@ def fit(
     resume: Path | None = None,
     every: int = 3,
     compile: bool = False,
+    recipe: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Distillation:
     L.seed_everything(0)
     torch.compiler.reset()  # each fit stands for a process of its own, which compiles anew
     data = FeatureData(str(store), batch_size=16, workers=1)
     module = Distillation(
-        data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, learning_rate=1e-2, compile=compile
-    )
+        data.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
+        **{"width": 16, "depth": 1, "heads": 2, **(recipe or {})},
+    )  # fmt: skip
     L.Trainer(
         accelerator="cpu", max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[recorder, Checkpoints(folder, every)], default_root_dir=folder, **trainer,
@@ -102,6 +106,45 @@ def test_a_killed_run_with_a_compiled_loss_ends_like_an_uninterrupted_one(
     assert counters["stats"]["unique_graphs"] > 0
     for name, value in reference.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kill_at", "options"),
+    [
+        ({"schedule": "cosine"}, 8, {}),
+        ({"schedule": "wsd", "betas": (0.9, 0.95)}, 14, {}),  # while the rate falls
+        ({"schedule": "cosine", "ema": 0.8}, 7, {"accumulate_grad_batches": 2}),
+        ({"ema": 0.8}, 8, {"val_check_interval": 2}),
+        ({"ema": 0.8}, 8, {"compile": True}),
+        ({"ema": 0.8, "backbone": "timm:test_resnet"}, 8, {}),  # batch norms
+    ],
+    ids=str,
+)
+def test_a_killed_run_goes_on_with_its_learning_rate_and_its_average(
+    store: Path, tmp_path: Path, recipe: dict[str, Any], kill_at: int, options: dict[str, Any]
+) -> None:
+    if "backbone" in recipe:
+        recipe |= {"width": None, "depth": None, "heads": None}
+    whole = Recorder()
+    fit(store, tmp_path / "whole", whole, recipe=recipe, **options)
+    with pytest.raises(Killed):
+        fit(store, tmp_path / "killed", Recorder(kill_at), recipe=recipe, **options)
+    resumed = Recorder()
+
+    fit(store, tmp_path / "killed", resumed, tmp_path / "killed" / "last.ckpt", recipe=recipe, **options)
+
+    assert resumed.validations == {step: whole.validations[step] for step in resumed.validations}
+    for name in ("last", "best"):
+        ours, theirs = (
+            torch.load(tmp_path / folder / f"{name}.ckpt", weights_only=True) for folder in ("killed", "whole")
+        )
+        assert ours["optimizer_states"][0]["param_groups"] == theirs["optimizer_states"][0]["param_groups"]
+        assert ours["lr_schedulers"] == theirs["lr_schedulers"]
+        assert (TRAINED in theirs) == ("ema" in recipe)
+        for part in ("state_dict", *([TRAINED] if "ema" in recipe else [])):
+            assert ours[part].keys() == theirs[part].keys()
+            for weight, value in theirs[part].items():
+                assert torch.equal(value, ours[part][weight]), weight
 
 
 def test_a_run_killed_twice_in_validation_intervals_ends_the_same(

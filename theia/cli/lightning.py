@@ -32,7 +32,14 @@ from theia.cli.run_folder import (
     run_of,
 )
 from theia.cli.signals import until_signalled
-from theia.cli.trainer import check_left, check_processes, check_trainer, choose_precision, set_up_processes
+from theia.cli.trainer import (
+    check_course,
+    check_left,
+    check_processes,
+    check_trainer,
+    choose_precision,
+    set_up_processes,
+)
 from theia.data.datamodule import FeatureData
 from theia.data.protocol import TrainingData
 from theia.errors import ConfigError
@@ -208,6 +215,7 @@ class TheiaCLI(LightningCLI):
         """Checks that the run keeps its recipe, and notes which options change from here on."""
         check_left(options.trainer, checkpoint)
         now = changes(checkpoint, self.state["options"])
+        check_course(options.trainer, checkpoint)
         for change in [] if getattr(rank_zero_only, "rank", 0) else now:
             logger.warning(
                 "From step %d on, %s is %r; until then it was %r.", change.step, change.option, change.new, change.old

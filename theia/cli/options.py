@@ -10,6 +10,7 @@ from theia.cli.data import CLASS, OPTIONS_OF_CLASS, flat, is_feature_data
 from theia.errors import ConfigError
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import weights_name
+from theia.training.optim import BETAS
 
 # What happens if a run is resumed with another value: "same" is refused; "applied" holds from there on and is written
 # down with the step; "free" has no bearing on what is learned.
@@ -41,7 +42,8 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
-    **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule warmup"),
+    **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule betas"),
+    **_table(_FIT, "same", "model.", "warmup schedule ema"),
     **_table(_FIT, "free", "model.", "compile cuda_graphs"),
     # Options of the samples and their order. A store may have moved: its images and features are compared, not its
     # path. Options of another data class are all applied: that class checks for itself whether a run can go on
@@ -50,7 +52,8 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
     **_table(_FIT, "same", "data.", "batch_size fraction weights seed"),
-    # How long and where to train; the steps already taken stay the same.
+    # How long and where to train; the steps already taken stay the same. A learning rate that decays may forbid another
+    # length (check_course).
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
     **_table(_ALL, "applied", "trainer.", "accelerator strategy devices num_nodes precision sync_batchnorm"),
     **_table(_ALL, "applied", "trainer.", "deterministic benchmark callbacks plugins"),
@@ -79,6 +82,9 @@ _DATA = "data."
 
 # Values that Lightning takes where none is given.
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
+
+# What runs did before these options were there.
+_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS)}
 
 # Options for which 1 is one batch, and 1.0 is all batches.
 _SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}
@@ -199,7 +205,7 @@ def recorded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         then = {
             f"model.{name}": _plain(f"model.{name}", value) for name, value in checkpoint["hyper_parameters"].items()
         }
-    return {f"{_DATA}{CLASS}": flat(None)[CLASS], **then}  # earlier versions had no other data class
+    return {f"{_DATA}{CLASS}": flat(None)[CLASS], **_BEFORE, **then}  # earlier versions had no other data class
 
 
 def earlier_changes(checkpoint: Mapping[str, Any]) -> list[Change]:

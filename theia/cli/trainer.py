@@ -1,6 +1,7 @@
 """Options of the trainer and of a run that Lightning would not refuse, or only after work has begun."""
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from theia.cli.options import recorded
 from theia.errors import ConfigError
+from theia.training.distillation import COURSE
+from theia.training.optim import Course
 from theia.utils.arguments import check_number
 from theia.utils.device import core_count, has_bfloat16_cpu
 
@@ -31,6 +34,7 @@ _SHARES = {
     "limit_train_batches": 1, "limit_val_batches": 0, "limit_test_batches": 1, "limit_predict_batches": 0,
     "overfit_batches": 0, "val_check_interval": 1,
 }  # fmt: skip
+_EPOCHS = 1000  # Lightning's number, if none is given
 _LARGEST_SEED = 2**32 - 1
 _FLOAT32 = "32-true"
 
@@ -122,6 +126,42 @@ def check_left(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
                 f"trainer.{name} is {most}, but the checkpoint has {done} {what}. Raise it to train on, or score what "
                 "there is with 'theia test'."
             )
+
+
+def check_course(trainer: Namespace, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses to resume a run for another number of steps if its learning rate would jump.
+
+    Args:
+        trainer: Options of the trainer.
+        checkpoint: Content of the checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: If the rate would jump. The message says what is possible.
+    """
+    if COURSE not in checkpoint:
+        return  # after the warm-up, a constant rate does not depend on the number of steps
+    then, options, step = checkpoint[COURSE], checkpoint["hyper_parameters"], checkpoint["global_step"]
+    most_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    epochs = _EPOCHS if trainer.max_epochs is None and trainer.max_steps == -1 else trainer.max_epochs
+    most_epochs = math.inf if epochs in (None, -1) else epochs
+    planned = int(min(most_steps, most_epochs * then["steps_per_epoch"]))
+    old, new = (
+        Course(options["schedule"], steps, round(options["warmup"] * steps)) for steps in (then["steps"], planned)
+    )
+    if old.share(step) == new.share(step):
+        return
+    possible = (
+        "A cosine needs the number from its first step on"
+        if old.schedule == "cosine"
+        else "With wsd, the number may change while the rate is full: after the warm-up and before the last fifth of "
+        "the steps, by the old number and by the new one"
+    )
+    raise ConfigError(
+        f"trainer.max_epochs and trainer.max_steps now mean {planned} steps, but the learning rate (model.schedule "
+        f"{old.schedule}) was planned for {old.steps}: after step {step} it would jump from {old.share(step):.2%} to "
+        f"{new.share(step):.2%} of its full value. {possible}. Resume the run with its own number, or start another "
+        "with --run_folder FOLDER and without --ckpt_path."
+    )
 
 
 def check_processes(trainer: Trainer) -> None:

@@ -1,11 +1,13 @@
 """The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -13,14 +15,25 @@ from theia.errors import ConfigError, DivergenceError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.training import losses
+from theia.training.averaging import WeightAverage
 from theia.training.losses import PAPER, FeatureLoss, Objective
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
-from theia.training.optim import DecayRule, build_optimizer, scale_learning_rate, warmup_then_constant
+from theia.training.optim import (
+    BETAS,
+    DECAY,
+    Course,
+    DecayRule,
+    Schedule,
+    build_optimizer,
+    learning_rate_schedule,
+    scale_learning_rate,
+)
 from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # stands for a loss that was always finite
+COURSE = "course"  # entry of a checkpoint whose learning rate decays
 
 
 def weights_name(weights: str) -> str:
@@ -61,7 +74,12 @@ class Distillation(L.LightningModule):
         weight_decay: Weight decay of AdamW.
         decay_rule: Rule for the parameters with weight decay: "matrices" (all but norms, biases, position embedding and
             tokens) or "authors" (all with more than one dimension).
+        betas: Decay rates of AdamW's running means of the gradient and of its square.
         warmup: Share of all steps over which the learning rate rises linearly from 1 % to its full value.
+        schedule: Learning rate after the warm-up: "constant" as in the paper; "cosine", which falls to zero; or "wsd"
+            (warmup-stable-decay), constant and then linearly to zero over the last 20 % of all steps.
+        ema: Decay of an exponential moving average of the weights, such as 0.9996, which is then validated, kept and
+            exported instead of them; none by default.
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
         cuda_graphs: Whether a GPU replays the compiled step as CUDA graphs, which spares the host most of its work.
@@ -79,7 +97,10 @@ class Distillation(L.LightningModule):
         scale_learning_rate: bool = False,
         weight_decay: float = 0.01,
         decay_rule: DecayRule = "matrices",
+        betas: tuple[float, float] = BETAS,
         warmup: float = 0.1,
+        schedule: Schedule = "constant",
+        ema: float | None = None,
         compile: bool | None = None,
         cuda_graphs: bool = False,
         **options: Any,
@@ -93,6 +114,14 @@ class Distillation(L.LightningModule):
         check_number("model.warmup", warmup, 0, 1, below=True)  # a share of all steps
         check_number("model.learning_rate", learning_rate, 0, above=True)
         check_number("model.weight_decay", weight_decay, 0)
+        for beta in betas:
+            check_number("model.betas", beta, 0, 1, below=True)
+        check_number("model.ema", ema, 0, 1, above=True, below=True)
+        if schedule == "wsd" and warmup > 1 - DECAY:
+            raise ConfigError(
+                f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
+                f"all steps. Give at most {1 - DECAY}."
+            )
         for name in ("width", "depth", "heads"):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
@@ -107,6 +136,7 @@ class Distillation(L.LightningModule):
         self.norm_entropy = NormEntropy()
         self._first_bad_step: Tensor | None = None  # (T,), int64, by teacher
         self._prepared = False
+        self._course_record: dict[str, Any] = {}  # of a learning rate that decays
         self.objective = Objective(self.distiller, self.feature_loss)
 
     def setup(self, stage: str) -> None:
@@ -133,19 +163,29 @@ class Distillation(L.LightningModule):
         older.checkpoint(checkpoint)
         self._prepared = True
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What averages the weights of a training, if they are to be averaged."""
+        averages = self.hparams["ema"] is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [WeightAverage(self.hparams["ema"])] if averages else []
+
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up, then a constant learning rate."""
+        """AdamW with a linear warm-up, and the learning rate of the schedule."""
         options = self.hparams
         rate = options["learning_rate"]
         if options["scale_learning_rate"]:
             data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
             rate = scale_learning_rate(rate, data.batch_size * self.trainer.accumulate_grad_batches)
         clips = bool(self.trainer.gradient_clip_val)
-        optimizer = build_optimizer(self.distiller, rate, options["weight_decay"], options["decay_rule"], not clips)
-        steps = round(options["warmup"] * self.trainer.estimated_stepping_batches)
+        decay, rule, betas = (options[name] for name in ("weight_decay", "decay_rule", "betas"))
+        optimizer = build_optimizer(self.distiller, rate, decay, rule, fused=not clips, betas=tuple(betas))
+        steps = int(self.trainer.estimated_stepping_batches)
+        course = Course(options["schedule"], steps, round(options["warmup"] * steps))
+        if course.schedule != "constant":
+            batches, summed = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+            self._course_record = {"steps": steps, "steps_per_epoch": math.ceil(batches / summed)}
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": warmup_then_constant(optimizer, steps), "interval": "step"},
+            "lr_scheduler": {"scheduler": learning_rate_schedule(optimizer, course), "interval": "step"},
         }
 
     @property
@@ -198,6 +238,8 @@ class Distillation(L.LightningModule):
         self._stop_if_bad()
         options = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         options["weights"] = weights_name(options["weights"])
+        if self._course_record:
+            checkpoint[COURSE] = self._course_record
 
     def start_untrained(self, checkpoint: Mapping[str, Tensor]) -> None:
         """Makes a new model comparable with a trained one: own initial weights, but the statistics of the trained one.

@@ -1,18 +1,21 @@
-"""Optimiser and schedule: AdamW, linear warm-up, then a constant learning rate."""
+"""Optimiser and schedule: AdamW, linear warm-up, then a learning rate that stays or decays."""
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from theia.errors import ConfigError
 
 DecayRule = Literal["matrices", "authors"]
+Schedule = Literal["constant", "cosine", "wsd"]
 
 BETAS = (0.9, 0.999)
 WARMUP_START = 1e-2  # share of the learning rate
+DECAY = 0.2  # share of all steps over which the learning rate of "wsd" falls
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "matrices") -> list[dict[str, Any]]:
@@ -52,6 +55,7 @@ def build_optimizer(
     weight_decay: float = 0.01,
     rule: DecayRule = "matrices",
     fused: bool = True,
+    betas: tuple[float, float] = BETAS,
 ) -> AdamW:
     """AdamW over a model's trainable parameters.
 
@@ -62,13 +66,14 @@ def build_optimizer(
         rule: Rule for the parameters that decay, as for :func:`parameter_groups`.
         fused: Whether to update all parameters in one pass, which Lightning refuses if it clips gradients under mixed
             precision.
+        betas: Decay rates of the running means of the gradient and of its square.
 
     Raises:
         ConfigError: If the rule is unknown.
 
     Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01.
     """
-    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=BETAS, fused=fused)
+    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=betas, fused=fused)
 
 
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
@@ -87,6 +92,65 @@ def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
     # Without warm-up steps, torch would leave the learning rate at its start for ever.
     start = WARMUP_START if warmup_steps else 1.0
     return LinearLR(optimizer, start_factor=start, total_iters=max(warmup_steps, 1))
+
+
+class Course(NamedTuple):
+    """The learning rate over a whole training, as a share of its full value.
+
+    Attributes:
+        schedule: Rule for the steps after the warm-up. ``"constant"``: the full rate. ``"cosine"``: half a period of a
+            cosine, from the full rate to zero. ``"wsd"``, warmup-stable-decay: the full rate, then linearly to zero
+            over the last fifth of all steps.
+        steps: Number of all steps ``T``.
+        warmup_steps: Number of steps ``w`` in which the rate rises linearly from a hundredth to its full value.
+
+    Source: the cosine of SGDR (Loshchilov & Hutter, 2017), without restarts; warmup-stable-decay of MiniCPM (Hu et al.,
+    2024), here with a linear decay.
+    """
+
+    schedule: Schedule
+    steps: int
+    warmup_steps: int
+
+    @property
+    def decay_from(self) -> int:
+        """The first step ``d`` after which the rate falls; for a constant rate, the last of all."""
+        if self.schedule == "cosine":
+            return self.warmup_steps
+        return self.steps - (round(DECAY * self.steps) if self.schedule == "wsd" else 0)
+
+    def share(self, step: int) -> float:
+        """The share of the full learning rate that a step uses.
+
+        For the steps ``t`` of the warm-up it is ``0.01 + 0.99 t / w``. Later, with ``x = (t - d) / (T - d)``, it is
+        ``(1 + cos(pi x)) / 2`` for a cosine, and ``min(1, 1 - x)`` for wsd.
+
+        Args:
+            step: Number of steps taken before. From ``T`` on, a rate that decays stays zero.
+        """
+        if step < self.warmup_steps:
+            return WARMUP_START + (1 - WARMUP_START) * step / self.warmup_steps
+        if self.schedule == "constant" or step <= self.decay_from:
+            return 1.0
+        if step >= self.steps:
+            return 0.0
+        done = (step - self.decay_from) / (self.steps - self.decay_from)
+        return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
+
+
+def learning_rate_schedule(optimizer: Optimizer, course: Course) -> LRScheduler:
+    """A scheduler that sets the learning rate of a course, stepped after every optimisation step.
+
+    Args:
+        optimizer: Optimiser with the learning rates to reach after the warm-up.
+        course: Learning rate over the training.
+
+    Raises:
+        ConfigError: If the number of warm-up steps is negative.
+    """
+    if course.schedule == "constant":
+        return warmup_then_constant(optimizer, course.warmup_steps)
+    return LambdaLR(optimizer, course.share)
 
 
 def scale_learning_rate(learning_rate: float, global_batch: int, reference: int = 128) -> float:
