@@ -316,7 +316,7 @@ def test_last_before_the_first_checkpoint_starts_a_run(
 @pytest.mark.slow
 def test_a_run_killed_for_good_is_resumed_by_the_command(store: Path, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    command = ["fit", *options(store, folder, "--trainer.log_every_n_steps=2")]
+    command = ["fit", *options(store, folder, "--trainer.log_every_n_steps=2", "--trainer.precision=32-true")]
     hold(tmp_path / "stand", 4)  # a step after the checkpoint
     standing_there = ["--trainer.callbacks=trainings.Standing", f"--trainer.callbacks.folder={tmp_path / 'stand'}"]
     process = forked.theia(*command, *standing_there)

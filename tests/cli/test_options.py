@@ -147,6 +147,7 @@ SENSELESS = ("-7", "0", "nan", "inf", "1e30", str(10**30))
 # What means something for all that, and why.
 SENSIBLE = {
     ("extract", "batch_size"): {str(10**30): "all images of a shard at once"},
+    ("extract", "keep_components"): {str(10**30): "all channels"},
     ("extract", "workers"): {"0": "decodes in the same process"},
     ("extract", "shard_size"): {str(10**30): "all images in one shard"},
     ("extract", "max_skipped"): {"0": "every image must be readable"},

@@ -17,7 +17,7 @@ from events import aged
 from extraction.tiny_plugin import pooled, write_images
 
 from theia import registry
-from theia.cli.extract import _as_one_word
+from theia.cli.parser import as_one_word
 from theia.errors import ConfigError, FeatureError, ImageError, ShapeError, StoreError, UnknownTeacherError
 from theia.extraction import sources
 from theia.extraction.pipeline import extract
@@ -391,5 +391,10 @@ def test_several_places_make_one_split(config, pixels, tmp_path: Path) -> None:
 
 def test_the_command_takes_several_places_as_words() -> None:
     argv = ["--images", "a b", "c", "--teachers", "hog"]
-    assert _as_one_word(argv) == ["--images", '["a b", "c"]', "--teachers", "hog"]
-    assert _as_one_word(["--images", "{train: a}", "--every", "2"]) == ["--images", "{train: a}", "--every", "2"]
+    assert as_one_word(argv, "--images") == ["--images", '["a b", "c"]', "--teachers", "hog"]
+    assert as_one_word(["--images", "{train: a}", "--every", "2"], "--images") == [
+        "--images",
+        "{train: a}",
+        "--every",
+        "2",
+    ]
