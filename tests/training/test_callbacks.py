@@ -26,7 +26,8 @@ def test_a_log_file_is_told_of_every_part_of_a_training(
     steps = [line for line in lines if line.startswith("epoch")]
     beginnings = ["epoch 1/2:  25% 1/4 [", "epoch 1/2:  50% 2/4 [", "epoch 2/2:  75% 3/4 [", "epoch 2/2: 100% 4/4 ["]
     assert [line.partition("[")[0] + "[" for line in steps] == [*beginnings, beginnings[-1]]
-    assert all("step/s, loss " in line for line in steps)
+    # On a slow machine, tqdm gives the seconds of a step instead of the steps of a second.
+    assert all("step/s, loss " in line or "s/step, loss " in line for line in steps)
     assert steps[-1].endswith(" img/s]")
     loss = float(trainer.callback_metrics["val/loss"])
-    assert [line for line in lines if line.startswith("validation: 100%")][-1].endswith(f"batch/s, loss {loss:.4g}]")
+    assert [line for line in lines if line.startswith("validation: 100%")][-1].endswith(f", loss {loss:.4g}]")
