@@ -151,7 +151,7 @@ def test_no_other_extraction_takes_the_place_of_a_basis(full: Path, small: Path,
 def test_components_of_a_store_with_all_channels_are_refused_before_any_work(
     full: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("theia.extraction.pipeline.find_basis", lambda *_: pytest.fail("the teacher ran"))
+    monkeypatch.setattr("theia.extraction.basis.find_basis", lambda *_: pytest.fail("the teacher ran"))
     assert extract(full, f"--keep_components={KEPT}") == 1
     assert "has all components of 'hog', and --keep_components is 12" in capsys.readouterr().err
 
@@ -162,10 +162,10 @@ def test_a_copy_has_the_basis(small: Path, tmp_path: Path) -> None:
     assert np.array_equal(features(tmp_path / "back"), features(small))
 
 
-def test_a_run_does_not_go_on_with_another_basis(full: Path, small: Path) -> None:
-    if FeatureStore(small).manifest.splits["train"].sets["hog"].dtype == "int8":
-        pytest.skip("another dtype is refused as well")
-    runs = [FeatureData(str(store), batch_size=4, workers=0) for store in (full, small)]
+def test_a_run_does_not_go_on_with_another_basis(small: Path, tmp_path: Path) -> None:
+    kind = FeatureStore(small).manifest.splits["train"].sets["hog"].dtype
+    assert extract(tmp_path / "store", "--keep_components=20", f"--dtype={kind}") == 0
+    runs = [FeatureData(str(store), batch_size=4, workers=0) for store in (small, tmp_path / "store")]
     runs[0].train_dataloader()
     with pytest.raises(ConfigError, match="features of hog"):
         runs[1].check_state(runs[0].state_dict())

@@ -99,10 +99,7 @@ class FeatureData(NumberedData):
         """The exact origin of the features: the store's digest and the weights of each teacher; builtin types only."""
         return {
             "manifest_sha256": self.store.manifest_sha256,
-            "teachers": {
-                name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
-                for name, spec in self.teacher_specs.items()
-            },
+            "teachers": self.teacher_origins,
         }
 
     def check_training(self, world_size: int) -> None:

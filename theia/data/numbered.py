@@ -84,6 +84,14 @@ class NumberedData(TrainingData):
         }
 
     @property
+    def teacher_origins(self) -> dict[str, dict[str, Any]]:
+        """Weights, revision and licence of each teacher, by name; builtin types only."""
+        return {
+            name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
+            for name, spec in self.teacher_specs.items()
+        }
+
+    @property
     def held_out(self) -> int:
         """Number of samples in validation and test."""
         return len(self.held_out_rows())

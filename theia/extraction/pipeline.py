@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from tabulate import tabulate
 
 from theia.errors import ConfigError, StoreError
-from theia.extraction.basis import find_basis
+from theia.extraction.basis import choose_bases
 from theia.extraction.computing import choose
 from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
@@ -23,9 +23,9 @@ from theia.extraction.sources import ImageSource, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
 from theia.extraction.user_files import EARLY_ENDINGS
 from theia.models.backbone import PATCHES
-from theia.store.components import Basis, load_basis
+from theia.store.components import Basis
 from theia.store.manifest import read_manifest
-from theia.store.schema import IMAGE, MANIFEST, TRAIN, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
+from theia.store.schema import IMAGE, MANIFEST, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
 from theia.types import Json, Precision, TeacherSpec
@@ -187,7 +187,7 @@ def _begin(
         }
         for split, writer in writers.items()
     }
-    bases = _bases(device, config, writers, sources, specs, built, precisions)
+    bases = choose_bases(device, config, writers, sources, specs, built, precisions)
     for split, writer in writers.items():
         writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split], bases)
     sets = plan(writers, image_sets, specs, config.dtype, config.labels, bases)
@@ -203,45 +203,6 @@ def _begun_precision(writer: SplitWriter, name: str) -> str | None:
     begun = writer.begun(name)
     found = None if begun is None else begun.computed.get("precision")
     return found if isinstance(found, str) else None
-
-
-def _bases(
-    device: torch.device,
-    config: ExtractConfig,
-    writers: Mapping[str, SplitWriter],
-    sources: Mapping[str, ImageSource],
-    specs: Sequence[TeacherSpec],
-    built: Mapping[str, Teacher],
-    precisions: Mapping[str, Mapping[str, Precision]],
-) -> dict[str, Basis]:
-    """Bases of the teachers that have more channels than are kept, as they were begun or from the training images."""
-    found: dict[str, Basis] = {}
-    split = TRAIN if TRAIN in sources else next(iter(sources))
-    for spec in specs:
-        keep = config.keep_components
-        wanted = None if keep is None or keep >= spec.channels else keep
-        begun = next((record for writer in writers.values() if (record := writer.begun(spec.name))), None)
-        if begun is not None and wanted != (there := begun.basis and begun.basis.components):
-            raise StoreError(
-                f"{config.store} has {there or 'all'} components of {spec.name!r}, and --keep_components is {keep}. "
-                "Give the same number, or another --store."
-            )
-        if wanted is None:
-            continue
-        if begun is not None and begun.basis is not None:
-            found[spec.name] = load_basis(config.store, spec.name, begun.basis)
-            continue
-        teacher = (built.get(spec.name) or build_teacher(spec.name, config.teacher_options.get(spec.name))).to(device)
-        found[spec.name] = find_basis(
-            teacher, sources[split], config.size, config.resize, wanted, config.batch_size,
-            precisions[split][spec.name], device,
-        )  # fmt: skip
-    for name, basis in found.items():
-        logger.info(
-            "%s: %d of %d components hold %.2f %% of the variance over %d images.",
-            name, basis.record.components, len(basis.mean), 100 * basis.kept, basis.images,
-        )  # fmt: skip
-    return found
 
 
 def _check_skipped(config: ExtractConfig, writers: dict[str, SplitWriter], image_sets: dict[str, ImageSet]) -> None:

@@ -263,10 +263,7 @@ class LiveData(NumberedData):
         return {
             "images": {**self.source.description, "ids_sha256": hash_ids(self.source.ids)},
             **({} if self._store is None else {"stored_features": self._store.store.manifest_sha256}),
-            "teachers": {
-                name: {"weights": spec.weights, "revision": spec.revision, "licence": spec.licence}
-                for name, spec in self.teacher_specs.items()
-            },
+            "teachers": self.teacher_origins,
         }
 
     def check_training(self, world_size: int) -> None:
