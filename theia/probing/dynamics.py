@@ -201,7 +201,8 @@ class _Problem:
             of_pairs = [_first_of(state, r.pairs) for state, r in zip(states, self.recordings, strict=True)]
             return self._by_ridge({question: of_pairs for question in QUESTIONS})
         assert tokens_of is not None
-        pooled = name != PIXELS and (self.readout == "ridge" or self.rule is SMALL)
+        # 16x16 means are small enough for a ridge, but five times the tokens that the small transformer takes.
+        pooled = name != PIXELS if self.readout == "ridge" else self.rule is SMALL
         every = [
             embed(
                 tokens_of, name, recording.folder, recording.camera, recording.fitted,
