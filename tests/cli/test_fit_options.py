@@ -134,6 +134,7 @@ OTHER: dict[str, Any] = {
     "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
+    "model.optimizer": "timm.optim.Muon", "model.optimizer_options": {"amsgrad": True},
     "model.schedule": "cosine", "model.ema": 0.9, "model.compile": True, "model.cuda_graphs": True,
     "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
@@ -194,7 +195,7 @@ def test_a_checkpoint_of_an_earlier_version_is_of_a_constant_rate_without_an_ave
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not {COURSE, TRAINED} & checkpoint.keys()
     now = dict(checkpoint["callbacks"]["Checkpoints"]["options"])
-    for name in ("schedule", "ema", "betas"):
+    for name in ("schedule", "ema", "betas", "optimizer", "optimizer_options"):
         del checkpoint["callbacks"]["Checkpoints"]["options"][f"model.{name}"]
 
     assert changes(checkpoint, now) == []
@@ -283,6 +284,8 @@ def test_a_run_of_wsd_that_is_cut_short_in_its_flat_part_falls_to_zero_at_its_ne
         (["--model.ema=0"], "--model.ema is 0.0; it must be above 0"),
         (["--model.betas=[0.9, 1.0]"], "--model.betas is 1.0; it must be below 1"),
         (["--model.betas=[0.9]"], "betas"),
+        (["--model.optimizer=torch.optim.Moun"], "--model.optimizer is torch.optim.Moun, which cannot be imported"),
+        (["--model.optimizer_options={momentum: 0.9}"], "momentum"),
     ],
 )
 def test_a_senseless_recipe_is_refused_before_anything_is_written(

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from theia.training.optim import (
     Course,
     build_optimizer,
     learning_rate_schedule,
+    optimizer_class,
     parameter_groups,
     scale_learning_rate,
     warmup_then_constant,
@@ -173,3 +176,53 @@ def test_learning_rate_is_linear_in_the_global_batch():
     assert scale_learning_rate(5e-4, 128) == 5e-4
     assert scale_learning_rate(5e-4, 1024) == pytest.approx(4e-3)
     assert scale_learning_rate(1e-3, 32, reference=64) == pytest.approx(5e-4)
+
+
+def test_muon_is_given_the_matrices_and_adamw_within_it_the_rest():
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+    theirs = copy.deepcopy(ours)
+    optimizers = [
+        build_optimizer(ours, 0.02, 0.1, name="timm.optim.Muon", options={"ns_coefficients": "original"}),
+        torch.optim.Muon([theirs[0].weight], lr=0.02, weight_decay=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [theirs[0].bias, *theirs[1].parameters()], lr=0.02, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-7
+        ),
+    ]
+    inputs = torch.randn(8, 4)
+    for _ in range(3):
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(inputs).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    # Both iterate in bfloat16, in another order; an update of AdamW would be three times as large.
+    torch.testing.assert_close(ours[0].weight, theirs[0].weight, rtol=0, atol=3e-3)
+    torch.testing.assert_close(ours[0].bias, theirs[0].bias, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours[1].weight, theirs[1].weight, rtol=1e-3, atol=1e-4)
+
+
+def test_any_optimiser_of_torch_takes_the_groups():
+    optimizer = build_optimizer(nn.Linear(2, 2), 0.1, 0.5, name="torch.optim.SGD", options={"momentum": 0.9})
+    assert type(optimizer) is torch.optim.SGD
+    assert [(group["lr"], group["momentum"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.1, 0.9, 0.5),
+        (0.1, 0.9, 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("Muon", {}, "cannot be imported"),
+        ("torch.optim.Moun", {}, "cannot be imported"),
+        ("torch.nn.Linear", {}, "no class of torch.optim.Optimizer"),
+        ("torch.optim.SGD", {"momentun": 0.9}, "momentun"),
+        ("torch.optim.SGD", {"momentum": -1.0}, "momentum"),
+        ("torch.optim.Muon", {}, "timm.optim.Muon gives the other parameters to AdamW"),
+    ],
+)
+def test_an_unknown_optimiser_or_option_is_refused(name, options, said):
+    with pytest.raises(ConfigError, match=said):
+        optimizer_class(name, options)

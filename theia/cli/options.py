@@ -10,7 +10,7 @@ from theia.cli.data import CLASS, OPTIONS_OF_CLASS, flat, is_feature_data
 from theia.errors import ConfigError
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import weights_name
-from theia.training.optim import BETAS
+from theia.training.optim import ADAMW, BETAS
 
 # What happens if a run is resumed with another value: "same" is refused; "applied" holds from there on and is written
 # down with the step; "free" has no bearing on what is learned.
@@ -42,7 +42,8 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
-    **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule betas"),
+    **_table(_FIT, "same", "model.", "optimizer optimizer_options learning_rate scale_learning_rate"),
+    **_table(_FIT, "same", "model.", "weight_decay decay_rule betas"),
     **_table(_FIT, "same", "model.", "warmup schedule ema"),
     **_table(_FIT, "free", "model.", "compile cuda_graphs"),
     # Options of the samples and their order. A store may have moved: its images and features are compared, not its
@@ -84,7 +85,10 @@ _DATA = "data."
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
 
 # What runs did before these options were there.
-_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS)}
+_BEFORE = {
+    "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
+    "model.optimizer": ADAMW, "model.optimizer_options": None,
+}  # fmt: skip
 
 # Options for which 1 is one batch, and 1.0 is all batches.
 _SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}

@@ -19,6 +19,7 @@ from theia.training.averaging import WeightAverage
 from theia.training.losses import PAPER, FeatureLoss, Objective
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import (
+    ADAMW,
     BETAS,
     DECAY,
     Course,
@@ -26,6 +27,7 @@ from theia.training.optim import (
     Schedule,
     build_optimizer,
     learning_rate_schedule,
+    optimizer_class,
     scale_learning_rate,
 )
 from theia.types import FeatureBatch, FeatureStatistics
@@ -71,10 +73,13 @@ class Distillation(L.LightningModule):
         teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
         learning_rate: Learning rate after the warm-up, for a global batch of 128.
         scale_learning_rate: Whether to scale the learning rate linearly with the global batch.
-        weight_decay: Weight decay of AdamW.
+        optimizer: Import path of the optimiser: AdamW as in the paper by default; timm.optim.Muon for matrices, with
+            AdamW for the rest; or any other class of torch.optim.Optimizer.
+        optimizer_options: Arguments of that class, such as {momentum: 0.9}, besides those that have options here.
+        weight_decay: Weight decay of the optimiser.
         decay_rule: Rule for the parameters with weight decay: "matrices" (all but norms, biases, position embedding and
             tokens) or "authors" (all with more than one dimension).
-        betas: Decay rates of AdamW's running means of the gradient and of its square.
+        betas: Decay rates of the running means of the gradient and of its square, for AdamW and others that have them.
         warmup: Share of all steps over which the learning rate rises linearly from 1 % to its full value.
         schedule: Learning rate after the warm-up: "constant" as in the paper; "cosine", which falls to zero; or "wsd"
             (warmup-stable-decay), constant and then linearly to zero over the last 20 % of all steps.
@@ -95,6 +100,8 @@ class Distillation(L.LightningModule):
         teacher_weights: dict[str, float] | None = None,
         learning_rate: float = 5e-4,
         scale_learning_rate: bool = False,
+        optimizer: str = ADAMW,
+        optimizer_options: dict[str, Any] | None = None,
         weight_decay: float = 0.01,
         decay_rule: DecayRule = "matrices",
         betas: tuple[float, float] = BETAS,
@@ -117,6 +124,7 @@ class Distillation(L.LightningModule):
         for beta in betas:
             check_number("model.betas", beta, 0, 1, below=True)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
+        optimizer_class(optimizer, optimizer_options or {})
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
@@ -169,7 +177,7 @@ class Distillation(L.LightningModule):
         return [WeightAverage(self.hparams["ema"])] if averages else []
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up, and the learning rate of the schedule."""
+        """The optimiser with a linear warm-up, and the learning rate of the schedule."""
         options = self.hparams
         rate = options["learning_rate"]
         if options["scale_learning_rate"]:
@@ -177,7 +185,10 @@ class Distillation(L.LightningModule):
             rate = scale_learning_rate(rate, data.batch_size * self.trainer.accumulate_grad_batches)
         clips = bool(self.trainer.gradient_clip_val)
         decay, rule, betas = (options[name] for name in ("weight_decay", "decay_rule", "betas"))
-        optimizer = build_optimizer(self.distiller, rate, decay, rule, fused=not clips, betas=tuple(betas))
+        name, given = options["optimizer"], options["optimizer_options"]
+        optimizer = build_optimizer(
+            self.distiller, rate, decay, rule, fused=not clips, betas=tuple(betas), name=name, options=given
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         course = Course(options["schedule"], steps, round(options["warmup"] * steps))
         if course.schedule != "constant":

@@ -1,10 +1,14 @@
-"""Optimiser and schedule: AdamW, linear warm-up, then a learning rate that stays or decays."""
+"""Optimiser and schedule: AdamW or another by its name, linear warm-up, then a learning rate that stays or decays."""
 
+import importlib
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
-from torch.optim import AdamW
+import timm.optim
+import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 
@@ -13,6 +17,7 @@ from theia.errors import ConfigError
 DecayRule = Literal["matrices", "authors"]
 Schedule = Literal["constant", "cosine", "wsd"]
 
+ADAMW = "torch.optim.AdamW"
 BETAS = (0.9, 0.999)
 WARMUP_START = 1e-2  # share of the learning rate
 DECAY = 0.2  # share of all steps over which the learning rate of "wsd" falls
@@ -36,9 +41,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "
     """
     if rule not in ("matrices", "authors"):
         raise ConfigError(f"No weight decay rule named {rule!r}. Choose one of: matrices, authors.")
-    matrices = {
-        layer.weight for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
-    }
+    matrices = _matrices(module)
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -49,6 +52,42 @@ def parameter_groups(module: nn.Module, weight_decay: float, rule: DecayRule = "
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
+def _matrices(module: nn.Module) -> set[Tensor]:
+    """Weights of linear layers and convolutions."""
+    return {layer.weight for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)}
+
+
+def optimizer_class(name: str, options: Mapping[str, Any]) -> type[Optimizer]:
+    """Finds an optimiser by its import path and tries its options on a small matrix and a vector.
+
+    Args:
+        name: Import path, such as ``torch.optim.AdamW``.
+        options: Arguments of the class besides parameters and learning rate.
+
+    Raises:
+        ConfigError: If there is no such optimiser, it does not take the options, or it takes matrices only.
+    """
+    place, _, last = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(place), last)
+    except (ImportError, ValueError, AttributeError) as error:
+        newer = " Update timm: pip install -U timm." if name == "timm.optim.Muon" else ""
+        raise ConfigError(f"--model.optimizer is {name}, which cannot be imported: {error}.{newer}") from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(
+            f"--model.optimizer is {name}, which is no class of torch.optim.Optimizer. Name one, such as {ADAMW}."
+        )
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    try:
+        found(parameters, lr=1e-3, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        instead = " timm.optim.Muon gives the other parameters to AdamW." if last == "Muon" else ""
+        raise ConfigError(
+            f"{name} cannot be made with model.optimizer_options {dict(options)}: {error}{instead}"
+        ) from error
+    return found
+
+
 def build_optimizer(
     module: nn.Module,
     learning_rate: float,
@@ -56,24 +95,44 @@ def build_optimizer(
     rule: DecayRule = "matrices",
     fused: bool = True,
     betas: tuple[float, float] = BETAS,
-) -> AdamW:
-    """AdamW over a model's trainable parameters.
+    name: str = ADAMW,
+    options: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """An optimiser over a model's trainable parameters; AdamW by default.
+
+    timm's Muon is given the weights of linear layers and convolutions, and leaves all others to the AdamW within it.
 
     Args:
         module: Model that has the parameters.
         learning_rate: Learning rate of all parameters after the warm-up.
         weight_decay: Weight decay of the parameters that decay.
         rule: Rule for the parameters that decay, as for :func:`parameter_groups`.
-        fused: Whether to update all parameters in one pass, which Lightning refuses if it clips gradients under mixed
-            precision.
-        betas: Decay rates of the running means of the gradient and of its square.
+        fused: Whether AdamW updates all parameters in one pass, which Lightning refuses if it clips gradients under
+            mixed precision.
+        betas: Decay rates of the running means of the gradient and of its square, for an optimiser that has them.
+        name: Import path of the class.
+        options: Other arguments of the class.
 
     Raises:
-        ConfigError: If the rule is unknown.
+        ConfigError: If the rule or the optimiser is unknown, or it does not take the options.
 
-    Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01.
+    Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01. Muon: Jordan et al., 2024.
     """
-    return AdamW(parameter_groups(module, weight_decay, rule), lr=learning_rate, betas=betas, fused=fused)
+    given = dict(options or {})
+    kind = optimizer_class(name, given)
+    groups = parameter_groups(module, weight_decay, rule)
+    if kind is getattr(timm.optim, "Muon", None):
+        matrices = _matrices(module)
+        groups = [
+            {**group, "params": [one for one in group["params"] if (one in matrices) == muon], "use_muon": muon}
+            for group in groups
+            for muon in (True, False)
+        ]
+    if "betas" in inspect.signature(kind).parameters:
+        given.setdefault("betas", betas)
+    if name == ADAMW:
+        given.setdefault("fused", fused)
+    return kind([group for group in groups if group["params"]], lr=learning_rate, **given)  # type: ignore[call-arg]
 
 
 def warmup_then_constant(optimizer: Optimizer, warmup_steps: int) -> LinearLR:
