@@ -250,6 +250,8 @@ class TheiaCLI(LightningCLI):
         if self.subcommand == "fit":
             set_up_processes(self.trainer, self.model)
             self.datamodule.check_training(self.trainer.world_size)
+            if self.model.needs_covariances:
+                self.datamodule.covariances()
         if self.loaded:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
             if self.subcommand == "fit":

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from theia.cli.data import CLASS, OPTIONS_OF_CLASS, flat, is_feature_data
 from theia.errors import ConfigError
+from theia.models.scaler import POWER
 from theia.training.checkpoints import Checkpoints
 from theia.training.distillation import weights_name
 from theia.training.optim import ADAMW, BETAS
@@ -41,6 +42,7 @@ OPTIONS: dict[str, Option] = {
     # Options of the student, its translators, and the held-out loss.
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
+    **_table(_ALL, "same", "model.", "normalizer normalizer_exponent"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "optimizer optimizer_options learning_rate scale_learning_rate"),
     **_table(_FIT, "same", "model.", "weight_decay decay_rule betas"),
@@ -88,6 +90,7 @@ _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.
 _BEFORE = {
     "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
     "model.optimizer": ADAMW, "model.optimizer_options": None,
+    "model.normalizer": "std", "model.normalizer_exponent": POWER,
 }  # fmt: skip
 
 # Options for which 1 is one batch, and 1.0 is all batches.

@@ -13,6 +13,7 @@ from theia.data.loader import FeatureLoader
 from theia.data.numbered import NumberedData, Part
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, hold_out
 from theia.errors import ConfigError
+from theia.store import second_moments
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import canonical_json, to_plain
 from theia.store.statistics import ChannelStatistics
@@ -94,6 +95,14 @@ class FeatureData(NumberedData):
             StoreError: If no training split was extracted.
         """
         return {name: self.store.statistics(name) for name in self.teacher_specs}
+
+    def covariances(self) -> dict[str, Any]:
+        """Covariances as ``theia store statistics`` wrote them, float64, shape ``(C, C)``, by teacher.
+
+        Raises:
+            StoreError: If there are none, or they are of other features.
+        """
+        return {name: second_moments.load(self.store, name).covariance for name in self.teacher_specs}
 
     def provenance(self) -> dict[str, Any]:
         """The exact origin of the features: the store's digest and the weights of each teacher; builtin types only."""

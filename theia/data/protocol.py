@@ -54,6 +54,19 @@ class TrainingData(L.LightningDataModule, ABC):
         They are requested at the start of a training, and at the start of a test of an untrained student.
         """
 
+    def covariances(self) -> Mapping[str, Any]:
+        """Population covariances of each teacher's channels, float64, shape ``(C, C)``, by teacher name.
+
+        Only some normalisers of the targets need them.
+
+        Raises:
+            ConfigError: If the data have none, as is the case by default.
+        """
+        raise ConfigError(
+            f"model.normalizer phi_s, whiten and power need the covariances of the teachers' channels, which "
+            f"{type(self).__qualname__} does not give. Train from a store, or choose std or scale."
+        )
+
     @property
     @abstractmethod
     def trained_on(self) -> int:

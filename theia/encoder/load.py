@@ -19,6 +19,7 @@ from theia.hub import known_to_answer
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.checkpoint import read_checkpoint
+from theia.models.scaler import POWER
 from theia.models.weights import load_strictly
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -178,9 +179,12 @@ def _from_checkpoint(path: Path) -> Encoder:
         checkpoint = read_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_nearby(path)}".strip()) from error
-    encoder = _build(checkpoint["hyper_parameters"], "none", str(path))
+    options = checkpoint["hyper_parameters"]
+    encoder = _build(options, "none", str(path))
+    encoder.distiller.use_normalizer(options.get("normalizer", "std"), options.get("normalizer_exponent", POWER))
     tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     load_strictly(encoder.distiller, _without_prefix(tensors), str(path))
+    encoder.distiller.fold()
     return encoder
 
 

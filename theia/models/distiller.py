@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentTokens
-from theia.models.scaler import FeatureScaler, Statistic
+from theia.models.scaler import FeatureScaler, Matrix, Normalizer, Statistic
 from theia.models.student import Student
 from theia.models.translators import Translator, TranslatorKind
 
@@ -85,8 +85,9 @@ class Distiller(nn.Module):
             images: RGB images of the student's training size, uint8, shape ``(B, 3, H, W)``.
 
         Returns:
-            The student's tokens; predicted normalised patch tokens ``(B, N, C)`` by teacher; predicted normalised CLS
-            tokens ``(B, C)`` for each teacher in :attr:`cls_teachers`.
+            The student's tokens; predicted targets ``(B, N, C)`` by teacher, which are normalised patch tokens unless
+            the model has a normaliser; predicted normalised CLS tokens ``(B, C)`` for each teacher in
+            :attr:`cls_teachers`.
 
         Raises:
             ShapeError: If the images have the wrong shape, size or type.
@@ -96,6 +97,12 @@ class Distiller(nn.Module):
         cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
         return tokens, patches, cls
 
+    def use_normalizer(self, normalizer: Normalizer, exponent: float) -> "Distiller":
+        """Chooses a normaliser for the targets of all patch tokens; see :meth:`FeatureScaler.use`."""
+        for scaler in self.scalers.values():
+            cast(FeatureScaler, scaler).use(normalizer, exponent)
+        return self
+
     def set_statistics(
         self,
         name: str,
@@ -103,6 +110,7 @@ class Distiller(nn.Module):
         std: Statistic,
         cls_mean: Statistic | None = None,
         cls_std: Statistic | None = None,
+        covariance: Matrix | None = None,
     ) -> None:
         """Sets the statistics that a teacher's features are normalised with.
 
@@ -112,13 +120,14 @@ class Distiller(nn.Module):
             std: Standard deviation (not variance) of each channel, shape ``(C,)``.
             cls_mean: Mean of each channel of the CLS token, shape ``(C,)``; needed only if the CLS token is distilled.
             cls_std: Standard deviation of each channel of the CLS token, shape ``(C,)``; needed as ``cls_mean`` is.
+            covariance: Population covariance of the channels, shape ``(C, C)``, if the normaliser needs it.
 
         Raises:
             ConfigError: If the teacher is unknown, statistics of a distilled CLS token are missing, or a
                 value is unusable.
             ShapeError: If the statistics do not have one value per channel.
         """
-        self._scaler(self.scalers, name).set(mean, std)
+        self._scaler(self.scalers, name).set(mean, std, covariance)
         if name in self.cls_scalers:
             if cls_mean is None or cls_std is None:
                 raise ConfigError(
@@ -128,7 +137,7 @@ class Distiller(nn.Module):
             self._scaler(self.cls_scalers, name).set(cls_mean, cls_std)
 
     def normalize(self, name: str, patches: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Turns stored features into training targets.
+        """Normalises stored features per channel.
 
         Args:
             name: Name of the teacher.
@@ -158,6 +167,24 @@ class Distiller(nn.Module):
             )
         step, middle = scale.float().unsqueeze(2).unbind(1)
         return scaler.normalize(patches.float() * step + middle)
+
+    def target(self, name: str, patches: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Turns stored features into targets of the training; arguments and errors are those of :meth:`normalize`."""
+        return self.as_target(name, self.normalize(name, patches, scale))
+
+    def as_target(self, name: str, normalized: Tensor) -> Tensor:
+        """Turns features ``(B, N, C)`` that are normalised per channel into targets of the training, float32."""
+        return self._scaler(self.scalers, name).target(normalized)
+
+    def per_channel(self, predictions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turns predicted targets ``(B, N, C)`` by teacher into features that are normalised per channel."""
+        return {name: self._scaler(self.scalers, name).per_channel(value) for name, value in predictions.items()}
+
+    def fold(self) -> "Distiller":
+        """Has the translators predict features that are normalised per channel, whatever they were trained for."""
+        for name, head in self.translators.items():
+            self._scaler(self.scalers, name).fold_into(cast(Translator, head).last)
+        return self
 
     def normalize_cls(self, name: str, cls: Tensor) -> Tensor:
         """Turns stored CLS tokens ``(B, C)`` into training targets, float32.

@@ -203,7 +203,8 @@ class FeaturePictures(L.Callback):
         # Pictures are kept of this module only.
         distiller = cast(Distillation, module).distiller
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            tokens, predictions, _ = distiller(images)
+            tokens, targets, _ = distiller(images)
+            predictions = distiller.per_channel(targets)
         columns = [("image", list(images.permute(0, 2, 3, 1).cpu().numpy()))]
         for name, target in self._targets.items():
             rows, width = module.hparams["teachers"][name]["grid_hw"]

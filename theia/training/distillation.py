@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 from theia.errors import ConfigError, DivergenceError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
+from theia.models.scaler import NEED_COVARIANCE, POWER, Matrix, Normalizer
 from theia.training import losses
 from theia.training.averaging import WeightAverage
 from theia.training.losses import PAPER, FeatureLoss, Objective
@@ -61,6 +62,8 @@ class _FeatureData(Protocol):
 
     def statistics(self) -> Mapping[str, FeatureStatistics]: ...
 
+    def covariances(self) -> Mapping[str, Matrix]: ...
+
 
 class Distillation(L.LightningModule):
     """Distils the spatial features of several teachers into one student.
@@ -71,6 +74,11 @@ class Distillation(L.LightningModule):
         loss: Weight of each loss term: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1} as in its
             ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
         teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
+        normalizer: What the student predicts of a teacher's patch tokens. "std": tokens normalised per channel, as in
+            the paper. "scale": centred tokens, divided by one number. "phi_s", "whiten" and "power": also rotated, so
+            that all channels have the same variance, and with the spectrum as it is (PHI-S), a flat one, or a power of
+            it; they need covariances (theia store statistics).
+        normalizer_exponent: Power of the spectrum that "power" keeps, between 0 (whiten) and 1 (phi_s).
         learning_rate: Learning rate after the warm-up, for a global batch of 128.
         scale_learning_rate: Whether to scale the learning rate linearly with the global batch.
         optimizer: Import path of the optimiser: AdamW as in the paper by default; timm.optim.Muon for matrices, with
@@ -98,6 +106,8 @@ class Distillation(L.LightningModule):
         teachers: dict[str, dict[str, Any]],
         loss: dict[str, float] = PAPER,
         teacher_weights: dict[str, float] | None = None,
+        normalizer: Normalizer = "std",
+        normalizer_exponent: float = POWER,
         learning_rate: float = 5e-4,
         scale_learning_rate: bool = False,
         optimizer: str = ADAMW,
@@ -123,6 +133,7 @@ class Distillation(L.LightningModule):
         check_number("model.weight_decay", weight_decay, 0)
         for beta in betas:
             check_number("model.betas", beta, 0, 1, below=True)
+        check_number("model.normalizer_exponent", normalizer_exponent, 0, 1)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         optimizer_class(optimizer, optimizer_options or {})
         if schedule == "wsd" and warmup > 1 - DECAY:
@@ -133,7 +144,8 @@ class Distillation(L.LightningModule):
         for name in ("width", "depth", "heads"):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
-        self.distiller = architecture.build()
+        self.distiller = architecture.build().use_normalizer(normalizer, normalizer_exponent)
+        self.needs_covariances = normalizer in NEED_COVARIANCE
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
@@ -208,8 +220,8 @@ class Distillation(L.LightningModule):
         """Loss of one batch."""
         by_teacher, predictions = self.objective(batch)
         if self.logs:
-            for name, prediction in predictions.items():
-                self._log_terms(name, prediction.detach(), self._target(batch, name))
+            for name, prediction in self.distiller.per_channel(predictions).items():
+                self._log_terms(name, prediction.detach(), self._normalized(batch, name))
         self._note_bad(by_teacher)
         total = losses.weighted_mean(by_teacher, self.loss_weights)
         if self.logs:
@@ -275,11 +287,13 @@ class Distillation(L.LightningModule):
             return
         self.distiller.student.load_weights()
         data: _FeatureData = self.trainer.datamodule  # type: ignore[attr-defined]
-        for name, values in data.statistics().items():
-            self.distiller.set_statistics(name, values.mean, values.std, values.cls_mean, values.cls_std)
+        covariances = data.covariances() if self.needs_covariances else {}
+        for name, one in data.statistics().items():
+            covariance = covariances.get(name)
+            self.distiller.set_statistics(name, one.mean, one.std, one.cls_mean, one.cls_std, covariance)
         self._prepared = True
 
-    def _target(self, batch: FeatureBatch, name: str) -> Tensor:
+    def _normalized(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
 
     def _log_terms(self, name: str, prediction: Tensor, target: Tensor) -> None:
@@ -292,10 +306,12 @@ class Distillation(L.LightningModule):
 
     def _score(self, batch: FeatureBatch, stage: str) -> None:
         tokens, predictions, _ = self.objective.translate(batch.images)
+        normalized = self.distiller.per_channel(predictions)
         for name, prediction in predictions.items():
-            target = self._target(batch, name)
-            self.metrics[stage][name].update(prediction, target)  # type: ignore[index]  # ModuleDict of ModuleDicts
-            self.held_out_loss[name].update(prediction, target)
+            target = self._normalized(batch, name)
+            # ModuleDict of ModuleDicts
+            self.metrics[stage][name].update(normalized[name], target)  # type: ignore[index]
+            self.held_out_loss[name].update(prediction, self.distiller.as_target(name, target))
         self.norm_entropy.update(tokens.patches)
 
     def _log_scores(self, stage: str) -> None:

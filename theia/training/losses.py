@@ -279,7 +279,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         losses = {}
         for name, prediction in predictions.items():
-            losses[name] = self.loss(prediction, self.distiller.normalize(name, patches[name], scales.get(name)))
+            losses[name] = self.loss(prediction, self.distiller.target(name, patches[name], scales.get(name)))
             if name in cls_predictions:
                 cls_loss = self.loss(cls_predictions[name], self.distiller.normalize_cls(name, cls[name]))
                 losses[name] = (losses[name] + cls_loss) / 2
