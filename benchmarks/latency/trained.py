@@ -9,7 +9,8 @@ from theia import registry
 from theia.encoder.encoder import Encoder
 from theia.extraction.sources import SampleSource
 from theia.models.architecture import Architecture
-from theia.training.losses import FeatureLoss, Objective, teacher_weights, weighted_mean
+from theia.training.balance import teacher_weights, weighted_mean
+from theia.training.losses import FeatureLoss, Objective
 from theia.training.optim import build_optimizer, warmup_then_constant
 from theia.types import FeatureBatch
 

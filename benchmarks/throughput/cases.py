@@ -15,7 +15,8 @@ from benchmarks.throughput.plain import PlainDistiller
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.training.losses import FeatureLoss, Objective, teacher_weights, weighted_mean
+from theia.training.balance import teacher_weights, weighted_mean
+from theia.training.losses import FeatureLoss, Objective
 from theia.training.optim import build_optimizer
 from theia.types import FeatureBatch
 

@@ -134,6 +134,7 @@ OTHER: dict[str, Any] = {
     "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
+    "model.balance": "ada", "model.teacher_dropping": 0.5,
     "model.normalizer": "phi_s", "model.normalizer_exponent": 0.5,
     "model.optimizer": "timm.optim.Muon", "model.optimizer_options": {"amsgrad": True},
     "model.schedule": "cosine", "model.ema": 0.9, "model.compile": True, "model.cuda_graphs": True,
@@ -196,7 +197,8 @@ def test_a_checkpoint_of_an_earlier_version_is_of_a_constant_rate_without_an_ave
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert not {COURSE, TRAINED} & checkpoint.keys()
     now = dict(checkpoint["callbacks"]["Checkpoints"]["options"])
-    for name in ("schedule", "ema", "betas", "optimizer", "optimizer_options", "normalizer", "normalizer_exponent"):
+    for name in ("schedule", "ema", "betas", "optimizer", "optimizer_options", "normalizer", "normalizer_exponent",
+                 "balance", "teacher_dropping"):  # fmt: skip
         del checkpoint["callbacks"]["Checkpoints"]["options"][f"model.{name}"]
 
     assert changes(checkpoint, now) == []

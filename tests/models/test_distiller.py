@@ -9,7 +9,8 @@ from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
-from theia.training.losses import FeatureLoss, weighted_mean
+from theia.training.balance import weighted_mean
+from theia.training.losses import FeatureLoss
 
 TEACHERS = {
     "odd": {"channels": 48, "grid_hw": [10, 10], "has_cls": False},

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,6 @@ from theia.training.losses import (
     cosine_loss,
     mse_loss,
     smooth_l1_loss,
-    teacher_weights,
-    weighted_mean,
 )
 
 
@@ -98,31 +94,9 @@ def test_unknown_terms_and_weights_out_of_range_are_refused(weights, message):
         FeatureLoss(weights)
 
 
-def test_teachers_count_equally_by_default():
-    losses = {"clip": torch.tensor(1.0), "sam": torch.tensor(4.0)}
-    assert weighted_mean(losses).item() == 2.5
-
-
-def test_weights_are_relative():
-    losses = {"clip": torch.tensor(1.0), "sam": torch.tensor(4.0), "vit": torch.tensor(7.0)}
-    assert weighted_mean(losses, {"sam": 2.0, "vit": 0.0}).item() == pytest.approx((1 * 1 + 2 * 4) / 3)
-    assert teacher_weights(losses, {"sam": 2.0, "vit": 0.0}) == {"clip": 1 / 3, "sam": 2 / 3, "vit": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"dino": 1.0}, "dino, but the teachers are clip, sam"),
-        ({"clip": -1.0}, "weight of clip"),
-        ({"clip": math.nan}, "weight of clip"),
-        ({"clip": 0.0, "sam": 0.0}, "nothing to learn"),
-    ],
-)
-def test_weights_that_make_no_sense_are_refused(weights, message):
-    with pytest.raises(ConfigError, match=message):
-        teacher_weights(["clip", "sam"], weights)
-
-
-def test_no_teachers_is_an_error():
-    with pytest.raises(ConfigError, match="nothing to learn"):
-        weighted_mean({})
+@pytest.mark.parametrize("name", ["cosine", "cosine_per_token", "smooth_l1", "mse"])
+def test_the_loss_of_each_image_is_that_of_a_batch_of_one(pair, name):
+    loss = FeatureLoss({name: 0.7})
+    prediction, target = pair
+    alone = [loss(p[None], t[None]) for p, t in zip(prediction, target, strict=True)]
+    torch.testing.assert_close(loss.of_images(prediction, target), torch.stack(alone))

@@ -114,6 +114,8 @@ def test_a_killed_run_with_a_compiled_loss_ends_like_an_uninterrupted_one(
         ({"schedule": "cosine"}, 8, {}),
         ({"schedule": "wsd", "betas": (0.9, 0.95)}, 14, {}),  # while the rate falls
         ({"schedule": "cosine", "optimizer": "timm.optim.Muon"}, 8, {}),
+        ({"balance": "ada", "teacher_dropping": 0.5}, 8, {}),
+        ({"teacher_dropping": 0.5, "normalizer": "scale"}, 7, {"compile": True}),
         ({"schedule": "cosine", "ema": 0.8}, 7, {"accumulate_grad_batches": 2}),
         ({"ema": 0.8}, 8, {"val_check_interval": 2}),
         ({"ema": 0.8}, 8, {"compile": True}),

@@ -43,6 +43,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     **_table(_ALL, "same", "model.", "normalizer normalizer_exponent"),
+    **_table(_FIT, "same", "model.", "balance teacher_dropping"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "optimizer optimizer_options learning_rate scale_learning_rate"),
     **_table(_FIT, "same", "model.", "weight_decay decay_rule betas"),
@@ -90,6 +91,7 @@ _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.
 _BEFORE = {
     "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
     "model.optimizer": ADAMW, "model.optimizer_options": None,
+    "model.balance": "fixed", "model.teacher_dropping": None,
     "model.normalizer": "std", "model.normalizer_exponent": POWER,
 }  # fmt: skip
 

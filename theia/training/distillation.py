@@ -17,6 +17,14 @@ from theia.models.architecture import Architecture
 from theia.models.scaler import NEED_COVARIANCE, POWER, Matrix, Normalizer
 from theia.training import losses
 from theia.training.averaging import WeightAverage
+from theia.training.balance import (
+    Balance,
+    RunningLosses,
+    dropping_mean,
+    keep_teachers,
+    weighted_mean,
+)
+from theia.training.balance import teacher_weights as shares_of_teachers
 from theia.training.losses import PAPER, FeatureLoss, Objective
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import (
@@ -74,6 +82,10 @@ class Distillation(L.LightningModule):
         loss: Weight of each loss term: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1} as in its
             ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
         teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
+        balance: "fixed" weights of the teachers, as in the paper, or "ada", which also divides each teacher's loss by
+            its running mean.
+        teacher_dropping: Probability with which a teacher is left out for an image, unless its loss is the highest for
+            that image, such as 0.5; none by default.
         normalizer: What the student predicts of a teacher's patch tokens. "std": tokens normalised per channel, as in
             the paper. "scale": centred tokens, divided by one number. "phi_s", "whiten" and "power": also rotated, so
             that all channels have the same variance, and with the spectrum as it is (PHI-S), a flat one, or a power of
@@ -106,6 +118,8 @@ class Distillation(L.LightningModule):
         teachers: dict[str, dict[str, Any]],
         loss: dict[str, float] = PAPER,
         teacher_weights: dict[str, float] | None = None,
+        balance: Balance = "fixed",
+        teacher_dropping: float | None = None,
         normalizer: Normalizer = "std",
         normalizer_exponent: float = POWER,
         learning_rate: float = 5e-4,
@@ -134,6 +148,7 @@ class Distillation(L.LightningModule):
         for beta in betas:
             check_number("model.betas", beta, 0, 1, below=True)
         check_number("model.normalizer_exponent", normalizer_exponent, 0, 1)
+        check_number("model.teacher_dropping", teacher_dropping, 0, 1)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         optimizer_class(optimizer, optimizer_options or {})
         if schedule == "wsd" and warmup > 1 - DECAY:
@@ -146,7 +161,8 @@ class Distillation(L.LightningModule):
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build().use_normalizer(normalizer, normalizer_exponent)
         self.needs_covariances = normalizer in NEED_COVARIANCE
-        self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
+        self.loss_weights = shares_of_teachers(teachers, teacher_weights)
+        self.running = RunningLosses(len(teachers)) if balance == "ada" else None
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
         )
@@ -157,7 +173,8 @@ class Distillation(L.LightningModule):
         self._first_bad_step: Tensor | None = None  # (T,), int64, by teacher
         self._prepared = False
         self._course_record: dict[str, Any] = {}  # of a learning rate that decays
-        self.objective = Objective(self.distiller, self.feature_loss)
+        of_images = teacher_dropping is not None
+        self.objective = Objective(self.distiller, self.feature_loss.of_images if of_images else self.feature_loss)
 
     def setup(self, stage: str) -> None:
         """Tells the data which CLS tokens are compared, before they make a loader: they need not read the others."""
@@ -223,7 +240,7 @@ class Distillation(L.LightningModule):
             for name, prediction in self.distiller.per_channel(predictions).items():
                 self._log_terms(name, prediction.detach(), self._normalized(batch, name))
         self._note_bad(by_teacher)
-        total = losses.weighted_mean(by_teacher, self.loss_weights)
+        total = self._total(by_teacher, batch)
         if self.logs:
             self._stop_if_bad()
             self.log("train/loss", total, prog_bar=shows_logged(self.trainer), sync_dist=True)
@@ -319,15 +336,31 @@ class Distillation(L.LightningModule):
         for metrics in self.metrics[stage].values():  # type: ignore[operator]  # ModuleDict of ModuleDicts
             self.log_dict(metrics.compute(), sync_dist=True)
             metrics.reset()
-        loss = losses.weighted_mean(self.held_out_loss.compute(), self.loss_weights)
+        loss = weighted_mean(self.held_out_loss.compute(), self.loss_weights)
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/norm_entropy", self.norm_entropy.compute(), sync_dist=True)
         self.held_out_loss.reset()
         self.norm_entropy.reset()
 
+    def _total(self, by_teacher: dict[str, Tensor], batch: FeatureBatch) -> Tensor:
+        """The loss of a step from those of the teachers, which are scalars, or ``(B,)`` if teachers are dropped."""
+        probability = self.hparams["teacher_dropping"]
+        if self.running is None and probability is None:
+            return weighted_mean(by_teacher, self.loss_weights)
+        by_image = torch.stack(list(by_teacher.values()), -1)  # (T,) or (B, T)
+        weights = torch.tensor([self.loss_weights[name] for name in by_teacher], device=by_image.device)
+        if self.running is not None:
+            mean = by_image.detach().reshape(-1, len(weights)).mean(0)
+            weights = weights * self.running.update(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+        if probability is None:
+            return (by_image * weights).sum()
+        rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
+        kept = keep_teachers(self.global_step, rows, len(weights), probability)
+        return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True))
+
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.
-        bad = ~torch.isfinite(torch.stack(list(by_teacher.values())).detach())
+        bad = ~torch.isfinite(torch.stack([loss.mean() for loss in by_teacher.values()]).detach())
         if self._first_bad_step is None:
             self._first_bad_step = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
         first = bad & (self._first_bad_step == _NEVER)

@@ -1,7 +1,7 @@
 """Distillation losses in pure torch: from the terms over features to the loss of a whole batch, compiled or not."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,11 +41,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, per_token: bool = False) -> 
 
     Source: Theia, eq. (1).
     """
-    prediction, target = _matched(prediction, target)
-    axes = [-1] if per_token else list(range(1, prediction.ndim))
-    # Not F.cosine_similarity, which divides before it sums, so that compiled code would read both tensors twice.
-    norms = [value.square().sum(axes).clamp_min(_TINY).sqrt() for value in (prediction, target)]
-    return 1 - ((prediction * target).sum(axes) / (norms[0] * norms[1])).mean()
+    return 1 - _cosines(prediction, target, per_token).mean()
 
 
 def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -63,9 +59,8 @@ def smooth_l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Source: Theia, eq. (1).
     """
-    prediction, target = _matched(prediction, target)
     # The mean of each sample first: compiled code then sums over a sample in the same pass as the cosine does.
-    return F.smooth_l1_loss(prediction, target, beta=1.0, reduction="none").flatten(1).mean(1).mean()
+    return _smooth_l1(prediction, target).mean()
 
 
 def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -87,6 +82,21 @@ def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction, target)
 
 
+def _cosines(prediction: Tensor, target: Tensor, per_token: bool = False) -> Tensor:
+    """Cosine of each sample, shape ``(B,)``, or of each token, shape ``(B, N)``."""
+    prediction, target = _matched(prediction, target)
+    axes = [-1] if per_token else list(range(1, prediction.ndim))
+    # Not F.cosine_similarity, which divides before it sums, so that compiled code would read both tensors twice.
+    norms = [value.square().sum(axes).clamp_min(_TINY).sqrt() for value in (prediction, target)]
+    return (prediction * target).sum(axes) / (norms[0] * norms[1])
+
+
+def _smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean smooth L1 of each sample, shape ``(B,)``."""
+    prediction, target = _matched(prediction, target)
+    return F.smooth_l1_loss(prediction, target, beta=1.0, reduction="none").flatten(1).mean(1)
+
+
 Term = Callable[[Tensor, Tensor], Tensor]
 
 TERMS: dict[str, Term] = {
@@ -95,7 +105,14 @@ TERMS: dict[str, Term] = {
     "smooth_l1": smooth_l1_loss,
     "mse": mse_loss,
 }
-"""Loss terms by name, each ``(prediction, target) -> scalar``. A new term needs a function and a line here."""
+"""Loss terms by name, each ``(prediction, target) -> scalar``. A new term needs a line here and below."""
+
+_OF_IMAGES: dict[str, Term] = {
+    "cosine": lambda prediction, target: 1 - _cosines(prediction, target),
+    "cosine_per_token": lambda prediction, target: 1 - _cosines(prediction, target, True).flatten(1).mean(1),
+    "smooth_l1": _smooth_l1,
+    "mse": lambda prediction, target: (prediction.float() - target.float()).square().flatten(1).mean(1),
+}
 
 
 class FeatureLoss:
@@ -122,6 +139,7 @@ class FeatureLoss:
         if not any(self.weights.values()):
             raise ConfigError("There is nothing to learn: no loss term has a weight above 0. Set model.loss.")
         self._terms = [(weight, TERMS[name]) for name, weight in self.weights.items() if weight]
+        self._of_images = [(weight, _OF_IMAGES[name]) for name, weight in self.weights.items() if weight]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Computes the loss of a batch.
@@ -136,58 +154,19 @@ class FeatureLoss:
         Raises:
             ShapeError: If the shapes differ.
         """
-        (weight, term), *others = self._terms
-        total = weight * term(prediction, target)
-        for weight, term in others:
-            total = total + weight * term(prediction, target)
-        return total
+        return _sum(self._terms, prediction, target)
+
+    def of_images(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The loss of each image, shape ``(B,)``; arguments and errors are those of a call."""
+        return _sum(self._of_images, prediction, target)
 
 
-def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Gives the weight of each teacher in the mean over teachers.
-
-    Args:
-        names: Names of the teachers, at least one.
-        weights: Relative weights by teacher name, 1 for a teacher without one; 0 switches a teacher off.
-
-    Returns:
-        Weights by name that sum to 1.
-
-    Raises:
-        ConfigError: If a weight is for an unknown teacher, negative or not finite, or if all weights are 0.
-    """
-    given = dict(weights or {})
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        raise ConfigError(
-            f"There are loss weights for {', '.join(unknown)}, but the teachers are "
-            f"{', '.join(names) or 'none'}. Correct the names."
-        )
-    wrong = sorted(name for name, weight in given.items() if not (math.isfinite(weight) and weight >= 0))
-    if wrong:
-        raise ConfigError(f"The loss weight of {wrong[0]} is {given[wrong[0]]}; it must be 0 or a positive number.")
-    relative = {name: float(given.get(name, 1.0)) for name in names}
-    total = sum(relative.values())
-    if total == 0:
-        raise ConfigError("There is nothing to learn: no teacher has a loss weight above 0.")
-    return {name: weight / total for name, weight in relative.items()}
-
-
-def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
-    """The weighted mean of the teachers' losses.
-
-    Args:
-        losses: Loss of each teacher by name, a scalar.
-        weights: Relative weights by teacher name, as for :func:`teacher_weights`; equal by default.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ConfigError: If a weight is wrong, as for :func:`teacher_weights`.
-    """
-    shares = teacher_weights(losses.keys(), weights)
-    return torch.stack([share * losses[name] for name, share in shares.items()]).sum()
+def _sum(terms: list[tuple[float, Term]], prediction: Tensor, target: Tensor) -> Tensor:
+    (weight, term), *others = terms
+    total = weight * term(prediction, target)
+    for weight, term in others:
+        total = total + weight * term(prediction, target)
+    return total
 
 
 class Objective:
@@ -196,6 +175,7 @@ class Objective:
     Args:
         distiller: Model with the student, the translators and the normalisation of the features.
         loss: Function ``(prediction, target) -> scalar`` of normalised features ``(B, N, C)``, or ``(B, C)`` for CLS.
+            If it gives the loss of each image instead, shape ``(B,)``, so does the objective.
     """
 
     def __init__(self, distiller: Distiller, loss: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -1,0 +1,145 @@
+"""How the losses of several teachers become one: fixed weights, weights that follow losses, and dropped teachers."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from theia.errors import ConfigError
+
+Balance = Literal["fixed", "ada"]
+
+_DECAY = 0.99  # of the running mean of a loss: about the last 100 steps
+
+
+def teacher_weights(names: Collection[str], weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Gives the weight of each teacher in the mean over teachers.
+
+    Args:
+        names: Names of the teachers, at least one.
+        weights: Relative weights by teacher name, 1 for a teacher without one; 0 switches a teacher off.
+
+    Returns:
+        Weights by name that sum to 1.
+
+    Raises:
+        ConfigError: If a weight is for an unknown teacher, negative or not finite, or if all weights are 0.
+    """
+    given = dict(weights or {})
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise ConfigError(
+            f"There are loss weights for {', '.join(unknown)}, but the teachers are "
+            f"{', '.join(names) or 'none'}. Correct the names."
+        )
+    wrong = sorted(name for name, weight in given.items() if not (math.isfinite(weight) and weight >= 0))
+    if wrong:
+        raise ConfigError(f"The loss weight of {wrong[0]} is {given[wrong[0]]}; it must be 0 or a positive number.")
+    relative = {name: float(given.get(name, 1.0)) for name in names}
+    total = sum(relative.values())
+    if total == 0:
+        raise ConfigError("There is nothing to learn: no teacher has a loss weight above 0.")
+    return {name: weight / total for name, weight in relative.items()}
+
+
+def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+    """The weighted mean of the teachers' losses.
+
+    Args:
+        losses: Loss of each teacher by name, a scalar.
+        weights: Relative weights by teacher name, as for :func:`teacher_weights`; equal by default.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ConfigError: If a weight is wrong, as for :func:`teacher_weights`.
+    """
+    shares = teacher_weights(losses.keys(), weights)
+    return torch.stack([share * losses[name] for name, share in shares.items()]).sum()
+
+
+class RunningLosses(nn.Module):
+    """Running means of the teachers' losses, and weights that make all teachers count alike whatever their loss.
+
+    With ``L_t`` for the losses of step ``t``, the mean is ``m_t = 0.99 m_(t-1) + 0.01 L_t``, without the bias of its
+    start at 0. The means are buffers, so a checkpoint holds them.
+
+    Args:
+        teachers: Number of teachers ``T``.
+
+    Source: AdaLoss (Hu et al., 2019), as PHI-S (Ranzinger et al., 2025) uses it for several teachers.
+    """
+
+    mean: Tensor  # (T,)
+    steps: Tensor  # (), int64
+
+    def __init__(self, teachers: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(teachers))
+        self.register_buffer("steps", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, losses: Tensor) -> Tensor:
+        """Adds the losses of a step, shape ``(T,)``, and gives the factors to multiply losses with.
+
+        Returns:
+            Factors ``(T,)``, proportional to one over the running means; their mean over the teachers is 1.
+        """
+        self.steps += 1
+        self.mean.lerp_(losses.float(), 1 - _DECAY)
+        factors = (1 - _DECAY**self.steps) / self.mean
+        return factors / factors.mean()
+
+
+def dropping_mean(losses: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """The mean over a batch in which some teachers are dropped for some images.
+
+    The teacher with the highest weighted loss is never dropped for an image.
+
+    Args:
+        losses: Losses of images and teachers, shape ``(B, T)``.
+        weights: Weights of the teachers, shape ``(T,)``.
+        kept: Whether the draw keeps a teacher for an image, bool, shape ``(B, T)``; see :func:`keep_teachers`.
+
+    Returns:
+        A scalar: the weighted mean of all losses that are kept.
+
+    Source: teacher dropping of UNIC (Sariyildiz et al., 2024).
+    """
+    weighted = losses * weights
+    highest = nn.functional.one_hot(weighted.detach().argmax(1), losses.shape[1]).bool()
+    coefficients = (kept | highest) * weights
+    return (losses * coefficients).sum() / coefficients.sum()
+
+
+def keep_teachers(step: int, rows: Tensor, teachers: int, probability: float) -> Tensor:
+    """Draws the teachers that are kept for each image. The draw depends on nothing but step, image and teacher.
+
+    Args:
+        step: Number of optimisation steps taken before.
+        rows: Numbers of the images, int64, shape ``(B,)``, on the CPU.
+        teachers: Number of teachers ``T``.
+        probability: Probability with which a teacher is dropped for an image.
+
+    Returns:
+        Whether a teacher is kept, bool, shape ``(B, T)``, on the CPU.
+
+    Source: the mixing of the bits is that of SplitMix64 (Steele et al., 2014).
+    """
+    cells = rows[:, None] * teachers + torch.arange(teachers)
+    bits: NDArray[np.uint64] = cells.numpy().astype(np.uint64)
+    for more in (0, step):
+        bits = _mixed(bits + np.asarray(more, np.uint64))
+    return torch.from_numpy(bits.astype(np.float64) / 2.0**64 >= probability)
+
+
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits = (bits + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = np.bitwise_xor(bits, np.right_shift(bits, np.uint64(shift))) * np.uint64(factor)
+    return np.bitwise_xor(bits, np.right_shift(bits, np.uint64(31)))
