@@ -52,10 +52,10 @@ def run(
         tasks: Names of tasks, separated by commas; by default, all that there are demonstrations of. smoke takes the
             first.
         preset: full is the paper's protocol: all tokens, 100 epochs, 3 seeds, 20 evaluations of 25 rollouts of the
-            task's whole length; hours per encoder and task. small gives the policy 24 principal components of 7x7
-            averaged tokens, 25 epochs and one seed, and tests it once, on 25 rollouts: of 150 steps in MetaWorld, which
-            end earlier where the task stays fulfilled, of 300 in DM Control, and of all in Adroit. smoke shows in a
-            minute or two that everything works, and nothing else.
+            task's whole length; hours per encoder and task. small gives the policy 24 principal components of the
+            tokens, on at most 16x16 places, 25 epochs and one seed, and tests it once, on 25 rollouts: of 150 steps in
+            MetaWorld, which end earlier where the task stays fulfilled, of 300 in DM Control, and of all in Adroit.
+            smoke shows in a minute or two that everything works, and nothing else.
         vary: What differs between rollouts: any of camera, light, texture and distractor, separated by commas, or
             none. By default, what differs between demonstrations.
         rollouts: Number of rollouts at each evaluation, in place of the preset's.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.cortexbench.encoders import Eyes, TaskRecording
-from benchmarks.cortexbench.learning import is_averaged, make_head, pictures_of, tuning_of
+from benchmarks.cortexbench.learning import make_head, pictures_of, tuning_of
 from benchmarks.cortexbench.run_plan import RunPlan
 from benchmarks.cortexbench.simulators import Command, Simulators
 from benchmarks.cortexbench.tasks import TASKS
@@ -18,7 +18,6 @@ from theia.policies.cloning import RECIPES, Training
 from theia.policies.demonstrated import Demonstrations, plain_tokens, updates_per_epoch
 from theia.policies.fusion import HISTORY
 from theia.probing.datasets import IMAGE_SIZE
-from theia.probing.frame_tokens import MOST_ROWS
 
 _TRIED_STEPS = 12
 _TRIED_OF_BATCH = 4  # steps of the demonstrations, where the encoder is trained too
@@ -83,9 +82,7 @@ def _seconds(
     encoding, tokens, look = 0.0, None, eyes.tokens_of
     count = RECIPES[plan.learner.head].batch_size
     if look is not None:
-        rows, columns = eyes.grid
-        if is_averaged(plan, eyes):
-            rows, columns = min(rows, MOST_ROWS), min(columns, MOST_ROWS)
+        rows, columns = (min(side, plan.preset.most_rows or side) for side in eyes.grid)
         blank = torch.zeros((workers, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
         encoding = _time(lambda: look(blank)) / workers
         made_up = np.random.default_rng(0).normal(size=(count, rows * columns, eyes.channels))

@@ -44,19 +44,14 @@ def demonstrations_of(
     # An encoder that is trained too is embedded for the principal components alone.
     if eyes.tokens_of is not None and (pictures is None or plan.preset.components is not None):
         numbers = [one.index for one in recording.originals]
-        place = fingerprint(eyes.look, is_averaged(plan, eyes), of_files(str(recording.folder.root)), numbers)
+        place = fingerprint(eyes.look, plan.preset.most_rows, of_files(str(recording.folder.root)), numbers)
         tokens = embed(
             eyes.tokens_of, eyes.label, recording, plan.data.camera(task),
             frozenset(range(len(recording.episodes))), embeddings / place, device, batch_size,
-            is_averaged(plan, eyes),
+            plan.preset.most_rows,
         )  # fmt: skip
     lengths = [one.length for one in recording.episodes]
     return Demonstrations.of(tokens, eyes.known(observations), actions, lengths, pictures)
-
-
-def is_averaged(plan: RunPlan, eyes: Eyes) -> bool:
-    """Whether tokens are averaged to a coarser grid."""
-    return plan.preset.components is not None and eyes.name != PIXELS  # which is small already
 
 
 def make_head(plan: RunPlan, eyes: Eyes, demonstrations: Demonstrations) -> Head:

@@ -168,7 +168,7 @@ def test_an_interrupted_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> N
         return coordinates(images)
 
     def embedded(encoder: Any, place: str) -> Any:
-        return embed(encoder, "x", folder, CAMERA, fitted, tmp_path / place, torch.device("cpu"), 8, True)
+        return embed(encoder, "x", folder, CAMERA, fitted, tmp_path / place, torch.device("cpu"), 8, 7)
 
     import theia.probing.frame_tokens as frame_tokens
 
@@ -198,16 +198,26 @@ def test_a_disk_without_room_for_the_tokens_is_named_before_any_is_written(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(FileError, match="Disk full while writing"):
-        embed(coordinates, "x", folder, CAMERA, frozenset(), tmp_path / "e", torch.device("cpu"), 8, True)
+        embed(coordinates, "x", folder, CAMERA, frozenset(), tmp_path / "e", torch.device("cpu"), 8, 7)
     assert not any((tmp_path / "e").iterdir())
     with pytest.raises(FileError, match="Disk full"), temporary(True, tmp_path) as storage:
         storage.empty((4, 4), np.float32)
 
 
+@pytest.mark.parametrize(("most_rows", "rows"), [(None, 16), (20, 16), (16, 16), (4, 4)])
+def test_only_a_grid_that_is_too_fine_is_averaged(tmp_path: Path, most_rows: int | None, rows: int) -> None:
+    folder = LeRobotFolder(record(tmp_path / "data"))
+    found = embed(pixel_means, "x", folder, CAMERA, frozenset(), tmp_path / "e", torch.device("cpu"), 8, most_rows)
+    fine = embed(pixel_means, "x", folder, CAMERA, frozenset(), tmp_path / "f", torch.device("cpu"), 8, None)
+    blocks = np.asarray(fine.tokens, np.float64).reshape(-1, rows, 16 // rows, rows, 16 // rows, 3).mean((2, 4))
+    assert found.grid == (rows, rows)
+    np.testing.assert_allclose(found.tokens.reshape(blocks.shape), blocks, rtol=2e-3)
+
+
 def test_mean_and_correlation_are_those_of_the_training_tokens(tmp_path: Path) -> None:
     folder = LeRobotFolder(record(tmp_path / "data"))
     fitted = frozenset(range(EPISODES)) - folder.held_out_episodes()
-    found = embed(pixel_means, "x", folder, CAMERA, fitted, tmp_path / "e", torch.device("cpu"), 8, False)
+    found = embed(pixel_means, "x", folder, CAMERA, fitted, tmp_path / "e", torch.device("cpu"), 8, None)
     training = np.concatenate([found.tokens[i * FRAMES : (i + 1) * FRAMES] for i in sorted(fitted)]).reshape(-1, 3)
     np.testing.assert_allclose(found.mean, training.astype(np.float64).mean(0), atol=1e-4)
     np.testing.assert_allclose(found.deviation, training.astype(np.float64).std(0), atol=1e-4)

@@ -50,6 +50,7 @@ CONTROLS = {
     PIXELS: "control: 16x16 mean colours",
 }
 _HORIZON = 16
+_MOST_ROWS = 7  # rows and columns of tokens that a read-out is given
 
 
 @dataclass
@@ -202,12 +203,13 @@ class _Problem:
             return self._by_ridge({question: of_pairs for question in QUESTIONS})
         assert tokens_of is not None
         # 16x16 means are small enough for a ridge, but five times the tokens that the small transformer takes.
-        pooled = name != PIXELS if self.readout == "ridge" else self.rule is SMALL
+        averaged = name != PIXELS if self.readout == "ridge" else self.rule is SMALL
+        most_rows = _MOST_ROWS if averaged else None
         every = [
             embed(
                 tokens_of, name, recording.folder, recording.camera, recording.fitted,
-                self.out / "embeddings" / fingerprint(look, recording.identity, sorted(recording.fitted), pooled),
-                self.device, self.batch_size, pooled,
+                self.out / "embeddings" / fingerprint(look, recording.identity, sorted(recording.fitted), most_rows),
+                self.device, self.batch_size, most_rows,
             )
             for recording in self.recordings
         ]  # fmt: skip

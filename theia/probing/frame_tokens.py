@@ -26,7 +26,6 @@ from theia.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 7  # rows and columns that tokens are averaged to, where they are
 COMPONENTS = 24
 _SAVE_EVERY_S = 20.0
 
@@ -88,7 +87,7 @@ def embed(
     folder: Path,
     device: torch.device,
     batch_size: int,
-    pooled: bool,
+    most_rows: int | None,
 ) -> FrameTokens:
     """Computes the tokens of every frame, or goes on where an interrupted run stopped.
 
@@ -103,7 +102,7 @@ def embed(
         folder: Where the files lie; of this encoder, these data and these options alone.
         device: Device of the encoder.
         batch_size: Number of frames that are given together.
-        pooled: Whether to average the tokens to at most 7x7 places.
+        most_rows: Number of rows and of columns that a finer grid of tokens is averaged to; ``None`` for none.
 
     Raises:
         TrajectoryError: If a frame cannot be read. The message names file and episode.
@@ -129,7 +128,7 @@ def embed(
                 )
             if episode.index in training:
                 state.add(patches)
-            small, grid = _pooled(patches, tokens.grid) if pooled else (patches, tokens.grid)
+            small, grid = _averaged(patches, tokens.grid, most_rows)
             if kept is None:
                 kept = _new_file(file, (recording.frame_count, *small.shape[1:]))
             state.grid = grid
@@ -214,8 +213,10 @@ def _new_file(file: Path, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
     return kept
 
 
-def _pooled(patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    rows, columns = min(grid[0], MOST_ROWS), min(grid[1], MOST_ROWS)
+def _averaged(patches: Tensor, grid: tuple[int, int], most_rows: int | None) -> tuple[Tensor, tuple[int, int]]:
+    rows, columns = grid if most_rows is None else (min(grid[0], most_rows), min(grid[1], most_rows))
+    if (rows, columns) == grid:
+        return patches, grid
     maps = patches.transpose(1, 2).reshape(len(patches), patches.shape[2], *grid)
     return F.adaptive_avg_pool2d(maps, (rows, columns)).flatten(2).transpose(1, 2), (rows, columns)
 
