@@ -59,21 +59,34 @@ class Preprocessing:
         Raises:
             ShapeError: If the images have another type or shape.
         """
+        pixels = self.square(images)
+        mean, std = (_on_device(values, pixels.device) for values in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+    def square(self, images: Tensor) -> Tensor:
+        """Resizes and crops, without normalising.
+
+        Args:
+            images: RGB images, uint8, shape ``(B, 3, H, W)``.
+
+        Returns:
+            Whole grey levels from 0 to 255, float32, shape ``(B, 3, size, size)``.
+
+        Raises:
+            ShapeError: If the images have another type or shape.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ShapeError(
                 f"A teacher takes uint8 images of shape (B, 3, H, W), not {images.dtype} of shape "
                 f"{tuple(images.shape)}. Convert them first."
             )
         if self.short_edge is None:
-            pixels = self._resize(images, self.size, self.size)
-        else:
-            height, width = images.shape[-2:]
-            short = min(height, width)
-            pixels = self._resize(images, self.short_edge * height // short, self.short_edge * width // short)
-            top, left = (pixels.shape[-2] - self.size) // 2, (pixels.shape[-1] - self.size) // 2
-            pixels = pixels[..., top : top + self.size, left : left + self.size]
-        mean, std = (_on_device(values, pixels.device) for values in (self.mean, self.std))
-        return (pixels / 255 - mean) / std
+            return self._resize(images, self.size, self.size)
+        height, width = images.shape[-2:]
+        short = min(height, width)
+        pixels = self._resize(images, self.short_edge * height // short, self.short_edge * width // short)
+        top, left = (pixels.shape[-2] - self.size) // 2, (pixels.shape[-1] - self.size) // 2
+        return pixels[..., top : top + self.size, left : left + self.size]
 
     def _resize(self, images: Tensor, height: int, width: int) -> Tensor:
         # The models were trained on images that Pillow resized: columns, then rows, each time to whole grey levels
@@ -196,7 +209,7 @@ def load_model(
         drawn = [f"seed {RANDOM_SEED}", *(f"{name} {size}" for name, size in sorted((architecture or {}).items()))]
         with random_weights(teacher):
             return model_class(config, **model_options), ", ".join(drawn)
-    folder = _fetch(teacher, weights, revision) if on_hub else local
+    folder = fetch(teacher, weights, revision) if on_hub else local
     _check_model_type(teacher, folder, model_types)
     files = _weight_files(teacher, folder)
     model = _read(teacher, model_class, folder, model_options)
@@ -220,8 +233,20 @@ def _random_config(
     return build_config(**wanted)
 
 
-def _fetch(teacher: str, hub_id: str, revision: str | None) -> Path:
-    """Downloads what the cache lacks; returns the snapshot's folder, which is named after the commit."""
+def fetch(teacher: str, hub_id: str, revision: str | None) -> Path:
+    """Downloads what the cache lacks of a model's config and weights.
+
+    Args:
+        teacher: Name of the teacher, for messages.
+        hub_id: Id of the model on the hub.
+        revision: Branch, tag or commit on the hub; the newest by default.
+
+    Returns:
+        Folder of the snapshot, which is named after the commit.
+
+    Raises:
+        WeightsError: If it is no id, or the hub does not give the files.
+    """
     from huggingface_hub import snapshot_download
 
     if not _HUB_ID.fullmatch(hub_id):

@@ -1,8 +1,9 @@
-"""The whole way with backbones of several kinds."""
+"""The whole way with backbones and translators of several kinds."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from theia.cli.main import main
 from theia.errors import ExportError
 from theia.export import onnx
 from theia.export.formats import Exported, check
+from theia.models.backbone import StudentOptions
+from theia.models.student import Student
+from theia.models.translators import TranslatorKind
 
 pytestmark = pytest.mark.usefixtures("one_parser")
 
@@ -59,9 +63,40 @@ def test_a_backbone_goes_the_whole_way(kind: str, store: Path, tmp_path: Path, m
             check(Exported(loaded, loaded.architecture, {}), [wanted])
 
 
+@pytest.mark.parametrize("kind", get_args(TranslatorKind))
+def test_a_translator_goes_the_whole_way(kind: str, store: Path, tmp_path: Path) -> None:
+    run, exported = tmp_path / "run", tmp_path / "run" / "exported"
+    size = ["--model.width=16", "--model.depth=2", "--model.heads=2", "--trainer.max_steps=2"]
+
+    assert fit(store, run, [*size, f"--model.translator={kind}"]) == 0
+    last = run / "checkpoints" / "last.ckpt"
+    assert main(["test", f"--config={run / 'config.yaml'}", "--ckpt_path=last", "--scorers=readout"]) == 0
+    assert main(["export", f"--ckpt={last}", "--formats=safetensors"]) == 0
+    shown = tmp_path / "decoded"
+    assert main(["decode", f"--encoder={exported}", "--images=sample:1", f"--out={shown}", "--device=cpu"]) == 0
+
+    trained, loaded = theia.load(last), theia.load(exported)
+    assert loaded.architecture.translator == kind
+    expected = trained.translate(IMAGES)
+    assert {name: tokens.shape for name, tokens in expected.items()} == {"alpha": (2, 16, 8), "beta": (2, 18, 5)}
+    compiled = theia.load(exported)
+    compiled.compile(backend="eager")
+    for model in (loaded, compiled, AutoModel.from_pretrained(exported).encoder):
+        given = model.translate(IMAGES / 255)
+        assert all(torch.allclose(given[name], value, atol=1e-5) for name, value in expected.items())
+    # What a robot uses is the same student, whatever read it.
+    state = torch.load(last, weights_only=True)["state_dict"]
+    student = Student(StudentOptions(image_size=32, width=16, depth=2, heads=2))
+    prefix = "distiller.student."
+    student.load_state_dict({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+    tokens = student(torch.from_numpy(IMAGES.numpy().transpose(0, 3, 1, 2)))
+    torch.testing.assert_close(loaded.forward_features(IMAGES).patches, tokens.patches)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--model.backbone=timm:test_convnext", "--model.translator=ladder"], "no such blocks"),
         (["--model.backbone=convnext_atto"], "timm:convnext_atto"),
         (["--model.backbone=timm:convnext_nothing"], "no model 'convnext_nothing'"),
         (["--model.backbone=timm:test_convnext", "--model.width=32"], "model.width"),

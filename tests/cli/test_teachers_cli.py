@@ -16,13 +16,14 @@ def rows(printed: str) -> dict[str, list[str]]:
 def test_lists_what_every_built_in_teacher_gives(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["teachers"]) == 0
     listed = rows(capsys.readouterr().out)
-    # Channels and grids of the paper's teachers.
+    # Channels and grids of the paper's teachers, and of its largest student.
     expected = {
         "clip": ["1024", "16x16", "yes", "openai/clip-vit-large-patch14"],
         "dinov2": ["1024", "16x16", "yes", "facebook/dinov2-large"],
         "vit": ["1280", "16x16", "yes", "google/vit-huge-patch14-224-in21k"],
         "sam": ["256", "64x64", "no"],
         "depth_anything": ["32", "64x64", "no", "LiheYoung/depth-anything-large-hf"],
+        "theia": ["768", "14x14", "yes", "theaiinstitute/theia-base-patch16-224-cdiv"],
     }
     assert {name: listed[name][: len(words)] for name, words in expected.items()} == expected
     assert {"color", "hog"} <= listed.keys()

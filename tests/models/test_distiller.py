@@ -49,6 +49,66 @@ def test_one_prediction_per_teacher():
     assert cls == {}
 
 
+@torch.no_grad()
+def test_a_ladder_reads_every_block_after_the_final_norm():
+    distiller = small_distiller(translator="ladder")
+    for parameter in distiller.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vit = distiller.student.backbone.model
+    seen = []
+    for block in vit.blocks:
+        block.register_forward_hook(lambda module, given, tokens: seen.append(vit.norm(tokens)[:, 1:]))
+
+    tokens, patches, _ = distiller(images())
+
+    assert len(seen) == 2
+    torch.testing.assert_close(tokens.patches, seen[-1])
+    side_by_side = torch.cat(seen, -1)
+    for name, translator in distiller.translators.items():
+        torch.testing.assert_close(patches[name], translator(side_by_side, (14, 14)))
+    same = distiller.student(images())
+    torch.testing.assert_close(tokens.patches, same.patches)
+    torch.testing.assert_close(tokens.cls, same.cls)
+
+
+@pytest.mark.parametrize("rung", [0, 1])
+def test_every_rung_of_a_ladder_sends_a_gradient_into_its_block_and_those_before(rung):
+    distiller = small_distiller({"odd": TEACHERS["odd"]}, translator="ladder")
+    second = distiller.translators["odd"].last
+    with torch.no_grad():  # 32 channels come from the first block, 4 x 32 from the second
+        second.weight[:, slice(32, None) if rung == 0 else slice(32)] = 0
+
+    distiller(images())[1]["odd"].square().mean().backward()
+
+    blocks = distiller.student.backbone.blocks()
+    reached = [bool(block.mlp.fc1.weight.grad.any()) for block in blocks]
+    assert reached == [number <= rung for number in range(len(blocks))]
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_ladder_takes_the_blocks_of_timms_transformers_up_to_the_stage_in_use(stage):
+    student = Student(StudentOptions(backbone="timm:test_vit", image_size=64, backbone_stage=stage))
+    distiller = Distiller(student, {"odd": TEACHERS["odd"]}, translator="ladder")
+    tokens, patches, _ = distiller(images(2, 64))
+    assert len(distiller.translators["odd"].adapter[1].rungs) == (6 if stage is None else 3)
+    assert patches["odd"].shape == (2, 100, 48)
+    torch.testing.assert_close(tokens.patches, student(images(2, 64)).patches)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "ladder", "transformer"])
+def test_other_translators_are_compiled_without_a_break(kind):
+    distiller = small_distiller(image_size=64, translator=kind)
+    compiled = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend="eager")
+    for given, expected in zip(compiled(images(2, 64))[1].values(), distiller(images(2, 64))[1].values(), strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def test_a_ladder_needs_blocks():
+    student = Student(StudentOptions(backbone="timm:test_convnext", image_size=64))
+    with pytest.raises(ConfigError, match=r"'ladder' takes the tokens of every transformer block.*no such blocks"):
+        Distiller(student, TEACHERS, translator="ladder")
+
+
 def test_cls_is_distilled_for_the_teachers_that_have_one():
     distiller = small_distiller(distill_cls=True)
     tokens, _, cls = distiller(images())

@@ -1,10 +1,12 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from theia.errors import ConfigError, ShapeError
-from theia.models.translators import Translator
+from theia.models.translators import Translator, TranslatorKind
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 HEADS = {  # channels, side of the grid, parameters for tiny, small, base
@@ -77,7 +79,7 @@ def test_predictions_equal_the_published_layers(side, published):
     torch.testing.assert_close(translator(patches, (14, 14)), expected(maps))
 
 
-@pytest.mark.parametrize("kind", ["cnn", "linear"])
+@pytest.mark.parametrize("kind", get_args(TranslatorKind))
 @pytest.mark.parametrize("student_grid", [(14, 14), (6, 6), (5, 8)])
 @pytest.mark.parametrize("grid", [(10, 10), (37, 37), (14, 14), (16, 20), (1, 1), (16, 16), (6, 6)])
 def test_any_pair_of_grids_works(kind, student_grid, grid):
@@ -99,6 +101,121 @@ def test_linear_translator_is_a_resize_and_one_linear_layer(student_grid, grid):
     # bilinear weights sum to one, so resizing after the layer is the same as before it
     expected = F.interpolate(maps, grid, mode="bilinear", antialias=True).flatten(2).mT
     torch.testing.assert_close(translator(patches, student_grid), expected, atol=1e-5, rtol=1e-5)
+
+
+def resized(tokens, student_grid, grid):
+    maps = tokens.mT.unflatten(2, student_grid)
+    return F.interpolate(maps, grid, mode="bilinear", antialias=True).flatten(2).mT
+
+
+def randomised(translator):
+    for parameter in translator.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return translator
+
+
+def with_parameters_of(expected, translator):
+    """The module with the parameters of the translator, in their order."""
+    given = list(translator.parameters())
+    assert [p.shape for p in given] == [p.shape for p in expected.parameters()]
+    for parameter, value in zip(expected.parameters(), given, strict=True):
+        parameter.data = value.data
+    return expected
+
+
+GRIDS = [((14, 14), (10, 10)), ((6, 6), (16, 20)), ((6, 6), (6, 6))]
+
+
+@pytest.mark.parametrize(("student_grid", "grid"), GRIDS)
+def test_mlp_is_two_layers_for_each_resized_token(student_grid, grid):
+    translator = randomised(Translator(8, student_grid, 5, grid, "mlp"))
+    layers = with_parameters_of(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 5)), translator)
+    patches = torch.randn(2, student_grid[0] * student_grid[1], 8)
+    expected = layers(resized(patches, student_grid, grid))
+    torch.testing.assert_close(translator(patches, student_grid), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("student_grid", "grid"), GRIDS)
+def test_ladder_is_the_sum_of_an_mlp_for_each_block(student_grid, grid):
+    translator = randomised(Translator(8, student_grid, 5, grid, "ladder", blocks=3))
+    blocks = [torch.randn(2, student_grid[0] * student_grid[1], 8) for _ in range(3)]
+    *weights, second, bias = translator.parameters()
+    firsts = list(zip(weights[::2], weights[1::2], strict=True))
+    assert [len(first_bias) for _, first_bias in firsts] == [8, 8, 32]
+    seconds = second.split([8, 8, 32], 1)
+    total = bias + sum(
+        F.gelu(tokens @ first.T + shift) @ second.T
+        for tokens, (first, shift), second in zip(blocks, firsts, seconds, strict=True)
+    )
+    expected = resized(total, student_grid, grid)
+    torch.testing.assert_close(translator(torch.cat(blocks, -1), student_grid), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("student_grid", "grid"), GRIDS)
+def test_transformer_is_torchs_pre_norm_layer_with_layer_scale_and_a_linear_layer(student_grid, grid):
+    translator = randomised(Translator(128, student_grid, 5, grid, "transformer")).eval()
+    own = translator.state_dict()
+    block = {name.removeprefix("adapter.1."): value for name, value in own.items() if name.startswith("adapter.1.")}
+    expected = nn.TransformerEncoderLayer(
+        128, 2, 512, dropout=0, activation="gelu", batch_first=True, norm_first=True
+    )  # fmt: skip
+    attended, grown = block["ls1.gamma"], block["ls2.gamma"]
+    theirs = {
+        "self_attn.in_proj_weight": block["attn.qkv.weight"], "self_attn.in_proj_bias": block["attn.qkv.bias"],
+        "self_attn.out_proj.weight": attended[:, None] * block["attn.proj.weight"],
+        "self_attn.out_proj.bias": attended * block["attn.proj.bias"],
+        "linear1.weight": block["mlp.fc1.weight"], "linear1.bias": block["mlp.fc1.bias"],
+        "linear2.weight": grown[:, None] * block["mlp.fc2.weight"], "linear2.bias": grown * block["mlp.fc2.bias"],
+        **{f"{norm}.{leaf}": block[f"{norm}.{leaf}"] for norm in ("norm1", "norm2") for leaf in ("weight", "bias")},
+    }  # fmt: skip
+    expected.load_state_dict(theirs)
+    patches = torch.randn(2, student_grid[0] * student_grid[1], 128)
+    tokens = expected.eval()(patches)
+    expected = F.linear(resized(tokens, student_grid, grid), translator.last.weight, translator.last.bias)
+    torch.testing.assert_close(translator(patches, student_grid), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_new_transformer_is_nearly_a_linear_translator():
+    translator = Translator(8, (6, 6), 5, (6, 6), "transformer")
+    patches = torch.randn(2, 36, 8)
+    torch.testing.assert_close(translator(patches, (6, 6)), translator.last(patches), atol=1e-2, rtol=0)
+    for scale in (translator.adapter[1].ls1, translator.adapter[1].ls2):
+        assert (scale.gamma == 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (64, 1), (96, 1), (272, 4), (8, 1)]
+)
+def test_heads_of_a_transformer_are_as_wide_as_those_of_the_students(width, heads):
+    with torch.device("meta"):
+        translator = Translator(width, (14, 14), 5, (14, 14), "transformer")
+    assert translator.adapter[1].attn.num_heads == heads
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (64, 64)])
+def test_parameters_by_kind(grid):
+    c, channels, blocks = 192, 1024, 12
+    out = channels + channels * c
+    rungs, hidden = (blocks - 1) * (c * c + c) + 4 * (c * c + c), (blocks - 1) * c + 4 * c
+    expected = {
+        "linear": out,
+        "mlp": c * c + 3 * c + out,  # a linear layer and a norm
+        "ladder": rungs + hidden * channels + channels,
+        "transformer": 12 * c * c + 15 * c + out,  # four matrices, two norms, two scales
+    }
+    for kind, count in expected.items():
+        with torch.device("meta"):
+            translator = Translator(c, (14, 14), channels, grid, kind, blocks)
+        assert sum(p.numel() for p in translator.parameters()) == count, kind
+
+
+@pytest.mark.parametrize("kind", get_args(TranslatorKind))
+@pytest.mark.parametrize("grid", [(6, 6), (4, 9)])
+def test_the_last_layer_can_be_had_apart(kind, grid):
+    translator = randomised(Translator(8, (6, 6), 5, grid, kind))
+    patches = torch.randn(2, 36, 8)
+    prediction = translator.resize(translator.last(translator.before_last(patches, (6, 6))))
+    torch.testing.assert_close(prediction, translator(patches, (6, 6)))
 
 
 def test_every_student_token_counts_when_the_grid_shrinks():
@@ -124,13 +241,14 @@ def test_tokens_on_another_grid_are_refused():
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ConfigError, match="cnn, linear"):
-        Translator(8, (14, 14), 5, (16, 16), "mlp")
+    with pytest.raises(ConfigError, match="cnn, linear, mlp, ladder, transformer"):
+        Translator(8, (14, 14), 5, (16, 16), "perceptron")
 
 
+@pytest.mark.parametrize("kind", get_args(TranslatorKind))
 @pytest.mark.parametrize("grid", [(16, 16), (10, 10)])
-def test_runs_under_bfloat16_autocast(grid):
-    translator = Translator(8, (14, 14), 5, grid)
+def test_runs_under_bfloat16_autocast(grid, kind):
+    translator = Translator(8, (14, 14), 5, grid, kind)
     patches = torch.randn(2, 196, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         prediction = translator(patches, (14, 14))

@@ -54,11 +54,12 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
     "options",
     [
         {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
+        {"translator": "mlp"}, {"translator": "ladder"}, {"translator": "transformer"},
         {"registers": 0}, {"registers": 4}, {"distill_cls": True},
         {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: "-".join(map(str, next(iter(options.items())))),
 )  # fmt: skip
 def test_every_ablation_trains_and_learns(store: Path, options: dict[str, Any]) -> None:
     # Scaled, the learning rate is that of a batch of 16: an eighth.

@@ -117,10 +117,7 @@ class Encoder(nn.Module):
             ShapeError: If the images have the wrong shape or size.
             ImageError: If their type or range is wrong.
         """
-        student = self.distiller.student
-        if self._compile is not None and self._compiled is None:
-            self._compiled = torch.compile(student.encode, **self._compile)
-        return (self._compiled or student.encode)(self._prepared(images))
+        return self._encode(self._prepared(images))
 
     def forward_intermediates(
         self, images: Images, indices: int | Iterable[int] | None = None, norm: bool = False
@@ -172,8 +169,8 @@ class Encoder(nn.Module):
         if denormalize:
             for name in names:
                 self.distiller.denormalize(name, torch.zeros(1, 1, 1, device=self._device))
-        tokens = self.forward_features(images)
-        translations = {name: self.distiller.translators[name](tokens.patches, tokens.grid) for name in names}
+        tokens, read = self.distiller.encode(self._prepared(images), self._encode)
+        translations = {name: self.distiller.translators[name](read, tokens.grid) for name in names}
         if denormalize:
             return {name: self.distiller.denormalize(name, value) for name, value in translations.items()}
         return translations
@@ -235,6 +232,12 @@ class Encoder(nn.Module):
             raise ConfigError(f"last_n_blocks is {last_n_blocks!r}; this encoder has {self.depth} blocks.")
         backbone.unfreeze(count)
         return self
+
+    def _encode(self, prepared: Tensor) -> StudentTokens:
+        encode = self.distiller.student.encode
+        if self._compile is not None and self._compiled is None:
+            self._compiled = torch.compile(encode, **self._compile)
+        return (self._compiled or encode)(prepared)
 
     def _prepared(self, images: Images) -> Tensor:
         return to_channels_first(images, self._device)

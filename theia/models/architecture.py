@@ -20,7 +20,8 @@ class Architecture(StudentOptions):
 
     Attributes:
         teachers: Feature shapes by teacher name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
-        translator: "cnn" as in the paper, or "linear", its ablation.
+        translator: Kind of the translators: "cnn" as in the paper; "linear", its ablation; "mlp", two layers per token;
+            "ladder", the sum of an MLP for each block of the student; "transformer", one more block.
         distill_cls: Also distil the CLS token of the teachers that have one.
     """
 

@@ -100,6 +100,7 @@ class Backbone(nn.Module, ABC):
         std: Standard deviation of each colour channel, on the same scale.
         any_size: Whether the model takes images of other sizes than the training size.
         any_size_exported: Whether an exported graph of the model takes images of other sizes.
+        is_transformer: Whether the model has transformer blocks, whose tokens it can give.
     """
 
     model: Any
@@ -120,7 +121,7 @@ class Backbone(nn.Module, ABC):
         self._never: frozenset[str] = frozenset()  # names of parameters that spatial tokens do not depend on
         # Only transformers give intermediate features as tokens, and only they have this option.
         options = inspect.signature(self.model.forward_intermediates).parameters if self._has_intermediates else {}
-        self._is_transformer = "return_prefix_tokens" in options
+        self.is_transformer = "return_prefix_tokens" in options
 
     @abstractmethod
     def load_weights(self, weights: str) -> None:
@@ -145,7 +146,7 @@ class Backbone(nn.Module, ABC):
 
     def blocks(self) -> list[nn.Module]:
         """Blocks of a transformer, or stages of any other model, in the order of the forward pass."""
-        if self._is_transformer:
+        if self.is_transformer:
             return list(self.model.blocks)
         return [self.model.get_submodule(stage["module"]) for stage in self._stages]
 
@@ -226,7 +227,7 @@ class Backbone(nn.Module, ABC):
         if not hasattr(self.model, "forward_intermediates"):
             raise ConfigError(f"{type(self.model).__name__} gives no features of blocks. Ask for the last ones only.")
         options: dict[str, Any] = {"norm": norm, "stop_early": True, "intermediates_only": True}
-        if self._is_transformer:
+        if self.is_transformer:
             options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
         order = sorted(set(wanted))
         found = {}
@@ -235,7 +236,7 @@ class Backbone(nn.Module, ABC):
         ):
             if isinstance(features, tuple):  # spatial tokens and prefix tokens, if the model has a prefix
                 found[number] = self._of_tokens(features[1], features[0], pixels)
-            elif self._is_transformer:
+            elif self.is_transformer:
                 found[number] = self._of_tokens(features[:, :0], features, pixels)
             else:
                 found[number] = of_map(features.permute(0, 2, 3, 1))

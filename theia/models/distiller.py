@@ -1,6 +1,6 @@
 """The distiller: a student, and for each teacher a translator and the normalisation of its features."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,13 +19,14 @@ class Distiller(nn.Module):
     Args:
         student: The student.
         teachers: Feature shapes by teacher name, ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
-        translator: Kind of the translators, ``"cnn"`` or ``"linear"``.
+        translator: Kind of the translators, as for :class:`~theia.models.translators.Translator`.
         distill_cls: Whether the student's CLS token is distilled from the CLS token of each teacher that has one,
             through one linear layer per teacher. Theia found it slightly harmful (77.3 against 78.9).
 
     Raises:
-        ConfigError: If there are no teachers, the record of a teacher is incomplete, or ``distill_cls`` is on but
-            the student or every teacher lacks a CLS token.
+        ConfigError: If there are no teachers, the record of a teacher is incomplete, ``distill_cls`` is on but the
+            student or every teacher lacks a CLS token, or a ladder is asked for and the student has no transformer
+            blocks.
     """
 
     def __init__(
@@ -51,10 +52,17 @@ class Distiller(nn.Module):
                 f"distill_cls is on, but none of these teachers gives a CLS token: {', '.join(specs)}. "
                 "Add one that does, or turn it off."
             )
+        self._of_all_blocks = translator == "ladder"
+        if self._of_all_blocks and not student.backbone.is_transformer:
+            raise ConfigError(
+                "The translator 'ladder' takes the tokens of every transformer block, and this backbone has no such "
+                "blocks. Choose a theia_* backbone, a vision transformer of timm, or another translator."
+            )
+        depth = len(student.backbone.blocks())
         self.student = student
         self.translators = nn.ModuleDict(
             {
-                name: Translator(student.width, student.grid_hw, channels, grid_hw, translator)
+                name: Translator(student.width, student.grid_hw, channels, grid_hw, translator, depth)
                 for name, (channels, grid_hw, _) in specs.items()
             }
         )
@@ -92,8 +100,8 @@ class Distiller(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape, size or type.
         """
-        tokens: StudentTokens = self.student(images)
-        patches = {name: head(tokens.patches, tokens.grid) for name, head in self.translators.items()}
+        tokens, read = self.encode(images, self.student)
+        patches = {name: head(read, tokens.grid) for name, head in self.translators.items()}
         cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
         return tokens, patches, cls
 
@@ -102,6 +110,24 @@ class Distiller(nn.Module):
         for scaler in self.scalers.values():
             cast(FeatureScaler, scaler).use(normalizer, exponent)
         return self
+
+    def encode(self, images: Tensor, encode: Callable[[Tensor], StudentTokens]) -> tuple[StudentTokens, Tensor]:
+        """Gives the student's tokens, and what the translators take.
+
+        Args:
+            images: RGB images of the student's training size, shape ``(B, 3, H, W)``.
+            encode: The student, or its compiled form.
+
+        Returns:
+            The tokens; their patch tokens ``(B, N, C)``, or for ladders those of every block side by side
+            ``(B, N, blocks * C)``, each after the final norm.
+        """
+        if not self._of_all_blocks:
+            tokens = encode(images)
+            return tokens, tokens.patches
+        blocks = range(len(self.student.backbone.blocks()))
+        every = self.student.forward_intermediates(images, blocks, norm=True)
+        return every[-1], torch.cat([tokens.patches for tokens in every], -1)
 
     def set_statistics(
         self,

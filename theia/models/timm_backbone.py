@@ -111,7 +111,7 @@ class TimmBackbone(Backbone):
     def tokens(self, pixels: Tensor) -> StudentTokens:
         """See :meth:`Backbone.tokens`."""
         if self.stage is not None:
-            return self.intermediates(pixels, [self.stage], norm=self._is_transformer)[0]
+            return self.intermediates(pixels, [self.stage], norm=self.is_transformer)[0]
         return super().tokens(pixels)
 
     def _survey(self) -> None:
@@ -123,7 +123,7 @@ class TimmBackbone(Backbone):
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 self.prefix, self.has_cls = 0, False
-                if self.stage is None or self._is_transformer:  # stages of other models give maps
+                if self.stage is None or self.is_transformer:  # stages of other models give maps
                     self._look_at(self.model.forward_features(pixels))
                 tokens = self.tokens(pixels)
             except (RuntimeError, AssertionError, ValueError) as error:

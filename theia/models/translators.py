@@ -1,31 +1,43 @@
 """Translators: shallow heads from the student's patch tokens to each teacher's normalised features."""
 
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
+from theia.models import cpu_layers
 from theia.models.cpu_layers import TransposedConvolution
 
-TranslatorKind = Literal["cnn", "linear"]
+TranslatorKind = Literal["cnn", "linear", "mlp", "ladder", "transformer"]
 GridHW = tuple[int, int]
+
+_HEAD_WIDTH = 64  # channels of an attention head in the paper's students
+_LAYER_SCALE = 1e-4
 
 
 class Translator(nn.Module):
     """Maps patch tokens on the student's grid to a teacher's features on the teacher's grid.
 
-    ``C`` is the student's width; every layer norm is joint over channels, rows and columns. The layers depend on the
-    two grids:
+    ``C`` is the student's width. The layers of the kind ``"cnn"`` depend on the two grids; each of its layer norms is
+    joint over channels, rows and columns:
 
     - 14x14 to 16x16 or 64x64, the grids of the published models: first a transposed convolution to 16x16 (``pad``),
       then the layers of the published models with their names and shapes (``adapter``).
     - Any other pair: layer norm, 3x3 convolution and ReLU on the student's grid; bilinear resize; layer norm,
       3x3 convolution, ReLU and layer norm on the teacher's grid; linear to the teacher's channels. If the
       grids are equal, these are the layers of the 16x16 head.
-    - ``"linear"``: bilinear resize if the grids differ, then one linear layer: an ablation that shows the effect of
-      the convolutions.
+
+    The other kinds have a bilinear resize where the grids differ:
+
+    - ``"linear"``: resize, then one linear layer: an ablation that shows the effect of the convolutions.
+    - ``"mlp"``: resize, then for each token linear, layer norm, GELU and linear, ``C`` channels in between.
+    - ``"ladder"``: the sum over all blocks of the student of two-layer MLPs on the block's tokens, with GELU and ``C``
+      channels in between, ``4 * C`` for the last block; then resize.
+    - ``"transformer"``: one pre-norm transformer block on the patch tokens, with heads of at least 64 channels and
+      LayerScale 1e-4; resize, then one linear layer.
 
     A resize is antialiased when it shrinks, so that every student token counts.
 
@@ -34,37 +46,61 @@ class Translator(nn.Module):
         student_grid_hw: Rows and columns of the student's patch tokens.
         channels: Number of channels of a teacher token.
         grid_hw: Rows and columns of the teacher's patch tokens.
-        kind: Kind of translator, ``"cnn"`` or ``"linear"``.
+        kind: Kind of translator.
+        blocks: Number of blocks whose tokens a ladder is given.
 
     Raises:
         ConfigError: If the kind is unknown.
 
-    Source: Theia, Table 4 and Table 6a; the order of layers is that of the published models.
+    Source: ``cnn`` and ``linear`` are of Theia, Table 4 and Table 6a, with the order of layers of the published models;
+    ``mlp`` of RADIO (Ranzinger et al., 2024) and EUPE; ``ladder`` of UNIC (Sariyildiz et al., 2024), whose 768 and 3072
+    channels are ``C`` and ``4 * C`` of its ViT-B; ``transformer`` of DUNE (Sariyildiz et al., 2025).
     """
 
     def __init__(
-        self, width: int, student_grid_hw: GridHW, channels: int, grid_hw: GridHW, kind: TranslatorKind = "cnn"
+        self,
+        width: int,
+        student_grid_hw: GridHW,
+        channels: int,
+        grid_hw: GridHW,
+        kind: TranslatorKind = "cnn",
+        blocks: int = 1,
     ) -> None:
         super().__init__()
         self.student_grid_hw = student_grid_hw
         self.pad: nn.Module = nn.Identity()
+        self.resize: nn.Module = nn.Identity()  # of a ladder, which gives few channels and has many inside
+        hidden = width
+        resize = _resize(student_grid_hw, grid_hw)
+        layers: list[nn.Module]
         if kind == "linear":
-            layers = [*_resize(student_grid_hw, grid_hw), _ToTokens()]
+            layers = [*resize, _ToTokens()]
+        elif kind == "mlp":
+            layers = [*resize, _ToTokens(), nn.Linear(width, width), nn.LayerNorm(width), nn.GELU()]
+        elif kind == "ladder":
+            ladder = _Ladder(width, blocks)
+            hidden, layers = ladder.channels, [_ToTokens(), ladder]
+            self.resize = nn.Sequential(_ToMaps(student_grid_hw), *resize, _ToTokens())
+        elif kind == "transformer":
+            block = Block(width, _heads(width), qkv_bias=True, init_values=_LAYER_SCALE)
+            cpu_layers.adapt(block)
+            layers = [_ToTokens(), block, _ToMaps(student_grid_hw), *resize, _ToTokens()]
         elif kind != "cnn":
-            raise ConfigError(f"No translator of kind {kind!r}. Choose one of: cnn, linear.")
+            raise ConfigError(f"No translator of kind {kind!r}. Choose one of: {', '.join(get_args(TranslatorKind))}.")
         elif student_grid_hw == (14, 14) and grid_hw in ((16, 16), (64, 64)):
             self.pad = TransposedConvolution(width, width, 3)
             layers = _to_16x16(width) if grid_hw == (16, 16) else _to_64x64(width)
         else:
             layers = _to_any(width, student_grid_hw, grid_hw)
-        self.adapter = nn.Sequential(*layers, nn.Linear(width, channels))
+        self.adapter = nn.Sequential(*layers, nn.Linear(hidden, channels))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
         """Predicts a teacher's normalised features.
 
         Args:
-            patches: The student's patch tokens, row by row, shape ``(B, N, C)``.
+            patches: The student's patch tokens, row by row, shape ``(B, N, C)``; for a ladder, those of its blocks side
+                by side, ``(B, N, blocks * C)``.
             grid_hw: Rows and columns of the patch tokens.
 
         Returns:
@@ -73,7 +109,7 @@ class Translator(nn.Module):
         Raises:
             ShapeError: If the tokens are not on the grid for which the translator was built.
         """
-        prediction: Tensor = self.adapter(self._maps(patches, grid_hw))
+        prediction: Tensor = self.resize(self.adapter(self._maps(patches, grid_hw)))
         return prediction
 
     @property
@@ -82,7 +118,10 @@ class Translator(nn.Module):
         return cast(nn.Linear, self.adapter[-1])
 
     def before_last(self, patches: Tensor, grid_hw: GridHW) -> Tensor:
-        """The input of :attr:`last`, shape ``(B, H * W, C)``; arguments and errors are those of :meth:`forward`."""
+        """The input of :attr:`last`, shape ``(B, H * W, C)``; arguments and errors are those of :meth:`forward`.
+
+        Of a ladder, it is on the student's grid and has the channels of all hidden layers.
+        """
         tokens: Tensor = self.adapter[:-1](self._maps(patches, grid_hw))
         return tokens
 
@@ -172,6 +211,37 @@ class _Resize(nn.Module):
         # In float32: not every device can antialias in bfloat16, and a layer norm or linear layer comes next.
         resized = F.interpolate(maps.float(), self.size_hw, mode="bilinear", antialias=self.antialias)
         return resized.to(maps.dtype)
+
+
+class _Ladder(nn.Module):
+    """The hidden layers of one MLP per block, side by side: the linear layer behind them adds up the MLPs' outputs."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.width = width
+        hidden = [width] * (blocks - 1) + [4 * width]
+        self.channels = sum(hidden)
+        self.rungs = nn.ModuleList(nn.Linear(width, channels) for channels in hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Turns tokens of all blocks (B, N, blocks * C) into (B, N, channels)."""
+        parts = torch.split(tokens, self.width, -1)
+        return F.gelu(torch.cat([rung(part) for rung, part in zip(self.rungs, parts, strict=True)], -1))
+
+
+def _heads(width: int) -> int:
+    """The most heads that divide the width and have at least 64 channels each; one for a narrower student."""
+    return next(heads for heads in range(max(width // _HEAD_WIDTH, 1), 0, -1) if width % heads == 0)
+
+
+class _ToMaps(nn.Module):
+    def __init__(self, grid_hw: GridHW) -> None:
+        super().__init__()
+        self.grid_hw = grid_hw
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Turns tokens (B, H * W, C) into maps (B, C, H, W), a view in channels-last memory order."""
+        return tokens.reshape(len(tokens), *self.grid_hw, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 class _ToTokens(nn.Module):
