@@ -109,20 +109,21 @@ def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
     torch.testing.assert_close(tokens.patches, expected_tokens.patches)
 
 
-def test_int8_features_are_compared_without_a_copy_in_float32() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_int8_features_are_compared_without_a_copy_in_float32(device: str) -> None:
     torch.manual_seed(0)
     images, tokens, channels = 3, 16, 24
-    values = torch.randint(-127, 128, (images, tokens, channels), dtype=torch.int8)
-    scales = torch.rand(images, 2, channels) / 40
-    mean, std = torch.randn(channels), torch.rand(channels) + 0.5
-    prediction = torch.randn(images, tokens, channels, requires_grad=True)
+    values = torch.randint(-127, 128, (images, tokens, channels), dtype=torch.int8, device=device)
+    scales = torch.rand(images, 2, channels, device=device) / 40
+    mean, std = torch.randn(channels, device=device), torch.rand(channels, device=device) + 0.5
+    prediction = torch.randn(images, tokens, channels, device=device, requires_grad=True)
     shape = {"channels": channels, "grid_hw": [4, 4], "has_cls": False}
-    distiller = Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), {"alpha": shape})
+    distiller = Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), {"alpha": shape}).to(device)
     distiller.set_statistics("alpha", mean, std)
     objective = Objective(distiller, FeatureLoss())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    objective.compile(torch.device("cpu"))
+    objective.compile(torch.device(device))
     batch = FeatureBatch(torch.empty(0), {"alpha": values}, {"alpha": scales})
 
     def step() -> None:
@@ -143,5 +144,7 @@ def test_int8_features_are_compared_without_a_copy_in_float32() -> None:
     torch.testing.assert_close(results[1].double(), gradient, rtol=1e-4, atol=1e-8)
     assert not torch._dynamo.utils.counters["graph_break"]
     # Of all that is as large as the features, only the gradient is stored.
-    whole = [match for program in programs for match in re.findall(r"empty_strided_cpu\(\((3, 16, 24|1152)", program)]
-    assert (len(programs), len(whole)) == (2, 1)
+    large = rf"empty_strided_{device}\(\((3, 16, 24|1152)"
+    assert [len(re.findall(large, program)) for program in programs] == [0, 1]  # of the forward and the backward pass
+    if device == "cuda":
+        assert [program.count("'*i8'") for program in programs] == [1, 1]  # one kernel of each reads the features
