@@ -14,6 +14,7 @@ from theia.errors import ConfigError
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
+from theia.training import losses
 from theia.training.distillation import Distillation
 from theia.training.losses import FeatureLoss, Objective, mse_loss
 from theia.types import FeatureBatch
@@ -50,11 +51,40 @@ def test_graphs_are_refused_where_they_cannot_be(store: Path, options: dict[str,
         fit(store, cuda_graphs=True, **options)
 
 
-def test_graphs_do_not_change_what_a_cpu_learns(store: Path) -> None:
-    without, graphs = (fit(store, compile=True, cuda_graphs=on) for on in (False, True))
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_each_step_of_a_gpu_begins_its_graphs_before_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    calls, asked = [], []
+    real = torch.compile
 
-    for name, value in without.items():
-        assert torch.equal(graphs[name], value), name
+    def compile(function: Any, **options: Any) -> Any:
+        real(function, **options)  # refuses options that the compiler does not know
+        asked.append(options["options"])
+
+        def call(*args: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append("begin"))
+    monkeypatch.setattr(losses, "_check_compiler", lambda device: None)
+    distiller = Distiller(Student(StudentOptions(image_size=32, width=16, depth=1, heads=2)), TEACHERS)
+    distiller.set_statistics("alpha", torch.zeros(8), torch.ones(8))
+    objective = Objective(distiller, mse_loss)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+
+    objective.compile(torch.device("cuda"), graphs)
+    for _ in range(2):
+        objective(FeatureBatch(images, {"alpha": torch.zeros(2, 16, 8)}))
+    objective.translate(images)
+
+    step = ["begin", "forward", "_losses"] if graphs else ["forward", "_losses"]
+    # A graph of held-out images would overwrite what the step gave.
+    assert calls == [*step, *step] + ([] if graphs else ["forward"])
+    assert [options.get("triton.cudagraphs", False) for options in asked] == [graphs, graphs]
 
 
 @pytest.mark.gpu
