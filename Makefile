@@ -28,7 +28,7 @@ help:
 	@echo "                  with nothing set, on sample photographs, to see it work (offline, about 10 minutes)"
 	@echo "make cortexbench  let two policies act in a simulator, to see it work (needs OpenGL; the simulator is installed)"
 	@echo "make bench        measure how fast it is here, beside other ways to do the same (CPU, about 5 minutes)"
-	@echo "make bench-gpu    the same on one GPU (under 8 minutes)"
+	@echo "make bench-gpu    the same on one GPU (ends within 8 minutes, and names what was left out)"
 	@echo "make docs         build the documentation as a site: site/index.html"
 	@echo "make lint         what 'make test' checks first: format, lint, types, import contracts"
 	@echo "make format       rewrite the code to pass ruff"

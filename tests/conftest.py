@@ -6,6 +6,8 @@ import tarfile
 # Tests run side by side: one thread each is faster than two that fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A GPU's matrix products are the same in every run only with this, which is read before the first of a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Before scikit-learn: typing gives every union of int and float the order of the first one in a process, and by it the
 # command line reads 3 as a number of batches or as a share of 3.0.

@@ -46,12 +46,12 @@ def fed_and_resident(
         sampler.set_epoch(sampler.epoch + 1)
         for fresh in loader:
             step(fresh)
-        _finish(device)
+        finish(device)
 
     def resident() -> None:
         for _ in range(batches):
             step()
-        _finish(device)
+        finish(device)
 
     try:
         return interleave({"resident": resident, "loader": from_the_loader}, pairs)
@@ -60,6 +60,11 @@ def fed_and_resident(
         shutil.rmtree(root)
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Waits until the device has done all work that was given to it.
+
+    Args:
+        device: Device to wait for; a CPU needs no wait.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ from benchmarks.throughput.measure import Cost, Measure, Result, Settings, inter
 from theia.training.losses import FeatureLoss, Objective
 
 _BATCH = 8
-_SMALL = {"width": 32, "depth": 1, "heads": 1}
+SMALL = {"width": 32, "depth": 1, "heads": 1}  # options of a student, for a test of the benchmark itself
 
 _BFLOAT16 = "bfloat16, compiled loss"
 _AIMS = {len(CDIV): 2.2, len(ALL_FIVE): 2.8}  # in bfloat16, by the number of teachers
@@ -38,7 +38,7 @@ def run(settings: Settings) -> Result:
     details: dict[str, Any] = {"batch_size": 2 if settings.small else _BATCH, "parity": {}, "costs": {}, "bytes": {}}
     for teachers in (CDIV, ALL_FIVE):
         name = NAMES[len(teachers)]
-        student: dict[str, Any] = _SMALL if settings.small else {}
+        student: dict[str, Any] = SMALL if settings.small else {}
         case = make_case(teachers, "tiny", details["batch_size"], **student)
         details["parity"][name] = check_parity(case)
         plain = PlainStep(case)

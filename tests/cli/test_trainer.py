@@ -1,5 +1,6 @@
 """How the trainer of a run is set up."""
 
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ def two_processes(strategy: str = "ddp") -> L.Trainer:
 @pytest.fixture
 def compile_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr(trainer_options, "core_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
     with inductor.patch(compile_threads=32):
         yield
 
@@ -57,7 +59,9 @@ def test_options_of_a_strategy_stay() -> None:
 
 
 @pytest.mark.usefixtures("compile_threads")
-def test_processes_of_a_node_compile_on_its_cores_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [12, 6], ids=["shared cores", "bound to cores of its own"])
+def test_processes_of_a_node_compile_on_its_cores_together(monkeypatch: pytest.MonkeyPatch, own: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(own)))
     set_up_processes(two_processes(), _Model())
     assert inductor.compile_threads == 6
 

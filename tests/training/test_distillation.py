@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,59 @@ def test_pretrained_weights_are_read_for_a_new_run_but_not_for_a_checkpoint(stor
     )
 
 
+class Steps(L.Callback):
+    """Watches each step from its start to the start of the next: Lightning reads values after all callbacks.
+
+    Args:
+        begin: Function that is told the number of a step when it starts.
+        end: Function to call when the step has ended.
+    """
+
+    def __init__(self, begin: Callable[[int], None], end: Callable[[], None]) -> None:
+        self.begin, self.end = begin, end
+        self.watching = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.stop()
+        self.watching = True
+        self.begin(trainer.global_step)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.watching:
+            self.watching = False
+            self.end()
+
+
+def watched_run(
+    store: Path, folder: Path, resumed: bool, steps: Steps, accelerator: str = "cpu", **options: Any
+) -> None:
+    """Three epochs of five steps with a progress bar, which log every third; of a resumed run, only the last two."""
+
+    def run(epochs: int, resume: Path | None, callbacks: list[L.Callback]) -> L.Trainer:
+        data = FeatureData(str(store), batch_size=16, workers=0)
+        model = Distillation(data.teacher_shapes, **SMALL, **options)
+        if accelerator == "cpu":  # its AdamW asks for its own step counts; the GPU's does not
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            model.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+        whole = L.Trainer(
+            accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+            max_epochs=epochs, limit_val_batches=0, log_every_n_steps=3,
+            callbacks=[*callbacks, Throughput(), TrainingProgress()],
+        )  # fmt: skip
+        whole.fit(model, data, ckpt_path=resume)
+        return whole
+
+    if resumed:
+        run(1, None, []).save_checkpoint(folder / "run.ckpt")
+    run(3, folder / "run.ckpt" if resumed else None, [steps])
+
+
+LOGGED = {2, 5, 8, 11, 14}
+
+
 @pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
 def test_a_step_that_does_not_log_asks_the_device_for_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
@@ -140,30 +194,20 @@ def test_a_step_that_does_not_log_asks_the_device_for_nothing(
                 note()
             return function(*args, **(kwargs or {}))
 
+    transfers = Transfers()
+
     def note() -> None:
         if current:
             counts[current[0]] += 1
 
-    class Steps(L.Callback):
-        """Counts from the start of a step to the start of the next: Lightning reads values after all callbacks."""
+    def begin(step: int) -> None:
+        current.append(step)
+        counts[step] = 0
+        transfers.__enter__()
 
-        def __init__(self) -> None:
-            self.transfers: Any = None
-
-        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-            self.stop()
-            current.append(trainer.global_step)
-            counts[trainer.global_step] = 0
-            self.transfers = Transfers()
-            self.transfers.__enter__()
-
-        def stop(self) -> None:
-            if current:
-                current.clear()
-                self.transfers.__exit__(None, None, None)
-
-        def on_train_epoch_end(self, *args: Any) -> None:
-            self.stop()
+    def end() -> None:
+        current.clear()
+        transfers.__exit__(None, None, None)
 
     for name in ("tolist", "cpu", "numpy"):
         plain = getattr(torch.Tensor, name)
@@ -174,28 +218,40 @@ def test_a_step_that_does_not_log_asks_the_device_for_nothing(
 
         monkeypatch.setattr(torch.Tensor, name, counted)
 
-    def run(epochs: int, resume: Path | None = None) -> L.Trainer:
-        data = FeatureData(str(store), batch_size=16, workers=0)
-        # AdamW of the CPU asks for its own step counts; the GPU's does not.
-        model = Distillation(data.teacher_shapes, **SMALL)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        model.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
-        whole = L.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, max_epochs=epochs,
-            limit_val_batches=0, log_every_n_steps=3, callbacks=[Steps(), Throughput(), TrainingProgress()],
-        )  # fmt: skip
-        whole.fit(model, data, ckpt_path=resume)
-        return whole
-
-    first = run(1 if resumed else 3)
-    if resumed:
-        first.save_checkpoint(tmp_path / "run.ckpt")
-        counts.clear()
-        run(3, tmp_path / "run.ckpt")
+    watched_run(store, tmp_path, resumed, Steps(begin, end))
 
     steps = range(5 if resumed else 0, 15)
-    logged = {2, 5, 8, 11, 14}
-    assert {step: count > 0 for step, count in counts.items()} == {step: step in logged for step in steps}
+    assert {step: count > 0 for step, count in counts.items()} == {step: step in LOGGED for step in steps}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_the_host_never_waits_for_a_gpu_in_a_step_that_does_not_log(
+    store: Path, tmp_path: Path, resumed: bool, compiled: bool
+) -> None:
+    first_logged = 5 if resumed else 2  # until then, what is compiled or chosen by measurement may wait
+    watched = []
+
+    def begin(step: int) -> None:
+        if step > first_logged and step not in LOGGED:
+            watched.append(step)
+            torch.cuda.set_sync_debug_mode("error")
+
+    def end() -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    one = torch.ones(1, device="cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            one.item()
+        end()
+        watched_run(store, tmp_path, resumed, Steps(begin, end), "gpu", compile=compiled)
+    finally:
+        end()
+
+    assert watched == [step for step in range(first_logged, 15) if step not in LOGGED]
 
 
 def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> None:

@@ -14,6 +14,7 @@ from theia.errors import ConfigError
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
+from theia.training import losses
 from theia.training.distillation import Distillation
 from theia.training.losses import FeatureLoss, Objective, mse_loss
 from theia.types import FeatureBatch
@@ -50,11 +51,40 @@ def test_graphs_are_refused_where_they_cannot_be(store: Path, options: dict[str,
         fit(store, cuda_graphs=True, **options)
 
 
-def test_graphs_do_not_change_what_a_cpu_learns(store: Path) -> None:
-    without, graphs = (fit(store, compile=True, cuda_graphs=on) for on in (False, True))
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_each_step_of_a_gpu_begins_its_graphs_before_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    calls, asked = [], []
+    real = torch.compile
 
-    for name, value in without.items():
-        assert torch.equal(graphs[name], value), name
+    def compile(function: Any, **options: Any) -> Any:
+        real(function, **options)  # refuses options that the compiler does not know
+        asked.append(options["options"])
+
+        def call(*args: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: calls.append("begin"))
+    monkeypatch.setattr(losses, "_check_compiler", lambda device: None)
+    distiller = Distiller(Student(StudentOptions(image_size=32, width=16, depth=1, heads=2)), TEACHERS)
+    distiller.set_statistics("alpha", torch.zeros(8), torch.ones(8))
+    objective = Objective(distiller, mse_loss)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+
+    objective.compile(torch.device("cuda"), graphs)
+    for _ in range(2):
+        objective(FeatureBatch(images, {"alpha": torch.zeros(2, 16, 8)}))
+    objective.translate(images)
+
+    step = ["begin", "forward", "_losses"] if graphs else ["forward", "_losses"]
+    # A graph of held-out images would overwrite what the step gave.
+    assert calls == [*step, *step] + ([] if graphs else ["forward"])
+    assert [options.get("triton.cudagraphs", False) for options in asked] == [graphs, graphs]
 
 
 @pytest.mark.gpu
@@ -109,20 +139,21 @@ def test_what_a_gpu_compiles_gives_the_same_features_in_one_graph() -> None:
     torch.testing.assert_close(tokens.patches, expected_tokens.patches)
 
 
-def test_int8_features_are_compared_without_a_copy_in_float32() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_int8_features_are_compared_without_a_copy_in_float32(device: str) -> None:
     torch.manual_seed(0)
     images, tokens, channels = 3, 16, 24
-    values = torch.randint(-127, 128, (images, tokens, channels), dtype=torch.int8)
-    scales = torch.rand(images, 2, channels) / 40
-    mean, std = torch.randn(channels), torch.rand(channels) + 0.5
-    prediction = torch.randn(images, tokens, channels, requires_grad=True)
+    values = torch.randint(-127, 128, (images, tokens, channels), dtype=torch.int8, device=device)
+    scales = torch.rand(images, 2, channels, device=device) / 40
+    mean, std = torch.randn(channels, device=device), torch.rand(channels, device=device) + 0.5
+    prediction = torch.randn(images, tokens, channels, device=device, requires_grad=True)
     shape = {"channels": channels, "grid_hw": [4, 4], "has_cls": False}
-    distiller = Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), {"alpha": shape})
+    distiller = Distiller(Student(StudentOptions(width=16, depth=1, heads=2)), {"alpha": shape}).to(device)
     distiller.set_statistics("alpha", mean, std)
     objective = Objective(distiller, FeatureLoss())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    objective.compile(torch.device("cpu"))
+    objective.compile(torch.device(device))
     batch = FeatureBatch(torch.empty(0), {"alpha": values}, {"alpha": scales})
 
     def step() -> None:
@@ -143,5 +174,7 @@ def test_int8_features_are_compared_without_a_copy_in_float32() -> None:
     torch.testing.assert_close(results[1].double(), gradient, rtol=1e-4, atol=1e-8)
     assert not torch._dynamo.utils.counters["graph_break"]
     # Of all that is as large as the features, only the gradient is stored.
-    whole = [match for program in programs for match in re.findall(r"empty_strided_cpu\(\((3, 16, 24|1152)", program)]
-    assert (len(programs), len(whole)) == (2, 1)
+    large = rf"empty_strided_{device}\(\((3, 16, 24|1152)"
+    assert [len(re.findall(large, program)) for program in programs] == [0, 1]  # of the forward and the backward pass
+    if device == "cuda":
+        assert [program.count("'*i8'") for program in programs] == [1, 1]  # one kernel of each reads the features

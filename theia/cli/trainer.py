@@ -19,7 +19,7 @@ from theia.errors import ConfigError
 from theia.training.distillation import COURSE
 from theia.training.optim import Course
 from theia.utils.arguments import check_number
-from theia.utils.device import core_count, has_bfloat16_cpu
+from theia.utils.device import cores_of_process, has_bfloat16_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -200,5 +200,5 @@ def set_up_processes(trainer: Trainer, model: LightningModule) -> None:
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         import torch._inductor.config as inductor
 
-        share = core_count() // trainer.num_devices
-        inductor.compile_threads = max(1, min(inductor.compile_threads or 1, share))
+        share = cores_of_process(trainer.num_devices)
+        inductor.compile_threads = min(inductor.compile_threads or 1, share)

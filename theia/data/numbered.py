@@ -1,6 +1,5 @@
 """Training data with numbered samples: what reads them, in which order, and where a run goes on."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_f
 from theia.errors import ConfigError
 from theia.types import Json, TeacherSpec
 from theia.utils.arguments import check_number
-from theia.utils.device import core_count
+from theia.utils.device import cores_of_process
 
 # A worker that reads features copies some 5 GB/s from the page cache, and takes memory for two batches and more.
 _CORES_PER_WORKER = 4
@@ -315,9 +314,7 @@ class NumberedData(TrainingData):
 
     def cores(self) -> int:
         """Number of cores that this process may use."""
-        # Where each process is bound to cores of its own, as SLURM does it, it may use all of those.
-        shared = (os.cpu_count() or 1) // (self.trainer.num_devices if self.trainer else 1)
-        return max(1, min(core_count(), shared))
+        return cores_of_process(self.trainer.num_devices if self.trainer else 1)
 
     def copied_to(self, device: torch.device | None = None) -> torch.device | None:
         """The CUDA device that loaders copy batches to, by default that of the trainer; ``None`` for host memory."""

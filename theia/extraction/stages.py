@@ -27,7 +27,7 @@ from theia.store.shard import Shard
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
 from theia.types import Precision, TeacherFeatures, TeacherSpec
-from theia.utils.device import core_count
+from theia.utils.device import cores_of_process
 from theia.utils.progress import Progress
 
 P = ParamSpec("P")
@@ -346,7 +346,7 @@ class _Threads:
 def _helper_count(config: ExtractConfig, processes: Processes) -> int:
     """More than four gain nothing: then the digest of a file, which one thread computes, is what takes longest."""
     here = max(1, processes.world // config.num_nodes)
-    return min(_MOST_HELPERS, max(1, core_count() // here))
+    return min(_MOST_HELPERS, cores_of_process(here))
 
 
 @torch.inference_mode()

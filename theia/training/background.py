@@ -14,7 +14,8 @@ from torch import Tensor
 class Snapshot:
     """A copy of nested values in the memory of the host, which later training steps do not change.
 
-    Copies from a GPU are queued behind the step that is running there; the host does not wait for them.
+    Copies from a GPU are queued behind the step that is running there, and the host does not wait for them. It may wait
+    once, though: page-locking memory for the first snapshot can take as long as the GPU is busy.
 
     Args:
         values: Dictionaries, lists and tuples, with whatever they hold.
@@ -51,7 +52,7 @@ class Snapshot:
         if value.device.type != "cuda":
             return value.cpu() if value.device.type != "cpu" else value.clone()
         self._copied[value.device] = None
-        # From pinned memory the copy does not hold up the host. torch keeps the memory for the next snapshot.
+        # A copy to page-locked memory does not hold up the host. To lock it does, but torch keeps it for the next one.
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
 
 

@@ -107,8 +107,8 @@ class Distillation(L.LightningModule):
             exported instead of them; none by default.
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
-        cuda_graphs: Whether a GPU replays the compiled step as CUDA graphs, which spares the host most of its work.
-            Experimental: it has not been run on a GPU yet.
+        cuda_graphs: Whether a GPU replays forward and backward pass of the compiled step as CUDA graphs, which spares
+            the host most of its work; validation is then not compiled. Experimental: it has not run on a GPU yet.
         options: Options of the student and its translators, as :class:`~theia.models.architecture.Architecture` names
             them.
     """

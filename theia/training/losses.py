@@ -225,7 +225,7 @@ class Objective:
         """Student tokens and translations of held-out images, as the distiller gives them.
 
         If the training step is compiled, so is this, for batches as large as the first: the last, smaller one is not
-        worth another compilation.
+        worth another compilation. With CUDA graphs it is not compiled, as it would be replayed over the step's results.
 
         Args:
             images: RGB images, uint8, shape ``(B, 3, H, W)``.

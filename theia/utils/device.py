@@ -34,3 +34,14 @@ def has_bfloat16_cpu() -> bool:
 def core_count() -> int:
     """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_process(processes: int) -> int:
+    """Number of processor cores that this process may use beside others of the same work on this machine.
+
+    Where each process is bound to cores of its own, as SLURM does it, it may use all of those.
+
+    Args:
+        processes: Number of the processes on this machine, with this one.
+    """
+    return max(1, min(core_count(), (os.cpu_count() or 1) // processes))
