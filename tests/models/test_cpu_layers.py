@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -142,6 +143,34 @@ def test_a_block_trains_as_timms_does(autocast: bool, monkeypatch: pytest.Monkey
     torch.testing.assert_close(results[0], expected[0], rtol=0, atol=0)
     for result, truth in zip(results[1:], expected[1:], strict=True):
         assert (result - truth).norm() <= (1e-2 if autocast else 1e-6) * truth.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_in_bfloat16_are_those_of_a_convolution(bias: bool) -> None:
+    torch.manual_seed(0)
+    theirs = PatchEmbed(img_size=(24, 16), patch_size=8, embed_dim=12, bias=bias).train()
+    ours = copy.deepcopy(theirs)
+    adapt(ours)
+    assert type(ours.proj) is cpu_layers.CpuPatches
+    images, direction = torch.randn(2, 3, 24, 16), torch.randn(2, 6, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ours(images)
+    exact = theirs(images)
+    for tokens in (low, exact):
+        tokens.backward(direction)
+
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), exact, rtol=0.02, atol=0.02)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0.02, atol=0.05)
+    assert torch.equal(ours(images), exact)  # in float32, it is the convolution itself
+
+
+def test_a_stem_of_another_kind_keeps_its_convolution() -> None:
+    stem = PatchEmbed(img_size=16, patch_size=8, embed_dim=12)
+    stem.proj = nn.Conv2d(3, 12, 8, 8, padding=1)
+    adapt(stem)
+    assert type(stem.proj) is nn.Conv2d
 
 
 def test_less_is_kept_than_by_timm() -> None:

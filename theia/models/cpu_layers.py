@@ -2,6 +2,7 @@
 
 Attention: in bfloat16, the backward pass of torch's fused attention takes twice as long as plain products.
 Linear layers: they keep their input alone; the backward pass casts weights and applies the activation once more.
+Patch embedding: in bfloat16, a product of the patches is 1.4 to 1.8 times as fast as the convolution.
 Transposed convolutions: in bfloat16, torch may take five times as long for the bias as for all the rest.
 
 Parameters and their names are those of timm and torch, and so is the code that runs on a GPU, under transforms of
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +24,7 @@ _MIDDLE = 3.0  # between 0 and -6, the logarithms of the attention weights that 
 
 
 def adapt(model: nn.Module) -> None:
-    """Gives a timm model the attention and the MLP of this file, in place.
+    """Gives a timm model the attention, the MLP and the patch embedding of this file, in place.
 
     Args:
         model: The model; layers of other kinds, and its parameters, stay as they are.
@@ -32,6 +34,8 @@ def adapt(model: nn.Module) -> None:
             module.__class__ = CpuAttention
         elif type(module) is Mlp:
             module.__class__ = CpuMlp
+        elif type(module) is PatchEmbed and _cuts_patches(module.proj):
+            module.proj.__class__ = CpuPatches
 
 
 class CpuAttention(Attention):
@@ -59,6 +63,21 @@ class CpuMlp(Mlp):
         if not is_gelu or not _trains_here(self, x, (self.fc1, self.fc2), but=self.act):
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         return linear(linear(x, self.fc1), self.fc2, gelu=True)  # type: ignore[arg-type]
+
+
+class CpuPatches(nn.Conv2d):
+    """A convolution of patches that neither overlap nor leave gaps, as a product of the patches and the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves pixels ``(B, 3, H, W)``, whose sides are multiples of the patch."""
+        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if not (low and _trains_here(self, input, ())):
+            return super().forward(input)
+        (down, across), (height, width) = self.kernel_size, input.shape[-2:]
+        rows, columns = height // down, width // across
+        patches = input.reshape(len(input), -1, rows, down, columns, across).permute(0, 2, 4, 1, 3, 5)
+        tokens = F.linear(patches.reshape(len(input), rows, columns, -1), self.weight.flatten(1), self.bias)
+        return tokens.permute(0, 3, 1, 2)
 
 
 class TransposedConvolution(nn.ConvTranspose2d):
@@ -166,6 +185,13 @@ class _Attend(torch.autograd.Function):
             torch.bmm(of_products.mT, queries, out=of_keys)
             gradients[0].mul_(scale)
         return gradients.permute(1, 3, 0, 2, 4).flatten(2), None
+
+
+def _cuts_patches(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Conv2d:
+        return False
+    plain = layer.padding == (0, 0) and layer.dilation == (1, 1) and layer.groups == 1
+    return plain and layer.stride == layer.kernel_size
 
 
 def _split(side_by_side: Tensor, heads: int, parts: int = 3) -> Tensor:
