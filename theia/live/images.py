@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from theia.data.sampler import Rows
 from theia.errors import ImageError
 from theia.extraction.images import UnreadableImageError, to_square
+from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource
 from theia.extraction.stages import end_quietly
 from theia.store.components import Basis
-from theia.store.schema import IMAGE, Field, Resize
+from theia.store.schema import IMAGE, Field, Resize, hash_ids
 from theia.types import Json
 from theia.utils.arguments import check_number
 from theia.utils.files import read_json, write_whole
 from theia.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 # Kinds of sources that find any image as quickly as the next one.
 _RANDOM_ACCESS = {"folder", "tar", "sample", "hf"}
@@ -169,6 +173,65 @@ class LiveImages:
             arrays[IMAGE][place] = self._augmentation.view(image, self._size, self._resize, epoch, row)
 
 
+class ReadableImages:
+    """The images of a list that can be decoded. Which they are is known once a check has finished.
+
+    Args:
+        listed: All images.
+        place: Place of the images, for messages.
+        record: File in which the check records its result.
+        check: Whether to check them; otherwise all count as readable.
+
+    Attributes:
+        listed: All images.
+        record: The record of the check.
+    """
+
+    def __init__(self, listed: ImageSource, place: object, record: Path, check: bool) -> None:
+        self.listed, self.record = listed, record
+        self._place = place
+        self._source = None if check else listed
+
+    @property
+    def source(self) -> ImageSource:
+        """Those that can be decoded; all if that is not known yet."""
+        if self._source is None:
+            rows = readable_rows(self.record, len(self.listed.ids))
+            if rows is None:
+                return self.listed
+            all_good = len(rows) == len(self.listed.ids)
+            self._source = self.listed if all_good else ChosenSource(self.listed, rows)
+        return self._source
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known which images can be decoded."""
+        return self.source is self._source
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Reason for each image that cannot be decoded, by its place in the list."""
+        return {} if self.source is self.listed else dict(read_json(self.record)["unreadable"])
+
+    def check(self, workers: int) -> None:
+        """Decodes every image once if that was not done before, and says how many are left out.
+
+        Args:
+            workers: Number of decoding processes.
+
+        Raises:
+            ImageError: If too many images cannot be decoded.
+        """
+        if not self.known:
+            check_images(self.listed, self._place, self.record, workers)
+        left_out = len(self.listed.ids) - len(self.source.ids)
+        if left_out:
+            logger.warning(
+                "%d of %d images of %s cannot be decoded and are left out. Reasons: %s",
+                left_out, len(self.listed.ids), self._place, self.record,
+            )  # fmt: skip
+
+
 class _Check(Dataset[list[tuple[int, str]] | ImageError]):
     def __init__(self, source: ImageSource) -> None:
         self._source = source
@@ -203,6 +266,11 @@ def pixels_sha256(source: ImageSource) -> str:
         except UnreadableImageError:
             digest.update(b"unreadable")
     return digest.hexdigest()
+
+
+def images_facts(source: ImageSource) -> dict[str, Any]:
+    """What the list of a source says, as plain values."""
+    return {"source": source.description, "ids": hash_ids(source.ids), "labels": source.labels is not None}
 
 
 def readable_rows(record: Path, count: int) -> list[int] | None:
