@@ -152,6 +152,7 @@ def test_a_killed_run_that_keeps_features_goes_on(folder: Path, run: Path, tmp_p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_goes_on_at_the_next_sample(folder: Path, tmp_path: Path, workers: int) -> None:
     augmented = ["--data.augment_crop=0.3", "--data.augment_flip=0.5", "--data.augment_jitter=0.2"]
+    augmented.append("--data.image_sizes=16,32,48")
     commands = {name: live(folder, tmp_path / name, f"--data.workers={workers}", *augmented) for name in ("a", "b")}
     forked.run(*commands["a"], path=folder / "site")
     hold(tmp_path / "stand", 7)  # in the midst of the second epoch of five steps
@@ -187,6 +188,7 @@ def test_two_processes_train_as_one(folder: Path, run: Path, tmp_path: Path) -> 
     [
         (["--data.images=nowhere"], "nowhere"),
         (["--data.teachers=brihgtest"], "brightest"),
+        (["--data.image_sizes=32,40"], "data.image_sizes has 40. Images of 40x40 pixels do not divide"),
         (["--data.batch_size=64"], "fewer than one global batch"),
         (["--data.teacher_options={brightest: {colour: 3}}"], "no option 'colour'"),
     ],

@@ -250,6 +250,7 @@ class TheiaCLI(LightningCLI):
         if self.subcommand == "fit":
             set_up_processes(self.trainer, self.model)
             self.datamodule.check_training(self.trainer.world_size)
+            self.model.check_image_sizes(self.datamodule.image_sizes)
         if self.loaded:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
             if self.subcommand == "fit":

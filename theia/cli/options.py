@@ -51,7 +51,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "free", "data.", "store workers"),
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
-    **_table(_FIT, "same", "data.", "batch_size fraction weights seed"),
+    **_table(_FIT, "same", "data.", "batch_size fraction weights seed image_sizes"),
     # How long and where to train; the steps already taken stay the same. A learning rate that decays may forbid another
     # length (check_course).
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
@@ -84,7 +84,7 @@ _DATA = "data."
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
 
 # What runs did before these options were there.
-_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS)}
+_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS), "data.image_sizes": None}
 
 # Options for which 1 is one batch, and 1.0 is all batches.
 _SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}

@@ -67,6 +67,8 @@ class LiveData(NumberedData):
         holdout: Share of the training images to hold out if there are no val_images.
         cache: Folder for what is computed once: features of the held-out images, statistics, images that cannot be
             decoded.
+        image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The
+            teachers see the same views at data.size.
         statistics_images: Number of training images, chosen at random but always the same, that means and standard
             deviations of the features come from.
         keep: Folder of a feature store that the first epoch fills with what the teachers compute. Later epochs read it.
@@ -101,6 +103,7 @@ class LiveData(NumberedData):
         weights: dict[str, float] | None = None,
         seed: int = 0,
         holdout: float = 0.01,
+        image_sizes: str | list[int] | None = None,
         cache: str = "stores/live",
         statistics_images: int = 10000,
         keep: str | None = None,
@@ -112,7 +115,7 @@ class LiveData(NumberedData):
         augment_flip: float = 0.0,
         augment_jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout)
+        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes)
         check_number("data.size", size, 1, MOST_PIXELS)
         check_number("data.statistics_images", statistics_images, 1)
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
@@ -345,9 +348,11 @@ class LiveData(NumberedData):
             split = self._store.images.split
             samples, read = split if features else split.images_only(), None
         else:
+            largest = max(self.image_sizes, default=0) if augmentation and self._keep is None else 0
             samples = images = LiveImages(
-                self.source, self._place, self._size, self._resize, augmentation, self._images.record
-            )
+                self.source, self._place, self._size, self._resize, augmentation, self._images.record,
+                largest,
+            )  # fmt: skip
             read = images.read
         if not features:
             return self.keep(FeatureLoader(samples, sampler, workers, target, read))

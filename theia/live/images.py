@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from theia.data.loader import LARGE
 from theia.data.sampler import Rows
 from theia.errors import ImageError
 from theia.extraction.images import UnreadableImageError, to_square
@@ -128,6 +129,7 @@ class LiveImages:
         resize: Way to bring an image to that size.
         augmentation: Random views; none by default.
         record: File in which an earlier check of the images is recorded, if there was one.
+        largest: Height and width of the same views for the student, in pixels, if it sees larger ones.
     """
 
     def __init__(
@@ -138,14 +140,16 @@ class LiveImages:
         resize: Resize,
         augmentation: Augmentation | None = None,
         record: Path = Path(),
+        largest: int = 0,
     ) -> None:
         self._record = record
-        self.fields = {IMAGE: Field(np.dtype("u1"), (3, size, size))}
+        self._sizes = {IMAGE: size, LARGE: largest} if largest > size else {IMAGE: size}
+        self.fields = {name: Field(np.dtype("u1"), (3, side, side)) for name, side in self._sizes.items()}
         self.teachers: Collection[str] = ()
         self.bases: Mapping[str, Basis] = {}
         self.labels = None if source.labels is None else np.array(source.labels, np.int64)
         self.folder = place
-        self._source, self._size, self._resize = source, size, resize
+        self._source, self._resize = source, resize
         self._augmentation = augmentation or Augmentation()
 
     def read(self, rows: Rows, arrays: Mapping[str, NDArray[Any]], epoch: int) -> None:
@@ -170,7 +174,8 @@ class LiveImages:
                     f"last; or {anew} and start a new run, which checks all images and leaves out those that cannot be "
                     "decoded."
                 ) from error
-            arrays[IMAGE][place] = self._augmentation.view(image, self._size, self._resize, epoch, row)
+            for name, side in self._sizes.items():
+                arrays[name][place] = self._augmentation.view(image, side, self._resize, epoch, row)
 
 
 class ReadableImages:

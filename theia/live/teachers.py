@@ -160,20 +160,21 @@ class LiveLoader(FeatureLoader):
             yield from self._from_kept
             return
         self._teachers.move(self._teacher_device)
-        for batch in super().__iter__():
-            if self._kept is None or not isinstance(self.sampler, TrainingSampler):
-                yield self._teachers.added(batch, self._teacher_device)
-                continue
-            kept = self._kept.add(batch, self._teach)
-            if self.sampler.consumed == len(self.sampler) * self.sampler.batch_size:
-                self._kept.finish(self._teach)
-            yield kept
+        yield from super().__iter__()
 
     def close(self) -> None:
         """See :meth:`FeatureLoader.close`."""
         super().close()
         if self._from_kept is not None:
             self._from_kept.close()
+
+    def _complete(self, batch: FeatureBatch) -> FeatureBatch:
+        if self._kept is None or not isinstance(self.sampler, TrainingSampler):
+            return self._teach(batch)
+        batch = self._kept.add(batch, self._teach)
+        if self.sampler.consumed == len(self.sampler) * self.sampler.batch_size:
+            self._kept.finish(self._teach)
+        return batch
 
     def _teach(self, batch: FeatureBatch) -> FeatureBatch:
         return self._teachers.added(batch, self._teacher_device)
