@@ -23,7 +23,12 @@ Live = Callable[..., LiveData]
 def copied(batches: Any) -> list[FeatureBatch]:
     """Batches that outlive the slots they were read into."""
     return [
-        FeatureBatch(batch.images.clone(), dict(batch.patches), cls=dict(batch.cls), rows=batch.rows)
+        FeatureBatch(
+            batch.images.clone(),
+            {name: tokens.clone() for name, tokens in batch.patches.items()},
+            cls={name: tokens.clone() for name, tokens in batch.cls.items()},
+            rows=batch.rows,
+        )
         for batch in batches
     ]
 
@@ -459,3 +464,39 @@ def test_the_order_is_that_of_the_sampler(live: Live) -> None:
     sampler = TrainingSampler(hold_out(40, 0.2)[0], 8, 4)
 
     assert [batch.rows.tolist() for batch in data.train_dataloader()] == [rows.tolist() for rows in sampler]
+
+
+@pytest.mark.parametrize(
+    ("views", "keeps"), [({}, False), ({"augment_crop": 0.5, "augment_flip": 0.5}, False), ({}, True)]
+)
+def test_the_student_sees_other_sizes_of_what_the_teachers_see(
+    live: Live, tmp_path: Path, pixels: np.ndarray, views: dict[str, float], keeps: bool
+) -> None:
+    """Images of 32 pixels are trained on at 16; larger ones are decoded, unless a store is to be used later."""
+    keep = {"keep": str(tmp_path / "kept")} if keeps else {}
+    seen = []
+    for sizes in (None, "8,16,32"):
+        data = live(size=16, batch_size=4, image_sizes=sizes, **views, **(keep if sizes else {}))
+        data.setup("fit")
+        loader = data.train_dataloader()
+        batches = []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            batches += copied(loader)
+        seen.append(batches)
+
+    assert {batch.images.shape[-1] for batch in seen[1]} == {8, 16, 32}
+    for plain, batch in zip(*seen, strict=True):
+        assert torch.equal(batch.rows, plain.rows)
+        assert torch.equal(batch.patches["brightest"], plain.patches["brightest"].to(batch.patches["brightest"].dtype))
+        side = batch.images.shape[-1]
+        if side == 16:
+            assert torch.equal(batch.images, plain.images)
+        if side == 32 and not views and not keeps:
+            assert np.array_equal(batch.images, pixels[batch.rows])
+        # The same view: alike where both are brought to 8x8.
+        ours, theirs = (
+            torch.nn.functional.adaptive_avg_pool2d(images.float(), 8).flatten().numpy()
+            for images in (batch.images, plain.images)
+        )
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.98

@@ -116,10 +116,43 @@ def test_the_class_stands_in_the_config_of_the_run(run: Path) -> None:
     assert "store" not in data["init_args"]
 
 
+def test_a_run_that_keeps_features_ends_with_the_same_student_and_a_store(
+    folder: Path, run: Path, tmp_path: Path
+) -> None:
+    kept = f"--data.keep={tmp_path / 'kept'}"
+    assert main(live(folder, tmp_path / "run", kept, "--data.workers=0")) == 0
+
+    assert_same(run, tmp_path / "run")
+    assert main(["store", "verify", str(tmp_path / "kept")]) == 0
+    data = [f"--data.store={tmp_path / 'kept'}", TEACHERS, "--data.workers=0"]
+    assert main(["fit", f"--config={CONFIG}", *data, f"--run_folder={tmp_path / 'stored'}", *SMALL]) == 0
+    assert_same(run, tmp_path / "stored")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_killed_run_that_keeps_features_goes_on(folder: Path, run: Path, tmp_path: Path, step: int) -> None:
+    """In the midst of the first epoch of five steps, and of the second one, which reads the store."""
+    hold(tmp_path / "stand", step)
+    stand = ["--trainer.callbacks=trainings.Standing", f"--trainer.callbacks.folder={tmp_path / 'stand'}"]
+    keep = [f"--data.keep={tmp_path / 'kept'}", "--data.workers=2"]
+    process = forked.theia(*live(folder, tmp_path / "run", *keep), *stand, path=folder / "site")
+    wait_for(lambda: standing(tmp_path / "stand") or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    again = ["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", "--ckpt_path=last", "--trainer.callbacks=null"]
+    forked.run(*again, path=folder / "site")
+
+    assert_same(run, tmp_path / "run")
+    assert main(["store", "verify", str(tmp_path / "kept")]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_goes_on_at_the_next_sample(folder: Path, tmp_path: Path, workers: int) -> None:
     augmented = ["--data.augment_crop=0.3", "--data.augment_flip=0.5", "--data.augment_jitter=0.2"]
+    augmented.append("--data.image_sizes=16,32,48")
     commands = {name: live(folder, tmp_path / name, f"--data.workers={workers}", *augmented) for name in ("a", "b")}
     forked.run(*commands["a"], path=folder / "site")
     hold(tmp_path / "stand", 7)  # in the midst of the second epoch of five steps
@@ -139,10 +172,12 @@ def test_a_killed_run_goes_on_at_the_next_sample(folder: Path, tmp_path: Path, w
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder: Path, run: Path, tmp_path: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.workers=1", f"--data.cache={tmp_path / 'cache'}"]
+    two.append(f"--data.keep={tmp_path / 'kept'}")
     forked.run(*live(folder, tmp_path / "run", *two), path=folder / "site")
 
     one, other = weights(run), weights(tmp_path / "run")
-    assert one["LiveData"] == other["LiveData"]
+    assert one["LiveData"]["loader"] == other["LiveData"]["loader"]
+    assert main(["store", "verify", str(tmp_path / "kept")]) == 0
     for name, value in one["state_dict"].items():
         # Sums over 4 + 4 samples round differently from sums over 8, and Adam divides by their size.
         torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-3, atol=1e-4, msg=name)
@@ -153,6 +188,7 @@ def test_two_processes_train_as_one(folder: Path, run: Path, tmp_path: Path) -> 
     [
         (["--data.images=nowhere"], "nowhere"),
         (["--data.teachers=brihgtest"], "brightest"),
+        (["--data.image_sizes=32,40"], "data.image_sizes has 40. Images of 40x40 pixels do not divide"),
         (["--data.batch_size=64"], "fewer than one global batch"),
         (["--data.teacher_options={brightest: {colour: 3}}"], "no option 'colour'"),
     ],

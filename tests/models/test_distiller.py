@@ -5,10 +5,12 @@ import pytest
 import timm.layers
 import torch
 
+from theia.data.numbered import _MOST_SIZES
 from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentOptions
 from theia.models.distiller import Distiller
 from theia.models.student import Student
+from theia.models.translators import on_grid
 from theia.training.balance import weighted_mean
 from theia.training.losses import FeatureLoss
 
@@ -107,6 +109,37 @@ def test_a_ladder_needs_blocks():
     student = Student(StudentOptions(backbone="timm:test_convnext", image_size=64))
     with pytest.raises(ConfigError, match=r"'ladder' takes the tokens of every transformer block.*no such blocks"):
         Distiller(student, TEACHERS, translator="ladder")
+
+
+def test_other_sizes_are_translated_onto_the_same_grids():
+    distiller = small_distiller()
+    _, usual, _ = distiller(images())
+    tokens, others, _ = distiller(images(size=288))
+    assert tokens.grid == (18, 18)
+    assert {name: x.shape for name, x in others.items()} == {name: x.shape for name, x in usual.items()}
+    head = distiller.translators["clip"]
+    torch.testing.assert_close(others["clip"], head(on_grid(tokens.patches, (18, 18), (14, 14)), (14, 14)))
+
+
+@pytest.mark.slow
+def test_each_size_is_compiled_once():
+    """As many as data.image_sizes may name, and that of validation: torch.compile would run more of them uncompiled."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    distiller = small_distiller(image_size=64)
+    forward = torch.compile(distiller.forward, dynamic=False, backend=backend)
+    for _ in range(2):
+        for size in range(32, 32 + 16 * _MOST_SIZES, 16):
+            forward(images(size=size))
+    distiller.eval()
+    with torch.no_grad():
+        forward(images(size=64))
+    assert len(compiled) == _MOST_SIZES + 1
 
 
 def test_cls_is_distilled_for_the_teachers_that_have_one():

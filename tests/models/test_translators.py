@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from theia.errors import ConfigError, ShapeError
-from theia.models.translators import Translator, TranslatorKind
+from theia.models.translators import Translator, TranslatorKind, on_grid
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 HEADS = {  # channels, side of the grid, parameters for tiny, small, base
@@ -238,6 +238,34 @@ def test_tokens_on_another_grid_are_refused():
     translator = Translator(8, (14, 14), 5, (16, 16))
     with pytest.raises(ShapeError, match="7x28"):
         translator(torch.randn(1, 196, 8), (7, 28))
+
+
+def ramp(side):
+    """Tokens whose two channels are the row and the column of their centre, from 0 to 1."""
+    centre = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    return torch.stack(torch.meshgrid(centre, centre, indexing="ij"), -1).flatten(0, 1)[None].float()
+
+
+@pytest.mark.parametrize("given", [10, 28])
+def test_tokens_keep_their_place_on_another_grid(given):
+    """Bilinear interpolation, and a symmetric filter over two tokens, give a linear function back within the edges."""
+    found, expected = (
+        tokens.unflatten(1, (14, 14))[:, 1:-1, 1:-1]
+        for tokens in (on_grid(ramp(given), (given, given), (14, 14)), ramp(14))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_token_counts_on_a_smaller_grid():
+    tokens = torch.randn(1, 28 * 28, 3, requires_grad=True)
+    on_grid(tokens, (28, 28), (14, 14)).sum().backward()
+    torch.testing.assert_close(tokens.grad.sum(1)[0], torch.full((3,), 14.0 * 14))
+    assert (tokens.grad > 0).all()
+
+
+def test_tokens_on_the_wanted_grid_are_left_alone():
+    tokens = torch.randn(1, 6, 3)
+    assert on_grid(tokens, (2, 3), (2, 3)) is tokens
 
 
 def test_unknown_kind_is_refused():

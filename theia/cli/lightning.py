@@ -250,6 +250,7 @@ class TheiaCLI(LightningCLI):
         if self.subcommand == "fit":
             set_up_processes(self.trainer, self.model)
             self.datamodule.check_training(self.trainer.world_size)
+            self.model.check_image_sizes(self.datamodule.image_sizes)
             if self.model.needs_covariances:
                 self.datamodule.covariances()
         if self.loaded:

@@ -42,6 +42,8 @@ class FeatureData(NumberedData):
         seed: Seed for the order of the training samples.
         val_split: Split for validation and test.
         holdout: Share of the training split to hold out if the store has no validation split.
+        image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The
+            stored images are resized to it.
 
     Raises:
         StoreError: If the store, a split or a teacher is missing or damaged.
@@ -59,8 +61,9 @@ class FeatureData(NumberedData):
         seed: int = 0,
         val_split: str = _DEFAULT_VAL_SPLIT,
         holdout: float = 0.01,
+        image_sizes: str | list[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout)
+        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes)
         self.store = FeatureStore(store)
         self.val_split = val_split if val_split in self.store.splits else None
         if self.val_split is None:

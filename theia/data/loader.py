@@ -1,10 +1,12 @@
 """Loads batches by row numbers: workers read into shared slots, and copies to the device run ahead."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Samples, Slot
@@ -18,6 +20,8 @@ from theia.types import FeatureBatch
 
 # Number of batches that each worker may fill ahead of the one in use.
 _PREFETCH = 2
+
+LARGE = "image/large"  # field of the same images at a larger size, for the student
 
 
 # Reads rows, in an epoch, into a slot's arrays by field name.
@@ -79,9 +83,12 @@ class FeatureLoader:
         if self._device is not None:
             batches = self._on_device(batches, self._device)
         for batch in batches:
+            size = None
             if isinstance(self.sampler, TrainingSampler):
+                size = self.sampler.image_size
                 self.sampler.advance()
-            yield _features(batch, self.split)
+            complete = self._complete(_features(batch, self.split))
+            yield complete if size is None else _resized(complete, batch.tensors, size)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler."""
@@ -103,6 +110,10 @@ class FeatureLoader:
         if self._copies is not None:
             self._copies.close()
             self._copies = None
+
+    def _complete(self, batch: FeatureBatch) -> FeatureBatch:
+        """Adds what is not among the samples."""
+        return batch
 
     def _in_memory(self) -> Iterator[RawBatch]:
         self._workers.start()
@@ -156,6 +167,18 @@ def _features(batch: RawBatch, split: Samples) -> FeatureBatch:
         stored, scale = found.patches[name], found.scales.pop(name, None)
         found.patches[name] = basis.restore(stored if scale is None else stored * scale[:, :1] + scale[:, 1:]).half()
     return found
+
+
+def _resized(batch: FeatureBatch, tensors: Mapping[str, torch.Tensor], size: int) -> FeatureBatch:
+    """The batch with images of another size, of larger ones if there are any."""
+    if size == batch.images.shape[-1]:
+        return batch
+    images = tensors.get(LARGE, tensors[IMAGE])
+    if size != images.shape[-1]:
+        # As Pillow resizes the images that are stored; bicubic interpolation overshoots.
+        pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        images = pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return replace(batch, images=images)
 
 
 def _suffixed(tensors: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:

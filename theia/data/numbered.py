@@ -13,13 +13,15 @@ from theia.data.protocol import TrainingData
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, repeated
 from theia.errors import ConfigError
 from theia.types import Json, TeacherSpec
-from theia.utils.arguments import check_number
+from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
 from theia.utils.device import cores_of_process
 
 # A worker that reads features copies some 5 GB/s from the page cache, and takes memory for two batches and more.
 _CORES_PER_WORKER = 4
 _MOST_WORKERS = 4
 _MOST_WEIGHT = 1000
+# torch.compile keeps at most 8 versions of a step, one of them for validation, and compiles no more.
+_MOST_SIZES = 7
 
 Part = Literal["train", "held_out"]
 
@@ -38,6 +40,8 @@ class NumberedData(TrainingData):
             with; 1 for sources that are left out, ``None`` for all.
         seed: Seed for the order of the training samples.
         holdout: Share of the training samples to hold out where there are no others.
+        image_sizes: Heights and widths that the student's training images have in turn, comma-separated or a list;
+            ``None`` if all have the size of the others.
     """
 
     teacher_specs: dict[str, TeacherSpec]
@@ -51,6 +55,7 @@ class NumberedData(TrainingData):
         weights: dict[str, float] | None,
         seed: int,
         holdout: float,
+        image_sizes: str | list[int] | None,
     ) -> None:
         super().__init__()
         check_number("data.batch_size", batch_size, 1)
@@ -69,6 +74,7 @@ class NumberedData(TrainingData):
             check_number(f"data.weights.{name}", weight, 0, _MOST_WEIGHT)
         self.seed = seed
         self.holdout = holdout
+        self.image_sizes = _parse_sizes(image_sizes)
         self._loaders: list[FeatureLoader] = []
         self._training_loader: FeatureLoader | None = None
         self._resume: dict[str, Any] | None = None
@@ -182,7 +188,7 @@ class NumberedData(TrainingData):
         Raises:
             ConfigError: If there are too few samples for a batch, or the processes cannot share it evenly.
         """
-        return TrainingSampler(self.drawn_rows(), self.batch_size, self.seed, rank, world_size)
+        return TrainingSampler(self.drawn_rows(), self.batch_size, self.seed, rank, world_size, self.image_sizes)
 
     def check_training(self, world_size: int) -> None:
         """Raises errors now that training would otherwise raise later.
@@ -325,3 +331,15 @@ class NumberedData(TrainingData):
     def processes(self) -> tuple[int, int]:
         """Number of this process, from 0, and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _parse_sizes(given: str | list[int] | None) -> list[int]:
+    texts = comma_list(given) if isinstance(given, str) else [str(size) for size in given or []]
+    if not all(text.isdecimal() for text in texts):
+        raise ConfigError(f"--data.image_sizes is {given!r}; give numbers of pixels: --data.image_sizes 160,224,288.")
+    sizes = [int(text) for text in texts]
+    for size in sizes:
+        check_number("data.image_sizes", size, 1, MOST_PIXELS)
+    if len(set(sizes)) > _MOST_SIZES:
+        raise ConfigError(f"--data.image_sizes names {len(set(sizes))} sizes; give at most {_MOST_SIZES}.")
+    return sizes

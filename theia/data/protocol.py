@@ -1,7 +1,7 @@
 """The contract of training data, for authors of data classes. It does not depend on where the images come from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,10 +29,12 @@ class TrainingData(L.LightningDataModule, ABC):
         cls_teachers: Names of the teachers whose CLS tokens the model compares; usually none. The model sets it before
             it asks for the loaders of training, validation and test, whose batches may leave out all other CLS tokens.
             ``None``, the default, if no model has set it: all may be needed.
+        image_sizes: Heights and widths of the student's training images, in pixels, if they differ from step to step.
     """
 
     batch_size: int
     cls_teachers: Collection[str] | None = None
+    image_sizes: Sequence[int] = ()
 
     @property
     @abstractmethod

@@ -1,6 +1,6 @@
 """Decides which process reads which sample at which step. A run resumes at the state of its training sampler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ Rows = npt.NDArray[np.int64]
 
 # The choice of rows must not depend on a run's seed, or runs on "the same 10 %" would not be comparable.
 _SPLIT_SEED = 0
+_SIZES = 1  # tells what is drawn for a step from what others draw with the same numbers
 
 
 def hold_out(rows: int, share: float) -> tuple[Rows, Rows]:
@@ -68,12 +69,21 @@ class TrainingSampler:
         seed: Seed for the order of the samples.
         rank: Number of this process, from 0.
         world_size: Number of processes.
+        image_sizes: Heights and widths in pixels of which each global step takes one; none if all steps are alike.
 
     Raises:
         ConfigError: If the batch cannot be divided evenly, or there are fewer samples than one batch.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        image_sizes: Sequence[int] = (),
+    ) -> None:
         if batch_size % world_size:
             raise ConfigError(
                 f"The global batch of {batch_size} cannot be shared evenly by {world_size} processes. "
@@ -90,6 +100,7 @@ class TrainingSampler:
         self.rank = rank
         self.world_size = world_size
         self.largest = batch_size // world_size  # samples per batch of this process
+        self.image_sizes = list(image_sizes)
         self.epoch = 0
         self.consumed = 0  # samples of this epoch used by global steps, over all processes
 
@@ -110,6 +121,19 @@ class TrainingSampler:
             start = step * self.batch_size + self.rank * self.largest
             yield order[start : start + self.largest]
 
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of the student's images in the next step; ``None`` if all steps are alike.
+
+        The same in all processes: seed, epoch and number of the step decide it.
+
+        Source: EUPE and C-RADIOv4 draw the student's resolution for each step.
+        """
+        if not self.image_sizes:
+            return None
+        step = self.consumed // self.batch_size
+        return int(np.random.default_rng([self.seed, self.epoch, step, _SIZES]).choice(self.image_sizes))
+
     def advance(self) -> None:
         """Notes that one global step has been taken."""
         self.consumed += self.batch_size
@@ -120,19 +144,26 @@ class TrainingSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, samples used in it, and the values that decide the order, as plain numbers."""
-        return {"epoch": self.epoch, "consumed": self.consumed} | self._order
+        sizes = {"image_sizes": self.image_sizes} if self.image_sizes else {}
+        return {"epoch": self.epoch, "consumed": self.consumed} | self._order | sizes
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at the position of a state; the number of processes may have changed since.
 
         Raises:
-            ConfigError: If the order would differ because the data, the seed or the global batch differ.
+            ConfigError: If the order would differ because the data, the seed or the global batch differ; or if the
+                sizes of the images would.
         """
         then = {name: state[name] for name in self._order}
         if then != self._order:
             raise ConfigError(
                 f"The checkpoint's run drew its samples with {then}, this one with {self._order}: their order would "
                 "change in mid-run. Resume with the same store, data.seed, data.batch_size and data.fraction."
+            )
+        if state.get("image_sizes", []) != self.image_sizes:
+            raise ConfigError(
+                f"The checkpoint's run drew the sizes of its images from {state.get('image_sizes', [])}, this one from "
+                f"{self.image_sizes}. Resume with the same data.image_sizes."
             )
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]

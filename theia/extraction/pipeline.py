@@ -126,7 +126,7 @@ def run(
         processes: The processes that share the work, and their devices.
     """
     writers = {split: SplitWriter(config.store, split) for split in sources}
-    image_sets = {split: _image_set(source, config) for split, source in sources.items()}
+    image_sets = {split: image_set(source, config) for split, source in sources.items()}
     # Each teacher is built once before any work, so that a problem of the last one does not come to light after days.
     # Teachers that are to be in memory together anyway stay there.
     built = dict(built)
@@ -174,19 +174,14 @@ def _begin(
     on_gpu: dict[str, Precision],
 ) -> dict[str, dict[str, Precision]]:
     """Announces all splits; returns the precision of each teacher, by split and teacher."""
-    cuda = device.type == "cuda"
-    computed: dict[str, Json] = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
-        "batch_size": config.batch_size,
-        "theia": __version__,
-        "torch": torch.__version__,
-    }
     precisions = {
         split: {
-            name: choose(config.precision, _begun_precision(writer, name), cuda, wish) for name, wish in on_gpu.items()
+            name: choose(config.precision, _begun_precision(writer, name), device.type == "cuda", wish)
+            for name, wish in on_gpu.items()
         }
         for split, writer in writers.items()
     }
+    computed = how_computed(device, config.batch_size)
     bases = choose_bases(device, config, writers, sources, specs, built, precisions)
     for split, writer in writers.items():
         writer.begin(image_sets[split], specs, config.dtype, computed, precisions[split], bases)
@@ -237,7 +232,28 @@ def _as_begun(source: ImageSource, split: str, config: ExtractConfig) -> ImageSo
     return ChosenSource(source, early)
 
 
-def _image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
+def how_computed(device: torch.device, batch_size: int) -> dict[str, Json]:
+    """Record of how features are computed, apart from the precision.
+
+    Args:
+        device: Device of the teachers.
+        batch_size: Number of images per forward pass.
+    """
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "batch_size": batch_size,
+        "theia": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def image_set(source: ImageSource, config: ExtractConfig) -> ImageSet:
+    """Record of the images of a split: their list, and how they are brought to their size.
+
+    Args:
+        source: All listed images.
+        config: Options of the extraction.
+    """
     return ImageSet(
         source={**source.description, "filter": RESIZE_FILTER, "labels": source.labels is not None},
         size=config.size,

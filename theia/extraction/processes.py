@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from theia.errors import ConfigError, TheiaError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 T = TypeVar("T")
 
@@ -22,7 +25,7 @@ class Processes:
     """Rank and number of the processes, and how they wait for each other.
 
     Args:
-        fabric: The Fabric that launched this process; or a device, on which this process does all of the work.
+        fabric: The Fabric or trainer that launched this process; or a device, on which this process does all work.
 
     Raises:
         ConfigError: If more processes were started than Fabric knows of, so that each would do all of the work.
@@ -37,13 +40,13 @@ class Processes:
         device: Device of this process.
     """
 
-    def __init__(self, fabric: Fabric | torch.device) -> None:
+    def __init__(self, fabric: "Fabric | Trainer | torch.device") -> None:
         self._group: dist.ProcessGroup | None = None
         self.rank, self.world = 0, 1
         if isinstance(fabric, torch.device):
             self.device = fabric
             return
-        self.rank, self.world, self.device = fabric.global_rank, fabric.world_size, fabric.device
+        self.rank, self.world, self.device = fabric.global_rank, fabric.world_size, fabric.strategy.root_device
         for environment in (TorchElasticEnvironment, SLURMEnvironment):
             if environment.detect() and (started := environment().world_size()) != self.world:
                 raise ConfigError(

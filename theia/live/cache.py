@@ -38,7 +38,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], names: Sequence[str]) -> None:
-        self.root = folder / hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
+        self.root = folder / digest(facts)[:16]
         self._names = list(names)
 
     @property
@@ -141,3 +141,8 @@ class Cache:
             StoreError: If they are missing or damaged.
         """
         return {name: ChannelStatistics.load(statistics_path(self.root, name)) for name in self._names}
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """Sha256 of plain values, in hexadecimal."""
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()

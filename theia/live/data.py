@@ -1,6 +1,5 @@
 """Training data without a feature store: images are decoded, and teachers run on them, while the student learns."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,19 +16,20 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_f
 from theia.errors import ConfigError, StoreError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
-from theia.live.cache import Cache
+from theia.live.cache import Cache, digest
 from theia.live.images import (
     Augmentation,
     LiveImages,
-    check_images,
+    ReadableImages,
     check_random_access,
+    images_facts,
     pixels_sha256,
-    readable_rows,
 )
-from theia.live.stored import Joined, StoredPart
+from theia.live.keeping import Kept
+from theia.live.stored import StoredPart, check_mixed
 from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
-from theia.store.schema import Resize, canonical_json, hash_ids, to_plain
+from theia.store.schema import Resize, hash_ids, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json, Precision
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
@@ -67,8 +67,11 @@ class LiveData(NumberedData):
         holdout: Share of the training images to hold out if there are no val_images.
         cache: Folder for what is computed once: features of the held-out images, statistics, images that cannot be
             decoded.
+        image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The
+            teachers see the same views at data.size.
         statistics_images: Number of training images, chosen at random but always the same, that means and standard
             deviations of the features come from.
+        keep: Folder of a feature store that the first epoch fills with what the teachers compute. Later epochs read it.
         check_images: Decode every image once before the first training, and leave out those that cannot be decoded.
         teacher_batch_size: Images per forward pass of a teacher.
         teacher_device: Device of the teachers, such as cuda:1; by default that of the training.
@@ -100,8 +103,10 @@ class LiveData(NumberedData):
         weights: dict[str, float] | None = None,
         seed: int = 0,
         holdout: float = 0.01,
+        image_sizes: str | list[int] | None = None,
         cache: str = "stores/live",
         statistics_images: int = 10000,
+        keep: str | None = None,
         check_images: bool = True,
         teacher_batch_size: int = 32,
         teacher_device: str | None = None,
@@ -110,7 +115,7 @@ class LiveData(NumberedData):
         augment_flip: float = 0.0,
         augment_jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout)
+        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes)
         check_number("data.size", size, 1, MOST_PIXELS)
         check_number("data.statistics_images", statistics_images, 1)
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
@@ -121,40 +126,41 @@ class LiveData(NumberedData):
             raise ConfigError("LiveData needs teachers: --data.teachers NAMES. 'theia teachers' lists those installed.")
         self._device = None if teacher_device is None else as_device(teacher_device)
         self._size, self._resize = size, resize
+        self._keep = None if keep is None else Path(keep)
+        self._kept: Kept | None = None
+        if keep is not None and (self.augmentation.active or stored_features or fraction < 1 or weights):
+            raise ConfigError(
+                "data.keep stores each training image once, as it is. Leave out data.stored_features, data.fraction, "
+                "data.weights and augmentation, or leave out data.keep."
+            )
         self._store = None if stored_features is None else StoredPart(stored_features, names)
         if self._store is not None:
-            _check_mixed(self.augmentation, val_images)
+            check_mixed(self.augmentation, val_images)
             self._store.check(None if not images else open_source(images, "train"), size, resize)
             self._place = f"the store {stored_features}"
-            self._listed: ImageSource = self._store.images
+            listed: ImageSource = self._store.images
             self._val_images: ImageSource | None = self._store.val_images
             check_images = False  # they were decoded when they were stored
         elif images:
             self._place = images if isinstance(images, str) else ", ".join(images)
-            self._listed = open_source(images, "train", labels)
-            check_random_access(self._listed.description, self._place)
+            listed = open_source(images, "train", labels)
+            check_random_access(listed.description, self._place)
             self._val_images = None if val_images is None else open_source(val_images, "val", labels)
         else:
             raise ConfigError("LiveData needs images: --data.images PLACE, as theia extract --images takes it.")
         self._statistics_images = statistics_images
         self._cache_folder = Path(cache)
         # Names alone would not tell these images from others that were made anew, or lie elsewhere.
-        self._pixels = [pixels_sha256(one) for one in (self._listed, self._val_images) if one is not None]
-        listed = {**_images(self._listed), "pixels": self._pixels[0]}
-        self._record = self._cache_folder / f"images-{_digest(listed)[:16]}.json"
-        self._source: ImageSource | None = None if check_images else self._listed
+        self._pixels = [pixels_sha256(one) for one in (listed, self._val_images) if one is not None]
+        facts = {**images_facts(listed), "pixels": self._pixels[0]}
+        record = self._cache_folder / f"images-{digest(facts)[:16]}.json"
+        self._images = ReadableImages(listed, self._place, record, check_images)
         self._cache: Cache | None = None
         self._identity: dict[str, Any] | None = None
         self._stored: Split | None = None
         # Teachers are built before any work, as their options may change the shape of their features.
         stored = {} if self._store is None else self._store.specs
         run = [name for name in names if name not in stored]
-        idle = [name for name in teacher_options or {} if name not in run]
-        if idle:
-            raise ConfigError(
-                f"data.teacher_options has options of {idle[0]!r}, which does not run: the teachers that run are "
-                f"{', '.join(run)}. Name it in data.teachers, or leave its options out."
-            )
         self.teachers = LiveTeachers(run, teacher_options or {}, teacher_batch_size, teacher_precision)
         specs = stored | self.teachers.specs
         self.teacher_specs = {name: specs[name] for name in names}
@@ -172,13 +178,7 @@ class LiveData(NumberedData):
     @property
     def source(self) -> ImageSource:
         """Training images and, if there are no others, held-out images: all, or those that the check has found good."""
-        if self._source is None:
-            rows = readable_rows(self._record, len(self._listed.ids))
-            if rows is None:
-                return self._listed
-            all_good = len(rows) == len(self._listed.ids)
-            self._source = self._listed if all_good else ChosenSource(self._listed, rows)
-        return self._source
+        return self._images.source
 
     def prepare_data(self) -> None:
         """Checks the images and computes what the cache lacks. Lightning calls it in the first process only.
@@ -189,14 +189,7 @@ class LiveData(NumberedData):
             FeatureError: If a teacher gives features of a wrong shape, or values that cannot be stored.
             StoreError: If the cache cannot be written.
         """
-        if self._source is None and readable_rows(self._record, len(self._listed.ids)) is None:
-            check_images(self._listed, self._place, self._record, self._decoding_workers())
-        left_out = len(self._listed.ids) - len(self.source.ids)
-        if left_out:
-            logger.warning(
-                "%d of %d images of %s cannot be decoded and are left out. Reasons: %s",
-                left_out, len(self._listed.ids), self._place, self._record,
-            )  # fmt: skip
+        self._images.check(self._decoding_workers())
         device = self.teacher_device
         logger.info(
             "Teachers run live on %s: %s, %s of weights. Held-out features and statistics: %s",
@@ -204,9 +197,13 @@ class LiveData(NumberedData):
         )  # fmt: skip
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         sample = ChosenSource(self.source, self._sampled().tolist()) if fitting else None
+        if kept := self.kept if fitting else None:
+            kept.begin(0 if self._val_images is None else len(self._val_images.ids))
         self.cache.fill(
             self._held_out_source(), sample, self.teachers, device, self._size, self._resize, self._decoding_workers()
         )
+        if kept:
+            kept.take(self.cache, inside=self._val_images is None)
 
     def setup(self, stage: str) -> None:
         """Checks in every process that the first one has filled the cache.
@@ -220,15 +217,28 @@ class LiveData(NumberedData):
                 "others start. If that one has stopped, it says why; otherwise let data.cache be on a disk that all "
                 "nodes share, and the images be the same everywhere."
             )
+        if stage == "fit" and self.kept is not None:
+            self.kept.open()
+
+    @property
+    def kept(self) -> Kept | None:
+        """What the run keeps of its teachers' features, if it does. It is known once the images were checked."""
+        if self._keep is not None and self._kept is None:
+            several = self.trainer if self.trainer and self.trainer.world_size > 1 else None
+            self._kept = Kept(
+                self._keep, self._images, self.teachers, self._size, self._resize, self.teacher_device,
+                several, min(self.default_workers(), self._decoding_workers()),
+            )  # fmt: skip
+        return self._kept
 
     @property
     def cache(self) -> Cache:
         """The cache of these images and teachers. Where images are checked, it is known once they were."""
-        if self._cache is None or self._source is None:
+        if self._cache is None or not self._images.known:
             facts = {
                 "pixels": self._pixels,
-                "held_out": _images(self._held_out_source()),
-                "statistics": _images(ChosenSource(self.source, self._sampled().tolist())),
+                "held_out": images_facts(self._held_out_source()),
+                "statistics": images_facts(ChosenSource(self.source, self._sampled().tolist())),
                 "size": self._size,
                 "resize": self._resize,
                 "teachers": {name: self._features(name) for name in self.teachers.built},
@@ -272,26 +282,29 @@ class LiveData(NumberedData):
         Raises:
             ConfigError: Also if the cache cannot be written.
         """
-        check_folder(self._cache_folder, "--data.cache")
+        for folder, option in ((self._cache_folder, "--data.cache"), (self._keep, "--data.keep")):
+            if folder is not None:
+                check_folder(folder, option)
         super().check_training(world_size)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """See :meth:`NumberedData.check_state`. Where images are yet to be checked, it waits until they are."""
-        if self.source is self._source:
+        if self._images.known:
             super().check_state(state)
 
     def identity(self) -> dict[str, Any]:
         """Digests of the training images, of each teacher's features, and of what is held out; no path."""
-        if self._identity is None or self._source is None:  # a digest of a million ids takes a second
-            features = {name: _digest(self._features(name)) for name in self.teacher_specs}
+        if self._identity is None or not self._images.known:  # a digest of a million ids takes a second
+            rounded = {} if self._keep is None else {"dtype": "float16"}  # as a store has them
+            features = {name: digest({**self._features(name), **rounded}) for name in self.teacher_specs}
             seen = {"pixels": self._pixels, "size": self._size, "resize": self._resize}
             held_out = None if self._val_images is not None else self.holdout
             self._identity = {
-                "images_sha256": _digest(
+                "images_sha256": digest(
                     {"ids": hash_ids(self.source.ids), "pixels": self._pixels[0], **seen, "held out": held_out}
                 ),
                 "features": features,
-                "held_out": _digest(
+                "held_out": digest(
                     {"ids": hash_ids(self._held_out_source().ids), "pixels": self._pixels, **seen, "features": features}
                 ),
             }
@@ -324,9 +337,7 @@ class LiveData(NumberedData):
             split = self._held_out()
             if self._store is None or not features:
                 return self.keep(FeatureLoader(split if features else split.images_only(), sampler, workers, target))
-            source = self._store.val_images or self._store.images
-            rows = np.arange(len(source.ids)) if self._val_images else hold_out(len(source.ids), self.holdout)[1]
-            joined = Joined(split, source.split, rows)
+            joined = self._store.joined(split, self._val_images is not None, self.holdout)
             return self.keep(FeatureLoader(joined, sampler, workers, target, joined.read))
         # Only training sees other views: scorers fit to the images as they are.
         augmentation = self.augmentation if isinstance(sampler, TrainingSampler) else None
@@ -337,14 +348,17 @@ class LiveData(NumberedData):
             split = self._store.images.split
             samples, read = split if features else split.images_only(), None
         else:
+            largest = max(self.image_sizes, default=0) if augmentation and self._keep is None else 0
             samples = images = LiveImages(
-                self.source, self._place, self._size, self._resize, augmentation, self._record
-            )
+                self.source, self._place, self._size, self._resize, augmentation, self._images.record,
+                largest,
+            )  # fmt: skip
             read = images.read
         if not features:
             return self.keep(FeatureLoader(samples, sampler, workers, target, read))
         teacher_device = device if device is not None and self._device is None else self.teacher_device
-        loader = LiveLoader(samples, sampler, workers, target, read, self.teachers, teacher_device)
+        kept = self.kept if isinstance(sampler, TrainingSampler) else None
+        loader = LiveLoader(samples, sampler, workers, target, read, self.teachers, teacher_device, kept)
         if self.processes()[0] == 0:
             logger.info(
                 "Memory: %s for batches, which %s; teachers' weights take %s on %s.",
@@ -354,6 +368,12 @@ class LiveData(NumberedData):
             )  # fmt: skip
         self.keep(loader)
         return loader
+
+    def _close(self) -> None:
+        super()._close()
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     def _features(self, name: str) -> Mapping[str, Any]:
         """What decides a teacher's features."""
@@ -378,24 +398,3 @@ class LiveData(NumberedData):
 
     def _decoding_workers(self) -> int:
         return min(self.cores(), _MOST_WORKERS) if self.workers is None else self.workers
-
-
-def _images(source: ImageSource) -> dict[str, Any]:
-    return {"source": source.description, "ids": hash_ids(source.ids), "labels": source.labels is not None}
-
-
-def _check_mixed(augmentation: Augmentation, val_images: object) -> None:
-    if augmentation.active:
-        raise ConfigError(
-            "data.stored_features and augmentation do not go together: stored features are of the images as they are. "
-            "Leave out one of the two."
-        )
-    if val_images is not None:
-        raise ConfigError(
-            "data.stored_features and data.val_images do not go together: the store's split val is held out, or a "
-            "share of its training images. Leave out data.val_images."
-        )
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()

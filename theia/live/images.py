@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from theia.data.loader import LARGE
 from theia.data.sampler import Rows
 from theia.errors import ImageError
 from theia.extraction.images import UnreadableImageError, to_square
+from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource
 from theia.extraction.stages import end_quietly
 from theia.store.components import Basis
-from theia.store.schema import IMAGE, Field, Resize
+from theia.store.schema import IMAGE, Field, Resize, hash_ids
 from theia.types import Json
 from theia.utils.arguments import check_number
 from theia.utils.files import read_json, write_whole
 from theia.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 # Kinds of sources that find any image as quickly as the next one.
 _RANDOM_ACCESS = {"folder", "tar", "sample", "hf"}
@@ -124,6 +129,7 @@ class LiveImages:
         resize: Way to bring an image to that size.
         augmentation: Random views; none by default.
         record: File in which an earlier check of the images is recorded, if there was one.
+        largest: Height and width of the same views for the student, in pixels, if it sees larger ones.
     """
 
     def __init__(
@@ -134,14 +140,16 @@ class LiveImages:
         resize: Resize,
         augmentation: Augmentation | None = None,
         record: Path = Path(),
+        largest: int = 0,
     ) -> None:
         self._record = record
-        self.fields = {IMAGE: Field(np.dtype("u1"), (3, size, size))}
+        self._sizes = {IMAGE: size, LARGE: largest} if largest > size else {IMAGE: size}
+        self.fields = {name: Field(np.dtype("u1"), (3, side, side)) for name, side in self._sizes.items()}
         self.teachers: Collection[str] = ()
         self.bases: Mapping[str, Basis] = {}
         self.labels = None if source.labels is None else np.array(source.labels, np.int64)
         self.folder = place
-        self._source, self._size, self._resize = source, size, resize
+        self._source, self._resize = source, resize
         self._augmentation = augmentation or Augmentation()
 
     def read(self, rows: Rows, arrays: Mapping[str, NDArray[Any]], epoch: int) -> None:
@@ -166,7 +174,67 @@ class LiveImages:
                     f"last; or {anew} and start a new run, which checks all images and leaves out those that cannot be "
                     "decoded."
                 ) from error
-            arrays[IMAGE][place] = self._augmentation.view(image, self._size, self._resize, epoch, row)
+            for name, side in self._sizes.items():
+                arrays[name][place] = self._augmentation.view(image, side, self._resize, epoch, row)
+
+
+class ReadableImages:
+    """The images of a list that can be decoded. Which they are is known once a check has finished.
+
+    Args:
+        listed: All images.
+        place: Place of the images, for messages.
+        record: File in which the check records its result.
+        check: Whether to check them; otherwise all count as readable.
+
+    Attributes:
+        listed: All images.
+        record: The record of the check.
+    """
+
+    def __init__(self, listed: ImageSource, place: object, record: Path, check: bool) -> None:
+        self.listed, self.record = listed, record
+        self._place = place
+        self._source = None if check else listed
+
+    @property
+    def source(self) -> ImageSource:
+        """Those that can be decoded; all if that is not known yet."""
+        if self._source is None:
+            rows = readable_rows(self.record, len(self.listed.ids))
+            if rows is None:
+                return self.listed
+            all_good = len(rows) == len(self.listed.ids)
+            self._source = self.listed if all_good else ChosenSource(self.listed, rows)
+        return self._source
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known which images can be decoded."""
+        return self.source is self._source
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Reason for each image that cannot be decoded, by its place in the list."""
+        return {} if self.source is self.listed else dict(read_json(self.record)["unreadable"])
+
+    def check(self, workers: int) -> None:
+        """Decodes every image once if that was not done before, and says how many are left out.
+
+        Args:
+            workers: Number of decoding processes.
+
+        Raises:
+            ImageError: If too many images cannot be decoded.
+        """
+        if not self.known:
+            check_images(self.listed, self._place, self.record, workers)
+        left_out = len(self.listed.ids) - len(self.source.ids)
+        if left_out:
+            logger.warning(
+                "%d of %d images of %s cannot be decoded and are left out. Reasons: %s",
+                left_out, len(self.listed.ids), self._place, self.record,
+            )  # fmt: skip
 
 
 class _Check(Dataset[list[tuple[int, str]] | ImageError]):
@@ -203,6 +271,11 @@ def pixels_sha256(source: ImageSource) -> str:
         except UnreadableImageError:
             digest.update(b"unreadable")
     return digest.hexdigest()
+
+
+def images_facts(source: ImageSource) -> dict[str, Any]:
+    """What the list of a source says, as plain values."""
+    return {"source": source.description, "ids": hash_ids(source.ids), "labels": source.labels is not None}
 
 
 def readable_rows(record: Path, count: int) -> list[int] | None:

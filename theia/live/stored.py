@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from theia.data.sampler import Rows
+from theia.data.sampler import Rows, hold_out
 from theia.errors import ConfigError, StoreError
 from theia.extraction.sources import ImageSource
+from theia.live.images import Augmentation
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import IMAGE, TRAIN, Resize
 from theia.store.statistics import ChannelStatistics
@@ -134,6 +135,18 @@ class StoredPart:
         record = self.store.manifest.splits[split].images
         return StoredImages(self.store.open_split(split, self.names), record.classes, record.source)
 
+    def joined(self, cached: Split, given: bool, holdout: float) -> "Joined":
+        """Held-out samples with the features of all teachers.
+
+        Args:
+            cached: Images, and the features of the live teachers.
+            given: Whether the store has a split of held-out images.
+            holdout: Share of the training images that is held out otherwise.
+        """
+        source = self.val_images or self.images
+        count = len(source.ids)
+        return Joined(cached, source.split, np.arange(count) if given else hold_out(count, holdout)[1])
+
 
 class Joined:
     """Held-out samples whose features lie in two places. See :class:`theia.data.ring.Samples`.
@@ -161,3 +174,25 @@ class Joined:
         self._cached.read_into(rows, {name: arrays[name] for name in self._cached.fields})
         others = self._stored.fields.keys() - self._cached.fields.keys()
         self._stored.read_into(self._rows[rows], {name: arrays[name] for name in others})
+
+
+def check_mixed(augmentation: Augmentation, val_images: object) -> None:
+    """Refuses what does not go together with stored features.
+
+    Args:
+        augmentation: Random views of the images.
+        val_images: Place of the images for validation and test, if the user gives one.
+
+    Raises:
+        ConfigError: If there is any.
+    """
+    if augmentation.active:
+        raise ConfigError(
+            "data.stored_features and augmentation do not go together: stored features are of the images as they are. "
+            "Leave out one of the two."
+        )
+    if val_images is not None:
+        raise ConfigError(
+            "data.stored_features and data.val_images do not go together: the store's split val is held out, or a "
+            "share of its training images. Leave out data.val_images."
+        )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from theia.extraction.stages import build_teacher
 from theia.teacher import Teacher
 from theia.types import FeatureBatch, Precision, TeacherSpec
 
+if TYPE_CHECKING:
+    from theia.live.keeping import Kept
+
 
 class LiveTeachers:
     """Several teachers in memory.
@@ -28,7 +31,7 @@ class LiveTeachers:
 
     Raises:
         UnknownTeacherError: If a teacher is not installed.
-        ConfigError: If a teacher does not have one of its options.
+        ConfigError: If a teacher does not have one of its options, or a teacher with options does not run.
         PluginError: If the plugin of a teacher is broken.
         WeightsError: If the weights of a teacher cannot be loaded.
     """
@@ -40,6 +43,12 @@ class LiveTeachers:
         batch_size: int,
         precision: Precision | Literal["auto"],
     ) -> None:
+        idle = [name for name in options if name not in names]
+        if idle:
+            raise ConfigError(
+                f"data.teacher_options has options of {idle[0]!r}, which does not run: the teachers that run are "
+                f"{', '.join(names)}. Name it in data.teachers, or leave its options out."
+            )
         self.built = {name: _build(name, options.get(name)) for name in names}
         self.batch_size = batch_size
         self.wanted = precision
@@ -118,6 +127,7 @@ class LiveLoader(FeatureLoader):
         read: Function that the workers call to read samples; ``None`` for a split of a store.
         teachers: The live teachers.
         teacher_device: Device on which they run.
+        kept: Store that keeps the features of an epoch, and gives them in the next ones; none by default.
     """
 
     def __init__(
@@ -129,9 +139,12 @@ class LiveLoader(FeatureLoader):
         read: Read | None,
         teachers: LiveTeachers,
         teacher_device: torch.device,
+        kept: "Kept | None" = None,
     ) -> None:
         super().__init__(samples, sampler, workers, device, read)
         self._teachers, self._teacher_device = teachers, teacher_device
+        self._kept = kept
+        self._from_kept: FeatureLoader | None = None
 
     @property
     def bytes(self) -> int:
@@ -140,9 +153,31 @@ class LiveLoader(FeatureLoader):
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         """Gives batches with features. See :meth:`FeatureLoader.__iter__`."""
+        if self._kept is not None and self._kept.split is not None:
+            if self._from_kept is None:
+                super().close()
+                self._from_kept = FeatureLoader(self._kept.split, self.sampler, self._kept.workers, self._device)
+            yield from self._from_kept
+            return
         self._teachers.move(self._teacher_device)
-        for batch in super().__iter__():
-            yield self._teachers.added(batch, self._teacher_device)
+        yield from super().__iter__()
+
+    def close(self) -> None:
+        """See :meth:`FeatureLoader.close`."""
+        super().close()
+        if self._from_kept is not None:
+            self._from_kept.close()
+
+    def _complete(self, batch: FeatureBatch) -> FeatureBatch:
+        if self._kept is None or not isinstance(self.sampler, TrainingSampler):
+            return self._teach(batch)
+        batch = self._kept.add(batch, self._teach)
+        if self.sampler.consumed == len(self.sampler) * self.sampler.batch_size:
+            self._kept.finish(self._teach)
+        return batch
+
+    def _teach(self, batch: FeatureBatch) -> FeatureBatch:
+        return self._teachers.added(batch, self._teacher_device)
 
 
 def as_device(text: str) -> torch.device:

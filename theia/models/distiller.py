@@ -10,7 +10,7 @@ from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentTokens
 from theia.models.scaler import FeatureScaler, Matrix, Normalizer, Statistic
 from theia.models.student import Student
-from theia.models.translators import Translator, TranslatorKind
+from theia.models.translators import Translator, TranslatorKind, on_grid
 
 
 class Distiller(nn.Module):
@@ -90,7 +90,8 @@ class Distiller(nn.Module):
         """Gives the student's tokens and their translations.
 
         Args:
-            images: RGB images of the student's training size, uint8, shape ``(B, 3, H, W)``.
+            images: RGB images, uint8, shape ``(B, 3, H, W)``. Of another size than the student's training size, the
+                tokens are brought to the grid of that size before they are translated.
 
         Returns:
             The student's tokens; predicted targets ``(B, N, C)`` by teacher, which are normalised patch tokens unless
@@ -98,10 +99,12 @@ class Distiller(nn.Module):
             :attr:`cls_teachers`.
 
         Raises:
-            ShapeError: If the images have the wrong shape, size or type.
+            ShapeError: If the images have the wrong shape or type, or a size that the student does not take.
         """
         tokens, read = self.encode(images, self.student)
-        patches = {name: head(read, tokens.grid) for name, head in self.translators.items()}
+        grid_hw = self.student.grid_hw
+        on_own_grid = on_grid(read, tokens.grid, grid_hw)
+        patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items()}
         cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
         return tokens, patches, cls
 

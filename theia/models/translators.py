@@ -139,6 +139,23 @@ class Translator(nn.Module):
         return maps
 
 
+def on_grid(patches: Tensor, grid_hw: GridHW, wanted_hw: GridHW) -> Tensor:
+    """Brings patch tokens to another grid, bilinearly, and antialiased if it shrinks.
+
+    Args:
+        patches: Patch tokens, row by row, shape ``(B, N, C)``.
+        grid_hw: Their rows and columns.
+        wanted_hw: Rows and columns to bring them to.
+
+    Returns:
+        Patch tokens on the wanted grid; the same tensor if they are on it already.
+    """
+    if grid_hw == wanted_hw:
+        return patches
+    maps = patches.reshape(len(patches), *grid_hw, -1).permute(0, 3, 1, 2)
+    return _resized(maps, wanted_hw, _shrinks(grid_hw, wanted_hw)).permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class _JointNorm(nn.LayerNorm):
     """A layer norm over channels, rows and columns of maps ``(B, C, H, W)`` in channels-last memory order.
 
@@ -197,8 +214,16 @@ def _to_any(width: int, student_grid_hw: GridHW, grid_hw: GridHW) -> list[nn.Mod
 
 
 def _resize(source_hw: GridHW, target_hw: GridHW) -> list[nn.Module]:
-    shrinks = target_hw[0] < source_hw[0] or target_hw[1] < source_hw[1]
-    return [] if source_hw == target_hw else [_Resize(target_hw, antialias=shrinks)]
+    return [] if source_hw == target_hw else [_Resize(target_hw, antialias=_shrinks(source_hw, target_hw))]
+
+
+def _shrinks(source_hw: GridHW, target_hw: GridHW) -> bool:
+    return target_hw[0] < source_hw[0] or target_hw[1] < source_hw[1]
+
+
+def _resized(maps: Tensor, size_hw: GridHW, antialias: bool) -> Tensor:
+    # In float32: not every device can antialias in bfloat16, and a layer norm or linear layer comes next.
+    return F.interpolate(maps.float(), size_hw, mode="bilinear", antialias=antialias).to(maps.dtype)
 
 
 class _Resize(nn.Module):
@@ -208,9 +233,7 @@ class _Resize(nn.Module):
         self.antialias = antialias
 
     def forward(self, maps: Tensor) -> Tensor:
-        # In float32: not every device can antialias in bfloat16, and a layer norm or linear layer comes next.
-        resized = F.interpolate(maps.float(), self.size_hw, mode="bilinear", antialias=self.antialias)
-        return resized.to(maps.dtype)
+        return _resized(maps, self.size_hw, self.antialias)
 
 
 class _Ladder(nn.Module):

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from theia.errors import ConfigError, DivergenceError, WeightsError
+from theia.errors import ConfigError, DivergenceError, ShapeError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.scaler import NEED_COVARIANCE, POWER, Matrix, Normalizer
@@ -181,6 +181,21 @@ class Distillation(L.LightningModule):
         data: _FeatureData | None = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             data.cls_teachers = self.distiller.cls_teachers
+
+    def check_image_sizes(self, sizes: Collection[int]) -> None:
+        """Refuses images that the student cannot take.
+
+        Args:
+            sizes: Heights and widths that training images have in turn, in pixels.
+
+        Raises:
+            ConfigError: If one does not fit. The message names the nearest ones that do.
+        """
+        for size in sizes:
+            try:
+                self.distiller.student.backbone.check_size(size, size)
+            except ShapeError as error:
+                raise ConfigError(f"data.image_sizes has {size}. {error}") from error
 
     def on_fit_start(self) -> None:
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""

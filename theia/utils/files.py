@@ -151,11 +151,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, option: str = "--out") -> Iterator[None]:
     """Keeps other processes out of a folder, which is made if need be. One that is killed holds it no longer.
 
     Args:
-        folder: Folder that the option ``--out`` names.
+        folder: Folder to keep to this process.
+        option: Option that named the folder, for the message.
 
     Raises:
         ConfigError: If another process works in it.
@@ -167,7 +168,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"Another process works in {folder}. Wait for it, or choose another folder with --out."
+                f"Another process works in {folder}. Wait for it, or choose another folder with {option}."
             ) from error
         yield
     finally:
