@@ -134,8 +134,8 @@ OTHER: dict[str, Any] = {
     "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
-    "model.schedule": "cosine", "model.ema": 0.9, "model.compile": True, "model.cuda_graphs": True,
-    "data.teachers": ["alpha"],
+    "model.schedule": "cosine", "model.ema": 0.9, "model.patch_dropout": 0.5,
+    "model.compile": True, "model.cuda_graphs": True, "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2, "data.weights": {"web": 2.0},
 }  # fmt: skip

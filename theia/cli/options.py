@@ -44,6 +44,8 @@ OPTIONS: dict[str, Option] = {
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "learning_rate scale_learning_rate weight_decay decay_rule betas"),
     **_table(_FIT, "same", "model.", "warmup schedule ema"),
+    # What a training has beside the student and its translators is in its checkpoint.
+    **_table(_ALL, "same", "model.", "patch_dropout"),
     **_table(_FIT, "free", "model.", "compile cuda_graphs"),
     # Options of the samples and their order. A store may have moved: its images and features are compared, not its
     # path. Options of another data class are all applied: that class checks for itself whether a run can go on
@@ -84,7 +86,7 @@ _DATA = "data."
 _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.0, "trainer.precision": "32-true"}
 
 # What runs did before these options were there.
-_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS)}
+_BEFORE = {"model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS), "model.patch_dropout": 0.0}
 
 # Options for which 1 is one batch, and 1.0 is all batches.
 _SHARES = {f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches")}

@@ -1,6 +1,7 @@
 """The distiller: a student, and for each teacher a translator and the normalisation of its features."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,27 @@ from theia.models.backbone import StudentTokens
 from theia.models.scaler import FeatureScaler, Statistic
 from theia.models.student import Student
 from theia.models.translators import Translator, TranslatorKind
+
+
+@dataclass(frozen=True)
+class SomePatches:
+    """The patches of each image that a student is given in training.
+
+    Attributes:
+        kept: Their numbers, row by row, int64, shape ``(B, K)``.
+        mask: Token that the translators are given in place of each of the others, shape ``(C,)``.
+    """
+
+    kept: Tensor
+    mask: Tensor
+
+    def filled(self, tokens: StudentTokens) -> StudentTokens:
+        """The tokens with all patches, of which ``(B, K, C)`` are given."""
+        given = tokens.patches
+        batch, _, width = given.shape
+        every = self.mask.to(given.dtype).expand(batch, tokens.grid[0] * tokens.grid[1], width)
+        patches = every.scatter(1, self.kept[..., None].expand(-1, -1, width), given)
+        return StudentTokens(tokens.cls, tokens.registers, patches, tokens.grid)
 
 
 class Distiller(nn.Module):
@@ -86,11 +108,14 @@ class Distiller(nn.Module):
         """Names of the teachers whose CLS token is distilled; usually none."""
         return list(self.cls_translators)
 
-    def forward(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, some: SomePatches | None = None
+    ) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Gives the student's tokens and their translations.
 
         Args:
             images: RGB images of the student's training size, uint8, shape ``(B, 3, H, W)``.
+            some: Patches that the student is given; all by default.
 
         Returns:
             The student's tokens; predicted normalised patch tokens ``(B, N, C)`` by teacher; predicted normalised CLS
@@ -99,7 +124,11 @@ class Distiller(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape, size or type.
         """
-        tokens, read = self.encode(images, self.student)
+        if some is None:
+            tokens, read = self.encode(images, self.student)
+        else:
+            tokens = some.filled(self.student.forward_kept(images, some.kept))
+            read = tokens.patches
         patches = {name: head(read, tokens.grid) for name, head in self.translators.items()}
         cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
         return tokens, patches, cls

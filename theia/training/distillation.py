@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchmetrics import MetricCollection
 from theia.errors import ConfigError, DivergenceError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
+from theia.models.distiller import SomePatches
 from theia.training import losses
 from theia.training.averaging import WeightAverage
 from theia.training.losses import PAPER, FeatureLoss, Objective
@@ -80,6 +82,10 @@ class Distillation(L.LightningModule):
             (warmup-stable-decay), constant and then linearly to zero over the last 20 % of all steps.
         ema: Decay of an exponential moving average of the weights, such as 0.9996, which is then validated, kept and
             exported instead of them; none by default.
+        patch_dropout: Share of the patches of each training image that the student is not given, such as 0.5, for
+            faster steps, as in FLIP (Li et al., 2022); 0 by default. Epoch and image decide which. Translators are
+            given a learned token in their place, and all positions are compared. For vision transformers, and
+            translators other than "ladder".
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
         cuda_graphs: Whether a GPU replays the compiled step as CUDA graphs, which spares the host most of its work.
@@ -101,6 +107,7 @@ class Distillation(L.LightningModule):
         warmup: float = 0.1,
         schedule: Schedule = "constant",
         ema: float | None = None,
+        patch_dropout: float = 0.0,
         compile: bool | None = None,
         cuda_graphs: bool = False,
         **options: Any,
@@ -117,6 +124,7 @@ class Distillation(L.LightningModule):
         for beta in betas:
             check_number("model.betas", beta, 0, 1, below=True)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
+        check_number("model.patch_dropout", patch_dropout, 0, 1, below=True)
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
@@ -126,6 +134,14 @@ class Distillation(L.LightningModule):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build()
+        student = self.distiller.student
+        if patch_dropout and (architecture.translator == "ladder" or not student.backbone.takes_some_patches):
+            raise ConfigError(
+                "--model.patch_dropout is for a theia_* backbone or a plain vision transformer of timm, and for any "
+                "translator but 'ladder'. Leave it out, or choose those."
+            )
+        # Beside the distiller, as no trained model needs it.
+        self.mask_token = nn.Parameter(torch.zeros(student.width)) if patch_dropout else None
         self.loss_weights = losses.teacher_weights(teachers, teacher_weights)
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
@@ -177,7 +193,7 @@ class Distillation(L.LightningModule):
             rate = scale_learning_rate(rate, data.batch_size * self.trainer.accumulate_grad_batches)
         clips = bool(self.trainer.gradient_clip_val)
         decay, rule, betas = (options[name] for name in ("weight_decay", "decay_rule", "betas"))
-        optimizer = build_optimizer(self.distiller, rate, decay, rule, fused=not clips, betas=tuple(betas))
+        optimizer = build_optimizer(self, rate, decay, rule, fused=not clips, betas=tuple(betas))
         steps = int(self.trainer.estimated_stepping_batches)
         course = Course(options["schedule"], steps, round(options["warmup"] * steps))
         if course.schedule != "constant":
@@ -195,7 +211,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        by_teacher, predictions = self.objective(batch)
+        by_teacher, predictions = self.objective(batch, self._some_patches(batch))
         if self.logs:
             for name, prediction in predictions.items():
                 self._log_terms(name, prediction.detach(), self._target(batch, name))
@@ -267,6 +283,25 @@ class Distillation(L.LightningModule):
         for name, values in data.statistics().items():
             self.distiller.set_statistics(name, values.mean, values.std, values.cls_mean, values.cls_std)
         self._prepared = True
+
+    def _some_patches(self, batch: FeatureBatch) -> SomePatches | None:
+        """The patches that the student is given; ``None`` for all.
+
+        Raises:
+            ConfigError: If images without numbers are to lose patches.
+        """
+        if self.mask_token is None:
+            return None
+        if batch.rows is None:
+            raise ConfigError("--model.patch_dropout needs batches with 'rows', by which patches are drawn. Give them.")
+        rows, columns = self.distiller.student.grid_hw
+        count = max(1, round((1 - self.hparams["patch_dropout"]) * rows * columns))
+        drawn = [
+            np.random.default_rng([self.current_epoch, row]).permutation(rows * columns)[:count]
+            for row in batch.rows.tolist()
+        ]
+        kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
+        return SomePatches(kept, self.mask_token)
 
     def _target(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
