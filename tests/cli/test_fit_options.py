@@ -137,7 +137,7 @@ OTHER: dict[str, Any] = {
     "model.balance": "ada", "model.teacher_dropping": 0.5,
     "model.normalizer": "phi_s", "model.normalizer_exponent": 0.5,
     "model.optimizer": "timm.optim.Muon", "model.optimizer_options": {"amsgrad": True},
-    "model.schedule": "cosine", "model.ema": 0.9, "model.compile": True, "model.cuda_graphs": True,
+    "model.schedule": "cosine", "model.ema": 0.9, "model.patch_dropout": 0.5, "model.compile": True, "model.cuda_graphs": True,
     "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2, "data.weights": {"web": 2.0},

@@ -8,7 +8,7 @@ import torch
 from theia.data.numbered import _MOST_SIZES
 from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentOptions
-from theia.models.distiller import Distiller
+from theia.models.distiller import Distiller, SomePatches
 from theia.models.student import Student
 from theia.models.translators import on_grid
 from theia.training.balance import weighted_mean
@@ -103,6 +103,52 @@ def test_other_translators_are_compiled_without_a_break(kind):
     compiled = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend="eager")
     for given, expected in zip(compiled(images(2, 64))[1].values(), distiller(images(2, 64))[1].values(), strict=True):
         torch.testing.assert_close(given, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["theia_tiny", "timm:test_vit"])
+def test_patches_that_are_left_out_are_not_seen_and_the_translators_get_the_mask(backbone):
+    size = {"width": 32, "depth": 2, "heads": 2} if backbone == "theia_tiny" else {}
+    student = Student(StudentOptions(backbone=backbone, image_size=64, **size)).eval()
+    distiller = Distiller(student, {"odd": TEACHERS["odd"] | {"grid_hw": [4, 4]}}, translator="linear").eval()
+    kept, mask = torch.tensor([[1, 2, 7, 12], [0, 3, 8, 15]]), torch.randn(student.width)
+    seen = images(2, 64)
+    changed = seen.clone()
+    changed[0, :, 16:32, :48] = 0  # patches 4 to 6
+    changed[1, :, 48:, :48] = 255  # patches 12 to 14
+
+    tokens, patches, _ = distiller(seen, SomePatches(kept, mask))
+    again, _, _ = distiller(changed, SomePatches(kept, mask))
+
+    assert tokens.grid == (4, 4)
+    assert torch.equal(tokens.patches, again.patches)
+    gone = torch.ones(2, 16, dtype=torch.bool).scatter(1, kept, False)
+    assert (tokens.patches[gone] == mask).all()
+    last = distiller.translators["odd"].last
+    torch.testing.assert_close(patches["odd"], tokens.patches @ last.weight.T + last.bias)
+    changed[0, :, :16, 16:32] = 0  # patch 1, which is kept, and which those beside it attend to
+    other = distiller(changed, SomePatches(kept, mask))[0].patches
+    assert (other[0, [2, 7, 12]] != tokens.patches[0, [2, 7, 12]]).any(-1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 1, 4])
+def test_a_student_that_is_given_all_patches_in_any_order_is_the_whole_one(registers):
+    distiller = small_distiller(registers=registers, image_size=64).eval()
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    expected, translated, _ = distiller(images(2, 64))
+
+    tokens, patches, _ = distiller(images(2, 64), SomePatches(order, torch.full((32,), torch.nan)))
+
+    torch.testing.assert_close(tokens.patches, expected.patches)
+    torch.testing.assert_close(tokens.registers, expected.registers)
+    torch.testing.assert_close(patches, translated)
+
+
+def test_patches_are_left_out_of_compiled_code_without_a_break():
+    distiller, some = small_distiller(image_size=64), SomePatches(torch.tensor([[3, 5], [0, 9]]), torch.ones(32))
+    compiled = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images(2, 64), some)[1], distiller(images(2, 64), some)[1])
 
 
 def test_a_ladder_needs_blocks():

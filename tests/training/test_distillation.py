@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from theia.errors import ConfigError
 from theia.training.callbacks import Throughput, TrainingProgress
 from theia.training.distillation import Distillation
 from theia.training.losses import cosine_loss, smooth_l1_loss
+from theia.types import FeatureBatch
 
 SMALL = {"image_size": 32, "width": 16, "depth": 1, "heads": 2}
 
@@ -56,7 +58,7 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
     [
         {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
         {"translator": "mlp"}, {"translator": "ladder"}, {"translator": "transformer"},
-        {"registers": 0}, {"registers": 4}, {"distill_cls": True},
+        {"registers": 0}, {"registers": 4}, {"distill_cls": True}, {"patch_dropout": 0.5},
         {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],
@@ -261,3 +263,40 @@ def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> 
     one.fit(model, data)
 
     assert one.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-2 * 16 / 128)
+
+
+def test_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+    model = Distillation(shapes, **{**SMALL, "image_size": 160}, patch_dropout=0.3)  # 100 patches
+
+    def kept(epoch: int, *rows: int) -> torch.Tensor:
+        model.trainer = SimpleNamespace(current_epoch=epoch)  # type: ignore[assignment]
+        some = model._some_patches(FeatureBatch(torch.empty(0), {}, rows=torch.tensor(rows)))
+        assert some is not None
+        return some.kept
+
+    whole = kept(3, 5, 6, 7)
+    assert whole.shape == (3, 70)
+    assert all(len(set(row.tolist())) == 70 for row in whole)
+    assert (whole.max(), whole.min()) == (99, 0)
+    assert torch.equal(kept(3, 7, 5), whole[[2, 0]])
+    assert not torch.equal(kept(4, 5), whole[:1])
+    # Each patch is there in 70 % of the images: of 1,000, by four deviations of a binomial.
+    counts = kept(0, *range(1000)).flatten().bincount(minlength=100)
+    assert (counts - 700).abs().max() < 4 * (1000 * 0.7 * 0.3) ** 0.5
+
+
+def test_no_patch_is_left_out_by_default_and_there_is_no_token_for_it() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+    model = Distillation(shapes, **SMALL)
+
+    assert model._some_patches(FeatureBatch(torch.empty(0), {}, rows=torch.arange(2))) is None
+    assert "mask_token" not in model.state_dict()
+
+
+@pytest.mark.parametrize("options", [{"translator": "ladder"}, {"backbone": "timm:test_convnext"}])
+def test_patches_cannot_be_left_out_of_every_model(options: dict[str, Any]) -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+    size = {"image_size": 32} if "backbone" in options else SMALL
+    with pytest.raises(ConfigError, match=r"patch_dropout is for .* but 'ladder'"):
+        Distillation(shapes, **size, patch_dropout=0.5, **options)

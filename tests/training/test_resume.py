@@ -92,6 +92,23 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
         assert torch.equal(value, module.state_dict()[name]), name
 
 
+def test_a_killed_run_with_patches_left_out_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = {"patch_dropout": 0.5, "ema": 0.8}
+    reference = fit(store, tmp_path_factory.mktemp("whole"), Recorder(), recipe=recipe)
+    with pytest.raises(Killed):
+        fit(store, tmp_path, Recorder(8), recipe=recipe)
+    torch.rand(7)  # no draw of the process matters
+
+    module = fit(store, tmp_path, Recorder(), tmp_path / "last.ckpt", recipe=recipe)
+
+    assert module.mask_token is not None
+    assert module.mask_token.any()
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("kind", ["mlp", "ladder", "transformer"])
 def test_a_killed_run_with_another_translator_ends_like_an_uninterrupted_one(
     store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str

@@ -43,11 +43,13 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
     **_table(_ALL, "same", "model.", "normalizer normalizer_exponent"),
-    **_table(_FIT, "same", "model.", "balance teacher_dropping"),
+    **_table(_FIT, "same", "model.", "teacher_dropping"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "optimizer optimizer_options learning_rate scale_learning_rate"),
     **_table(_FIT, "same", "model.", "weight_decay decay_rule betas"),
     **_table(_FIT, "same", "model.", "warmup schedule ema"),
+    # What a training has beside the student and its translators is in its checkpoint.
+    **_table(_ALL, "same", "model.", "patch_dropout balance"),
     **_table(_FIT, "free", "model.", "compile cuda_graphs"),
     # Options of the samples and their order. A store may have moved: its images and features are compared, not its
     # path. Options of another data class are all applied: that class checks for itself whether a run can go on
@@ -91,7 +93,7 @@ _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.
 _BEFORE = {
     "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
     "model.optimizer": ADAMW, "model.optimizer_options": None,
-    "model.balance": "fixed", "model.teacher_dropping": None,
+    "model.balance": "fixed", "model.teacher_dropping": None, "model.patch_dropout": 0.0,
     "model.normalizer": "std", "model.normalizer_exponent": POWER, "data.image_sizes": None,
 }  # fmt: skip
 

@@ -20,8 +20,8 @@ _RECIPE = {
     "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
     "data": ("batch_size", "fraction"),
     "model": (
-        "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema", "loss",
-        "teacher_weights", "backbone", "backbone_stage", "translator", "distill_cls", "registers",
+        "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema", "patch_dropout",
+        "loss", "teacher_weights", "backbone", "backbone_stage", "translator", "distill_cls", "registers",
     ),
 }  # fmt: skip
 _METRICS = ("cosine", "explained_variance")

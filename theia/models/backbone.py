@@ -140,6 +140,11 @@ class Backbone(nn.Module, ABC):
         return self.image_hw[0] // self.stride, self.image_hw[1] // self.stride
 
     @property
+    def takes_some_patches(self) -> bool:
+        """Whether :meth:`tokens_of_kept` works."""
+        return hasattr(self.model, "forward_kept")
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
         return next(self.parameters()).dtype
@@ -206,6 +211,18 @@ class Backbone(nn.Module, ABC):
             pixels: Normalised images, shape ``(B, 3, H, W)``, of a size that :meth:`check_size` accepts.
         """
         return self._split(self.model.forward_features(pixels), pixels)
+
+    def tokens_of_kept(self, pixels: Tensor, kept: Tensor) -> StudentTokens:
+        """Tokens after the last layer, where only some patches of an image are there.
+
+        Args:
+            pixels: Normalised images, as for :meth:`tokens`.
+            kept: Numbers of the patches that are there, row by row, int64, shape ``(B, K)``.
+
+        Returns:
+            The tokens; ``patches`` are those that are there, in that order, shape ``(B, K, C)``.
+        """
+        return self._split(self.model.forward_kept(pixels, kept), pixels)
 
     def intermediates(self, pixels: Tensor, indices: Iterable[int], norm: bool = False) -> list[StudentTokens]:
         """Tokens after some of the blocks.

@@ -1,6 +1,7 @@
 """The distiller: a student, and for each teacher a translator and the normalisation of its features."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,27 @@ from theia.models.backbone import StudentTokens
 from theia.models.scaler import FeatureScaler, Matrix, Normalizer, Statistic
 from theia.models.student import Student
 from theia.models.translators import Translator, TranslatorKind, on_grid
+
+
+@dataclass(frozen=True)
+class SomePatches:
+    """The patches of each image that a student is given in training.
+
+    Attributes:
+        kept: Their numbers, row by row, int64, shape ``(B, K)``.
+        mask: Token that the translators are given in place of each of the others, shape ``(C,)``.
+    """
+
+    kept: Tensor
+    mask: Tensor
+
+    def filled(self, tokens: StudentTokens) -> StudentTokens:
+        """The tokens with all patches, of which ``(B, K, C)`` are given."""
+        given = tokens.patches
+        batch, _, width = given.shape
+        every = self.mask.to(given.dtype).expand(batch, tokens.grid[0] * tokens.grid[1], width)
+        patches = every.scatter(1, self.kept[..., None].expand(-1, -1, width), given)
+        return StudentTokens(tokens.cls, tokens.registers, patches, tokens.grid)
 
 
 class Distiller(nn.Module):
@@ -86,12 +108,15 @@ class Distiller(nn.Module):
         """Names of the teachers whose CLS token is distilled; usually none."""
         return list(self.cls_translators)
 
-    def forward(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, some: SomePatches | None = None
+    ) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Gives the student's tokens and their translations.
 
         Args:
             images: RGB images, uint8, shape ``(B, 3, H, W)``. Of another size than the student's training size, the
                 tokens are brought to the grid of that size before they are translated.
+            some: Patches of images of the training size that the student is given; all by default.
 
         Returns:
             The student's tokens; predicted targets ``(B, N, C)`` by teacher, which are normalised patch tokens unless
@@ -101,7 +126,11 @@ class Distiller(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape or type, or a size that the student does not take.
         """
-        tokens, read = self.encode(images, self.student)
+        if some is None:
+            tokens, read = self.encode(images, self.student)
+        else:
+            tokens = some.filled(self.student.forward_kept(images, some.kept))
+            read = tokens.patches
         grid_hw = self.student.grid_hw
         on_own_grid = on_grid(read, tokens.grid, grid_hw)
         patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items()}

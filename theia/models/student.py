@@ -88,6 +88,18 @@ class Student(nn.Module):
             )
         return self.encode(images)
 
+    def forward_kept(self, images: Tensor, kept: Tensor) -> StudentTokens:
+        """Tokens after the last layer, where only some patches of an image are there.
+
+        Args:
+            images: RGB images of the training size, uint8, shape ``(B, 3, H, W)``.
+            kept: Numbers of the patches that are there, row by row, int64, shape ``(B, K)``.
+
+        Returns:
+            The tokens; ``patches`` are those that are there, in that order, shape ``(B, K, C)``.
+        """
+        return self.backbone.tokens_of_kept(self._pixels(images), kept)
+
     def encode(self, images: Tensor) -> StudentTokens:
         """Tokens after the last layer, for images that may be scaled to 0..1 already. The caller checks their range.
 

@@ -32,6 +32,24 @@ class ViT(VisionTransformer):
 
     positions: PositionRule = "size"
 
+    def forward_kept(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Gives what ``forward_features`` does for images of which only some patches are there.
+
+        Args:
+            x: Normalised images, shape ``(B, 3, H, W)``.
+            kept: Numbers of the patches that are there, row by row, int64, shape ``(B, K)``.
+
+        Returns:
+            Tokens after the final norm: the prefix tokens, then the patches in that order, ``(B, prefix + K, C)``.
+        """
+        tokens = self._pos_embed(self.patch_embed(x))
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        there = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+        tokens = self.norm_pre(torch.cat([prefix, there], 1))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return cast(Tensor, self.norm(tokens))
+
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Embeds positions and gives the input of the first block.
 

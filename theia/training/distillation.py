@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchmetrics import MetricCollection
 from theia.errors import ConfigError, DivergenceError, ShapeError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
+from theia.models.distiller import SomePatches
 from theia.models.scaler import NEED_COVARIANCE, POWER, Matrix, Normalizer
 from theia.training import losses
 from theia.training.averaging import WeightAverage
@@ -105,6 +107,10 @@ class Distillation(L.LightningModule):
             (warmup-stable-decay), constant and then linearly to zero over the last 20 % of all steps.
         ema: Decay of an exponential moving average of the weights, such as 0.9996, which is then validated, kept and
             exported instead of them; none by default.
+        patch_dropout: Share of the patches of each training image that the student is not given, such as 0.5, for
+            faster steps, as in FLIP (Li et al., 2022); 0 by default. Epoch and image decide which. Translators are
+            given a learned token in their place, and all positions are compared. For vision transformers, and
+            translators other than "ladder".
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
         cuda_graphs: Whether a GPU replays forward and backward pass of the compiled step as CUDA graphs, which spares
@@ -132,6 +138,7 @@ class Distillation(L.LightningModule):
         warmup: float = 0.1,
         schedule: Schedule = "constant",
         ema: float | None = None,
+        patch_dropout: float = 0.0,
         compile: bool | None = None,
         cuda_graphs: bool = False,
         **options: Any,
@@ -151,6 +158,7 @@ class Distillation(L.LightningModule):
         check_number("model.teacher_dropping", teacher_dropping, 0, 1)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         optimizer_class(optimizer, optimizer_options or {})
+        check_number("model.patch_dropout", patch_dropout, 0, 1, below=True)
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
@@ -160,6 +168,14 @@ class Distillation(L.LightningModule):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build().use_normalizer(normalizer, normalizer_exponent)
+        student = self.distiller.student
+        if patch_dropout and (architecture.translator == "ladder" or not student.backbone.takes_some_patches):
+            raise ConfigError(
+                "--model.patch_dropout is for a theia_* backbone or a plain vision transformer of timm, and for any "
+                "translator but 'ladder'. Leave it out, or choose those."
+            )
+        # Beside the distiller, as no trained model needs it.
+        self.mask_token = nn.Parameter(torch.zeros(student.width)) if patch_dropout else None
         self.needs_covariances = normalizer in NEED_COVARIANCE
         self.loss_weights = shares_of_teachers(teachers, teacher_weights)
         self.running = RunningLosses(len(teachers)) if balance == "ada" else None
@@ -191,6 +207,8 @@ class Distillation(L.LightningModule):
         Raises:
             ConfigError: If one does not fit. The message names the nearest ones that do.
         """
+        if sizes and self.mask_token is not None:
+            raise ConfigError("data.image_sizes and model.patch_dropout do not go together. Leave one of them out.")
         for size in sizes:
             try:
                 self.distiller.student.backbone.check_size(size, size)
@@ -231,7 +249,7 @@ class Distillation(L.LightningModule):
         decay, rule, betas = (options[name] for name in ("weight_decay", "decay_rule", "betas"))
         name, given = options["optimizer"], options["optimizer_options"]
         optimizer = build_optimizer(
-            self.distiller, rate, decay, rule, fused=not clips, betas=tuple(betas), name=name, options=given
+            self, rate, decay, rule, fused=not clips, betas=tuple(betas), name=name, options=given
         )
         steps = int(self.trainer.estimated_stepping_batches)
         course = Course(options["schedule"], steps, round(options["warmup"] * steps))
@@ -250,7 +268,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        by_teacher, predictions = self.objective(batch)
+        by_teacher, predictions = self.objective(batch, self._some_patches(batch))
         if self.logs:
             for name, prediction in self.distiller.per_channel(predictions).items():
                 self._log_terms(name, prediction.detach(), self._normalized(batch, name))
@@ -324,6 +342,25 @@ class Distillation(L.LightningModule):
             covariance = covariances.get(name)
             self.distiller.set_statistics(name, one.mean, one.std, one.cls_mean, one.cls_std, covariance)
         self._prepared = True
+
+    def _some_patches(self, batch: FeatureBatch) -> SomePatches | None:
+        """The patches that the student is given; ``None`` for all.
+
+        Raises:
+            ConfigError: If images without numbers are to lose patches.
+        """
+        if self.mask_token is None:
+            return None
+        if batch.rows is None:
+            raise ConfigError("--model.patch_dropout needs batches with 'rows', by which patches are drawn. Give them.")
+        rows, columns = self.distiller.student.grid_hw
+        count = max(1, round((1 - self.hparams["patch_dropout"]) * rows * columns))
+        drawn = [
+            np.random.default_rng([self.current_epoch, row]).permutation(rows * columns)[:count]
+            for row in batch.rows.tolist()
+        ]
+        kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
+        return SomePatches(kept, self.mask_token)
 
     def _normalized(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))

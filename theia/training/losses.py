@@ -11,7 +11,7 @@ from torch import Tensor
 
 from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentTokens
-from theia.models.distiller import Distiller
+from theia.models.distiller import Distiller, SomePatches
 from theia.types import FeatureBatch
 
 Options = dict[str, str | int | bool | Callable[..., Any]]  # of the compiler
@@ -209,8 +209,14 @@ class Objective:
         if device.type == "cuda":
             self._translate = torch.compile(self.distiller.forward, dynamic=False, options=replayed)
 
-    def __call__(self, batch: FeatureBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, batch: FeatureBatch, some: SomePatches | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes losses and translations of a batch.
+
+        Args:
+            batch: Images and stored features.
+            some: Patches that the student is given; all by default.
 
         Returns:
             The loss of each teacher by name, a scalar (if its CLS token is distilled, the mean of the patch and the CLS
@@ -218,7 +224,7 @@ class Objective:
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        _, predictions, cls_predictions = self._translate(batch.images)
+        _, predictions, cls_predictions = self._translate(batch.images, some)
         return self.compare(predictions, cls_predictions, batch), predictions
 
     def translate(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
