@@ -105,3 +105,15 @@ def test_missing_covariances_are_named_before_anything_is_written(
     assert main(["fit", f"--data.store={store}", f"--run_folder={run}", *SMALL, "--model.normalizer=whiten"]) == 1
     assert "Run: theia store statistics" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_test_with_other_targets_than_the_training_is_refused_by_name(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(measured, tmp_path, normalizer="phi_s", balance="ada")
+    command = ["test", f"--data.store={measured}", f"--ckpt_path={tmp_path / 'last.ckpt'}", *SMALL[1:]]
+
+    assert main([*command, f"--run_folder={tmp_path / 'run'}"]) == 1
+
+    said = capsys.readouterr().err
+    assert "normalizer is 'phi_s' there, 'std' here; balance is 'ada' there, 'fixed' here" in said

@@ -8,6 +8,10 @@ import torch
 from theia.errors import CheckpointError
 from theia.models import older
 from theia.models.architecture import Architecture
+from theia.models.scaler import POWER
+
+# Options that decide what a training's checkpoint holds beside its model, with what runs did before they were there.
+_BESIDE = {"normalizer": "std", "normalizer_exponent": POWER, "balance": "fixed", "patch_dropout": 0.0}
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
-    """Checks that a checkpoint's model has the architecture that this run's options ask for.
+    """Checks that a checkpoint's model has the architecture and the targets that this run's options ask for.
 
     Args:
         path: Path of the checkpoint, for the message.
@@ -48,7 +52,10 @@ def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: di
     Raises:
         CheckpointError: If an option differs; the message names each one.
     """
-    theirs, ours = (Architecture.of(given).as_dict() for given in (checkpoint["hyper_parameters"], options))
+    theirs, ours = (
+        Architecture.of(given).as_dict() | {name: given.get(name, before) for name, before in _BESIDE.items()}
+        for given in (checkpoint["hyper_parameters"], options)
+    )
     different = [name for name in ours if theirs[name] != ours[name]]
     if different:
         lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different)
