@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
@@ -93,6 +92,8 @@ def equaliser(variances: Matrix) -> Matrix:
     Args:
         variances: Variances ``v``, shape ``(C,)``.
     """
+    from scipy.linalg import hadamard  # most models need none, and it takes long to import
+
     channels = len(variances)
     for order in (1, 12, 20):
         power = channels // order
