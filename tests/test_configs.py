@@ -113,6 +113,10 @@ def test_every_shipped_sweep_can_be_started(
     (tmp_path / "configs").symlink_to(CONFIGS)  # its base is a relative path
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(path), f"--data.store={small_store}", "--data.batch_size=4", "--dry_run"]
+    if path.stem == "ingredients":
+        assert main(["ablate", *arguments]) == 1
+        assert f"Run: theia store statistics {small_store}" in capsys.readouterr().err
+        assert main(["store", "statistics", str(small_store)]) == 0
 
     assert main(["ablate", *arguments]) == 0
 

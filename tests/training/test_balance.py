@@ -71,6 +71,16 @@ def test_the_worst_teacher_of_an_image_is_never_dropped():
     assert losses.grad.tolist() == [[0, 0.5], [0.5, 0]]
 
 
+def test_parts_of_a_batch_have_the_mean_of_the_whole():
+    losses, weights, kept = torch.rand(6, 3), torch.tensor([0.5, 0.25, 0.25]), torch.rand(6, 3) < 0.4
+    sums = []
+    for rows in (slice(4), slice(4, 6)):  # what each process would give to the mean over processes
+        dropping_mean(losses[rows], weights, kept[rows], lambda value: sums.append(value) or value)
+    mean = torch.stack(sums).mean()
+    parts = [dropping_mean(losses[rows], weights, kept[rows], lambda _: mean) for rows in (slice(4), slice(4, 6))]
+    torch.testing.assert_close(torch.stack(parts).mean(), dropping_mean(losses, weights, kept))
+
+
 def test_nothing_dropped_is_the_weighted_mean():
     losses, weights = torch.rand(5, 3), torch.tensor([0.5, 0.25, 0.25])
     everything = dropping_mean(losses, weights, torch.ones(5, 3, dtype=torch.bool))

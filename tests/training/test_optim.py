@@ -14,8 +14,8 @@ from theia.models.student import Student
 from theia.training.optim import (
     Course,
     build_optimizer,
+    check_optimizer,
     learning_rate_schedule,
-    optimizer_class,
     parameter_groups,
     scale_learning_rate,
     warmup_then_constant,
@@ -186,7 +186,7 @@ def test_muon_is_given_the_matrices_and_adamw_within_it_the_rest():
         build_optimizer(ours, 0.02, 0.1, name="timm.optim.Muon", options={"ns_coefficients": "original"}),
         torch.optim.Muon([theirs[0].weight], lr=0.02, weight_decay=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
-            [theirs[0].bias, *theirs[1].parameters()], lr=0.02, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-7
+            [theirs[0].bias, *theirs[1].parameters()], lr=0.02, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-7
         ),
     ]
     inputs = torch.randn(8, 4)
@@ -215,14 +215,35 @@ def test_any_optimiser_of_torch_takes_the_groups():
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("Muon", {}, "cannot be imported"),
+        ("muon", {}, "such as timm.optim.Muon"),
         ("torch.optim.Moun", {}, "cannot be imported"),
         ("torch.nn.Linear", {}, "no class of torch.optim.Optimizer"),
         ("torch.optim.SGD", {"momentun": 0.9}, "momentun"),
         ("torch.optim.SGD", {"momentum": -1.0}, "momentum"),
+        ("torch.optim.LBFGS", {}, "parameter groups"),
+        ("torch.optim.SparseAdam", {}, "dense gradients"),
+        ("torch.optim.AdamW", {"weight_decay": 0.3}, "--model.weight_decay"),
+        ("torch.optim.AdamW", {"betas": (0.9, 0.9)}, "--model.betas"),
+        ("torch.optim.SGD", {"lr": 0.3}, "--model.learning_rate"),
         ("torch.optim.Muon", {}, "timm.optim.Muon gives the other parameters to AdamW"),
     ],
 )
 def test_an_unknown_optimiser_or_option_is_refused(name, options, said):
     with pytest.raises(ConfigError, match=said):
-        optimizer_class(name, options)
+        check_optimizer(name, options)
+
+
+def test_betas_are_adamws_alone():
+    with pytest.raises(ConfigError, match="optimizer_options"):
+        check_optimizer("timm.optim.Lion", {}, (0.9, 0.95))
+    lion = build_optimizer(nn.Linear(2, 2), 1e-3, name="timm.optim.Lion", options={"betas": (0.9, 0.98)})
+    assert lion.defaults["betas"] == (0.9, 0.98)
+    check_optimizer("timm.optim.Adan", {})  # which has three
+
+
+def test_a_check_of_the_optimiser_draws_no_random_numbers():
+    torch.manual_seed(0)
+    check_optimizer("timm.optim.Muon", {"nesterov": True})
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)

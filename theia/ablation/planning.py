@@ -13,6 +13,7 @@ import yaml
 from theia.ablation.grid import Options, Row, TeacherSets, arguments_of, expand, flat, refuse_idle, refuse_reserved
 from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
+from theia.models.scaler import NEED_COVARIANCE
 from theia.utils.arguments import comma_list
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ class Planner:
 
         Raises:
             ConfigError: If ``theia fit`` refuses the options of a row, or a store lacks teachers.
-            StoreError: If a store cannot be used.
+            StoreError: If a store cannot be used, or lacks the covariances that the normaliser of a row needs.
         """
         configs = {row.name: self._resolve(arguments_of(row.options), f"row {row.name!r}") for row in rows}
         self._name_teachers(configs)
@@ -252,6 +253,8 @@ class Planner:
             config = configs[row.name]
             data = self._stores.open(config["data"])
             steps = _steps(config, data.trained_on)
+            if config["model"]["normalizer"] in NEED_COVARIANCE:
+                data.covariances()
             for seed in seeds:
                 folder = out / row.name / f"seed_{seed}"
                 runs.append(

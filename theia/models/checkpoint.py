@@ -53,13 +53,15 @@ def check_architecture(path: str | Path, checkpoint: dict[str, Any], options: di
         CheckpointError: If an option differs; the message names each one.
     """
     theirs, ours = (
-        Architecture.of(given).as_dict() | {name: given.get(name, before) for name, before in _BESIDE.items()}
+        Architecture.of(given).as_dict()
+        | {name: given.get(name, before) for name, before in _BESIDE.items()}
+        | ({} if given.get("normalizer") == "power" else {"normalizer_exponent": None})
         for given in (checkpoint["hyper_parameters"], options)
     )
     different = [name for name in ours if theirs[name] != ours[name]]
     if different:
         lines = "; ".join(f"{name} is {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in different)
         raise CheckpointError(
-            f"The checkpoint {path} belongs to another architecture: {lines}. "
+            f"The checkpoint {path} was trained with other options: {lines}. "
             "Use the config that it was trained with (config.yaml in its run folder) and a store with its teachers."
         )

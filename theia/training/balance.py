@@ -1,7 +1,7 @@
 """How the losses of several teachers become one: fixed weights, weights that follow losses, and dropped teachers."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import numpy as np
@@ -96,7 +96,9 @@ class RunningLosses(nn.Module):
         return factors / factors.mean()
 
 
-def dropping_mean(losses: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+def dropping_mean(
+    losses: Tensor, weights: Tensor, kept: Tensor, mean: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
     """The mean over a batch in which some teachers are dropped for some images.
 
     The teacher with the highest weighted loss is never dropped for an image.
@@ -105,16 +107,18 @@ def dropping_mean(losses: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
         losses: Losses of images and teachers, shape ``(B, T)``.
         weights: Weights of the teachers, shape ``(T,)``.
         kept: Whether the draw keeps a teacher for an image, bool, shape ``(B, T)``; see :func:`keep_teachers`.
+        mean: Function that gives the mean of a scalar over all processes, each of which has a part of the batch.
 
     Returns:
-        A scalar: the weighted mean of all losses that are kept.
+        A scalar: the weighted mean of all losses that are kept. Its own mean over the processes is that of the whole
+        batch.
 
     Source: teacher dropping of UNIC (Sariyildiz et al., 2024).
     """
     weighted = losses * weights
     highest = nn.functional.one_hot(weighted.detach().argmax(1), losses.shape[1]).bool()
     coefficients = (kept | highest) * weights
-    return (losses * coefficients).sum() / coefficients.sum()
+    return (losses * coefficients).sum() / mean(coefficients.sum())
 
 
 def keep_teachers(step: int, rows: Tensor, teachers: int, probability: float) -> Tensor:

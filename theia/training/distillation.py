@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +38,8 @@ from theia.training.optim import (
     DecayRule,
     Schedule,
     build_optimizer,
+    check_optimizer,
     learning_rate_schedule,
-    optimizer_class,
     scale_learning_rate,
 )
 from theia.types import FeatureBatch, FeatureStatistics
@@ -101,7 +102,7 @@ class Distillation(L.LightningModule):
         weight_decay: Weight decay of the optimiser.
         decay_rule: Rule for the parameters with weight decay: "matrices" (all but norms, biases, position embedding and
             tokens) or "authors" (all with more than one dimension).
-        betas: Decay rates of the running means of the gradient and of its square, for AdamW and others that have them.
+        betas: Decay rates of AdamW's running means of the gradient and of its square.
         warmup: Share of all steps over which the learning rate rises linearly from 1 % to its full value.
         schedule: Learning rate after the warm-up: "constant" as in the paper; "cosine", which falls to zero; or "wsd"
             (warmup-stable-decay), constant and then linearly to zero over the last 20 % of all steps.
@@ -157,7 +158,7 @@ class Distillation(L.LightningModule):
         check_number("model.normalizer_exponent", normalizer_exponent, 0, 1)
         check_number("model.teacher_dropping", teacher_dropping, 0, 1)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
-        optimizer_class(optimizer, optimizer_options or {})
+        check_optimizer(optimizer, optimizer_options or {}, (betas[0], betas[1]))
         check_number("model.patch_dropout", patch_dropout, 0, 1, below=True)
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
@@ -408,7 +409,8 @@ class Distillation(L.LightningModule):
             return (by_image * weights).sum()
         rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
         kept = keep_teachers(self.global_step, rows, len(weights), probability)
-        return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True))
+        over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
+        return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.

@@ -1,7 +1,6 @@
 """Optimiser and schedule: AdamW or another by its name, linear warm-up, then a learning rate that stays or decays."""
 
 import importlib
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -57,17 +56,46 @@ def _matrices(module: nn.Module) -> set[Tensor]:
     return {layer.weight for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)}
 
 
-def optimizer_class(name: str, options: Mapping[str, Any]) -> type[Optimizer]:
-    """Finds an optimiser by its import path and tries its options on a small matrix and a vector.
+def check_optimizer(name: str, options: Mapping[str, Any], betas: tuple[float, float] = BETAS) -> None:
+    """Takes a step on a small layer, so that an optimiser that does not work here is known before anything is written.
 
     Args:
-        name: Import path, such as ``torch.optim.AdamW``.
-        options: Arguments of the class besides parameters and learning rate.
+        name: Import path of the class, such as ``torch.optim.AdamW``.
+        options: Arguments of the class besides parameters, learning rate and weight decay.
+        betas: Decay rates of AdamW's running means.
 
     Raises:
-        ConfigError: If there is no such optimiser, it does not take the options, or it takes matrices only.
+        ConfigError: If there is no such optimiser, it cannot train a model, or does not take the options.
     """
+    kind = _optimizer_class(name)
+    for option in ("lr", "weight_decay", *(["betas"] if name == ADAMW else [])):
+        if option in options:
+            instead = {"lr": "learning_rate"}.get(option, option)
+            raise ConfigError(f"model.optimizer_options has {option}. Give it as --model.{instead} instead.")
+    if name != ADAMW and tuple(betas) != BETAS:
+        raise ConfigError(
+            f"--model.betas are those of {ADAMW}. For {name}, give them in model.optimizer_options, if it has them."
+        )
+    # Draws no random numbers, which would change the model's weights.
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, 2, 2)  # type: ignore[no-untyped-call]
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        build_optimizer(layer, 1e-3, fused=False, betas=betas, name=name, options=options).step()
+    # Each class has its own ways to refuse.
+    except Exception as error:
+        instead = " timm.optim.Muon gives the other parameters to AdamW." if kind is torch.optim.Muon else ""
+        raise ConfigError(
+            f"{name} does not work with model.optimizer_options {dict(options)}: {error}{instead} Choose another, or "
+            "correct its options."
+        ) from error
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
     place, _, last = name.rpartition(".")
+    if not place:
+        raise ConfigError(f"--model.optimizer is {name}; give an import path, such as timm.optim.Muon or {ADAMW}.")
     try:
         found = getattr(importlib.import_module(place), last)
     except (ImportError, ValueError, AttributeError) as error:
@@ -77,14 +105,6 @@ def optimizer_class(name: str, options: Mapping[str, Any]) -> type[Optimizer]:
         raise ConfigError(
             f"--model.optimizer is {name}, which is no class of torch.optim.Optimizer. Name one, such as {ADAMW}."
         )
-    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
-    try:
-        found(parameters, lr=1e-3, **options)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
-        instead = " timm.optim.Muon gives the other parameters to AdamW." if last == "Muon" else ""
-        raise ConfigError(
-            f"{name} cannot be made with model.optimizer_options {dict(options)}: {error}{instead}"
-        ) from error
     return found
 
 
@@ -109,17 +129,17 @@ def build_optimizer(
         rule: Rule for the parameters that decay, as for :func:`parameter_groups`.
         fused: Whether AdamW updates all parameters in one pass, which Lightning refuses if it clips gradients under
             mixed precision.
-        betas: Decay rates of the running means of the gradient and of its square, for an optimiser that has them.
+        betas: Decay rates of AdamW's running means of the gradient and of its square.
         name: Import path of the class.
         options: Other arguments of the class.
 
     Raises:
-        ConfigError: If the rule or the optimiser is unknown, or it does not take the options.
+        ConfigError: If the rule or the optimiser is unknown.
 
     Source: Theia, appendix: betas 0.9 and 0.999, weight decay 0.01. Muon: Jordan et al., 2024.
     """
     given = dict(options or {})
-    kind = optimizer_class(name, given)
+    kind = _optimizer_class(name)
     groups = parameter_groups(module, weight_decay, rule)
     if kind is getattr(timm.optim, "Muon", None):
         matrices = _matrices(module)
@@ -128,10 +148,8 @@ def build_optimizer(
             for group in groups
             for muon in (True, False)
         ]
-    if "betas" in inspect.signature(kind).parameters:
-        given.setdefault("betas", betas)
     if name == ADAMW:
-        given.setdefault("fused", fused)
+        given = {"fused": fused, "betas": betas, **given}
     return kind([group for group in groups if group["params"]], lr=learning_rate, **given)  # type: ignore[call-arg]
 
 
