@@ -13,7 +13,6 @@ import yaml
 from theia.ablation.grid import Options, Row, TeacherSets, arguments_of, expand, flat, refuse_idle, refuse_reserved
 from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
-from theia.models.scaler import NEED_COVARIANCE
 from theia.utils.arguments import comma_list
 
 if TYPE_CHECKING:
@@ -245,6 +244,8 @@ class Planner:
             ConfigError: If ``theia fit`` refuses the options of a row, or a store lacks teachers.
             StoreError: If a store cannot be used, or lacks the covariances that the normaliser of a row needs.
         """
+        from theia.models.scaler import NEED_COVARIANCE  # imports torch, for which --help should not wait
+
         configs = {row.name: self._resolve(arguments_of(row.options), f"row {row.name!r}") for row in rows}
         self._name_teachers(configs)
         _warn_of_equals(configs)
