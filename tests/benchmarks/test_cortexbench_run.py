@@ -141,7 +141,7 @@ def test_two_runs_into_one_folder_are_refused(demonstrations, tmp_path, capsys):
 @pytest.mark.slow
 def test_wrong_data_and_tasks_are_refused(demonstrations, tmp_path, capsys):
     for options, message in (
-        (("--tasks=hammer",), "There is no task 'hammer'"),
+        (("--tasks=hammer",), "has no demonstrations of hammer-v3. It has: drawer-open-v3, reach-v3"),
         (("--tasks=draw-open",), "Is it 'drawer-open'?"),
         (("--vary=wind",), "--vary has 'wind'"),
         (("--shift=wind",), "--shift has 'wind'"),
