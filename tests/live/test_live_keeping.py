@@ -12,6 +12,7 @@ import torch
 from live.conftest import SIZE, write_images
 
 from theia.data.datamodule import FeatureData
+from theia.data.numbered import NumberedData
 from theia.errors import ConfigError, FeatureError, StoreError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.pipeline import extract
@@ -47,7 +48,7 @@ def seen(tmp_path: Path) -> int:
     return sum(map(int, log.read_text().split())) if log.exists() else 0
 
 
-def train(data: LiveData, epoch: int = 0, batches: int | None = None) -> list[dict[str, torch.Tensor]]:
+def train(data: NumberedData, epoch: int = 0, batches: int | None = None) -> list[dict[str, torch.Tensor]]:
     """What an epoch gives, or its first batches."""
     loader = data._training_loader or data.train_dataloader()
     loader.sampler.set_epoch(epoch)
@@ -103,7 +104,7 @@ def test_each_image_is_computed_once_and_later_epochs_read(keeping: Live, tmp_pa
     assert seen(tmp_path) == 32
     stored = FeatureData(str(tmp_path / "kept"), batch_size=6, workers=0, holdout=0.2)
     for epoch, ours in enumerate((first, second)):
-        theirs = train(stored, epoch)  # type: ignore[arg-type]
+        theirs = train(stored, epoch)
         assert len(ours) == len(theirs) == 5
         for mine, other in zip(ours, theirs, strict=True):
             assert all(torch.equal(values, other[name]) for name, values in mine.items())

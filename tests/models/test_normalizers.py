@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from theia.errors import ConfigError
-from theia.models.scaler import FeatureScaler, equaliser, training_targets
+from theia.models.scaler import FeatureScaler, Normalizer, equaliser, training_targets
 from theia.training.losses import cosine_loss, mse_loss
 
 CHANNELS = 6
@@ -19,10 +19,10 @@ def covariance() -> np.ndarray:
     return (axes * SPECTRUM) @ axes.T
 
 
-def spread(normalizer: str, covariance: np.ndarray, exponent: float = 1 / 3) -> np.ndarray:
+def spread(normalizer: Normalizer, covariance: np.ndarray, exponent: float = 1 / 3) -> np.ndarray:
     """Covariance of the targets of features with a known covariance."""
     std = np.sqrt(covariance.diagonal())
-    forth, _ = training_targets(normalizer, std, covariance, exponent)  # type: ignore[arg-type]
+    forth, _ = training_targets(normalizer, std, covariance, exponent)
     change = (np.diag(forth) if forth.ndim == 1 else forth) / std
     return change @ covariance @ change.T
 
@@ -53,7 +53,7 @@ def test_a_hadamard_matrix_equalises_any_variances() -> None:
     ],
 )
 def test_targets_have_the_spectrum_of_their_name_and_channels_of_variance_one(
-    normalizer: str, exponent: float, eigenvalues: np.ndarray, covariance: np.ndarray
+    normalizer: Normalizer, exponent: float, eigenvalues: np.ndarray, covariance: np.ndarray
 ) -> None:
     targets = spread(normalizer, covariance, exponent)
 
@@ -65,15 +65,17 @@ def test_a_scale_divides_by_one_number(covariance: np.ndarray) -> None:
     np.testing.assert_allclose(spread("scale", covariance), covariance / SPECTRUM.mean(), atol=1e-12)
 
 
-def scaler(normalizer: str, covariance: np.ndarray) -> FeatureScaler:
+def scaler(normalizer: Normalizer, covariance: np.ndarray) -> FeatureScaler:
     found = FeatureScaler("some", CHANNELS)
-    found.use(normalizer)  # type: ignore[arg-type]
+    found.use(normalizer)
     found.set(np.arange(CHANNELS) / 2, np.sqrt(covariance.diagonal()), covariance)
     return found
 
 
 @pytest.mark.parametrize("normalizer", ["std", "scale", "phi_s", "whiten", "power"])
-def test_predictions_go_back_as_they_came_and_so_does_a_folded_layer(normalizer: str, covariance: np.ndarray) -> None:
+def test_predictions_go_back_as_they_came_and_so_does_a_folded_layer(
+    normalizer: Normalizer, covariance: np.ndarray
+) -> None:
     ours = scaler(normalizer, covariance)
     tokens, last = torch.randn(2, 5, CHANNELS), nn.Linear(3, CHANNELS)
     torch.testing.assert_close(ours.per_channel(ours.target(tokens)), tokens, rtol=1e-3, atol=1e-4)
