@@ -17,13 +17,15 @@ from theia.extraction.sources import ImageSource, open_source
 Upload = Callable[[Path], str]
 
 
-@pytest.fixture
+@pytest.fixture(params=["memory", "s3"])
 def upload(request: pytest.FixtureRequest) -> Iterator[Upload]:
-    """Copies a folder into a place in memory, and gives its URL."""
-    url = f"memory://{request.node.name}"
+    """Copies a folder into a place in memory or an object store, and gives its URL."""
+    place = request.getfixturevalue("bucket") if request.param == "s3" else "memory://"
+    url = f"{place}/photos" if request.param == "s3" else f"memory://{request.node.name}"
 
     def copy(folder: Path) -> str:
-        fsspec.filesystem("memory").put(f"{folder}/", f"/{request.node.name}/", recursive=True)
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.put(f"{folder}/", f"{path}/", recursive=True)
         return url
 
     yield copy
@@ -104,16 +106,17 @@ def test_joined_places_are_named_after_their_folders(photos: Path, upload: Uploa
 def test_an_image_that_vanished_is_skipped_and_a_place_that_fails_is_not(
     photos: Path, upload: Upload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_source(upload(photos), "train")
-    fs = fsspec.filesystem("memory")
-    fs.rm(next(path for path in fs.find("/") if path.endswith("cat/a.png")))
+    url = upload(photos)
+    source = open_source(url, "train")
+    fs, place = fsspec.core.url_to_fs(url)
+    fs.rm_file(f"{place}/cat/a.png")
     with pytest.raises(UnreadableImageError):
         source.read(0)
 
     def fail(*_: object, **__: object) -> None:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(type(fs), "cat_file", fail)
+    monkeypatch.setattr(fs, "cat_file", fail)
     with pytest.raises(ImageError, match=r"TimeoutError: no answer.*run the same command again") as caught:
         source.read(1)
     assert not isinstance(caught.value, UnreadableImageError)

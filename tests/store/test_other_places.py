@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +31,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/stores/small"
+        return
     if request.param == "file":
         yield f"file://{tmp_path / 'far/stores/small'}"
         return
@@ -72,16 +74,16 @@ def test_an_interrupted_push_goes_on_and_is_no_store_before_its_end(
 ) -> None:
     fs, place = fsspec.core.url_to_fs(url)
     copied: list[str] = []
-    put = type(fs).put_file
+    put = fs.put_file
 
-    def stop(self: object, path: str, *args: object, **options: object) -> None:
+    def stop(path: str, *args: object, **options: object) -> None:
         if len(copied) == 3:
             raise ConnectionResetError("the network is gone")
         copied.append(path)
-        put(self, path, *args, **options)
+        put(path, *args, **options)
 
     with monkeypatch.context() as broken:
-        broken.setattr(type(fs), "put_file", stop)
+        broken.setattr(fs, "put_file", stop)
         with pytest.raises(StoreError, match=r"ConnectionResetError: the network is gone.*run the same command again"):
             push(root, url, workers=1)
     with pytest.raises(StoreError, match="still being pushed"):
@@ -101,19 +103,19 @@ def test_an_interrupted_pull_goes_on_and_is_no_store_before_its_end(
 ) -> None:
     push(root, url)
     fs, _ = fsspec.core.url_to_fs(url)
-    get = type(fs).get_file
+    get = fs.get_file
     count = 0
 
-    def stop(self: object, there: str, here: str, **options: object) -> None:
+    def stop(there: str, here: str, **options: object) -> None:
         nonlocal count
         count += 1
         if count == 4:
             Path(here).write_bytes(b"half")
             raise TimeoutError("too slow")
-        get(self, there, here, **options)
+        get(there, here, **options)
 
     with monkeypatch.context() as broken:
-        broken.setattr(type(fs), "get_file", stop)
+        broken.setattr(fs, "get_file", stop)
         with pytest.raises(StoreError, match="TimeoutError: too slow"):
             pull(url, tmp_path / "back", workers=1)
     with pytest.raises(StoreError, match="not a feature store"):
@@ -193,29 +195,3 @@ def test_the_commands_push_and_pull(root: Path, tmp_path: Path, capsys: pytest.C
         "image",
         "odd",
     }
-
-
-class TestS3:
-    """Against a server on this machine."""
-
-    @pytest.fixture
-    def url(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-        server_module = pytest.importorskip("moto.server")
-        s3fs = pytest.importorskip("s3fs")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://{host}:{port}")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}").mkdir("bucket")
-        yield "s3://bucket/stores/small"
-        server.stop()
-
-    def test_a_store_comes_back_as_it_was(self, root: Path, url: str, tmp_path: Path) -> None:
-        push(root, url)
-        shutil.rmtree(tmp_path / "back", ignore_errors=True)
-        pull(url, tmp_path / "back", workers=4)
-        assert content(tmp_path / "back") == content(root)
