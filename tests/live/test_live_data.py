@@ -368,7 +368,7 @@ def test_images_that_must_be_read_in_order_are_refused(live: Live, tmp_path: Pat
     image = (tmp_path / "images" / "a" / "000.png").read_bytes()
     pq.write_table(pa.table({"image": [image] * 3}), tmp_path / "tables" / "a.parquet")
 
-    with pytest.raises(ImageError, match=r"of parquet data.*theia extract"):
+    with pytest.raises(ImageError, match=r"of parquet data.*hf:FOLDER"):
         live(prepare=False, images=str(tmp_path / "tables"))
     with pytest.raises(ImageError, match="of parquet data"):
         live(prepare=False, images=[str(tmp_path / "images"), str(tmp_path / "tables")])

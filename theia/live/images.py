@@ -54,10 +54,15 @@ def check_random_access(description: Mapping[str, Json], place: object) -> None:
     for part in parts if isinstance(parts, list) else [description]:
         kind = part.get("kind") if isinstance(part, dict) else None
         if kind not in _RANDOM_ACCESS:
+            way = (
+                "give it as hf:FOLDER, of which the package datasets makes a copy that finds any image at once"
+                if kind == "parquet"
+                else "unpack the images into a folder or into tar files"
+            )
             raise ImageError(
                 f"Images of {place} cannot be decoded during training: of {kind} data, a single image costs as much as "
                 "its neighbours together, and training wants them in random order. Make a feature store with 'theia "
-                "extract', or unpack the images into a folder or into tar files."
+                f"extract', or {way}."
             )
 
 
