@@ -83,6 +83,13 @@ def test_episodes_are_divided_between_the_splits(written_by_lerobot: Path, name:
         assert abs(pixel[1] - 80 * episode) < 6
 
 
+def test_beside_recordings_images_are_taken_as_they_are(written_by_lerobot: Path) -> None:
+    robot = f"lerobot:{written_by_lerobot / 'theirs_v30_video'}#top"
+    source = open_source(["photographs=sample:4", f"robot={robot}"], "val", every=5)
+    assert len(source.ids) == 4 + 2
+    assert source.ids[-1] == "robot/episode-000001/frame-000005"
+
+
 def test_what_cannot_be_opened_says_so(written_by_lerobot: Path, tmp_path: Path) -> None:
     data = written_by_lerobot / "theirs_v30_video"
     with pytest.raises(ConfigError, match=r"top.*wrist"):
@@ -97,6 +104,8 @@ def test_what_cannot_be_opened_says_so(written_by_lerobot: Path, tmp_path: Path)
         open_source("video:nowhere", "train")
     with pytest.raises(ConfigError, match="--every"):
         open_source("sample:4", "train", every=2)
+    with pytest.raises(ConfigError, match="--every"):
+        open_source(["one=sample:4", "two=sample:5"], "train", every=2)
     make_video(tmp_path / "one.mp4", frames=3)
     with pytest.raises(ImageError, match="only video"):
         open_source(f"video:{tmp_path / 'one.mp4'}", "val")

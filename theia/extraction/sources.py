@@ -14,7 +14,7 @@ from PIL import Image
 
 from theia.errors import ConfigError, ImageError
 from theia.extraction.images import UnreadableImageError, read_image
-from theia.extraction.joined import join
+from theia.extraction.joined import join, split_name
 from theia.extraction.parquet import HUB, PARQUET_ENDING, HubSource, ParquetSource, parquet_of_split
 from theia.extraction.recordings import LEROBOT, VIDEO, open_recordings
 from theia.extraction.remote import RemoteSource, is_remote
@@ -67,6 +67,10 @@ class ImageSource(Protocol):
         """
 
 
+def _is_recording(location: str) -> bool:
+    return location.startswith((f"{LEROBOT}:", f"{VIDEO}:"))
+
+
 def open_source(location: str | Sequence[str], split: str, labels: bool = False, every: int = 1) -> ImageSource:
     """Opens images for extraction.
 
@@ -104,9 +108,13 @@ def open_source(location: str | Sequence[str], split: str, labels: bool = False,
             no use.
     """
     if not isinstance(location, str):
-        return join(location, lambda place: open_source(place, split, labels, every))
+        # Beside recordings, images are taken as they are.
+        mixed = any(_is_recording(split_name(text)[1]) for text in location)
+        return join(
+            location, lambda one: open_source(one, split, labels, 1 if mixed and not _is_recording(one) else every)
+        )
     kind, colon, place = location.partition(":")
-    if colon and kind in (LEROBOT, VIDEO):
+    if _is_recording(location):
         return open_recordings(kind, place, split, labels, every)
     if every != 1:
         raise ConfigError(f"--every is for recordings ({LEROBOT}: and {VIDEO}:), and {location} is none. Leave it out.")
