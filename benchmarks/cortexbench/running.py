@@ -29,8 +29,8 @@ from theia.errors import ConfigError
 from theia.policies.cloning import Training, load_head, save_head
 from theia.policies.demonstrated import Demonstrations
 from theia.policies.policy import same_features
-from theia.probing.comparison import seed_numbers
 from theia.probing.datasets import IMAGE_SIZE
+from theia.utils.arguments import seed_numbers
 from theia.utils.files import alone, jsonable, read_json, write_whole
 
 

@@ -94,21 +94,6 @@ def check_sweep_file(path: Path) -> None:
         yaml.load(file, _StrictLoader)  # a SafeLoader
 
 
-def parse_seeds(seeds: int | str | list[int]) -> list[int]:
-    """Turns the seeds that a user gives into numbers.
-
-    Raises:
-        ConfigError: If one is not a seed, or is given twice.
-    """
-    given = [str(seed) for seed in seeds] if isinstance(seeds, list) else comma_list(str(seeds))
-    numbers = [int(seed) for seed in given if seed.isdecimal()]
-    if not given or len(set(numbers)) < len(given) or max(numbers) >= 2**32:
-        raise ConfigError(
-            f"seeds is {seeds!r}; it must be one or more whole numbers below 2**32, each once: --seeds 0,1,2."
-        )
-    return numbers
-
-
 def select_rows(rows: list[Row], only: str | list[str] | None) -> list[Row]:
     """Selects rows by name.
 

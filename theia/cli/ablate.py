@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, parse_seeds, select_rows, split_arguments
+from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, select_rows, split_arguments
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, one_line, settle
 from theia.errors import ConfigError
 from theia.scoring.contract import find_scorer, scorer_names
-from theia.utils.arguments import comma_list
+from theia.utils.arguments import comma_list, seed_numbers
 from theia.utils.files import check_folder
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def ablate(
     names = comma_list(scorers)
     for name in names:
         find_scorer(name)
-    numbers = parse_seeds(seeds)
+    numbers = seed_numbers(seeds)
     stores = Stores()
     planner = Planner(_fit_parser(), stores, base, options or {}, fit_options)
     grid = planner.rows(rows, teachers, product)

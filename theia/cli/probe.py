@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from theia.errors import ConfigError
-from theia.utils.arguments import check_number, comma_list
+from theia.utils.arguments import check_number, comma_list, seed_numbers
 from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder
 
@@ -145,11 +145,11 @@ def dynamics(
 
     # torch takes seconds to import; --help does not need it.
     from theia.probing import dynamics as probing
-    from theia.probing.comparison import seed_numbers
 
     return _say(
         probing.dynamics(
-            encoders, data, comma_list(test), out, camera, horizon, target, readout, preset, seed_numbers(seeds),
+            encoders, data, comma_list(test), out, camera, horizon, target, readout, preset,
+            seed_numbers(0 if seeds is None else seeds),
             reference, choose_device(device), batch_size,
         )
     )  # fmt: skip

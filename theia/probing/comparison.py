@@ -32,7 +32,7 @@ from theia.probing.labelled import open_labelled
 from theia.probing.linear_probe import Schedule
 from theia.probing.probes import Probed, probe_classes, probe_nothing, probe_pixels, probe_places
 from theia.probing.scenes import scenes
-from theia.utils.arguments import comma_list
+from theia.utils.arguments import comma_list, seed_numbers
 from theia.utils.device import Device, choose_device
 from theia.utils.files import check_folder, remove_stale, replacing, write_whole
 from theia.utils.pictures import short_labels
@@ -296,27 +296,13 @@ def _open_run(kind: str, device: Device, seeds: str | None, folder: Path | None,
         raise ConfigError(
             f"--preset {preset} keeps everything in memory and puts no files into --folder. Leave it out."
         )
-    numbers = seed_numbers(seeds)
+    numbers = seed_numbers(0 if seeds is None else seeds)
     check_folder(out, "--out")
     if folder is not None:
         if not folder.is_dir():
             raise ConfigError(f"There is no folder {folder}. Make it, or give another one with --folder.")
         check_folder(folder, "--folder")
     return Run(kind, choose_device(device), numbers, effort, folder, out)
-
-
-def seed_numbers(seeds: str | None) -> list[int]:
-    """Seeds as numbers; 0 alone if none are given.
-
-    Raises:
-        ConfigError: If one is no seed.
-    """
-    numbers = comma_list("0" if seeds is None else seeds)
-    if not numbers or not all(number.isdecimal() and int(number) < 2**32 for number in numbers):
-        raise ConfigError(
-            f"--seeds is {seeds!r}; give whole numbers from 0 and below 2**32, separated by commas, such as 0,1,2."
-        )
-    return [int(number) for number in numbers]
 
 
 def _tasks(data: str, tasks: str | None) -> list[Task]:

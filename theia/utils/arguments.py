@@ -1,4 +1,4 @@
-"""Checks that numbers from a user lie in the range in which they make sense."""
+"""What a user gives as numbers, lists and seeds: read, and checked that it makes sense."""
 
 import math
 
@@ -49,3 +49,21 @@ def comma_list(value: str | list[str] | None) -> list[str]:
     """
     items = value.split(",") if isinstance(value, str) else value or []
     return [item.strip() for item in items if item.strip()]
+
+
+def seed_numbers(seeds: int | str | list[int]) -> list[int]:
+    """Turns the seeds that a user gives into numbers.
+
+    Args:
+        seeds: A number, several in a list, or several with commas between them.
+
+    Raises:
+        ConfigError: If one is not a seed, or is given twice.
+    """
+    given = [str(seed) for seed in seeds] if isinstance(seeds, list) else comma_list(str(seeds))
+    numbers = [int(seed) for seed in given if seed.isdecimal()]
+    if not given or len(set(numbers)) < len(given) or max(numbers) >= 2**32:
+        raise ConfigError(
+            f"seeds is {seeds!r}; it must be one or more whole numbers below 2**32, each once: --seeds 0,1,2."
+        )
+    return numbers

@@ -1,0 +1,145 @@
+"""``python -m benchmarks.evidence``: what helps a small encoder for robots, with seeds and intervals."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.command import run_command
+from benchmarks.evidence.stages import STAGES, Plan, PresetName, chosen, theia
+from theia.errors import ConfigError, TheiaError
+from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list, seed_numbers
+from theia.utils.files import alone, check_folder, read_json, write_whole
+
+_PROG = "python -m benchmarks.evidence"
+_SETTINGS = "settings.json"
+
+
+class EvidenceError(TheiaError):
+    """A stage did not come to its end."""
+
+
+def run(
+    data: str,
+    teachers: str | list[str] = "efficientnet,hog,color",
+    out: Path = Path("runs/evidence"),
+    preset: PresetName = "small",
+    seeds: str = "0,1,2",
+    stages: str | list[str] | None = None,
+    jobs: int = 1,
+    options: str | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Trains students of several sets of teachers and with several ingredients, and scores them on recordings.
+
+    The images are frames of the recordings and photographs. Each stage is some commands of 'theia', which are shown;
+    all go on where an interrupted run stopped, and what is finished is not done again.
+
+    Args:
+        data: Data set folder of LeRobot, FOLDER or FOLDER#CAMERA. Students see frames of its training episodes, and
+            are scored by 'theia probe dynamics' on those that are held out.
+        teachers: Teachers to distil from, comma-separated or a YAML list.
+        out: Folder for the store, the sweeps, the probes and the report.
+        preset: small trains the quickstart's student, minutes a run on a CPU; full trains configs/cdiv_tiny.yaml, for a
+            GPU.
+        seeds: Seeds of the trainings, separated by commas. Intervals need two or more.
+        stages: Any of store, teachers, ingredients and bounds, comma-separated; all by default.
+        jobs: Number of trainings at a time.
+        options: Further options of 'theia fit' for all trainings, as one text: --options='--trainer.max_epochs 4'.
+        dry_run: Only show the commands.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: If an option is wrong, or the folder is in use or was made with others.
+        TrajectoryError: If the recordings cannot be read.
+        EvidenceError: If a command fails.
+    """
+    from theia.trajectories.lerobot import LeRobotFolder
+
+    check_number("jobs", jobs, 1, MOST_PROCESSES)
+    check_folder(out, "--out")
+    data = data.removeprefix("lerobot:")
+    folder = LeRobotFolder(Path(data.partition("#")[0]))
+    wanted = chosen(comma_list(stages) or STAGES)
+    plan = Plan(
+        data,
+        folder.frame_count,
+        comma_list(teachers),
+        seed_numbers(seeds),
+        preset,
+        out,
+        jobs,
+        shlex.split(options or ""),
+    )
+    commands = [theia(arguments) for stage in wanted for arguments in plan.commands(stage)]
+    if dry_run:
+        return "\n".join(shlex.join(["theia", *command[3:]]) for command in commands)
+    settings = {"data": data, "teachers": list(plan.teachers), "preset": preset, "options": options}
+    with alone(out):
+        _same_settings(out / _SETTINGS, settings)
+        for command in commands:
+            print(f"$ {shlex.join(['theia', *command[3:]])}", flush=True)
+            status = subprocess.run(command, check=False).returncode
+            if status:
+                raise EvidenceError(
+                    f"This command ended with status {status}, and said why above. What is finished is kept; run the "
+                    "same command again."
+                )
+    return report(out)
+
+
+def report(out: Path) -> str:
+    """Writes the report of what is finished: evidence.md, evidence.png and evidence.json.
+
+    Args:
+        out: Folder of a run.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: If the folder is of no run.
+    """
+    from benchmarks.evidence import findings
+    from benchmarks.evidence.report import page, write
+    from theia.utils.provenance import machine, versions
+
+    if not (out / _SETTINGS).is_file():
+        raise ConfigError(f"There is no evidence in {out}. Collect some with: {_PROG} run --data FOLDER --out {out}")
+    found = findings.find(out)
+    record = {"settings": read_json(out / _SETTINGS), "versions": versions(), "machine": machine()}
+    return "\n".join([page(found), "", *map(str, write(out, found, record))])
+
+
+def _same_settings(path: Path, settings: dict[str, object]) -> None:
+    if path.is_file():
+        earlier = read_json(path)
+        different = [name for name, value in settings.items() if earlier.get(name) != value]
+        if different:
+            raise ConfigError(
+                f"{path.parent} was made with another {different[0]}: {earlier.get(different[0])!r}. Give the same "
+                f"--{different[0]}, or another --out."
+            )
+    else:
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
+    """
+    about = "What helps a small encoder for robots, with seeds and intervals."
+    return run_command("benchmarks.evidence", about, {"run": run, "report": report}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""What the finished sweeps and probes say: tables with intervals, shares of the way, time to quality."""
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.stages import BOUNDS, INGREDIENTS, TEACHERS
+from theia.utils.estimates import Correlation, Estimate, correlation, estimate, holm, paired_difference
+from theia.utils.files import read_json
+
+PLAN, MOTION, READOUT, ENTROPY = (
+    "dynamics/plan_error", "dynamics/motion_error", "readout/explained_variance", "test/norm_entropy",
+)  # fmt: skip
+UNSEEN, WORST, COSINE = "unseen", "worst", "cosine"
+COLUMNS = {
+    PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher", UNSEEN: "unseen teachers",
+    COSINE: "held-out cosine", ENTROPY: "norm entropy",
+}  # fmt: skip
+"""Columns of the tables. ``worst`` and ``unseen`` are read-outs: of the teacher that is read worst among those that a
+student was distilled from, and the mean of those that it was not."""
+
+QUESTIONS = {PLAN: "plan", MOTION: "motion"}
+_OF_TEACHER = f"{READOUT}/"
+_REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper"}
+
+Values = dict[str, dict[str, dict[int, float]]]  # by row, column and seed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's score.
+
+    Attributes:
+        values: By seed.
+        mean: Their mean, with Student's interval.
+        difference: Mean of the differences to the reference, seed by seed, with its interval; ``None`` for itself.
+        p: P value of the paired t test, after Holm's correction for the other rows of the column.
+    """
+
+    values: Mapping[int, float]
+    mean: Estimate
+    difference: Estimate | None
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that could be computed; what is not finished is empty.
+
+    Attributes:
+        tables: By sweep, row and column.
+        bounds: By encoder and question, the error of what was not trained here: teachers and the untrained student.
+        shares: By row of the sweep over teachers and question, the part of the way from the untrained student to the
+            best of its teachers; no value where that teacher is not better than the untrained student.
+        steps: By row of the sweep over ingredients, steps until the reference's final held-out cosine, as a part of its
+            steps; by seed, ``None`` where it was not reached.
+        entropy: By question, correlation of norm entropy and error over the rows of all sweeps.
+        curves: By row of the sweep over ingredients and seed, pairs of steps and held-out cosine.
+    """
+
+    tables: dict[str, dict[str, dict[str, Cell]]]
+    bounds: dict[str, dict[str, float]]
+    shares: dict[str, dict[str, Estimate]]
+    steps: dict[str, dict[int, float | None]]
+    entropy: dict[str, Correlation]
+    curves: dict[str, dict[int, list[tuple[int, float]]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def find(out: Path) -> Findings:
+    """Reads what is finished.
+
+    Args:
+        out: Folder of the evidence.
+    """
+    values = {sweep: _values(out / sweep) for sweep in (TEACHERS, INGREDIENTS)}
+    curves = _curves(out / INGREDIENTS)
+    for row, of_seeds in curves.items():
+        if row in values[INGREDIENTS]:
+            values[INGREDIENTS][row][COSINE] = {seed: curve[-1][1] for seed, curve in of_seeds.items()}
+    bounds = _bounds(out / BOUNDS)
+    return Findings(
+        {sweep: _table(of_rows, _REFERENCES[sweep]) for sweep, of_rows in values.items()},
+        bounds,
+        _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS)),
+        time_to_quality(curves, _REFERENCES[INGREDIENTS]),
+        _entropy([row for of_rows in values.values() for row in of_rows.values()]),
+        curves,
+    )
+
+
+def time_to_quality(
+    curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], reference: str
+) -> dict[str, dict[int, float | None]]:
+    """Steps until a row reaches what the reference has in the end, seed by seed.
+
+    Between two validations, the score is taken to change evenly.
+
+    Args:
+        curves: By row and seed, pairs of steps and a score of which more is better.
+        reference: Row to compare with.
+
+    Returns:
+        By row and seed, steps as a part of the reference's; ``None`` where its score is never reached.
+    """
+    goals = {seed: curve[-1] for seed, curve in curves.get(reference, {}).items()}
+    return {
+        row: {
+            seed: _first(curve, goals[seed][1], goals[seed][0]) for seed, curve in of_seeds.items() if seed in goals
+        }
+        for row, of_seeds in curves.items()
+    }  # fmt: skip
+
+
+def _first(curve: Sequence[tuple[int, float]], goal: float, steps: int) -> float | None:
+    before = (0, -math.inf)
+    for step, score in curve:
+        if score >= goal:
+            part = 1.0 if math.isinf(before[1]) else (goal - before[1]) / (score - before[1])
+            return (before[0] + part * (step - before[0])) / steps
+        before = (step, score)
+    return None
+
+
+def share(untrained: float, reached: float, bound: float) -> float | None:
+    """Part of the way from one error to a lower one; ``None`` if the bound is not lower."""
+    return (untrained - reached) / (untrained - bound) if bound < untrained else None
+
+
+def _runs(sweep: Path) -> list[dict[str, Any]]:
+    path = sweep / "report.json"
+    return list(read_json(path)["runs"]) if path.is_file() else []
+
+
+def _values(sweep: Path) -> Values:
+    found: Values = {}
+    for run in _runs(sweep):
+        scores = {name: run["scores"][name] for name in COLUMNS if run["scores"].get(name) is not None}
+        read = {
+            name.removeprefix(_OF_TEACHER): value
+            for name, value in run["scores"].items()
+            if name.startswith(_OF_TEACHER)
+        }
+        distilled = [read[name] for name in run["teachers"] if name in read]
+        others = [value for name, value in read.items() if name not in run["teachers"]]
+        scores |= {WORST: min(distilled)} if distilled else {}
+        scores |= {UNSEEN: sum(others) / len(others)} if others else {}
+        for name, value in scores.items():
+            found.setdefault(run["row"], {}).setdefault(name, {})[run["seed"]] = value
+    return found
+
+
+def _distilled(sweep: Path) -> dict[str, list[str]]:
+    return {run["row"]: run["teachers"] for run in _runs(sweep)}
+
+
+def _table(rows: Values, reference: str) -> dict[str, dict[str, Cell]]:
+    table: dict[str, dict[str, Cell]] = {row: {} for row in rows}
+    for column in COLUMNS:
+        there = {row: of[column] for row, of in rows.items() if column in of}
+        base = there.get(reference, {})
+        differences = {
+            row: paired_difference(dict(values), dict(base)) for row, values in there.items() if row != reference
+        }
+        p = holm({row: found.p for row, found in differences.items() if found is not None and found.p is not None})
+        for row, values in there.items():
+            table[row][column] = Cell(values, estimate(list(values.values())), differences.get(row), p.get(row))
+    return table
+
+
+def _bounds(folder: Path) -> dict[str, dict[str, float]]:
+    files = sorted(folder.glob("probing-dynamics-*.json"))
+    if not files:
+        return {}
+    summary = read_json(files[-1])["summary"]
+    return {
+        "untrained" if name.endswith("@random") else name: {
+            column: of[question]["mean"] for column, question in QUESTIONS.items()
+        }
+        for name, of in summary.items()
+    }
+
+
+def _shares(
+    rows: Values, bounds: Mapping[str, Mapping[str, float]], distilled: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Estimate]]:
+    if "untrained" not in bounds:
+        return {}
+    found: dict[str, dict[str, Estimate]] = {}
+    for row, columns in rows.items():
+        for column in QUESTIONS:
+            best = min(bounds[f"teacher:{name}"][column] for name in distilled[row])
+            parts = [share(bounds["untrained"][column], value, best) for value in columns.get(column, {}).values()]
+            known = [part for part in parts if part is not None]
+            if known:
+                found.setdefault(row, {})[column] = estimate(known)
+    return found
+
+
+def _entropy(rows: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, Correlation]:
+    found = {}
+    for column in QUESTIONS:
+        both = [(_mean(row[ENTROPY]), _mean(row[column])) for row in rows if ENTROPY in row and column in row]
+        known = correlation([x for x, _ in both], [y for _, y in both])
+        if known is not None:
+            found[column] = known
+    return found
+
+
+def _curves(sweep: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    found: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for run in _runs(sweep):
+        path = sweep / run["row"] / f"seed_{run['seed']}" / "metrics.csv"
+        curve = list(_held_out(path)) if path.is_file() else []
+        if curve:
+            found.setdefault(run["row"], {})[run["seed"]] = curve
+    return found
+
+
+def _held_out(path: Path) -> Iterator[tuple[int, float]]:
+    """Steps, and the mean over teachers of the held-out cosine after them."""
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            cosines = [float(value) for name, value in line.items() if name.startswith("val/cosine/") and value]
+            if cosines:
+                yield int(line["step"]) + 1, sum(cosines) / len(cosines)
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,178 @@
+"""What the sweeps say: against closed forms, SciPy, and a whole small run."""
+
+import csv
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from trajectories.discs import record
+
+from benchmarks.evidence.__main__ import main
+from benchmarks.evidence.findings import (
+    COSINE,
+    ENTROPY,
+    MOTION,
+    PLAN,
+    READOUT,
+    UNSEEN,
+    WORST,
+    find,
+    share,
+    time_to_quality,
+)
+from benchmarks.evidence.report import draw, page
+
+
+def run_of(row: str, seed: int, teachers: list[str], **scores: float) -> dict[str, Any]:
+    return {"row": row, "seed": seed, "teachers": teachers, "scores": scores}
+
+
+def write_sweep(folder: Path, runs: list[dict[str, Any]], curves: dict[str, list[tuple[int, float, float]]]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"runs": runs}))
+    for run in runs:
+        place = folder / run["row"] / f"seed_{run['seed']}"
+        place.mkdir(parents=True)
+        with (place / "metrics.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["epoch", "step", "train/loss", "val/cosine/a", "val/cosine/b"])
+            writer.writerow([0, 4, 0.9, "", ""])
+            for step, one, other in curves.get(run["row"], []):
+                writer.writerow([0, step - 1, "", one, other])
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Evidence of two sweeps whose figures are known."""
+    plan = {"a": [0.5, 0.6, 0.7], "b": [0.6, 0.8, 0.7], "all": [0.4, 0.6, 0.5]}
+    teachers = {"a": ["a"], "b": ["b"], "all": ["a", "b"]}
+    runs = [
+        run_of(row, seed, teachers[row], **{
+            PLAN: values[seed], MOTION: 0.3 + 0.1 * seed, ENTROPY: 5 - values[seed],
+            READOUT: 0.5, f"{READOUT}/a": 0.4, f"{READOUT}/b": 0.6,
+        })
+        for row, values in plan.items() for seed in range(3)
+    ]  # fmt: skip
+    write_sweep(tmp_path / "teachers", runs, {})
+    runs = [run_of(row, seed, ["a", "b"], **{PLAN: 0.5}) for row in ("paper", "cosine") for seed in range(2)]
+    write_sweep(tmp_path / "ingredients", runs, {
+        "paper": [(50, 0.2, 0.4), (100, 0.5, 0.7)], "cosine": [(50, 0.4, 0.6), (100, 0.6, 0.8)],
+    })  # fmt: skip
+    (tmp_path / "bounds").mkdir()
+    means = {"all/seed_0@random": (0.9, 0.8), "teacher:a": (0.4, 0.3), "teacher:b": (0.95, 0.2), "blind": (1.0, 1.0)}
+    summary = {name: {"plan": {"mean": p}, "motion": {"mean": m}} for name, (p, m) in means.items()}
+    (tmp_path / "bounds" / "probing-dynamics-1.json").write_text(json.dumps({"summary": summary}))
+    (tmp_path / "settings.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_share_is_the_part_of_the_way_and_none_where_there_is_no_way() -> None:
+    assert share(0.9, 0.6, 0.4) == pytest.approx(0.6)
+    assert share(0.9, 1.0, 0.4) == pytest.approx(-0.2)
+    assert share(0.9, 0.3, 0.4) == pytest.approx(1.2)
+    assert share(0.4, 0.3, 0.4) is None
+
+
+def test_time_to_quality_is_where_a_line_crosses_the_goal() -> None:
+    curves = {
+        "paper": {0: [(10, 0.2), (20, 0.6)], 1: [(10, 0.1), (20, 0.4)]},
+        "faster": {0: [(10, 0.5), (20, 0.7)], 1: [(10, 0.4), (20, 0.3)]},
+        "slower": {0: [(10, 0.1), (20, 0.5)], 2: [(10, 0.1)]},
+    }
+    found = time_to_quality(curves, "paper")
+    assert found["paper"] == {0: 1.0, 1: 1.0}
+    assert found["faster"][0] == pytest.approx(0.75)  # halfway from 10 to 20 steps
+    assert found["faster"][1] == pytest.approx(0.5)  # at a validation, and before the goal is lost again
+    assert found["slower"] == {0: None}  # seed 2 has no counterpart
+    assert time_to_quality({"faster": curves["faster"]}, "paper") == {"faster": {}}
+
+
+def test_tables_shares_and_correlations(out: Path) -> None:
+    found = find(out)
+    cells = found.tables["teachers"]
+    test = stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.6, 0.5])
+    assert cells["a"][PLAN].difference is not None
+    assert cells["a"][PLAN].difference.mean == pytest.approx(0.1)
+    low, high = test.confidence_interval(0.95)
+    assert (cells["a"][PLAN].difference.low, cells["a"][PLAN].difference.high) == pytest.approx((low, high))
+    assert cells["a"][PLAN].p == pytest.approx(test.pvalue)
+    assert cells["b"][PLAN].p is None  # all three differences are 0.2
+    assert cells["all"][PLAN].difference is None
+    # Of a's students, b is unseen; the worst teacher is among those that were distilled.
+    assert cells["a"][UNSEEN].mean.mean == pytest.approx(0.6)
+    assert cells["a"][WORST].mean.mean == pytest.approx(0.4)
+    assert cells["b"][WORST].mean.mean == pytest.approx(0.6)
+    assert UNSEEN not in cells["all"]
+    assert found.tables["ingredients"]["cosine"][COSINE].mean.mean == pytest.approx(0.7)
+    assert found.steps["cosine"][0] == pytest.approx(0.5 + 0.5 * 0.5)
+    # From 0.9 to 0.4 with teacher a; b is worse than the untrained student in plan, and better in motion.
+    assert found.shares["a"][PLAN].mean == pytest.approx((0.9 - 0.6) / 0.5)
+    assert PLAN not in found.shares["b"]
+    assert found.shares["b"][MOTION].mean == pytest.approx((0.8 - 0.4) / 0.6)
+    assert found.shares["all"][PLAN].mean == pytest.approx((0.9 - 0.5) / 0.5)
+    assert found.entropy[PLAN].r == pytest.approx(-1)
+    assert found.entropy[PLAN].n == 3  # the other sweep has no norm entropy
+
+
+def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "| a     | 3       | 0.600 ± 0.248 |" in said
+    assert "| cosine       | 0.75     | 0.75     |" in said
+    assert json.loads((out / "evidence.json").read_text())["bounds"]["untrained"][PLAN] == 0.9
+    assert (out / "evidence.png").stat().st_size > 10_000
+    for name in ("teachers", "bounds"):
+        (out / name).rename(out / f"{name} elsewhere")
+    found = find(out)
+    draw(out / "half.png", found)
+    assert "Sets of teachers" not in page(found)
+    (out / "ingredients").rename(out / "ingredients elsewhere")
+    draw(out / "none.png", find(out))
+    assert not (out / "none.png").exists()
+
+
+def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = record(tmp_path / "data")
+    for options, said in (
+        (["--stages", "store,wisdom"], "no stage 'wisdom'. Choose from: store, teachers, ingredients, bounds"),
+        (["--seeds", "0,0"], "seeds is '0,0'"),
+        (["--jobs", "0"], "--jobs is 0"),
+    ):
+        assert main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
+        assert said in capsys.readouterr().err
+    assert main(["run", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no evidence" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = record(tmp_path / "data")
+    assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["extract", "store", "ablate", "ablate", "probe"]
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_a_whole_run_goes_on_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = record(tmp_path / "data", frames=24)
+    short = "--trainer.max_epochs=1 --trainer.limit_train_batches=1 --model.width=24 --model.depth=1 --model.heads=1"
+    command = [
+        "run", "--data", str(data), "--teachers", "hog,color", "--seeds", "0", "--out", str(tmp_path / "out"),
+        "--options", short, "--stages", "store,teachers,bounds",
+    ]  # fmt: skip
+    assert main(command) == 0
+    first = json.loads((tmp_path / "out/evidence.json").read_text())
+    assert set(first["tables"]["teachers"]) == {"hog", "color", "all"}
+    assert set(first["bounds"]) >= {"untrained", "teacher:hog", "teacher:color", "blind"}
+    capfd.readouterr()
+    assert main([*command[:-1], "teachers"]) == 0  # nothing is left to do
+    assert "3 of 3 runs done" in capfd.readouterr().err
+    assert json.loads((tmp_path / "out/evidence.json").read_text())["tables"] == first["tables"]
+    assert main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
+    assert "was made with another options" in capfd.readouterr().err
