@@ -1,14 +1,16 @@
 """``python -m benchmarks.cortexbench COMMAND``: what an encoder is worth to a robot, in a simulator."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.command import run_command
 from benchmarks.cortexbench.collect import collect
 from benchmarks.cortexbench.commands import export, report, run
 from benchmarks.cortexbench.originals import import_originals
 
-_COMMANDS = {"collect": collect, "import": import_originals, "run": run, "report": report, "export": export}
+_COMMANDS: dict[str, Callable[..., str]] = {
+    "collect": collect, "import": import_originals, "run": run, "report": report, "export": export,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.command import run_command
@@ -115,7 +115,7 @@ def report(out: Path) -> str:
     return "\n".join([page(found), "", *map(str, write(out, found, record))])
 
 
-def _same_settings(path: Path, settings: dict[str, object]) -> None:
+def _same_settings(path: Path, settings: Mapping[str, object]) -> None:
     if path.is_file():
         earlier = read_json(path)
         different = [name for name, value in settings.items() if earlier.get(name) != value]

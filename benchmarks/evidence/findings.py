@@ -26,7 +26,7 @@ QUESTIONS = {PLAN: "plan", MOTION: "motion"}
 _OF_TEACHER = f"{READOUT}/"
 _REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper"}
 
-Values = dict[str, dict[str, dict[int, float]]]  # by row, column and seed
+Values = dict[str, dict[str, dict[int | None, float]]]  # by row, column and seed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cell:
         p: P value of the paired t test, after Holm's correction for the other rows of the column.
     """
 
-    values: Mapping[int, float]
+    values: Mapping[int | None, float]
     mean: Estimate
     difference: Estimate | None
     p: float | None
@@ -165,9 +165,7 @@ def _table(rows: Values, reference: str) -> dict[str, dict[str, Cell]]:
     for column in COLUMNS:
         there = {row: of[column] for row, of in rows.items() if column in of}
         base = there.get(reference, {})
-        differences = {
-            row: paired_difference(dict(values), dict(base)) for row, values in there.items() if row != reference
-        }
+        differences = {row: paired_difference(values, base) for row, values in there.items() if row != reference}
         p = holm({row: found.p for row, found in differences.items() if found is not None and found.p is not None})
         for row, values in there.items():
             table[row][column] = Cell(values, estimate(list(values.values())), differences.get(row), p.get(row))
@@ -203,7 +201,7 @@ def _shares(
     return found
 
 
-def _entropy(rows: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, Correlation]:
+def _entropy(rows: Sequence[Mapping[str, Mapping[int | None, float]]]) -> dict[str, Correlation]:
     found = {}
     for column in QUESTIONS:
         both = [(_mean(row[ENTROPY]), _mean(row[column])) for row in rows if ENTROPY in row and column in row]
@@ -232,5 +230,5 @@ def _held_out(path: Path) -> Iterator[tuple[int, float]]:
                 yield int(line["step"]) + 1, sum(cosines) / len(cosines)
 
 
-def _mean(values: Mapping[int, float]) -> float:
+def _mean(values: Mapping[int | None, float]) -> float:
     return sum(values.values()) / len(values)

@@ -113,7 +113,7 @@ def draw(path: Path, findings: Findings) -> None:
         axes.tick_params(labelsize=_SMALL)
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(str(temporary))
+        FigureCanvasAgg(figure).print_figure(temporary, format="png")
 
 
 def _points(axes: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
