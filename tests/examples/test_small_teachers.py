@@ -102,6 +102,22 @@ def test_hed_is_torchvisions_vgg16() -> None:
 
 @needs("hed")
 @torch.no_grad()
+def test_hed_reads_kernels_as_keras_lays_them_out() -> None:
+    import h5py
+
+    with h5py.File(cache_folder() / PACKAGES["hed"].file) as file:
+        layer = file["block1/layers/conv2d/vars"]
+        kernel, bias = np.array(layer["0"]), np.array(layer["1"])  # (rows, columns, in, out)
+    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    given = HED().network.trunk[0](pictures)[0, :, 10, 20].numpy()
+
+    window = pictures[0, :, 9:12, 19:22].numpy()
+    np.testing.assert_allclose(given, np.einsum("crk,rkco->o", window, kernel) + bias, rtol=1e-4, atol=1e-5)
+
+
+@needs("hed")
+@torch.no_grad()
 def test_contours_fall_on_edges() -> None:
     from skimage import color, feature
 
