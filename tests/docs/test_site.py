@@ -143,7 +143,8 @@ def test_nothing_is_fetched_by_a_reader(site: Site) -> None:
 def _commands() -> list[str]:
     """Commands of ``theia`` in the code of the pages and READMEs, with continued lines joined."""
     found = []
-    others = ("README.md", "CONTRIBUTING.md", "examples/lerobot_policy_theia/README.md")
+    examples = (f"examples/{name}/README.md" for name in ("lerobot_policy_theia", "small_teachers"))
+    others = ("README.md", "CONTRIBUTING.md", *examples)
     for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / other for other in others)]:
         text = path.read_text().replace("\\\n", " ")
         code = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)

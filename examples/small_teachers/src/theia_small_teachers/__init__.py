@@ -1,0 +1,1 @@
+"""Three small teachers for Theia whose trained weights come from package indexes."""
