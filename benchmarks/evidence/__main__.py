@@ -28,6 +28,7 @@ def run(
     preset: PresetName = "small",
     seeds: str = "0,1,2",
     stages: str | list[str] | None = None,
+    scorers: str = "readout,dense",
     jobs: int = 1,
     options: str | None = None,
     dry_run: bool = False,
@@ -46,6 +47,7 @@ def run(
             GPU.
         seeds: Seeds of the trainings, separated by commas. Intervals need two or more.
         stages: Any of store, teachers, ingredients and bounds, comma-separated; all by default.
+        scorers: Scorers of 'theia test', comma-separated, beside the probe on the recordings.
         jobs: Number of trainings at a time.
         options: Further options of 'theia fit' for all trainings, as one text: --options='--trainer.max_epochs 4'.
         dry_run: Only show the commands.
@@ -66,15 +68,9 @@ def run(
     folder = LeRobotFolder(Path(data.partition("#")[0]))
     wanted = chosen(comma_list(stages) or STAGES)
     plan = Plan(
-        data,
-        folder.frame_count,
-        comma_list(teachers),
-        seed_numbers(seeds),
-        preset,
-        out,
-        jobs,
+        data, folder.frame_count, comma_list(teachers), seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
         shlex.split(options or ""),
-    )
+    )  # fmt: skip
     commands = [theia(arguments) for stage in wanted for arguments in plan.commands(stage)]
     if dry_run:
         return "\n".join(shlex.join(["theia", *command[3:]]) for command in commands)

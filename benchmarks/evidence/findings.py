@@ -14,10 +14,11 @@ from theia.utils.files import read_json
 PLAN, MOTION, READOUT, ENTROPY = (
     "dynamics/plan_error", "dynamics/motion_error", "readout/explained_variance", "test/norm_entropy",
 )  # fmt: skip
+DEPTH, CLASSES = "dense/depth_rmse", "dense/mean_iou"
 UNSEEN, WORST, COSINE = "unseen", "worst", "cosine"
 COLUMNS = {
     PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher", UNSEEN: "unseen teachers",
-    COSINE: "held-out cosine", ENTROPY: "norm entropy",
+    COSINE: "held-out cosine", DEPTH: "depth (m)", CLASSES: "classes (IoU)", ENTROPY: "norm entropy",
 }  # fmt: skip
 """Columns of the tables. ``worst`` and ``unseen`` are read-outs: of the teacher that is read worst among those that a
 student was distilled from, and the mean of those that it was not."""

@@ -52,6 +52,7 @@ class Plan:
         preset: How much is done.
         out: Folder for everything.
         jobs: Number of trainings at a time.
+        scorers: Scorers of the students beside the probe on the recordings.
         options: Further options of ``theia fit``, for all trainings.
     """
 
@@ -62,6 +63,7 @@ class Plan:
     preset: PresetName
     out: Path
     jobs: int
+    scorers: Sequence[str]
     options: Sequence[str]
 
     def commands(self, stage: str) -> list[list[str]]:
@@ -89,7 +91,8 @@ class Plan:
         return [
             "ablate", *options, "--base", str(_CONFIGS / f"{PRESETS[self.preset].config}.yaml"),
             "--out", str(self.out / stage), "--seeds", ",".join(map(str, self.seeds)), "--jobs", str(self.jobs),
-            "--scorers", f"readout,dynamics@{self.data}", "--data.store", str(self.out / STORE), *self.options,
+            "--scorers", ",".join([*self.scorers, f"dynamics@{self.data}"]), "--data.store", str(self.out / STORE),
+            *self.options,
         ]  # fmt: skip
 
     def _teachers(self) -> list[list[str]]:

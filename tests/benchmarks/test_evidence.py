@@ -164,7 +164,7 @@ def test_a_whole_run_goes_on_and_reports(tmp_path: Path, capfd: pytest.CaptureFi
     short = "--trainer.max_epochs=1 --trainer.limit_train_batches=1 --model.width=24 --model.depth=1 --model.heads=1"
     command = [
         "run", "--data", str(data), "--teachers", "hog,color", "--seeds", "0", "--out", str(tmp_path / "out"),
-        "--options", short, "--stages", "store,teachers,bounds",
+        "--scorers", "readout", "--options", short, "--stages", "store,teachers,bounds",
     ]  # fmt: skip
     assert main(command) == 0
     first = json.loads((tmp_path / "out/evidence.json").read_text())

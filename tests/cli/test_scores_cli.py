@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from trajectories.discs import record
 
 from theia.cli.main import main
+from theia.probing import comparison
+from theia.probing.heads import Fit
 from theia.scoring import scorers as scoring
 from theia.scoring.contract import Trained
 from theia.scoring.scorers import write_report
@@ -277,9 +280,36 @@ def test_a_student_is_scored_on_recorded_trajectories(run: Path, store: Path, tm
     assert all(0 < error < 5 for error in report["scores"].values())
 
 
+def test_a_student_is_scored_on_rooms_as_the_probe_does(
+    run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = replace(comparison.PRESETS["small"], head=Fit(1, 0.5, 4, 5e-3), rooms=(2, 1))
+    monkeypatch.setitem(comparison.PRESETS, "small", quick)
+    assert main(command_line(store, run, "--scorers=dense")) == 0
+    scores = json.loads((run / "test_last.json").read_text())["scores"]
+
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    options = ["--data", "scenes", "--out", str(tmp_path / "probes"), "--device", "cpu"]
+    assert main(["probe", "dense", "--encoders", checkpoint, *options]) == 0
+    (probed,) = (tmp_path / "probes").glob("*.json")
+    _, figures = json.loads(probed.read_text())["figures"].values()
+    same = {
+        "depth_rmse": "depth/rmse", "normals_rmse": "normals/angular_rmse", "mean_iou": "segmentation/mean_iou",
+        "recall_10px": "correspondence/recall_10px",
+    }  # fmt: skip
+    assert scores == {
+        f"dense/{name}": pytest.approx(figures[figure]["mean"], rel=1e-4) for name, figure in same.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("scorers", "noun"),
-    [("dynamics", "dynamics@FOLDER"), ("dynamics@nowhere", "nowhere"), ("readout,readout@x", "twice")],
+    [
+        ("dynamics", "dynamics@FOLDER"),
+        ("dense@nowhere", "nowhere"),
+        ("dynamics@nowhere", "nowhere"),
+        ("readout,readout@x", "twice"),
+    ],
 )
 def test_what_a_scorer_of_trajectories_lacks_is_said(
     run: Path, store: Path, capsys: pytest.CaptureFixture[str], scorers: str, noun: str

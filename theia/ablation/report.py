@@ -27,6 +27,8 @@ _HEADLINES = (
     "classification/knn_accuracy",
     "dynamics/plan_error",
     "dynamics/motion_error",
+    "dense/depth_rmse",
+    "dense/mean_iou",
 )
 
 _AID = """Each row is a set of teachers and options; each seed is one student that was trained with them.

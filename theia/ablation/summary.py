@@ -16,7 +16,9 @@ ENTROPY = "test/norm_entropy"
 TRANSFER = "readout/explained_variance/"
 
 # For every other metric, more is better.
-_LOWER_IS_BETTER = ("loss", "mse", "smooth_l1", "device_hours", "plan_error", "motion_error")
+_LOWER_IS_BETTER = (
+    "loss", "mse", "smooth_l1", "device_hours", "plan_error", "motion_error", "depth_rmse", "normals_rmse",
+)  # fmt: skip
 
 # The first three use the same teachers or images in every row, the broadest first. The loss is each row's own.
 _DEFAULTS = (

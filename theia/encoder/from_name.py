@@ -104,6 +104,11 @@ def open_encoder(
     return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)
 
 
+def of_model(encoder: Encoder, name: str) -> NamedEncoder:
+    """A Theia model that is open already, as analyses and probes see it."""
+    return NamedEncoder(name, _OfTheia(encoder))
+
+
 def _hint(name: str) -> str:
     meant = name.partition(":")[2] or name
     if "," in meant:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from theia.encoder.from_name import NamedEncoder
+from theia.encoder.from_name import NamedEncoder, of_model
 from theia.errors import ConfigError, ImageError
 from theia.probing.datasets import (
     TASKS,
@@ -44,6 +44,12 @@ Preset = Literal["small", "full"]
 
 SCENES = "scenes"  # rendered rooms, in place of a folder
 NOTHING = "no encoder"  # the column of what can be said without one
+
+# Figures of dense tasks that are scores of a student, by the name of the score.
+_SCORES = {
+    "depth_rmse": "depth/rmse", "normals_rmse": "normals/angular_rmse", "mean_iou": "segmentation/mean_iou",
+    "recall_10px": "correspondence/recall_10px",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,32 @@ def dense(
             files.append(path.with_suffix(".png"))
             draw(files[1], pictures, found)
         return Result(figures_table(found), notes, files)
+
+
+def dense_scorer(trained: Any) -> dict[str, float]:
+    """Depth, surface normals, classes of pixels and matches of views: linear heads on patch tokens.
+
+    Protocol: that of ``theia probe dense`` with its defaults, one seed. Data: rendered rooms, or the folder that
+    follows the scorer's name, as in ``--scorers dense@/data/nyu``.
+
+    Args:
+        trained: The student, a :class:`theia.scoring.contract.Trained`.
+
+    Returns:
+        Those for which there are data: ``depth_rmse`` in metres and ``normals_rmse`` in degrees, ``mean_iou`` of the
+        classes, and ``recall_10px``, the share of places that are found again within 10 pixels.
+
+    Raises:
+        TheiaError: If the folder does not hold what a task needs.
+    """
+    data = trained.argument or SCENES
+    tasks = _tasks(data, None)
+    effort = PRESETS["small"]
+    with temporary(effort.on_disk, None) as storage:
+        pictures = _data(data, tasks, effort.rooms, storage)
+        encoder = of_model(trained.encoder, "student")
+        figures = probe_pixels(encoder, pictures, tasks, effort.head, [0], trained.device, storage).figures
+    return {name: figures[figure][0] for name, figure in _SCORES.items() if figure in figures}
 
 
 @dataclass(frozen=True)
