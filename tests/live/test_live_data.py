@@ -87,6 +87,7 @@ def test_statistics_are_those_of_the_sampled_training_images(live: Live, pixels:
     np.testing.assert_allclose(whole.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(whole.std, values.std(0), rtol=1e-9)
     assert (few.count, more.count, whole.count) == (5 * 16, 20 * 16, 32 * 16)
+    np.testing.assert_allclose(live().covariances()["brightest"], np.cov(values.T, bias=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -92,6 +92,15 @@ def test_a_student_is_the_one_that_a_store_would_have_given(run: Path, stored: P
     assert [row[:timed] + row[timed + 1 :] for row in rows[0]] == [row[:timed] + row[timed + 1 :] for row in rows[1]]
 
 
+def test_covariances_of_a_live_run_are_those_of_a_store(folder: Path, stored: Path, tmp_path: Path) -> None:
+    turned, store = "--model.normalizer=phi_s", folder / "store"
+    assert main(["store", "statistics", str(store), "--device=cpu"]) == 0
+    data = [f"--data.store={store}", TEACHERS, "--data.workers=0", turned]
+    assert main(["fit", f"--config={CONFIG}", *data, f"--run_folder={tmp_path / 'stored'}", *SMALL]) == 0
+    assert main(live(folder, tmp_path / "run", "--data.workers=0", turned)) == 0
+    assert_same(tmp_path / "run", tmp_path / "stored")
+
+
 def test_it_is_tested_exported_and_used_like_any_other(run: Path, tmp_path: Path) -> None:
     config = f"--config={run / 'config.yaml'}"
     assert main(["test", config, "--ckpt_path=best", "--scorers=readout", "--data.workers=0"]) == 0

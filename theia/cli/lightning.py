@@ -252,7 +252,7 @@ class TheiaCLI(LightningCLI):
             self.datamodule.check_training(self.trainer.world_size)
             self.model.check_image_sizes(self.datamodule.image_sizes)
             if self.model.needs_covariances:
-                self.datamodule.covariances()
+                self.datamodule.check_covariances()
         if self.loaded:
             check_architecture(str(self.checkpoint), self.loaded, dict(self.model.hparams))
             if self.subcommand == "fit":

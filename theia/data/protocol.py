@@ -66,8 +66,17 @@ class TrainingData(L.LightningDataModule, ABC):
         """
         raise ConfigError(
             f"model.normalizer phi_s, whiten and power need the covariances of the teachers' channels, which "
-            f"{type(self).__qualname__} does not give. Train from a store, or choose std or scale."
+            f"{type(self).__qualname__} does not give. Train from a store or with LiveData, or choose std or scale."
         )
+
+    def check_covariances(self) -> None:
+        """Checks before a training, if its normaliser needs them, that there are or will be covariances.
+
+        Raises:
+            ConfigError: If the data have none.
+            StoreError: If they have not been measured yet.
+        """
+        self.covariances()
 
     @property
     @abstractmethod

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from theia.errors import ImageError, StoreError
 from theia.extraction.config import ExtractConfig
@@ -15,13 +17,17 @@ from theia.extraction.pipeline import run
 from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource
 from theia.live.teachers import LiveTeachers
+from theia.store import second_moments
 from theia.store.disk import locked, writing
 from theia.store.manifest import edit_manifest, read_manifest
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import MANIFEST, TRAIN, Resize, canonical_json, statistics_path
 from theia.store.statistics import ChannelStatistics
+from theia.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+Matrix = NDArray[np.float64]
 
 HELD_OUT = "val"
 _LOCK = ".filling"
@@ -51,8 +57,9 @@ class Cache:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the statistics of all teachers are there."""
-        there = all(statistics_path(self.root, name).exists() for name in self._names)
+        """Whether the statistics and covariances of all teachers are there."""
+        paths = [path(self.root, name) for path in (statistics_path, second_moments.path_of) for name in self._names]
+        there = all(path.exists() for path in paths)
         # They were merged from features, which are dropped once all statistics are written.
         return there and TRAIN not in read_manifest(self.root).splits
 
@@ -121,6 +128,10 @@ class Cache:
                     f"{error} That store is the cache of a live run: --data.cache names its folder."
                 ) from error
             if TRAIN in sources:
+                store = FeatureStore(self.root)
+                for name in self._names:
+                    with Progress(f"{name}: covariances", second_moments.count(store, name, None)) as progress:
+                        second_moments.measure(store, name, None, device, progress.advance)
                 # Their sums are in the statistics, and nothing reads the features again.
                 with edit_manifest(self.root) as manifest:
                     del manifest.splits[TRAIN]
@@ -133,6 +144,15 @@ class Cache:
             StoreError: If they are missing or damaged.
         """
         return FeatureStore(self.root).open_split(HELD_OUT, self._names)
+
+    def covariances(self) -> dict[str, Matrix]:
+        """Covariances of the channels of the training features, float64, shape ``(C, C)``, by teacher.
+
+        Raises:
+            StoreError: If they are damaged.
+        """
+        found = {name: second_moments.load_kept(self.root, name) for name in self._names}
+        return {name: one.covariance for name, one in found.items() if one is not None}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics of the training features, by teacher.

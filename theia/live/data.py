@@ -257,6 +257,15 @@ class LiveData(NumberedData):
         """Mean and standard deviation of each channel over some training images, without augmentation, by teacher."""
         return self.cache.statistics() | ({} if self._store is None else self._store.statistics())
 
+    def covariances(self) -> dict[str, Any]:
+        """Covariances of each teacher's channels over the images that the statistics come from, by teacher."""
+        return self.cache.covariances() | ({} if self._store is None else self._store.covariances())
+
+    def check_covariances(self) -> None:
+        """See :meth:`NumberedData.check_covariances`. Those of live teachers are measured before the first step."""
+        if self._store is not None:
+            self._store.covariances()
+
     def labels_agree(self) -> bool:
         """Whether classes have the same numbers in both parts; logs a warning if not."""
         held_out = self._held_out_source().classes

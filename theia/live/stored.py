@@ -13,6 +13,7 @@ from theia.data.sampler import Rows, hold_out
 from theia.errors import ConfigError, StoreError
 from theia.extraction.sources import ImageSource
 from theia.live.images import Augmentation
+from theia.store import second_moments
 from theia.store.reader import FeatureStore, Split
 from theia.store.schema import IMAGE, TRAIN, Resize
 from theia.store.statistics import ChannelStatistics
@@ -117,6 +118,14 @@ class StoredPart:
             f"the list and {found!r} in the store. Give the images that the store was made of, or leave out "
             "data.images: they are read from the store."
         )
+
+    def covariances(self) -> dict[str, Any]:
+        """Covariances of the channels of the teachers that are read, by teacher.
+
+        Raises:
+            StoreError: If they have not been measured.
+        """
+        return {name: second_moments.load(self.store, name).covariance for name in self.names}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics of the stored features, by teacher.

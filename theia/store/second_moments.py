@@ -112,13 +112,29 @@ def load(store: FeatureStore, teacher: str) -> SecondMoments:
     Raises:
         StoreError: If there is none, it is damaged, or the features have changed since.
     """
-    path = path_of(store.root, teacher)
-    found = _read(path)
+    found = load_kept(store.root, teacher)
     if found is None:
         command = shlex.join(["theia", "store", "statistics", str(store.root)])
         raise StoreError(f"{store.root} has no covariance of {teacher!r}. Run: {command}")
-    if found["features"] != _digest(_layout(store, teacher)):
+    if found.features != _digest(_layout(store, teacher)):
+        path = path_of(store.root, teacher)
         raise StoreError(f"{path} is of other features than the store has now. Delete it and measure again.")
+    return found
+
+
+def load_kept(root: Path, teacher: str) -> SecondMoments | None:
+    """Reads what :func:`measure` wrote, whether or not the features are still there; ``None`` if there is nothing.
+
+    Args:
+        root: Folder of the store.
+        teacher: Name of the teacher.
+
+    Raises:
+        StoreError: If it is damaged.
+    """
+    found = _read(path_of(root, teacher))
+    if found is None:
+        return None
     return SecondMoments(**{name: found[name] for name in ("mean", "covariance", "tokens", "images", "features")})
 
 
