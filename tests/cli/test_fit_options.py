@@ -142,7 +142,7 @@ OTHER: dict[str, Any] = {
     "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2, "data.weights": {"web": 2.0},
-    "data.image_sizes": [16, 32],
+    "data.image_sizes": [16, 32], "data.teachers_per_step": 1,
 }  # fmt: skip
 
 

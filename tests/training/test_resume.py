@@ -52,11 +52,12 @@ def fit(
     every: int = 3,
     compile: bool = False,
     recipe: Mapping[str, Any] | None = None,
+    drawn: int | None = None,
     **trainer: Any,
 ) -> Distillation:
     L.seed_everything(0)
     torch.compiler.reset()  # each fit stands for a process of its own, which compiles anew
-    data = FeatureData(str(store), batch_size=16, workers=1)
+    data = FeatureData(str(store), batch_size=16, workers=1, teachers_per_step=drawn)
     module = Distillation(
         data.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
         **{"width": 16, "depth": 1, "heads": 2, **(recipe or {})},
@@ -121,6 +122,39 @@ def test_a_killed_run_with_another_translator_ends_like_an_uninterrupted_one(
     module = fit(store, tmp_path, Recorder(), tmp_path / "last.ckpt", recipe=recipe)
 
     for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ({}, {}),
+        ({"balance": "ada", "ema": 0.8}, {"val_check_interval": 2}),
+        ({"distill_cls": True}, {"compile": True}),
+        ({"teacher_weights": {"alpha": 2.0}}, {"accumulate_grad_batches": 2}),
+    ],
+    ids=str,
+)
+def test_a_killed_run_whose_steps_draw_their_teachers_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, recipe: dict[str, Any], options: dict[str, Any]
+) -> None:
+    reference = fit(store, tmp_path / "whole", Recorder(), recipe=recipe, drawn=1, **options)
+    with pytest.raises(Killed):
+        fit(store, tmp_path / "killed", Recorder(7), recipe=recipe, drawn=1, **options)
+
+    last = tmp_path / "killed" / "last.ckpt"
+    module = fit(store, tmp_path / "killed", Recorder(), last, recipe=recipe, drawn=1, **options)
+
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_drawing_all_teachers_is_drawing_none(
+    store: Path, tmp_path: Path, uninterrupted: tuple[Recorder, Distillation]
+) -> None:
+    module = fit(store, tmp_path, Recorder(), drawn=2)
+
+    for name, value in uninterrupted[1].state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
 
 

@@ -57,7 +57,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "free", "data.", "store workers"),
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
-    **_table(_FIT, "same", "data.", "batch_size fraction weights seed image_sizes"),
+    **_table(_FIT, "same", "data.", "batch_size fraction weights seed image_sizes teachers_per_step"),
     # How long and where to train; the steps already taken stay the same. A learning rate that decays may forbid another
     # length (check_course).
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
@@ -95,6 +95,7 @@ _BEFORE = {
     "model.optimizer": ADAMW, "model.optimizer_options": None,
     "model.balance": "fixed", "model.teacher_dropping": None, "model.patch_dropout": 0.0,
     "model.normalizer": "std", "model.normalizer_exponent": POWER, "data.image_sizes": None,
+    "data.teachers_per_step": None,
 }  # fmt: skip
 
 # Options for which 1 is one batch, and 1.0 is all batches.

@@ -1,6 +1,6 @@
 """The distiller: a student, and for each teacher a translator and the normalisation of its features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -109,7 +109,7 @@ class Distiller(nn.Module):
         return list(self.cls_translators)
 
     def forward(
-        self, images: Tensor, some: SomePatches | None = None
+        self, images: Tensor, some: SomePatches | None = None, teachers: Collection[str] | None = None
     ) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Gives the student's tokens and their translations.
 
@@ -117,6 +117,7 @@ class Distiller(nn.Module):
             images: RGB images, uint8, shape ``(B, 3, H, W)``. Of another size than the student's training size, the
                 tokens are brought to the grid of that size before they are translated.
             some: Patches of images of the training size that the student is given; all by default.
+            teachers: Names of the teachers to translate for; all by default.
 
         Returns:
             The student's tokens; predicted targets ``(B, N, C)`` by teacher, which are normalised patch tokens unless
@@ -133,8 +134,9 @@ class Distiller(nn.Module):
             read = tokens.patches
         grid_hw = self.student.grid_hw
         on_own_grid = on_grid(read, tokens.grid, grid_hw)
-        patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items()}
-        cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
+        wanted = self.translators if teachers is None else teachers
+        patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items() if name in wanted}
+        cls = {name: head(tokens.cls) for name, head in self.cls_translators.items() if name in wanted}
         return tokens, patches, cls
 
     def use_normalizer(self, normalizer: Normalizer, exponent: float) -> "Distiller":

@@ -1,7 +1,7 @@
 """The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from theia.training.balance import (
     RunningLosses,
     dropping_mean,
     keep_teachers,
+    mean_of_some,
     weighted_mean,
 )
 from theia.training.balance import teacher_weights as shares_of_teachers
@@ -47,6 +48,8 @@ from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # stands for a loss that was always finite
+# torch.compile keeps at most 8 versions of a step, one of them for validation, and compiles no more.
+_MOST_VERSIONS = 7
 COURSE = "course"  # entry of a checkpoint whose learning rate decays
 
 
@@ -70,6 +73,8 @@ class _FeatureData(Protocol):
 
     batch_size: int
     cls_teachers: Collection[str] | None
+    image_sizes: Sequence[int]
+    teachers_per_step: int | None
 
     def statistics(self) -> Mapping[str, FeatureStatistics]: ...
 
@@ -199,15 +204,31 @@ class Distillation(L.LightningModule):
         if data is not None:
             data.cls_teachers = self.distiller.cls_teachers
 
-    def check_image_sizes(self, sizes: Collection[int]) -> None:
-        """Refuses images that the student cannot take.
+    def check_steps(self, data: _FeatureData, device: torch.device) -> None:
+        """Refuses training data of which the student, its objective or its compiled step cannot take every batch.
 
         Args:
-            sizes: Heights and widths that training images have in turn, in pixels.
+            data: Training data.
+            device: Device of the training.
 
         Raises:
-            ConfigError: If one does not fit. The message names the nearest ones that do.
+            ConfigError: If some do not fit. For sizes of images, the message names the nearest ones that do.
         """
+        sizes, every, drawn = set(data.image_sizes), len(self.loss_weights), data.teachers_per_step
+        if drawn == 1 < every and self.hparams["teacher_dropping"] is not None:
+            raise ConfigError(
+                "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
+                "the two."
+            )
+        if drawn is not None and self._compiles(device):
+            # On a CPU, only the loss is compiled, which does not see the images.
+            versions = math.comb(every, drawn) * (max(len(sizes), 1) if device.type == "cuda" else 1)
+            if versions > _MOST_VERSIONS:
+                of_sizes = f" and {len(sizes)} sizes of images" if len(sizes) > 1 else ""
+                raise ConfigError(
+                    f"data.teachers_per_step {drawn} of {every} teachers{of_sizes} are {versions} steps to compile; at "
+                    f"most {_MOST_VERSIONS} can be. Give 1, or train without it: --model.compile false."
+                )
         if sizes and self.mask_token is not None:
             raise ConfigError("data.image_sizes and model.patch_dropout do not go together. Leave one of them out.")
         for size in sizes:
@@ -220,13 +241,13 @@ class Distillation(L.LightningModule):
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
         self._first_bad_step = None
         self._prepare()
-        wanted, graphs = self.hparams["compile"], self.hparams["cuda_graphs"]
-        if graphs and (wanted is False or self.trainer.accumulate_grad_batches > 1):
+        graphs = self.hparams["cuda_graphs"]
+        if graphs and (self.hparams["compile"] is False or self.trainer.accumulate_grad_batches > 1):
             raise ConfigError(
                 "model.cuda_graphs needs a compiled step whose gradients last for one batch. Leave it out, or "
                 "leave out model.compile: false and trainer.accumulate_grad_batches."
             )
-        if self.device.type == "cuda" if wanted is None else wanted:
+        if self._compiles(self.device):
             self.objective.compile(self.device, graphs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -271,8 +292,7 @@ class Distillation(L.LightningModule):
         """Loss of one batch."""
         by_teacher, predictions = self.objective(batch, self._some_patches(batch))
         if self.logs:
-            for name, prediction in self.distiller.per_channel(predictions).items():
-                self._log_terms(name, prediction.detach(), self._normalized(batch, name))
+            self._log_terms(self.distiller.per_channel(predictions), batch)
         self._note_bad(by_teacher)
         total = self._total(by_teacher, batch)
         if self.logs:
@@ -366,13 +386,22 @@ class Distillation(L.LightningModule):
     def _normalized(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
 
-    def _log_terms(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        terms = {
-            f"train/cosine/{name}": 1 - losses.cosine_loss(prediction, target),
-            f"train/smooth_l1/{name}": losses.smooth_l1_loss(prediction, target),
-            f"train/mse/{name}": losses.mse_loss(prediction, target),
-        }
-        self.log_dict(terms, sync_dist=True)
+    def _compiles(self, device: torch.device) -> bool:
+        wanted = self.hparams["compile"]
+        return bool(device.type == "cuda" if wanted is None else wanted)
+
+    def _log_terms(self, predictions: Mapping[str, Tensor], batch: FeatureBatch) -> None:
+        for name in self.distiller.teachers:
+            # Lightning would repeat the last value of a teacher that the step did without.
+            terms = dict.fromkeys(("cosine", "smooth_l1", "mse"), torch.full((), torch.nan, device=self.device))
+            if name in predictions:
+                prediction, target = predictions[name].detach(), self._normalized(batch, name)
+                terms = {
+                    "cosine": 1 - losses.cosine_loss(prediction, target),
+                    "smooth_l1": losses.smooth_l1_loss(prediction, target),
+                    "mse": losses.mse_loss(prediction, target),
+                }
+            self.log_dict({f"train/{term}/{name}": value for term, value in terms.items()}, sync_dist=True)
 
     def _score(self, batch: FeatureBatch, stage: str) -> None:
         tokens, predictions, _ = self.objective.translate(batch.images)
@@ -397,24 +426,30 @@ class Distillation(L.LightningModule):
 
     def _total(self, by_teacher: dict[str, Tensor], batch: FeatureBatch) -> Tensor:
         """The loss of a step from those of the teachers, which are scalars, or ``(B,)`` if teachers are dropped."""
-        probability = self.hparams["teacher_dropping"]
+        probability, every = self.hparams["teacher_dropping"], list(self.loss_weights)
         if self.running is None and probability is None:
-            return weighted_mean(by_teacher, self.loss_weights)
-        by_image = torch.stack(list(by_teacher.values()), -1)  # (T,) or (B, T)
-        weights = torch.tensor([self.loss_weights[name] for name in by_teacher], device=by_image.device)
+            mean_of = weighted_mean if len(by_teacher) == len(every) else mean_of_some
+            return mean_of(by_teacher, self.loss_weights)
+        places = torch.tensor([every.index(name) for name in by_teacher])
+        by_image = torch.stack(list(by_teacher.values()), -1)  # (K,) or (B, K)
+        share = len(every) / len(by_teacher)
+        weights = torch.tensor([share * self.loss_weights[name] for name in by_teacher], device=by_image.device)
         if self.running is not None:
             mean = by_image.detach().reshape(-1, len(weights)).mean(0)
-            weights = weights * self.running.update(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+            mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+            weights = weights * self.running.update(mean, places.to(mean.device, non_blocking=True))
         if probability is None:
             return (by_image * weights).sum()
         rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
-        kept = keep_teachers(self.global_step, rows, len(weights), probability)
+        kept = keep_teachers(self.global_step, rows, len(every), probability)[:, places]
         over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
         return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.
-        bad = ~torch.isfinite(torch.stack([loss.mean() for loss in by_teacher.values()]).detach())
+        absent = next(iter(by_teacher.values())).new_zeros(())
+        every = torch.stack([by_teacher.get(name, absent).mean() for name in self.distiller.teachers])
+        bad = ~torch.isfinite(every.detach())
         if self._first_bad_step is None:
             self._first_bad_step = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
         first = bad & (self._first_bad_step == _NEVER)

@@ -215,16 +215,19 @@ class Objective:
         """Computes losses and translations of a batch.
 
         Args:
-            batch: Images and stored features.
+            batch: Images and stored features, of all teachers or of some.
             some: Patches that the student is given; all by default.
 
         Returns:
-            The loss of each teacher by name, a scalar (if its CLS token is distilled, the mean of the patch and the CLS
-            loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher name.
+            The loss of each teacher that the batch has features of, by name, a scalar (if its CLS token is distilled,
+            the mean of the patch and the CLS loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher
+            name.
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        _, predictions, cls_predictions = self._translate(batch.images, some)
+        there = tuple(name for name in self.distiller.teachers if name in batch.patches)
+        teachers = None if len(there) == len(self.distiller.teachers) else there
+        _, predictions, cls_predictions = self._translate(batch.images, some, teachers)
         return self.compare(predictions, cls_predictions, batch), predictions
 
     def translate(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
