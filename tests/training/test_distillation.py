@@ -266,6 +266,78 @@ def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> 
     assert one.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-2 * 16 / 128)
 
 
+class Cls(L.Callback):
+    """Keeps the CLS tokens of each training step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: FeatureBatch, *_: Any) -> None:
+        self.seen.append(batch.cls["beta"].double().clone())
+
+
+def angles(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return torch.arccos(torch.cosine_similarity(tokens, others, dim=-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"teacher_dropping": 0.0}], ids=str)
+def test_a_cls_token_is_compared_by_its_angle_over_the_teachers_dispersion(
+    store: Path, options: dict[str, Any]
+) -> None:
+    torch.compiler.reset()
+    L.seed_everything(0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
+    model = Distillation(
+        data.teacher_shapes, **SMALL, learning_rate=1e-2, distill_cls=True, cls_loss="angle",
+        loss={"mse": 1.0}, **options,
+    )  # fmt: skip
+    cls = Cls()
+    model.trainer = trainer(max_epochs=2, limit_val_batches=0, callbacks=[cls])
+    model.trainer.fit(model, data)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+
+    mean = torch.from_numpy(data.statistics()["beta"].cls_mean)
+    squares = [angles(tokens, mean).square().mean() for tokens in cls.seen]
+    assert list(model.dispersions) == ["beta"]
+    dispersion = model.dispersions["beta"].mean
+    assert float(dispersion) == pytest.approx(float(torch.stack(squares).mean()), rel=1e-4)
+
+    batch = next(iter(data.train_dataloader()))
+    total = model.training_step(batch, 0)
+
+    _, patches, cls_tokens = model.distiller(batch.images)
+    std = torch.from_numpy(data.statistics()["beta"].cls_std)
+    found = angles(cls_tokens["beta"].double() * std + mean, batch.cls["beta"].double()).square().mean()
+    squares.append(angles(batch.cls["beta"].double(), mean).square().mean())
+    errors = {
+        name: (patches[name] - model.distiller.normalize(name, batch.patches[name])).square().mean() for name in patches
+    }
+    expected = (errors["alpha"] + (errors["beta"] + found / torch.stack(squares).mean()) / 2) / 2
+    assert float(total) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_student_that_knows_only_the_mean_has_the_cls_loss_one(store: Path) -> None:
+    data = FeatureData(str(store), batch_size=80, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL, distill_cls=True, cls_loss="angle")
+    batch = next(iter(data.train_dataloader()))
+    for name, one in data.statistics().items():
+        model.distiller.set_statistics(name, one.mean, one.std, one.cls_mean, one.cls_std)
+    model.trainer = trainer()
+    dispersions = model._dispersions(batch)
+    targets = {name: model.distiller.normalize(name, patches) for name, patches in batch.patches.items()}
+
+    losses = model.objective.compare(targets, {"beta": torch.zeros(80, 5)}, batch, dispersions)
+
+    assert float(losses["beta"]) == pytest.approx(1 / 2, rel=1e-4)  # the mean with that of perfect patches
+
+
+def test_a_loss_of_cls_tokens_needs_some() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": True}}
+    with pytest.raises(ConfigError, match=r"cls_loss angle is a loss of CLS tokens\. Set --model\.distill_cls true"):
+        Distillation(shapes, **SMALL, cls_loss="angle")
+    assert not list(Distillation(shapes, **SMALL, distill_cls=True).dispersions)
+
+
 class Drawn(L.Callback):
     """Notes which teachers each step has, and which translators it changes."""
 

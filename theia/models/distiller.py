@@ -254,6 +254,18 @@ class Distiller(nn.Module):
         """
         return self._scaler(self.cls_scalers, name).normalize(cls)
 
+    def denormalize_cls(self, name: str, cls: Tensor) -> Tensor:
+        """Turns predicted CLS tokens ``(B, C)`` into tokens on the teacher's own scale, float32.
+
+        Raises:
+            ConfigError: As :meth:`normalize_cls` does.
+        """
+        return self._scaler(self.cls_scalers, name).denormalize(cls)
+
+    def mean_cls(self, name: str) -> Tensor:
+        """Mean of a teacher's CLS token over the training images, on its own scale, float32, shape ``(C,)``."""
+        return self._scaler(self.cls_scalers, name).mean
+
     def denormalize(self, name: str, patches: Tensor) -> Tensor:
         """Turns predictions ``(B, N, C)`` into features on the teacher's own scale, float32.
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning as L
 import numpy as np
@@ -29,7 +29,7 @@ from theia.training.balance import (
     weighted_mean,
 )
 from theia.training.balance import teacher_weights as shares_of_teachers
-from theia.training.losses import PAPER, FeatureLoss, Objective
+from theia.training.losses import PAPER, ClsLoss, FeatureLoss, Objective, RunningMean, angle
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import (
     ADAMW,
@@ -89,6 +89,9 @@ class Distillation(L.LightningModule):
             ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
         loss: Weight of each loss term: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1} as in its
             ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
+        cls_loss: Loss of CLS tokens with distill_cls: "same" as that of patch tokens, or "angle", the squared angle
+            between prediction and target, divided by the mean squared angle between the teacher's CLS tokens and their
+            mean, as in C-RADIOv4.
         teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
         balance: "fixed" weights of the teachers, as in the paper, or "ada", which also divides each teacher's loss by
             its running mean.
@@ -129,6 +132,7 @@ class Distillation(L.LightningModule):
         self,
         teachers: dict[str, dict[str, Any]],
         loss: dict[str, float] = PAPER,
+        cls_loss: ClsLoss = "same",
         teacher_weights: dict[str, float] | None = None,
         balance: Balance = "fixed",
         teacher_dropping: float | None = None,
@@ -185,6 +189,12 @@ class Distillation(L.LightningModule):
         self.needs_covariances = normalizer in NEED_COVARIANCE
         self.loss_weights = shares_of_teachers(teachers, teacher_weights)
         self.running = RunningLosses(len(teachers)) if balance == "ada" else None
+        if cls_loss == "angle" and not architecture.distill_cls:
+            raise ConfigError(
+                "--model.cls_loss angle is a loss of CLS tokens. Set --model.distill_cls true, or leave it out."
+            )
+        by_angle = self.distiller.cls_teachers if cls_loss == "angle" else []
+        self.dispersions = nn.ModuleDict({name: RunningMean() for name in by_angle})
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
         )
@@ -290,7 +300,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        by_teacher, predictions = self.objective(batch, self._some_patches(batch))
+        by_teacher, predictions = self.objective(batch, self._some_patches(batch), self._dispersions(batch))
         if self.logs:
             self._log_terms(self.distiller.per_channel(predictions), batch)
         self._note_bad(by_teacher)
@@ -382,6 +392,22 @@ class Distillation(L.LightningModule):
         ]
         kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
         return SomePatches(kept, self.mask_token)
+
+    @torch.no_grad()
+    def _dispersions(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """Mean squared angle so far between each teacher's CLS tokens and their mean, over all processes."""
+        there = [name for name in self.dispersions if name in batch.cls]
+        if not there:
+            return {}
+        means = [self.distiller.mean_cls(name) for name in there]
+        angles = [
+            angle(mean.expand_as(batch.cls[name]), batch.cls[name]) for name, mean in zip(there, means, strict=True)
+        ]
+        squares = self.trainer.strategy.reduce(torch.stack([one.square().mean() for one in angles]), reduce_op="mean")
+        return {
+            name: cast(RunningMean, self.dispersions[name]).update(square)
+            for name, square in zip(there, squares, strict=True)
+        }
 
     def _normalized(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
