@@ -376,8 +376,9 @@ def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str
     [
         ("--model.ema=0.8", "--model.schedule=cosine", "--trainer.accumulate_grad_batches=2"),
         ("--data.teachers_per_step=1", "--model.schedule=cosine", "--model.balance=ada"),
+        ("--model.distill_cls=true", "--model.cls_loss=angle", "--model.schedule=cosine", "--model.lift=24"),
     ],
-    ids=["average", "one teacher a step"],
+    ids=["average", "one teacher a step", "angle and lift"],
 )
 def test_two_processes_learn_by_another_recipe_like_one(store: Path, tmp_path: Path, recipe: tuple[str, ...]) -> None:
     recipe = (*recipe, "--trainer.precision=32-true")

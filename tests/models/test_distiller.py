@@ -20,9 +20,9 @@ TEACHERS = {
 }
 
 
-def small_distiller(teachers=TEACHERS, registers=1, image_size=224, **options):
+def small_distiller(teachers=TEACHERS, registers=1, image_size=224, lift=None, **options):
     torch.manual_seed(0)
-    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size))
+    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size, lift=lift))
     return Distiller(student, teachers, **options)
 
 
@@ -194,6 +194,17 @@ def test_cls_is_distilled_for_the_teachers_that_have_one():
     assert distiller.cls_teachers == list(cls) == ["clip"]
     head = distiller.cls_translators["clip"]
     torch.testing.assert_close(cls["clip"], tokens.cls @ head.weight.T + head.bias)
+
+
+def test_translators_are_given_lifted_tokens_and_a_ladder_has_none():
+    distiller = small_distiller(lift=48, distill_cls=True)
+    tokens, patches, cls = distiller(images())
+    assert tokens.patches.shape[-1] == tokens.cls.shape[-1] == 48
+    head = distiller.translators["clip"]
+    torch.testing.assert_close(patches["clip"], head(tokens.patches, tokens.grid))
+    torch.testing.assert_close(cls["clip"], distiller.cls_translators["clip"](tokens.cls))
+    with pytest.raises(ConfigError, match=r"'ladder' takes the tokens of the blocks.*model\.lift"):
+        small_distiller(lift=48, translator="ladder")
 
 
 def test_cls_distillation_needs_a_cls_token_on_both_sides():

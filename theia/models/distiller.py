@@ -48,7 +48,7 @@ class Distiller(nn.Module):
     Raises:
         ConfigError: If there are no teachers, the record of a teacher is incomplete, ``distill_cls`` is on but the
             student or every teacher lacks a CLS token, or a ladder is asked for and the student has no transformer
-            blocks.
+            blocks or a lift.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class Distiller(nn.Module):
             raise ConfigError(
                 "The translator 'ladder' takes the tokens of every transformer block, and this backbone has no such "
                 "blocks. Choose a theia_* backbone, a vision transformer of timm, or another translator."
+            )
+        if self._of_all_blocks and student.lift is not None:
+            raise ConfigError(
+                "The translator 'ladder' takes the tokens of the blocks, which are not lifted. Leave out model.lift, "
+                "or choose another translator."
             )
         depth = len(student.backbone.blocks())
         self.student = student
