@@ -131,7 +131,8 @@ def test_a_report_goes_where_the_command_line_says(config: Path, run: Path, tmp_
 OTHER: dict[str, Any] = {
     "model.backbone": "theia_small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32,
     "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
-    "model.backbone_stage": 1, "model.lift": 24, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
+    "model.lift": 24, "model.shift": 0.3, "model.backbone_stage": 1,
+    "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
     "model.balance": "ada", "model.teacher_dropping": 0.5, "model.cls_loss": "angle",

@@ -394,6 +394,8 @@ def test_the_loss_of_some_teachers_is_scaled_to_that_of_all(store: Path) -> None
         ("cuda", 1, [32, 64], {}, "1 of 5 teachers and 2 sizes of images are 10 steps to compile"),
         ("cuda", 3, [], {}, "3 of 5 teachers are 10 steps to compile; at most 7 can be"),
         ("cpu", 3, [], {"compile": True}, "are 10 steps to compile"),
+        ("cpu", 1, [32], {"compile": True, "shift": 0.3}, "1 of 5 teachers and 4 kinds of shifts are 20 steps"),
+        ("cuda", 5, [32, 64], {"shift": 0.3}, None),
         ("cpu", 1, [], {"teacher_dropping": 0.5}, "teacher_dropping has no teacher to leave out"),
         ("cpu", 2, [], {"teacher_dropping": 0.5}, None),
     ],

@@ -52,20 +52,20 @@ def fit(
     every: int = 3,
     compile: bool = False,
     recipe: Mapping[str, Any] | None = None,
-    drawn: int | None = None,
+    data: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Distillation:
     L.seed_everything(0)
     torch.compiler.reset()  # each fit stands for a process of its own, which compiles anew
-    data = FeatureData(str(store), batch_size=16, workers=1, teachers_per_step=drawn)
+    stored = FeatureData(str(store), batch_size=16, workers=1, **(data or {}))
     module = Distillation(
-        data.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
+        stored.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
         **{"width": 16, "depth": 1, "heads": 2, **(recipe or {})},
     )  # fmt: skip
     L.Trainer(
         max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[recorder, Checkpoints(folder, every)], default_root_dir=folder, **{"accelerator": "cpu", **trainer},
-    ).fit(module, data, ckpt_path=resume)  # fmt: skip
+    ).fit(module, stored, ckpt_path=resume)  # fmt: skip
     return module
 
 
@@ -126,24 +126,26 @@ def test_a_killed_run_with_another_translator_ends_like_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options"),
+    ("recipe", "data", "options"),
     [
-        ({}, {}),
-        ({"balance": "ada", "ema": 0.8}, {"val_check_interval": 2}),
-        ({"distill_cls": True, "cls_loss": "angle"}, {"compile": True}),
-        ({"teacher_weights": {"alpha": 2.0}}, {"accumulate_grad_batches": 2}),
+        ({}, {"teachers_per_step": 1}, {}),
+        ({"balance": "ada", "ema": 0.8}, {"teachers_per_step": 1}, {"val_check_interval": 2}),
+        ({"distill_cls": True, "cls_loss": "angle"}, {"teachers_per_step": 1}, {"compile": True}),
+        ({"teacher_weights": {"alpha": 2.0}}, {"teachers_per_step": 1}, {"accumulate_grad_batches": 2}),
+        ({"shift": 0.7}, {"teachers": "alpha"}, {"accumulate_grad_batches": 2}),
+        ({"shift": 0.7}, {"teachers": "alpha"}, {"compile": True}),
     ],
     ids=str,
 )
-def test_a_killed_run_whose_steps_draw_their_teachers_ends_like_an_uninterrupted_one(
-    store: Path, tmp_path: Path, recipe: dict[str, Any], options: dict[str, Any]
+def test_a_killed_run_whose_steps_draw_teachers_or_shifts_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, recipe: dict[str, Any], data: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    reference = fit(store, tmp_path / "whole", Recorder(), recipe=recipe, drawn=1, **options)
+    reference = fit(store, tmp_path / "whole", Recorder(), recipe=recipe, data=data, **options)
     with pytest.raises(Killed):
-        fit(store, tmp_path / "killed", Recorder(7), recipe=recipe, drawn=1, **options)
+        fit(store, tmp_path / "killed", Recorder(7), recipe=recipe, data=data, **options)
 
     last = tmp_path / "killed" / "last.ckpt"
-    module = fit(store, tmp_path / "killed", Recorder(), last, recipe=recipe, drawn=1, **options)
+    module = fit(store, tmp_path / "killed", Recorder(), last, recipe=recipe, data=data, **options)
 
     for name, value in reference.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name
@@ -152,7 +154,7 @@ def test_a_killed_run_whose_steps_draw_their_teachers_ends_like_an_uninterrupted
 def test_drawing_all_teachers_is_drawing_none(
     store: Path, tmp_path: Path, uninterrupted: tuple[Recorder, Distillation]
 ) -> None:
-    module = fit(store, tmp_path, Recorder(), drawn=2)
+    module = fit(store, tmp_path, Recorder(), data={"teachers_per_step": 2})
 
     for name, value in uninterrupted[1].state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name

@@ -21,7 +21,7 @@ _RECIPE = {
     "data": ("batch_size", "fraction", "teachers_per_step"),
     "model": (
         "optimizer", "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema",
-        "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer", "patch_dropout",
+        "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer", "patch_dropout", "shift",
         "backbone", "backbone_stage", "translator", "distill_cls", "registers", "lift",
     ),
 }  # fmt: skip

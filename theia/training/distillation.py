@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -43,6 +44,7 @@ from theia.training.optim import (
     learning_rate_schedule,
     scale_learning_rate,
 )
+from theia.training.shifting import common_cells, draw_shift
 from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
 
@@ -120,6 +122,9 @@ class Distillation(L.LightningModule):
             faster steps, as in FLIP (Li et al., 2022); 0 by default. Epoch and image decide which. Translators are
             given a learned token in their place, and all positions are compared. For vision transformers, and
             translators other than "ladder".
+        shift: Probability, along each axis, with which a step moves the student's images by one cell of the teachers'
+            grids, such as 0.3, so that patterns of fixed places in the teachers' features are not learned, as in
+            C-RADIOv4; what both cover is compared. None by default. For teachers whose grids have cells in common.
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
         cuda_graphs: Whether a GPU replays forward and backward pass of the compiled step as CUDA graphs, which spares
@@ -149,6 +154,7 @@ class Distillation(L.LightningModule):
         schedule: Schedule = "constant",
         ema: float | None = None,
         patch_dropout: float = 0.0,
+        shift: float | None = None,
         compile: bool | None = None,
         cuda_graphs: bool = False,
         **options: Any,
@@ -169,6 +175,7 @@ class Distillation(L.LightningModule):
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         check_optimizer(optimizer, optimizer_options or {}, (betas[0], betas[1]))
         check_number("model.patch_dropout", patch_dropout, 0, 1, below=True)
+        check_number("model.shift", shift, 0, 1)
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
@@ -186,6 +193,8 @@ class Distillation(L.LightningModule):
             )
         # Beside the distiller, as no trained model needs it.
         self.mask_token = nn.Parameter(torch.zeros(student.width)) if patch_dropout else None
+        self._grids = {name: (int(one["grid_hw"][0]), int(one["grid_hw"][1])) for name, one in teachers.items()}
+        self._cells = common_cells(self._grids.values(), [architecture.image_size]) if shift else None
         self.needs_covariances = normalizer in NEED_COVARIANCE
         self.loss_weights = shares_of_teachers(teachers, teacher_weights)
         self.running = RunningLosses(len(teachers)) if balance == "ada" else None
@@ -230,14 +239,20 @@ class Distillation(L.LightningModule):
                 "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
                 "the two."
             )
+        if self._cells is not None:
+            common_cells(self._grids.values(), sizes)
         if drawn is not None and self._compiles(device):
-            # On a CPU, only the loss is compiled, which does not see the images.
-            versions = math.comb(every, drawn) * (max(len(sizes), 1) if device.type == "cuda" else 1)
+            kinds = {"": 1}
+            if device.type == "cuda":  # on a CPU, only the loss is compiled, which does not see the images
+                kinds[f" and {len(sizes)} sizes of images"] = len(sizes)
+            if self._cells is not None:  # how many tokens there are to compare depends on the axes of a shift
+                kinds[" and 4 kinds of shifts"] = 4
+            more, count = max(kinds.items(), key=lambda kind: kind[1])
+            versions = math.comb(every, drawn) * count
             if versions > _MOST_VERSIONS:
-                of_sizes = f" and {len(sizes)} sizes of images" if len(sizes) > 1 else ""
                 raise ConfigError(
-                    f"data.teachers_per_step {drawn} of {every} teachers{of_sizes} are {versions} steps to compile; at "
-                    f"most {_MOST_VERSIONS} can be. Give 1, or train without it: --model.compile false."
+                    f"data.teachers_per_step {drawn} of {every} teachers{more} are {versions} steps to compile; at "
+                    f"most {_MOST_VERSIONS} can be. Choose fewer, or train without it: --model.compile false."
                 )
         if sizes and self.mask_token is not None:
             raise ConfigError("data.image_sizes and model.patch_dropout do not go together. Leave one of them out.")
@@ -300,9 +315,10 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        by_teacher, predictions = self.objective(batch, self._some_patches(batch), self._dispersions(batch))
+        batch, overlaps = self._shifted(batch, batch_idx)
+        by_teacher, predictions = self.objective(batch, self._some_patches(batch), self._dispersions(batch), overlaps)
         if self.logs:
-            self._log_terms(self.distiller.per_channel(predictions), batch)
+            self._log_terms(self.distiller.per_channel(predictions), batch, overlaps)
         self._note_bad(by_teacher)
         total = self._total(by_teacher, batch)
         if self.logs:
@@ -393,6 +409,16 @@ class Distillation(L.LightningModule):
         kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
         return SomePatches(kept, self.mask_token)
 
+    def _shifted(self, batch: FeatureBatch, number: int) -> tuple[FeatureBatch, dict[str, tuple[Tensor, Tensor]]]:
+        """The batch with images that may be shifted, and the tokens to compare then, by teacher; of none for all."""
+        if self._cells is None:
+            return batch, {}
+        shift = draw_shift(self._cells, self.hparams["shift"], self.current_epoch, number)
+        if shift is None:
+            return batch, {}
+        overlaps = {name: shift.overlap(self._grids[name], batch.images.device) for name in batch.patches}
+        return replace(batch, images=shift.images(batch.images)), overlaps
+
     @torch.no_grad()
     def _dispersions(self, batch: FeatureBatch) -> dict[str, Tensor]:
         """Mean squared angle so far between each teacher's CLS tokens and their mean, over all processes."""
@@ -416,12 +442,20 @@ class Distillation(L.LightningModule):
         wanted = self.hparams["compile"]
         return bool(device.type == "cuda" if wanted is None else wanted)
 
-    def _log_terms(self, predictions: Mapping[str, Tensor], batch: FeatureBatch) -> None:
+    def _log_terms(
+        self,
+        predictions: Mapping[str, Tensor],
+        batch: FeatureBatch,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
         for name in self.distiller.teachers:
             # Lightning would repeat the last value of a teacher that the step did without.
             terms = dict.fromkeys(("cosine", "smooth_l1", "mse"), torch.full((), torch.nan, device=self.device))
             if name in predictions:
                 prediction, target = predictions[name].detach(), self._normalized(batch, name)
+                if name in overlaps:
+                    seen, there = overlaps[name]
+                    prediction, target = prediction[:, seen], target[:, there]
                 terms = {
                     "cosine": 1 - losses.cosine_loss(prediction, target),
                     "smooth_l1": losses.smooth_l1_loss(prediction, target),

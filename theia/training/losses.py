@@ -253,7 +253,11 @@ class Objective:
             self._translate = torch.compile(self.distiller.forward, dynamic=False, options=replayed)
 
     def __call__(
-        self, batch: FeatureBatch, some: SomePatches | None = None, dispersions: Mapping[str, Tensor] | None = None
+        self,
+        batch: FeatureBatch,
+        some: SomePatches | None = None,
+        dispersions: Mapping[str, Tensor] | None = None,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes losses and translations of a batch.
 
@@ -261,6 +265,7 @@ class Objective:
             batch: Images and stored features, of all teachers or of some.
             some: Patches that the student is given; all by default.
             dispersions: As for :meth:`compare`.
+            overlaps: Likewise.
 
         Returns:
             The loss of each teacher that the batch has features of, by name, a scalar (if its CLS token is distilled,
@@ -272,7 +277,7 @@ class Objective:
         there = tuple(name for name in self.distiller.teachers if name in batch.patches)
         teachers = None if len(there) == len(self.distiller.teachers) else there
         _, predictions, cls_predictions = self._translate(batch.images, some, teachers)
-        return self.compare(predictions, cls_predictions, batch, dispersions), predictions
+        return self.compare(predictions, cls_predictions, batch, dispersions, overlaps), predictions
 
     def translate(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Student tokens and translations of held-out images, as the distiller gives them.
@@ -296,6 +301,7 @@ class Objective:
         cls_predictions: dict[str, Tensor],
         batch: FeatureBatch,
         dispersions: Mapping[str, Tensor] | None = None,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Computes the losses from predictions that are there already.
 
@@ -305,10 +311,13 @@ class Objective:
             batch: Batch that holds the stored features.
             dispersions: Mean squared angles, scalars, by teacher name. The loss of CLS tokens is then the squared angle
                 between the predicted and the stored one, divided by this. By default it is that of patch tokens.
+            overlaps: Numbers of the predicted and of the stored patch tokens to compare, int64, shape ``(n,)``, by
+                teacher name; all by default.
         """
         return self._compare(
-            predictions, cls_predictions, batch.patches, batch.scales, batch.cls, dict(dispersions or {})
-        )
+            predictions, cls_predictions, batch.patches, batch.scales, batch.cls, dict(dispersions or {}),
+            dict(overlaps or {}),
+        )  # fmt: skip
 
     def _losses(
         self,
@@ -318,10 +327,15 @@ class Objective:
         scales: dict[str, Tensor],
         cls: dict[str, Tensor],
         dispersions: dict[str, Tensor],
+        overlaps: dict[str, tuple[Tensor, Tensor]],
     ) -> dict[str, Tensor]:
         losses = {}
         for name, prediction in predictions.items():
-            losses[name] = self.loss(prediction, self.distiller.target(name, patches[name], scales.get(name)))
+            stored = patches[name]
+            if name in overlaps:
+                seen, there = overlaps[name]
+                prediction, stored = prediction[:, seen], stored[:, there]
+            losses[name] = self.loss(prediction, self.distiller.target(name, stored, scales.get(name)))
             if name in cls_predictions:
                 if name in dispersions:
                     predicted = self.distiller.denormalize_cls(name, cls_predictions[name])
