@@ -57,16 +57,16 @@ class Shift(NamedTuple):
             Numbers of the predicted tokens of shifted images, and of the teacher's tokens of the images as they are,
             both int64, shape ``(n,)``: the cells that lie inside of both.
         """
-        numbers = np.arange(grid_hw[0] * grid_hw[1]).reshape(grid_hw)
-        down, right = (moved * size // cells for moved, size, cells in zip(self[1:], grid_hw, self.cells, strict=True))
-        seen, stored = (
-            numbers[max(sign * down, 0) : grid_hw[0] + min(sign * down, 0)][
-                :, max(sign * right, 0) : grid_hw[1] + min(sign * right, 0)
-            ]
-            for sign in (1, -1)
-        )
-        seen_there, stored_there = (torch.from_numpy(part.flatten()) for part in (seen, stored))
-        return seen_there.to(device, non_blocking=True), stored_there.to(device, non_blocking=True)
+        (rows, columns), (cell_rows, cell_columns) = grid_hw, self.cells
+        numbers = torch.arange(rows * columns).reshape(grid_hw)
+        down, right = self.down * rows // cell_rows, self.right * columns // cell_columns
+
+        def inside(down: int, right: int) -> Tensor:
+            """The cells into which others have moved."""
+            part = numbers[max(down, 0) : rows + min(down, 0), max(right, 0) : columns + min(right, 0)]
+            return part.flatten().to(device, non_blocking=True)
+
+        return inside(down, right), inside(-down, -right)
 
 
 def common_cells(grids: Iterable[GridHW], image_sizes: Iterable[int]) -> GridHW:
