@@ -188,6 +188,27 @@ def test_each_size_is_compiled_once():
     assert len(compiled) == _MOST_SIZES + 1
 
 
+@pytest.mark.slow
+def test_each_choice_of_teachers_is_compiled_once_and_computes_those_alone():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    distiller = small_distiller(image_size=64)
+    forward = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend=backend)
+    _, whole, _ = distiller(images(size=64))
+    for _ in range(2):
+        for chosen in (None, ("odd",), ("clip",)):
+            _, found, _ = forward(images(size=64), None, chosen)
+            assert found.keys() == set(chosen or distiller.teachers)
+            for name, values in found.items():
+                torch.testing.assert_close(values, whole[name])
+    assert len(compiled) == 3
+
+
 def test_cls_is_distilled_for_the_teachers_that_have_one():
     distiller = small_distiller(distill_cls=True)
     tokens, _, cls = distiller(images())

@@ -10,9 +10,14 @@ import torch
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.models.backbone import StudentOptions
+from theia.models.distiller import Distiller
+from theia.models.student import Student
 from theia.training.distillation import Distillation
-from theia.training.losses import cosine_loss, smooth_l1_loss
+from theia.training.losses import FeatureLoss, Objective, cosine_loss, smooth_l1_loss
+from theia.training.optim import build_optimizer
 from theia.training.shifting import Shift, common_cells, draw_shift
+from theia.types import FeatureBatch
 
 CPU = torch.device("cpu")
 
@@ -129,3 +134,53 @@ def test_no_image_is_shifted_by_default_and_grids_must_allow_it(store: Any) -> N
     data: Any = SimpleNamespace(image_sizes=[32, 50], teachers_per_step=None)
     with pytest.raises(ConfigError, match="In one of 50 pixels"):
         Distillation(alone, image_size=32, width=16, depth=1, heads=2, shift=0.3).check_steps(data, CPU)
+
+
+def learned_pattern(shift: float) -> tuple[float, float]:
+    """What a student learns of a teacher who adds a chessboard of fixed places to what is there.
+
+    Returns:
+        The share of the chessboard that is in its predictions, and the explained share of what is there.
+    """
+    torch.manual_seed(0)
+    cells, channels = 8, 8
+    mixing = 2 * torch.randn(3, channels)
+    rows, columns = torch.meshgrid(torch.arange(cells), torch.arange(cells), indexing="ij")
+    board = (1.0 - 2 * ((rows + columns) % 2)).reshape(-1, 1).expand(-1, channels)
+
+    def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        colours = torch.randint(256, (count, 3, cells, cells), dtype=torch.uint8)
+        there = (colours.float() / 255 - 0.5).flatten(2).transpose(1, 2) @ mixing
+        return colours.repeat_interleave(8, 2).repeat_interleave(8, 3), there
+
+    shapes = {"planted": {"channels": channels, "grid_hw": [cells, cells], "has_cls": False}}
+    distiller = Distiller(Student(StudentOptions(width=48, depth=2, heads=2, image_size=64)), shapes)
+    features = batch(512)[1] + board
+    distiller.set_statistics("planted", features.mean((0, 1)), features.std((0, 1)))
+    objective = Objective(distiller, FeatureLoss())
+    optimizer = build_optimizer(distiller, 2e-3)
+    for step in range(300):
+        images, there = batch(32)
+        moved = draw_shift((cells, cells), shift, 0, step)
+        overlaps = {} if moved is None else {"planted": moved.overlap((cells, cells), CPU)}
+        seen = FeatureBatch(images if moved is None else moved.images(images), {"planted": there + board})
+        optimizer.zero_grad()
+        objective(seen, overlaps=overlaps)[0]["planted"].backward()
+        optimizer.step()
+
+    images, there = batch(256)
+    with torch.no_grad():
+        predicted = distiller.denormalize("planted", distiller(images)[1]["planted"])
+    fixed, varying = predicted.mean(0), predicted - predicted.mean(0)
+    wanted = there - there.mean(0)
+    explained = 1 - (varying - wanted).square().sum() / wanted.square().sum()
+    return float((fixed * board).sum() / board.square().sum()), float(explained)
+
+
+@pytest.mark.slow
+def test_a_planted_pattern_of_fixed_places_is_learned_without_shifts_and_not_with_them() -> None:
+    (before, plain), (after, shifted) = learned_pattern(0.0), learned_pattern(0.5)
+
+    assert before > 0.9
+    assert after < 0.4
+    assert min(plain, shifted) > 0.85
