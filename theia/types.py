@@ -98,7 +98,8 @@ class FeatureBatch:
 
     Attributes:
         images: Images, uint8, shape ``(B, 3, H, W)``.
-        patches: Raw spatial tokens by teacher name, floating point or int8, shape ``(B, N, C)``.
+        patches: Raw spatial tokens by teacher name, floating point or int8, shape ``(B, N, C)``. In training, the
+            teachers that are absent are left out of the step.
         scales: Step and middle of each channel of each image by teacher name, for int8 features only: float32, shape
             ``(B, 2, C)``. A value is ``int8 * step + middle``.
         cls: Raw CLS tokens by teacher name, floating point, shape ``(B, C)``. Teachers without a CLS token are absent.

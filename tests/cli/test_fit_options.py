@@ -131,10 +131,11 @@ def test_a_report_goes_where_the_command_line_says(config: Path, run: Path, tmp_
 OTHER: dict[str, Any] = {
     "model.backbone": "theia_small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32,
     "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
-    "model.backbone_stage": 1, "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
+    "model.lift": 24, "model.shift": 0.3, "model.backbone_stage": 1,
+    "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
-    "model.balance": "ada", "model.teacher_dropping": 0.5,
+    "model.balance": "ada", "model.teacher_dropping": 0.5, "model.cls_loss": "angle",
     "model.normalizer": "phi_s", "model.normalizer_exponent": 0.5,
     "model.optimizer": "timm.optim.Muon", "model.optimizer_options": {"amsgrad": True},
     "model.schedule": "cosine", "model.ema": 0.9, "model.patch_dropout": 0.5,
@@ -142,7 +143,7 @@ OTHER: dict[str, Any] = {
     "data.teachers": ["alpha"],
     "data.batch_size": 8, "data.val_batch_size": 7, "data.workers": 1, "data.fraction": 0.9, "data.seed": 1,
     "data.val_split": "other", "data.holdout": 0.2, "data.weights": {"web": 2.0},
-    "data.image_sizes": [16, 32],
+    "data.image_sizes": [16, 32], "data.teachers_per_step": 1,
 }  # fmt: skip
 
 

@@ -371,9 +371,17 @@ def test_two_processes_learn_like_one(store: Path, tmp_path: Path, launcher: str
 
 
 @pytest.mark.slow
-def test_two_processes_average_weights_and_lower_the_learning_rate_like_one(store: Path, tmp_path: Path) -> None:
-    recipe = ("--model.ema=0.8", "--model.schedule=cosine", "--trainer.accumulate_grad_batches=2",
-              "--trainer.precision=32-true")  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ("--model.ema=0.8", "--model.schedule=cosine", "--trainer.accumulate_grad_batches=2"),
+        ("--data.teachers_per_step=1", "--model.schedule=cosine", "--model.balance=ada"),
+        ("--model.distill_cls=true", "--model.cls_loss=angle", "--model.schedule=cosine", "--model.lift=24"),
+    ],
+    ids=["average", "one teacher a step", "angle and lift"],
+)
+def test_two_processes_learn_by_another_recipe_like_one(store: Path, tmp_path: Path, recipe: tuple[str, ...]) -> None:
+    recipe = (*recipe, "--trainer.precision=32-true")
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for processes in (1, 2):
         run = tmp_path / str(processes)
@@ -383,7 +391,9 @@ def test_two_processes_average_weights_and_lower_the_learning_rate_like_one(stor
         with (run / "metrics.csv").open() as file:
             losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
         parts[processes] = {"losses": torch.tensor(losses)} | {
-            f"{part}.{name}": value for part in ("state_dict", TRAINED) for name, value in checkpoint[part].items()
+            f"{part}.{name}": value
+            for part in ("state_dict", TRAINED)
+            for name, value in checkpoint.get(part, {}).items()
         }
 
     for name, value in parts[1].items():

@@ -48,6 +48,14 @@ def test_processes_send_buffers_around_only_if_training_changes_them() -> None:
 
 
 @pytest.mark.usefixtures("compile_threads")
+def test_parameters_without_a_gradient_are_looked_for_only_if_there_are_any() -> None:
+    trainer = two_processes()
+    set_up_processes(trainer, _Model(nn.LayerNorm(3)), every_parameter=False)
+
+    assert trainer.strategy._ddp_kwargs["find_unused_parameters"] is True
+
+
+@pytest.mark.usefixtures("compile_threads")
 def test_options_of_a_strategy_stay() -> None:
     trainer = two_processes("ddp_find_unused_parameters_true")
     trainer.strategy._ddp_kwargs["broadcast_buffers"] = True

@@ -12,12 +12,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import theia
 from theia.errors import ConfigError, ExportError
 from theia.export import formats
 from theia.export.card import strictest_licence
 from theia.export.export import export
+from theia.export.onnx import start_session
 from theia.models.architecture import Architecture
 
 Checkpoint = Callable[..., Path]
@@ -120,6 +122,42 @@ def test_timm_loads_its_file_strictly_and_gives_the_same(tmp_path: Path) -> None
         theirs = model.forward_features(images / 127.5 - 1)[:, 1:]
         torch.testing.assert_close(theirs, encoder(images), atol=1e-2, rtol=0)  # another epsilon in the norms
     assert "mean [0.5, 0.5, 0.5]" in line
+
+
+@torch.no_grad()
+def test_every_form_of_a_lifted_student_gives_its_tokens(tmp_path: Path) -> None:
+    teachers = {"odd": {"channels": 2, "grid_hw": [3, 3], "has_cls": True}}
+    torch.manual_seed(0)
+    small = {"width": 32, "depth": 1, "heads": 2}
+    encoder = theia.Encoder(Architecture(teachers=teachers, lift=48, distill_cls=True, **small))
+    torch.save(state_of(encoder), tmp_path / "last.ckpt")
+    images = torch.randint(256, (2, 224, 160, 3), dtype=torch.uint8)
+    expected = encoder.forward_features(images)
+    assert expected.patches.shape == (2, 14 * 10, 48)
+
+    export(tmp_path / "last.ckpt", tmp_path / "out", ["hf", "onnx"], RECORD)
+
+    assert "(B, 48)" in (tmp_path / "out/README.md").read_text()
+    for place in ("last.ckpt", "out"):
+        loaded = theia.load(tmp_path / place)
+        assert loaded.width == 48
+        assert torch.equal(loaded.forward_features(images).patches, expected.patches)
+        squares = images[:, :, :1].expand(2, 224, 224, 3)
+        assert torch.equal(loaded.translate(squares)["odd"], encoder.translate(squares)["odd"])
+    hidden = AutoModel.from_pretrained(tmp_path / "out")(pixel_values=images).last_hidden_state
+    assert torch.equal(hidden, torch.cat([expected.cls[:, None], expected.patches], 1))
+    session = start_session(tmp_path / "out/onnx/encoder.onnx")
+    (patches,) = session.run(["patches"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(patches), expected.patches, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["timm", "authors"])
+def test_forms_of_others_that_cannot_hold_a_lift_are_refused(tmp_path: Path, name: str) -> None:
+    teachers = {"odd": {"channels": 2, "grid_hw": [16, 16], "has_cls": False}}
+    torch.save(state_of(theia.Encoder(Architecture(teachers=teachers, lift=48))), tmp_path / "last.ckpt")
+    with pytest.raises(ExportError, match=r"no model for this student|its student has a lift"):
+        export(tmp_path / "last.ckpt", tmp_path / "out", [name])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_timm_has_no_model_for_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

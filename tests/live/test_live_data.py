@@ -12,7 +12,7 @@ import torch
 from live.conftest import SIZE, write_images
 from PIL import Image, ImageOps
 
-from theia.data.sampler import TrainingSampler, hold_out
+from theia.data.sampler import TrainingSampler, hold_out, teachers_of_step
 from theia.errors import ConfigError, ImageError, UnknownTeacherError
 from theia.live import LiveData
 from theia.types import FeatureBatch
@@ -465,6 +465,29 @@ def test_the_order_is_that_of_the_sampler(live: Live) -> None:
     sampler = TrainingSampler(hold_out(40, 0.2)[0], 8, 4)
 
     assert [batch.rows.tolist() for batch in data.train_dataloader()] == [rows.tolist() for rows in sampler]
+
+
+def test_only_the_drawn_teachers_run(live: Live, tmp_path: Path, calls: Callable[[], int]) -> None:
+    options = {"teacher_options": {"brightest": {"log": str(tmp_path / "log")}}}
+    every, one = live(**options), live(teachers_per_step=1, **options)
+    calls()
+    whole = copied(every.train_dataloader())
+    assert calls() == 32
+
+    parts = copied(one.train_dataloader())
+
+    drawn = [teachers_of_step(["brightest", "mean"], 1, 0, step) for step in range(4)]
+    assert [list(batch.patches) for batch in parts] == drawn
+    assert calls() == 16  # images in two of the four steps
+    for batch, part in zip(whole, parts, strict=True):
+        assert all(torch.equal(batch.patches[name], values) for name, values in part.patches.items())
+        assert set(part.cls) == set(part.patches) & {"brightest"}
+    assert all(batch.patches.keys() == {"brightest", "mean"} for batch in one.val_dataloader())
+
+
+def test_a_store_is_not_kept_of_some_teachers_alone(live: Live, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.teachers_per_step and augmentation, or leave out data\.keep"):
+        live(teachers_per_step=1, keep=str(tmp_path / "kept"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from live.conftest import SIZE, write_images
 
 from theia.data.datamodule import FeatureData
+from theia.data.sampler import teachers_of_step
 from theia.errors import ConfigError, StoreError
 from theia.extraction.config import ExtractConfig
 from theia.extraction.pipeline import extract
@@ -41,6 +42,14 @@ def whole(loader: Any) -> dict[str, torch.Tensor]:
         fields |= {f"{name}/cls": tokens for name, tokens in batch.cls.items()}
         batches.append({name: values.clone() for name, values in fields.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def test_drawn_teachers_are_read_or_run(live: Live, store: Path) -> None:
+    loader = live(stored_features=str(store), images=None, teachers_per_step=1).train_dataloader()
+
+    names = [name for batch in loader for name in batch.patches]
+
+    assert names == [name for step in range(5) for name in teachers_of_step(["brightest", "mean"], 1, 0, step)]
 
 
 @pytest.mark.parametrize("part", ["train_dataloader", "val_dataloader"])

@@ -20,9 +20,9 @@ TEACHERS = {
 }
 
 
-def small_distiller(teachers=TEACHERS, registers=1, image_size=224, **options):
+def small_distiller(teachers=TEACHERS, registers=1, image_size=224, lift=None, **options):
     torch.manual_seed(0)
-    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size))
+    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size, lift=lift))
     return Distiller(student, teachers, **options)
 
 
@@ -188,12 +188,44 @@ def test_each_size_is_compiled_once():
     assert len(compiled) == _MOST_SIZES + 1
 
 
+@pytest.mark.slow
+def test_each_choice_of_teachers_is_compiled_once_and_computes_those_alone():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    distiller = small_distiller(image_size=64)
+    forward = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend=backend)
+    _, whole, _ = distiller(images(size=64))
+    for _ in range(2):
+        for chosen in (None, ("odd",), ("clip",)):
+            _, found, _ = forward(images(size=64), None, chosen)
+            assert found.keys() == set(chosen or distiller.teachers)
+            for name, values in found.items():
+                torch.testing.assert_close(values, whole[name])
+    assert len(compiled) == 3
+
+
 def test_cls_is_distilled_for_the_teachers_that_have_one():
     distiller = small_distiller(distill_cls=True)
     tokens, _, cls = distiller(images())
     assert distiller.cls_teachers == list(cls) == ["clip"]
     head = distiller.cls_translators["clip"]
     torch.testing.assert_close(cls["clip"], tokens.cls @ head.weight.T + head.bias)
+
+
+def test_translators_are_given_lifted_tokens_and_a_ladder_has_none():
+    distiller = small_distiller(lift=48, distill_cls=True)
+    tokens, patches, cls = distiller(images())
+    assert tokens.patches.shape[-1] == tokens.cls.shape[-1] == 48
+    head = distiller.translators["clip"]
+    torch.testing.assert_close(patches["clip"], head(tokens.patches, tokens.grid))
+    torch.testing.assert_close(cls["clip"], distiller.cls_translators["clip"](tokens.cls))
+    with pytest.raises(ConfigError, match=r"'ladder' takes the tokens of the blocks.*model\.lift"):
+        small_distiller(lift=48, translator="ladder")
 
 
 def test_cls_distillation_needs_a_cls_token_on_both_sides():

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from theia.models import older
 
@@ -34,6 +35,12 @@ def test_a_checkpoint_is_converted_whole():
             "Other": {"step": 3},
         },
     }
+
+
+def test_a_count_of_steps_for_all_teachers_becomes_one_for_each():
+    state = {"running.mean": torch.tensor([0.5, 0.25]), "running.steps": torch.tensor(7)}
+    now = older.checkpoint({"state_dict": state, "hyper_parameters": {}})
+    assert now["state_dict"]["running.steps"].tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,40 @@ def test_every_parameter_learns_from_the_patches_alone():
     assert [name for name, parameter in student.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_lift_is_one_more_linear_layer_on_every_token(registers):
+    student, plain = (small_student(registers=registers, lift=lift) for lift in (80, None))
+    plain.load_state_dict({name: value for name, value in student.state_dict().items() if "lift" not in name})
+    weight, bias = student.lift.linear.weight, student.lift.linear.bias
+    nn.init.normal_(bias)
+
+    tokens, before = student(images()), plain(images())
+
+    assert student.width == 80
+    assert tokens.grid == before.grid
+    for part in ("patches", "registers", "cls"):
+        if (given := getattr(before, part)) is not None:
+            torch.testing.assert_close(getattr(tokens, part), given @ weight.T + bias)
+    kept = torch.tensor([[0, 7, 100], [3, 4, 195]])
+    some, some_before = (one.forward_kept(images(), kept).patches for one in (student, plain))
+    torch.testing.assert_close(some, some_before @ weight.T + bias)
+    blocks, blocks_before = (one.forward_intermediates(images(), [0, 1]) for one in (student, plain))
+    assert all(torch.equal(one.patches, other.patches) for one, other in zip(blocks, blocks_before, strict=True))
+
+
+def test_a_lift_of_another_backbone_begins_with_a_layer_norm():
+    student = Student(StudentOptions(backbone="timm:test_convnext", image_size=64, lift=80)).eval()
+    found = student(images(64, 64))
+    before = student.backbone.tokens(student._pixels(images(64, 64)))
+    normed = torch.nn.functional.layer_norm(before.patches, before.patches.shape[-1:])
+    torch.testing.assert_close(found.patches, normed @ student.lift.linear.weight.T)
+    assert found.cls is None
+
+
+def test_there_is_no_lift_by_default():
+    assert not [name for name in small_student().state_dict() if name.startswith("lift")]
+
+
 def test_runs_under_bfloat16_autocast():
     student = small_student()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

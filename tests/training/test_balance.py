@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from theia.errors import ConfigError
-from theia.training.balance import RunningLosses, dropping_mean, keep_teachers, teacher_weights, weighted_mean
+from theia.training.balance import (
+    RunningLosses,
+    dropping_mean,
+    keep_teachers,
+    mean_of_some,
+    teacher_weights,
+    weighted_mean,
+)
 
 
 def test_teachers_count_equally_by_default():
@@ -56,6 +63,35 @@ def test_running_losses_are_an_exponential_mean_without_bias():
     powers = [0.99 ** (3 - step) for step in range(4)]
     expected = sum(power * value for power, value in zip(powers, losses, strict=True)) / sum(powers)
     assert running.mean.item() / (1 - 0.99**4) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_losses_of_some_teachers_estimate_the_mean_of_all():
+    losses = {name: torch.tensor(value) for name, value in {"clip": 1.0, "sam": 4.0, "vit": 9.0}.items()}
+    weights = teacher_weights(losses, {"sam": 2.0})
+    estimates = [
+        mean_of_some({name: losses[name] for name in pair}, weights)
+        for pair in (("clip", "sam"), ("sam", "vit"), ("vit", "clip"))
+    ]
+    assert estimates[0].item() == pytest.approx(3 / 2 * (1 / 4 * 1 + 1 / 2 * 4))
+    torch.testing.assert_close(torch.stack(estimates).mean(), weighted_mean(losses, weights))
+
+
+def test_running_losses_follow_the_steps_of_each_teacher():
+    running, alone = RunningLosses(3), RunningLosses(1)
+    factors = [
+        running.update(torch.tensor([value]), torch.tensor([place]))
+        for place, value in ((0, 4.0), (2, 1.0), (0, 2.0), (1, 8.0))
+    ]
+    for value in (4.0, 2.0):
+        alone.update(torch.tensor([value]))
+
+    assert running.steps.tolist() == [2, 1, 1]
+    assert running.mean[0] == alone.mean[0]
+    first = (0.99 * 4 + 2) / 1.99
+    reciprocals = torch.tensor([1 / first, 1 / 8, 1.0])
+    assert factors[0].item() == pytest.approx(1)  # of the only teacher so far
+    assert factors[1].item() == pytest.approx(1 / ((1 / 4 + 1) / 2))
+    assert factors[3].item() == pytest.approx(float(reciprocals[1] / reciprocals.mean()), rel=1e-5)
 
 
 def test_the_worst_teacher_of_an_image_is_never_dropped():

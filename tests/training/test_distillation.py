@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,7 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
         {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
         {"translator": "mlp"}, {"translator": "ladder"}, {"translator": "transformer"},
         {"registers": 0}, {"registers": 4}, {"distill_cls": True}, {"patch_dropout": 0.5},
+        {"lift": 24}, {"lift": 24, "patch_dropout": 0.5},
         {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],
@@ -263,6 +265,152 @@ def test_the_scaled_learning_rate_is_linear_in_the_global_batch(store: Path) -> 
     one.fit(model, data)
 
     assert one.optimizers[0].param_groups[0]["lr"] == pytest.approx(8e-2 * 16 / 128)
+
+
+class Cls(L.Callback):
+    """Keeps the CLS tokens of each training step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: FeatureBatch, *_: Any) -> None:
+        self.seen.append(batch.cls["beta"].double().clone())
+
+
+def angles(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return torch.arccos(torch.cosine_similarity(tokens, others, dim=-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"teacher_dropping": 0.0}], ids=str)
+def test_a_cls_token_is_compared_by_its_angle_over_the_teachers_dispersion(
+    store: Path, options: dict[str, Any]
+) -> None:
+    torch.compiler.reset()
+    L.seed_everything(0)
+    data = FeatureData(str(store), batch_size=16, workers=0)
+    model = Distillation(
+        data.teacher_shapes, **SMALL, learning_rate=1e-2, distill_cls=True, cls_loss="angle",
+        loss={"mse": 1.0}, **options,
+    )  # fmt: skip
+    cls = Cls()
+    model.trainer = trainer(max_epochs=2, limit_val_batches=0, callbacks=[cls])
+    model.trainer.fit(model, data)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+
+    mean = torch.from_numpy(data.statistics()["beta"].cls_mean)
+    squares = [angles(tokens, mean).square().mean() for tokens in cls.seen]
+    assert list(model.dispersions) == ["beta"]
+    dispersion = model.dispersions["beta"].mean
+    assert float(dispersion) == pytest.approx(float(torch.stack(squares).mean()), rel=1e-4)
+
+    batch = next(iter(data.train_dataloader()))
+    total = model.training_step(batch, 0)
+
+    _, patches, cls_tokens = model.distiller(batch.images)
+    std = torch.from_numpy(data.statistics()["beta"].cls_std)
+    found = angles(cls_tokens["beta"].double() * std + mean, batch.cls["beta"].double()).square().mean()
+    squares.append(angles(batch.cls["beta"].double(), mean).square().mean())
+    errors = {
+        name: (patches[name] - model.distiller.normalize(name, batch.patches[name])).square().mean() for name in patches
+    }
+    expected = (errors["alpha"] + (errors["beta"] + found / torch.stack(squares).mean()) / 2) / 2
+    assert float(total) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_student_that_knows_only_the_mean_has_the_cls_loss_one(store: Path) -> None:
+    data = FeatureData(str(store), batch_size=80, workers=0)
+    model = Distillation(data.teacher_shapes, **SMALL, distill_cls=True, cls_loss="angle")
+    batch = next(iter(data.train_dataloader()))
+    for name, one in data.statistics().items():
+        model.distiller.set_statistics(name, one.mean, one.std, one.cls_mean, one.cls_std)
+    model.trainer = trainer()
+    dispersions = model._dispersions(batch)
+    targets = {name: model.distiller.normalize(name, patches) for name, patches in batch.patches.items()}
+
+    losses = model.objective.compare(targets, {"beta": torch.zeros(80, 5)}, batch, dispersions)
+
+    assert float(losses["beta"]) == pytest.approx(1 / 2, rel=1e-4)  # the mean with that of perfect patches
+
+
+def test_a_loss_of_cls_tokens_needs_some() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": True}}
+    with pytest.raises(ConfigError, match=r"cls_loss angle is a loss of CLS tokens\. Set --model\.distill_cls true"):
+        Distillation(shapes, **SMALL, cls_loss="angle")
+    assert not list(Distillation(shapes, **SMALL, distill_cls=True).dispersions)
+
+
+class Drawn(L.Callback):
+    """Notes which teachers each step has, and which translators it changes."""
+
+    def __init__(self) -> None:
+        self.there: list[set[str]] = []
+        self.changed: list[set[str]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: FeatureBatch, *_: Any) -> None:
+        self.there.append(set(batch.patches))
+        self.before = {name: value.clone() for name, value in module.distiller.translators.state_dict().items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        after = module.distiller.translators.state_dict()
+        self.changed.append({name.partition(".")[0] for name, was in self.before.items() if was.ne(after[name]).any()})
+
+
+def test_a_step_changes_the_translators_of_its_teachers_alone(store: Path) -> None:
+    L.seed_everything(0)
+    data = FeatureData(str(store), batch_size=16, workers=0, teachers_per_step=1)
+    model = Distillation(data.teacher_shapes, **SMALL, learning_rate=1e-2)
+    drawn = Drawn()
+    trainer(max_epochs=2, callbacks=[drawn], gradient_clip_val=1.0).fit(model, data)
+
+    assert [len(names) for names in drawn.there] == [1] * 10
+    assert drawn.changed == drawn.there
+    assert {name for names in drawn.there for name in names} == {"alpha", "beta"}
+
+
+def test_the_loss_of_some_teachers_is_scaled_to_that_of_all(store: Path) -> None:
+    data = FeatureData(str(store), batch_size=80, workers=0, teachers_per_step=1)
+    model = Distillation(data.teacher_shapes, **SMALL, teacher_weights={"alpha": 3.0}, learning_rate=1e-30)
+    model.trainer = trainer(max_epochs=1, limit_val_batches=0)
+    model.trainer.fit(model, data)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    batch = next(iter(FeatureData(str(store), batch_size=80, workers=0).train_dataloader()))
+
+    of_all = model.training_step(batch, 0)
+    of_one = [
+        model.training_step(replace(batch, patches={name: patches}), 0) for name, patches in batch.patches.items()
+    ]
+
+    torch.testing.assert_close(torch.stack(of_one).mean(), of_all)
+
+
+@pytest.mark.parametrize(
+    ("device", "drawn", "sizes", "options", "said"),
+    [
+        ("cpu", 1, [], {}, None),
+        ("cpu", 4, [32, 64], {"compile": True}, None),  # of which the loss alone is compiled, and sees no images
+        ("cuda", 1, [32], {}, None),
+        ("cuda", 2, [], {"compile": False}, None),
+        ("cuda", 5, [], {}, None),
+        ("cuda", 1, [32, 64], {}, "1 of 5 teachers and 2 sizes of images are 10 steps to compile"),
+        ("cuda", 3, [], {}, "3 of 5 teachers are 10 steps to compile; at most 7 can be"),
+        ("cpu", 3, [], {"compile": True}, "are 10 steps to compile"),
+        ("cpu", 1, [32], {"compile": True, "shift": 0.3}, "1 of 5 teachers and 4 kinds of shifts are 20 steps"),
+        ("cuda", 5, [32, 64], {"shift": 0.3}, None),
+        ("cpu", 1, [], {"teacher_dropping": 0.5}, "teacher_dropping has no teacher to leave out"),
+        ("cpu", 2, [], {"teacher_dropping": 0.5}, None),
+    ],
+)  # fmt: skip
+def test_steps_that_cannot_be_are_refused(
+    device: str, drawn: int, sizes: list[int], options: dict[str, Any], said: str | None
+) -> None:
+    shapes = {name: {"channels": 8, "grid_hw": [4, 4], "has_cls": False} for name in "abcde"}
+    model = Distillation(shapes, **SMALL, **options)
+    data: Any = SimpleNamespace(image_sizes=sizes, teachers_per_step=drawn)
+    if said is None:
+        model.check_steps(data, torch.device(device))
+    else:
+        with pytest.raises(ConfigError, match=said):
+            model.check_steps(data, torch.device(device))
 
 
 def test_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:

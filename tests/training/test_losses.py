@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,8 @@ from theia.errors import ConfigError, ShapeError
 from theia.training.losses import (
     PAPER,
     FeatureLoss,
+    RunningMean,
+    angle,
     cosine_loss,
     mse_loss,
     smooth_l1_loss,
@@ -77,6 +81,42 @@ def test_losses_take_cls_tokens_and_refuse_shapes_that_would_broadcast(loss):
     assert loss(torch.randn(4, 8), torch.randn(4, 8)).ndim == 0
     with pytest.raises(ShapeError, match=r"\(4, 16, 8\).*\(4, 1, 8\)"):
         loss(torch.randn(4, 16, 8), torch.randn(4, 1, 8))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.5, math.pi / 2, 3.0, math.pi - 1e-3])
+def test_angles_are_those_of_a_plane_at_any_lengths(size):
+    turned = 7 * torch.tensor([math.cos(size), math.sin(size), 0.0]).expand(4, 3)
+    found = angle(turned, torch.tensor([0.01, 0.0, 0.0]).expand(4, 3))
+    torch.testing.assert_close(found, torch.full((4,), size), rtol=1e-5, atol=1e-9)
+
+
+def test_an_angle_is_the_arc_cosine_and_its_square_has_a_finite_gradient_everywhere():
+    first, second = torch.randn(50, 9, dtype=torch.float64), torch.randn(50, 9, dtype=torch.float64)
+    expected = torch.arccos(F.cosine_similarity(first, second))
+    torch.testing.assert_close(angle(first, second).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(angle(first, second).double(), 2 * torch.asin(
+        (F.normalize(first) - F.normalize(second)).norm(dim=1) / 2), rtol=1e-5, atol=1e-6)  # fmt: skip
+
+    for sign in (1.0, -1.0):  # at 0 and at pi
+        at = (3 * sign * second[:1].float()).requires_grad_()
+        angle(at, second[:1].float()).square().sum().backward()
+        assert at.grad.isfinite().all()
+    # Elsewhere, an angle changes by one radian for each length of the vector that it is turned by.
+    at = first.float().requires_grad_()
+    angle(at, second.float()).sum().backward()
+    torch.testing.assert_close(at.grad.norm(dim=1) * first.float().norm(dim=1), torch.ones(50), rtol=1e-4, atol=1e-4)
+
+
+def test_a_vector_without_a_direction_is_at_a_right_angle():
+    assert angle(torch.zeros(1, 3), torch.ones(1, 3)).item() == pytest.approx(math.pi / 2)
+
+
+def test_a_running_mean_is_that_of_all_numbers():
+    running = RunningMean()
+    numbers = [3.0, 1.0, 7.0, 4.5]
+    means = [running.update(torch.tensor(number)).item() for number in numbers]
+    assert means == pytest.approx([3, 2, 11 / 3, 31 / 8])
+    assert running.state_dict()["steps"].item() == 4
 
 
 @pytest.mark.parametrize(

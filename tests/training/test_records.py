@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from theia.data.datamodule import FeatureData
+from theia.data.sampler import teachers_of_step
 from theia.errors import FileError
 from theia.training.checkpoints import Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
@@ -150,3 +151,19 @@ def test_events_and_rows_of_steps_that_are_taken_again_are_cut(tmp_path: Path) -
 
     assert events(tmp_path) == [(step, "loss", float(step)) for step in range(7)]
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(str(step), f"{step}.0") for step in range(7)]
+
+
+def test_what_a_step_did_not_measure_stands_nowhere(store: Path, tmp_path: Path) -> None:
+    L.seed_everything(0, verbose=False)
+    data = FeatureData(str(store), batch_size=40, workers=0, teachers_per_step=1)
+    module = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2)
+    L.Trainer(
+        accelerator="cpu", max_epochs=2, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, enable_checkpointing=False, logger=[Events(tmp_path), MetricsCSV(tmp_path)],
+    ).fit(module, data)  # fmt: skip
+
+    drawn = [teachers_of_step(["alpha", "beta"], 1, 0, step) for step in range(4)]
+    steps = [row for row in rows(tmp_path) if row["train/loss"]]
+    assert [[name for name in ("alpha", "beta") if row[f"train/mse/{name}"]] for row in steps] == drawn
+    shown = [(step, tag.rpartition("/")[2]) for step, tag, _ in events(tmp_path) if tag.startswith("train/mse")]
+    assert shown == [(step, name) for step, (name,) in enumerate(drawn)]

@@ -52,19 +52,20 @@ def fit(
     every: int = 3,
     compile: bool = False,
     recipe: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     **trainer: Any,
 ) -> Distillation:
     L.seed_everything(0)
     torch.compiler.reset()  # each fit stands for a process of its own, which compiles anew
-    data = FeatureData(str(store), batch_size=16, workers=1)
+    stored = FeatureData(str(store), batch_size=16, workers=1, **(data or {}))
     module = Distillation(
-        data.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
+        stored.teacher_shapes, image_size=32, learning_rate=1e-2, compile=compile,
         **{"width": 16, "depth": 1, "heads": 2, **(recipe or {})},
     )  # fmt: skip
     L.Trainer(
         max_epochs=EPOCHS, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[recorder, Checkpoints(folder, every)], default_root_dir=folder, **{"accelerator": "cpu", **trainer},
-    ).fit(module, data, ckpt_path=resume)  # fmt: skip
+    ).fit(module, stored, ckpt_path=resume)  # fmt: skip
     return module
 
 
@@ -124,6 +125,41 @@ def test_a_killed_run_with_another_translator_ends_like_an_uninterrupted_one(
         assert torch.equal(value, module.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("recipe", "data", "options"),
+    [
+        ({}, {"teachers_per_step": 1}, {}),
+        ({"balance": "ada", "ema": 0.8}, {"teachers_per_step": 1}, {"val_check_interval": 2}),
+        ({"distill_cls": True, "cls_loss": "angle"}, {"teachers_per_step": 1}, {"compile": True}),
+        ({"teacher_weights": {"alpha": 2.0}}, {"teachers_per_step": 1}, {"accumulate_grad_batches": 2}),
+        ({"shift": 0.7}, {"teachers": "alpha"}, {"accumulate_grad_batches": 2}),
+        ({"shift": 0.7}, {"teachers": "alpha"}, {"compile": True}),
+    ],
+    ids=str,
+)
+def test_a_killed_run_whose_steps_draw_teachers_or_shifts_ends_like_an_uninterrupted_one(
+    store: Path, tmp_path: Path, recipe: dict[str, Any], data: dict[str, Any], options: dict[str, Any]
+) -> None:
+    reference = fit(store, tmp_path / "whole", Recorder(), recipe=recipe, data=data, **options)
+    with pytest.raises(Killed):
+        fit(store, tmp_path / "killed", Recorder(7), recipe=recipe, data=data, **options)
+
+    last = tmp_path / "killed" / "last.ckpt"
+    module = fit(store, tmp_path / "killed", Recorder(), last, recipe=recipe, data=data, **options)
+
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
+def test_drawing_all_teachers_is_drawing_none(
+    store: Path, tmp_path: Path, uninterrupted: tuple[Recorder, Distillation]
+) -> None:
+    module = fit(store, tmp_path, Recorder(), data={"teachers_per_step": 2})
+
+    for name, value in uninterrupted[1].state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
 # On a GPU the whole step is compiled. Some kernels add in the order in which they happen to end, unless this is on.
 GPU: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "deterministic": True, "limit_val_batches": 0}
 
@@ -167,6 +203,7 @@ def test_a_killed_run_that_is_compiled_ends_like_an_uninterrupted_one(
         ({"schedule": "wsd", "betas": (0.9, 0.95)}, 14, {}),  # while the rate falls
         ({"schedule": "cosine", "optimizer": "timm.optim.Muon"}, 8, {}),
         ({"balance": "ada", "teacher_dropping": 0.5}, 8, {}),
+        ({"distill_cls": True, "cls_loss": "angle", "ema": 0.8, "lift": 24}, 8, {}),
         ({"teacher_dropping": 0.5, "normalizer": "scale"}, 7, {"compile": True}),
         ({"schedule": "cosine", "ema": 0.8}, 7, {"accumulate_grad_batches": 2}),
         ({"ema": 0.8}, 8, {"val_check_interval": 2}),

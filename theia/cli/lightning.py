@@ -248,9 +248,11 @@ class TheiaCLI(LightningCLI):
                 "over all processes."
             )
         if self.subcommand == "fit":
-            set_up_processes(self.trainer, self.model)
+            drawn = self.datamodule.teachers_per_step
+            some = drawn is not None and drawn < len(self.datamodule.teacher_shapes)
+            set_up_processes(self.trainer, self.model, every_parameter=not some)
             self.datamodule.check_training(self.trainer.world_size)
-            self.model.check_image_sizes(self.datamodule.image_sizes)
+            self.model.check_steps(self.datamodule, self.trainer.strategy.root_device)
             if self.model.needs_covariances:
                 self.datamodule.check_covariances()
         if self.loaded:

@@ -40,10 +40,10 @@ def _table(commands: tuple[str, ...], resumed: Resumed, part: str, names: str) -
 
 OPTIONS: dict[str, Option] = {
     # Options of the student, its translators, and the held-out loss.
-    **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads"),
-    **_table(_ALL, "same", "model.", "weights translator distill_cls loss teacher_weights"),
+    **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads lift"),
+    **_table(_ALL, "same", "model.", "weights translator distill_cls loss cls_loss teacher_weights"),
     **_table(_ALL, "same", "model.", "normalizer normalizer_exponent"),
-    **_table(_FIT, "same", "model.", "teacher_dropping"),
+    **_table(_FIT, "same", "model.", "teacher_dropping shift"),
     # Options of the optimiser and its schedule, which a checkpoint restores.
     **_table(_FIT, "same", "model.", "optimizer optimizer_options learning_rate scale_learning_rate"),
     **_table(_FIT, "same", "model.", "weight_decay decay_rule betas"),
@@ -57,7 +57,7 @@ OPTIONS: dict[str, Option] = {
     **_table(_ALL, "free", "data.", "store workers"),
     **_table(_ALL, "applied", "data.", "val_batch_size"),  # matters where only a number of batches is validated
     **_table(_ALL, "same", "data.", f"{CLASS} teachers val_split holdout"),
-    **_table(_FIT, "same", "data.", "batch_size fraction weights seed image_sizes"),
+    **_table(_FIT, "same", "data.", "batch_size fraction weights seed image_sizes teachers_per_step"),
     # How long and where to train; the steps already taken stay the same. A learning rate that decays may forbid another
     # length (check_course).
     **_table(_FIT, "applied", "trainer.", "max_epochs min_epochs max_steps min_steps max_time"),
@@ -93,8 +93,10 @@ _DEFAULTS = {"trainer.limit_train_batches": 1.0, "trainer.limit_val_batches": 1.
 _BEFORE = {
     "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
     "model.optimizer": ADAMW, "model.optimizer_options": None,
-    "model.balance": "fixed", "model.teacher_dropping": None, "model.patch_dropout": 0.0,
+    "model.balance": "fixed", "model.teacher_dropping": None, "model.patch_dropout": 0.0, "model.cls_loss": "same",
+    "model.lift": None, "model.shift": None,
     "model.normalizer": "std", "model.normalizer_exponent": POWER, "data.image_sizes": None,
+    "data.teachers_per_step": None,
 }  # fmt: skip
 
 # Options for which 1 is one batch, and 1.0 is all batches.

@@ -178,25 +178,32 @@ def check_processes(trainer: Trainer) -> None:
         )
 
 
-def set_up_processes(trainer: Trainer, model: LightningModule) -> None:
+def set_up_processes(trainer: Trainer, model: LightningModule, every_parameter: bool = True) -> None:
     """Sets how several processes train together; what was given with a strategy of one's own stays as it is.
 
     Gradients become views of the buckets in which processes sum them, which saves a copy of them. Buffers are sent
-    around before every step only if training changes them, as batch norms do: statistics of features never change. And
-    all processes of a node together start as many compiler processes as the node has cores. The graph is not declared
-    static: that gains nothing where every parameter is used, and does not go together with a compiled step
-    (https://github.com/pytorch/pytorch/issues/93672).
+    around before every step only if training changes them, as batch norms do: statistics of features never change.
+    Parameters that a step does without are looked for only if there are any; they then have no gradient, and the
+    optimiser leaves them alone, as in one process. And all processes of a node together start as many compiler
+    processes as the node has cores. The graph is not declared static: that gains nothing where every parameter is used,
+    and does not go together with a compiled step (https://github.com/pytorch/pytorch/issues/93672).
 
     Args:
         trainer: Trainer that is to train the model.
         model: Model that is to be trained.
+        every_parameter: Whether each step uses every parameter.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return
     changed = any(isinstance(part, _NormBase) and part.track_running_stats for part in model.modules())
     # The strategy cannot be built with these options, as it is there before the model.
-    strategy._ddp_kwargs = {"broadcast_buffers": changed, "gradient_as_bucket_view": True, **strategy._ddp_kwargs}
+    strategy._ddp_kwargs = {
+        "broadcast_buffers": changed,
+        "gradient_as_bucket_view": True,
+        **({} if every_parameter else {"find_unused_parameters": True}),
+        **strategy._ddp_kwargs,
+    }
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         import torch._inductor.config as inductor
 

@@ -44,6 +44,8 @@ class FeatureData(NumberedData):
         holdout: Share of the training split to hold out if the store has no validation split.
         image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The
             stored images are resized to it.
+        teachers_per_step: Number of teachers whose features each training step reads and learns from, such as 1; all by
+            default. All are drawn equally often.
 
     Raises:
         StoreError: If the store, a split or a teacher is missing or damaged.
@@ -62,8 +64,11 @@ class FeatureData(NumberedData):
         val_split: str = _DEFAULT_VAL_SPLIT,
         holdout: float = 0.01,
         image_sizes: str | list[int] | None = None,
+        teachers_per_step: int | None = None,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes)
+        super().__init__(
+            batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes, teachers_per_step
+        )
         self.store = FeatureStore(store)
         self.val_split = val_split if val_split in self.store.splits else None
         if self.val_split is None:

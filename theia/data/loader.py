@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Samples, Slot
 from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
-from theia.data.workers import Workers
+from theia.data.workers import Request, Workers
 from theia.errors import ConfigError
 from theia.store.reader import Split
 from theia.store.reads import AT_ONCE
@@ -87,7 +87,7 @@ class FeatureLoader:
             if isinstance(self.sampler, TrainingSampler):
                 size = self.sampler.image_size
                 self.sampler.advance()
-            complete = self._complete(_features(batch, self.split))
+            complete = self._complete(_features(batch, self.split), batch.without)
             yield complete if size is None else _resized(complete, batch.tensors, size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +111,8 @@ class FeatureLoader:
             self._copies.close()
             self._copies = None
 
-    def _complete(self, batch: FeatureBatch) -> FeatureBatch:
-        """Adds what is not among the samples."""
+    def _complete(self, batch: FeatureBatch, without: Sequence[str]) -> FeatureBatch:
+        """Adds what is not among the samples, but not the features of some teachers."""
         return batch
 
     def _in_memory(self) -> Iterator[RawBatch]:
@@ -120,16 +120,29 @@ class FeatureLoader:
         self._iterations += 1
         iteration = self._iterations
         asked = 0
-        for rows in self.sampler:
+        for request in self._requests():
             self._check_current(iteration)
-            self._workers.ask(self._ring.claim(), rows, getattr(self.sampler, "epoch", 0))
+            self._workers.ask(request._replace(slot=self._ring.claim()))
             asked += 1
             if asked > self._ahead:
                 asked -= 1
-                yield self._ring.batch(*self._workers.take())
+                yield self._taken()
         for _ in range(asked):
             self._check_current(iteration)
-            yield self._ring.batch(*self._workers.take())
+            yield self._taken()
+
+    def _requests(self) -> Iterator[Request]:
+        """What is to be read, in an order that the sampler decides when the first is taken; without a slot yet."""
+        sampler = self.sampler
+        if not isinstance(sampler, TrainingSampler):
+            yield from (Request(-1, rows) for rows in sampler)
+            return
+        for step, rows in enumerate(sampler, sampler.step):
+            yield Request(-1, rows, sampler.epoch, sampler.left_out(step))
+
+    def _taken(self) -> RawBatch:
+        request = self._workers.take()
+        return self._ring.batch(request.slot, request.rows, request.without)
 
     def _check_current(self, iteration: int) -> None:
         # An ended iteration would take batches of the current one.
@@ -145,25 +158,27 @@ class FeatureLoader:
         return self._copies.ahead(batches)
 
 
-def _fill(read: Read, slots: Sequence[Slot], slot: int, rows: Rows, epoch: int) -> None:
-    read(rows, slots[slot].arrays, epoch)
+def _fill(read: Read, slots: Sequence[Slot], request: Request) -> None:
+    read(request.rows, slots[request.slot].arrays_without(request.without), request.epoch)
 
 
 def _read(split: Split, at_once: int, rows: Rows, arrays: Mapping[str, NDArray[Any]], _: int) -> None:
-    split.read_into(rows, {name: arrays[name] for name in split.fields}, at_once)
+    split.read_into(rows, {name: arrays[name] for name in split.fields if name in arrays}, at_once)
 
 
 def _features(batch: RawBatch, split: Samples) -> FeatureBatch:
     tensors = batch.tensors
     found = FeatureBatch(
         images=tensors[IMAGE],
-        patches={name: tensors[name] for name in split.teachers},
+        patches={name: tensors[name] for name in split.teachers if name in tensors},
         scales=_suffixed(tensors, "/scale"),
         cls=_suffixed(tensors, "/cls"),
         labels=tensors.get(LABELS),
         rows=torch.from_numpy(batch.rows),
     )
     for name, basis in split.bases.items():
+        if name not in found.patches:
+            continue
         stored, scale = found.patches[name], found.scales.pop(name, None)
         found.patches[name] = basis.restore(stored if scale is None else stored * scale[:, :1] + scale[:, 1:]).half()
     return found

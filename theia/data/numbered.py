@@ -42,6 +42,7 @@ class NumberedData(TrainingData):
         holdout: Share of the training samples to hold out where there are no others.
         image_sizes: Heights and widths that the student's training images have in turn, comma-separated or a list;
             ``None`` if all have the size of the others.
+        teachers_per_step: Number of teachers whose features each training step takes; ``None`` for all.
     """
 
     teacher_specs: dict[str, TeacherSpec]
@@ -56,6 +57,7 @@ class NumberedData(TrainingData):
         seed: int,
         holdout: float,
         image_sizes: str | list[int] | None,
+        teachers_per_step: int | None,
     ) -> None:
         super().__init__()
         check_number("data.batch_size", batch_size, 1)
@@ -75,6 +77,8 @@ class NumberedData(TrainingData):
         self.seed = seed
         self.holdout = holdout
         self.image_sizes = _parse_sizes(image_sizes)
+        check_number("data.teachers_per_step", teachers_per_step, 1)
+        self.teachers_per_step = teachers_per_step
         self._loaders: list[FeatureLoader] = []
         self._training_loader: FeatureLoader | None = None
         self._resume: dict[str, Any] | None = None
@@ -186,9 +190,13 @@ class NumberedData(TrainingData):
         """Sampler of the training samples of one process.
 
         Raises:
-            ConfigError: If there are too few samples for a batch, or the processes cannot share it evenly.
+            ConfigError: If there are too few samples for a batch, the processes cannot share it evenly, or there are
+                fewer teachers than a step is to take.
         """
-        return TrainingSampler(self.drawn_rows(), self.batch_size, self.seed, rank, world_size, self.image_sizes)
+        return TrainingSampler(
+            self.drawn_rows(), self.batch_size, self.seed, rank, world_size, self.image_sizes,
+            list(self.teacher_specs), self.teachers_per_step,
+        )  # fmt: skip
 
     def check_training(self, world_size: int) -> None:
         """Raises errors now that training would otherwise raise later.

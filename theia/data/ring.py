@@ -43,6 +43,10 @@ class Slot:
     arrays: dict[str, NDArray[Any]]
     copied: Event | None = None
 
+    def arrays_without(self, teachers: Collection[str]) -> dict[str, NDArray[Any]]:
+        """The arrays by field name, but not those of some teachers."""
+        return {name: array for name, array in self.arrays.items() if name.partition("/")[0] not in teachers}
+
 
 @dataclass(frozen=True)
 class RawBatch:
@@ -52,11 +56,13 @@ class RawBatch:
         slot: Slot that the batch was read into.
         rows: Row numbers of the samples, shape ``(B,)``.
         tensors: Tensors by field name, of shape ``(B, ...)``: views of the slot, or copies on a device.
+        without: Names of the teachers whose features were not read.
     """
 
     slot: Slot
     rows: Rows
     tensors: dict[str, torch.Tensor]
+    without: Sequence[str] = ()
 
 
 class Samples(Protocol):
@@ -118,17 +124,20 @@ class Ring:
             slot.copied = None
         return number
 
-    def batch(self, number: int, rows: Rows) -> RawBatch:
+    def batch(self, number: int, rows: Rows, without: Sequence[str] = ()) -> RawBatch:
         """The batch in a slot.
 
         Args:
             number: Number of the slot.
             rows: Row numbers of the samples in the slot.
+            without: Names of the teachers whose features were not read.
         """
         slot = self.slots[number]
         if self._labels is not None:
             slot.arrays[LABELS][: len(rows)] = self._labels[rows]
-        return RawBatch(slot, rows, {name: torch.from_numpy(array[: len(rows)]) for name, array in slot.arrays.items()})
+        arrays = slot.arrays_without(without)
+        tensors = {name: torch.from_numpy(array[: len(rows)]) for name, array in arrays.items()}
+        return RawBatch(slot, rows, tensors, without)
 
 
 class DeviceCopies:

@@ -1,5 +1,6 @@
 """Decides which process reads which sample at which step. A run resumes at the state of its training sampler."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ Rows = npt.NDArray[np.int64]
 
 # The choice of rows must not depend on a run's seed, or runs on "the same 10 %" would not be comparable.
 _SPLIT_SEED = 0
-_SIZES = 1  # tells what is drawn for a step from what others draw with the same numbers
+_SIZES, _TEACHERS = 1, 2  # tell what is drawn for a step from what others draw with the same numbers
 
 
 def hold_out(rows: int, share: float) -> tuple[Rows, Rows]:
@@ -56,6 +57,35 @@ def repeated(rows: Rows, times: float) -> Rows:
     return np.concatenate([np.repeat(rows, whole), more])
 
 
+def teachers_of_step(teachers: Sequence[str], count: int, seed: int, step: int) -> list[str]:
+    """Draws the teachers of a step. The draw depends on nothing but names, seed and step.
+
+    Teachers are taken from rounds, in each of which every teacher stands once in a random order, so that all are drawn
+    equally often. Where a step takes its teachers from two rounds, the second one begins with others than those of the
+    first.
+
+    Args:
+        teachers: Names of all teachers, in any order.
+        count: Number of teachers to draw, from 1 to all.
+        seed: Seed of the draws.
+        step: Number of the step over all epochs, from 0.
+
+    Returns:
+        Different names, sorted.
+
+    Source: PRISM trains with one teacher in each step.
+    """
+    names = sorted(teachers)
+    rounds = count // math.gcd(count, len(names))  # after which a round and a step end together
+    block, within = divmod(step * count, rounds * len(names))
+    random = np.random.default_rng([seed, block, _TEACHERS])
+    drawn: list[str] = []
+    for _ in range(rounds):
+        begun = drawn[len(drawn) - len(drawn) % count :]
+        drawn += sorted(random.permutation(names).tolist(), key=begun.__contains__)
+    return sorted(drawn[within : within + count])
+
+
 class TrainingSampler:
     """Shuffled global batches, divided among the processes. Call :meth:`set_epoch` before each epoch but the first.
 
@@ -70,9 +100,12 @@ class TrainingSampler:
         rank: Number of this process, from 0.
         world_size: Number of processes.
         image_sizes: Heights and widths in pixels of which each global step takes one; none if all steps are alike.
+        teachers: Names of the teachers whose features are read.
+        teachers_per_step: Number of those that each global step takes; all by default.
 
     Raises:
-        ConfigError: If the batch cannot be divided evenly, or there are fewer samples than one batch.
+        ConfigError: If the batch cannot be divided evenly, or there are fewer samples than one batch, or fewer teachers
+            than a step is to take.
     """
 
     def __init__(
@@ -83,7 +116,14 @@ class TrainingSampler:
         rank: int = 0,
         world_size: int = 1,
         image_sizes: Sequence[int] = (),
+        teachers: Sequence[str] = (),
+        teachers_per_step: int | None = None,
     ) -> None:
+        if teachers_per_step is not None and teachers_per_step > len(teachers):
+            raise ConfigError(
+                f"data.teachers_per_step is {teachers_per_step}, but there are {len(teachers)} teachers: "
+                f"{', '.join(teachers)}. Give at most that many, or leave it out."
+            )
         if batch_size % world_size:
             raise ConfigError(
                 f"The global batch of {batch_size} cannot be shared evenly by {world_size} processes. "
@@ -101,6 +141,8 @@ class TrainingSampler:
         self.world_size = world_size
         self.largest = batch_size // world_size  # samples per batch of this process
         self.image_sizes = list(image_sizes)
+        self.teachers = list(teachers)
+        self.teachers_per_step = teachers_per_step
         self.epoch = 0
         self.consumed = 0  # samples of this epoch used by global steps, over all processes
 
@@ -117,9 +159,25 @@ class TrainingSampler:
     def __iter__(self) -> Iterator[Rows]:
         """Gives this process's rows for each remaining step of the epoch."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        for step in range(self.consumed // self.batch_size, len(self)):
+        for step in range(self.step, len(self)):
             start = step * self.batch_size + self.rank * self.largest
             yield order[start : start + self.largest]
+
+    @property
+    def step(self) -> int:
+        """Number of the next global step in this epoch, from 0."""
+        return self.consumed // self.batch_size
+
+    def left_out(self, step: int) -> list[str]:
+        """Teachers whose features a step of this epoch does without; the same ones in all processes.
+
+        Args:
+            step: Number of the step in the epoch.
+        """
+        if self.teachers_per_step is None:
+            return []
+        drawn = teachers_of_step(self.teachers, self.teachers_per_step, self.seed, self.epoch * len(self) + step)
+        return [name for name in self.teachers if name not in drawn]
 
     @property
     def image_size(self) -> int | None:
@@ -131,8 +189,7 @@ class TrainingSampler:
         """
         if not self.image_sizes:
             return None
-        step = self.consumed // self.batch_size
-        return int(np.random.default_rng([self.seed, self.epoch, step, _SIZES]).choice(self.image_sizes))
+        return int(np.random.default_rng([self.seed, self.epoch, self.step, _SIZES]).choice(self.image_sizes))
 
     def advance(self) -> None:
         """Notes that one global step has been taken."""
@@ -144,15 +201,17 @@ class TrainingSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, samples used in it, and the values that decide the order, as plain numbers."""
-        sizes = {"image_sizes": self.image_sizes} if self.image_sizes else {}
-        return {"epoch": self.epoch, "consumed": self.consumed} | self._order | sizes
+        drawn: dict[str, Any] = {"image_sizes": self.image_sizes} if self.image_sizes else {}
+        if self.teachers_per_step is not None:
+            drawn["teachers_per_step"] = self.teachers_per_step
+        return {"epoch": self.epoch, "consumed": self.consumed} | self._order | drawn
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at the position of a state; the number of processes may have changed since.
 
         Raises:
             ConfigError: If the order would differ because the data, the seed or the global batch differ; or if the
-                sizes of the images would.
+                sizes of the images or the teachers of a step would.
         """
         then = {name: state[name] for name in self._order}
         if then != self._order:
@@ -164,6 +223,11 @@ class TrainingSampler:
             raise ConfigError(
                 f"The checkpoint's run drew the sizes of its images from {state.get('image_sizes', [])}, this one from "
                 f"{self.image_sizes}. Resume with the same data.image_sizes."
+            )
+        if state.get("teachers_per_step") != self.teachers_per_step:
+            raise ConfigError(
+                f"The checkpoint's run drew {state.get('teachers_per_step', 'all')} of its teachers for each step, "
+                f"this one draws {self.teachers_per_step or 'all'}. Resume with the same data.teachers_per_step."
             )
         self.epoch = state["epoch"]
         self.consumed = state["consumed"]

@@ -15,11 +15,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 from theia.data.sampler import Rows
 from theia.errors import TheiaError, WorkerError
 
-Fill = Callable[[int, Rows, int], None]
+
+class Request(NamedTuple):
+    """Samples that are to be read into a slot.
+
+    Attributes:
+        slot: Number of the slot.
+        rows: Row numbers of the samples.
+        epoch: Number of the epoch, for samples that are not the same in each.
+        without: Names of the teachers whose features are not read.
+    """
+
+    slot: int
+    rows: Rows
+    epoch: int = 0
+    without: Sequence[str] = ()
+
+
+Fill = Callable[[Request], None]
 # Workers of all loaders in this process: validation's workers may die while only training requests batches.
 _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
@@ -37,7 +55,7 @@ class Workers:
     pipes close with it.
 
     Args:
-        fill: Function ``fill(slot, rows, epoch)`` that reads samples into a slot; called in the workers.
+        fill: Function ``fill(request)`` that reads samples into a slot; called in the workers.
         count: Number of workers; with 0, this process fills a slot when it is taken.
         source: Name of the data that are read, for messages.
     """
@@ -47,7 +65,7 @@ class Workers:
         self._count = count
         self._source = source
         self._workers: list[_Worker] = []
-        self._asked: deque[tuple[int, Rows, int]] = deque()
+        self._asked: deque[Request] = deque()
         self._requests = 0  # number of requests sent since the start
         self._finalizer: Callable[[], object] | None = None
         _all.add(self)
@@ -74,40 +92,35 @@ class Workers:
         # Runs before multiprocessing ends its children by SIGTERM, which the workers ignore.
         self._finalizer = multiprocessing.util.Finalize(self, _stop, (self._workers,), exitpriority=0)
 
-    def ask(self, slot: int, rows: Rows, epoch: int = 0) -> None:
+    def ask(self, request: Request) -> None:
         """Requests that a slot be filled.
-
-        Args:
-            slot: Number of the slot.
-            rows: Row numbers of the samples.
-            epoch: Number of the epoch, for samples that are not the same in each.
 
         Raises:
             WorkerError: If a worker has died, of this or another loader, so that the error comes before it is needed.
         """
         for workers in _all:
             workers._check()
-        self._asked.append((slot, rows, epoch))
+        self._asked.append(request)
         if not self._workers:
             return
         worker = self._workers[self._requests % self._count]
         self._requests += 1
         try:
-            worker.pipe.send((slot, rows, epoch))
+            worker.pipe.send(request)
         except OSError as error:
             raise self._death(worker) from error
 
-    def take(self) -> tuple[int, Rows]:
-        """Waits until the oldest requested slot is filled, and gives its number and its row numbers.
+    def take(self) -> Request:
+        """Waits until the oldest requested slot is filled, and gives the request.
 
         Raises:
             TheiaError: If the samples cannot be read.
             WorkerError: If the worker for this slot has died.
         """
-        slot, rows, epoch = self._asked.popleft()
+        request = self._asked.popleft()
         if not self._workers:
-            self._fill(slot, rows, epoch)
-            return slot, rows
+            self._fill(request)
+            return request
         worker = self._workers[(self._requests - len(self._asked) - 1) % self._count]
         try:
             error = worker.pipe.recv()
@@ -115,7 +128,7 @@ class Workers:
             raise self._death(worker) from end
         if error is not None:
             raise error
-        return slot, rows
+        return request
 
     def close(self) -> None:
         """Ends the workers. The next :meth:`start` makes new ones."""
@@ -169,9 +182,9 @@ def _serve(fill: Fill, pipe: Connection, parents: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     with suppress(EOFError, ConnectionError):  # the training process has ended
         while True:
-            slot, rows, epoch = pipe.recv()
+            request = pipe.recv()
             try:
-                fill(slot, rows, epoch)
+                fill(request)
             except TheiaError as error:
                 pipe.send(error)  # raised in the training process: a worker's traceback would bury the message
             else:

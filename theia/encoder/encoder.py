@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         return tokens.patches
 
     def forward_features(self, images: Images) -> StudentTokens:
-        """All tokens, after the final layer norm.
+        """All tokens, after the final layer norm and the lift, if the student has one.
 
         Args:
             images: Images, as the class describes them.
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
     def forward_intermediates(
         self, images: Images, indices: int | Iterable[int] | None = None, norm: bool = False
     ) -> list[StudentTokens]:
-        """Tokens after some of the blocks.
+        """Tokens after some of the blocks, before the lift if the student has one.
 
         Args:
             images: Images, as the class describes them.
@@ -208,21 +208,22 @@ class Encoder(nn.Module):
         return self
 
     def unfreeze(self, last_n_blocks: int | None = None) -> "Encoder":
-        """Makes the student's backbone trainable; returns the encoder.
+        """Makes the student trainable; returns the encoder.
 
         It is trainable from the start: call :meth:`freeze` first to train only a part of it. The translators stay as
         they are: ``encoder.distiller.translators.requires_grad_()`` unfreezes them.
 
         Args:
-            last_n_blocks: Number of blocks (or stages) before the output to unfreeze, together with the final norm. By
-                default everything, patch embedding, positions and tokens included. What was trainable stays so.
+            last_n_blocks: Number of blocks (or stages) before the output to unfreeze, together with the final norm and
+                the lift. By default everything, patch embedding, positions and tokens included. What was trainable
+                stays so.
 
         Raises:
             ConfigError: If the encoder has fewer blocks.
         """
-        backbone = self.distiller.student.backbone
+        student = self.distiller.student
         if last_n_blocks is None:
-            backbone.unfreeze()
+            student.unfreeze()
             return self
         try:
             count = operator.index(last_n_blocks)
@@ -230,7 +231,7 @@ class Encoder(nn.Module):
             count = -1
         if not 0 <= count <= self.depth:
             raise ConfigError(f"last_n_blocks is {last_n_blocks!r}; this encoder has {self.depth} blocks.")
-        backbone.unfreeze(count)
+        student.unfreeze(count)
         return self
 
     def _encode(self, prepared: Tensor) -> StudentTokens:

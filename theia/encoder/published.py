@@ -208,6 +208,8 @@ def _check_can_be_published(architecture: Architecture) -> None:
         problems.append(f"its student is {a.backbone}, not a DeiT-Tiny, -Small or -Base")
     elif (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
         problems.append("its student is not a DeiT-Tiny, -Small or -Base of 224 pixels with a CLS token")
+    if a.lift is not None:
+        problems.append("its student has a lift")
     if a.translator != "cnn" or a.distill_cls:
         problems.append("its translators are not those of the paper")
     if a.weights != "scratch":

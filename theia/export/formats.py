@@ -144,7 +144,8 @@ def check(model: Exported, formats: list[str]) -> None:
 
 def _timm_name(architecture: Architecture) -> str:
     a = architecture
-    if a.backbone not in THEIA_SHAPES or (a.image_size, a.registers) != (224, 1) or any((a.width, a.depth, a.heads)):
+    changed = any((a.width, a.depth, a.heads, a.lift))
+    if a.backbone not in THEIA_SHAPES or (a.image_size, a.registers) != (224, 1) or changed:
         raise ExportError(
             "timm has no model for this student: only DeiT-Tiny, -Small and -Base of 224 pixels with a CLS token. "
             "Leave out the format 'timm'."

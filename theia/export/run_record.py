@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 # Training options that make up the recipe, and where they stand in config.yaml.
 _RECIPE = {
     "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
-    "data": ("batch_size", "fraction"),
+    "data": ("batch_size", "fraction", "teachers_per_step"),
     "model": (
-        "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema", "patch_dropout",
-        "loss", "teacher_weights", "backbone", "backbone_stage", "translator", "distill_cls", "registers",
+        "optimizer", "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema",
+        "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer", "patch_dropout", "shift",
+        "backbone", "backbone_stage", "translator", "distill_cls", "registers", "lift",
     ),
 }  # fmt: skip
 _METRICS = ("cosine", "explained_variance")

@@ -69,6 +69,8 @@ class LiveData(NumberedData):
             decoded.
         image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The
             teachers see the same views at data.size.
+        teachers_per_step: Number of teachers that each training step runs, or reads, and learns from, such as 1; all by
+            default. All are drawn equally often.
         statistics_images: Number of training images, chosen at random but always the same, that means and standard
             deviations of the features come from.
         keep: Folder of a feature store that the first epoch fills with what the teachers compute. Later epochs read it.
@@ -104,6 +106,7 @@ class LiveData(NumberedData):
         seed: int = 0,
         holdout: float = 0.01,
         image_sizes: str | list[int] | None = None,
+        teachers_per_step: int | None = None,
         cache: str = "stores/live",
         statistics_images: int = 10000,
         keep: str | None = None,
@@ -115,7 +118,9 @@ class LiveData(NumberedData):
         augment_flip: float = 0.0,
         augment_jitter: float = 0.0,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes)
+        super().__init__(
+            batch_size, val_batch_size, workers, fraction, weights, seed, holdout, image_sizes, teachers_per_step
+        )
         check_number("data.size", size, 1, MOST_PIXELS)
         check_number("data.statistics_images", statistics_images, 1)
         check_number("data.teacher_batch_size", teacher_batch_size, 1)
@@ -128,10 +133,12 @@ class LiveData(NumberedData):
         self._size, self._resize = size, resize
         self._keep = None if keep is None else Path(keep)
         self._kept: Kept | None = None
-        if keep is not None and (self.augmentation.active or stored_features or fraction < 1 or weights):
+        unkept = self.augmentation.active or stored_features or fraction < 1 or weights or teachers_per_step
+        if keep is not None and unkept:
             raise ConfigError(
-                "data.keep stores each training image once, as it is. Leave out data.stored_features, data.fraction, "
-                "data.weights and augmentation, or leave out data.keep."
+                "data.keep stores what all teachers give for each training image once, as it is. Leave out "
+                "data.stored_features, data.fraction, data.weights, data.teachers_per_step and augmentation, or leave "
+                "out data.keep."
             )
         self._store = None if stored_features is None else StoredPart(stored_features, names)
         if self._store is not None:

@@ -1,7 +1,8 @@
 """Teachers that run during training: one batch of images in, the same batch with features out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,12 +78,13 @@ class LiveTeachers:
             placed(teacher, device)
 
     @torch.no_grad()  # not inference_mode, whose tensors a loss cannot keep for its gradients
-    def added(self, batch: FeatureBatch, device: torch.device) -> FeatureBatch:
+    def added(self, batch: FeatureBatch, device: torch.device, without: Collection[str] = ()) -> FeatureBatch:
         """The batch with the features of all teachers.
 
         Args:
             batch: Batch of images, on any device.
             device: Device of the teachers.
+            without: Names of teachers that are not run.
 
         Returns:
             The same images, with features on their device.
@@ -94,6 +96,8 @@ class LiveTeachers:
         patches, cls = dict(batch.patches), dict(batch.cls)
         pieces = torch.split(batch.images.to(device), self.batch_size)
         for name, teacher in self.built.items():
+            if name in without:
+                continue
             given = [compute(teacher, piece, self.precision(name, device)) for piece in pieces]
             patches[name] = _joined([features.patches for features in given], batch.images.device)
             tokens = [features.cls for features in given if features.cls is not None]
@@ -168,16 +172,14 @@ class LiveLoader(FeatureLoader):
         if self._from_kept is not None:
             self._from_kept.close()
 
-    def _complete(self, batch: FeatureBatch) -> FeatureBatch:
+    def _complete(self, batch: FeatureBatch, without: Sequence[str]) -> FeatureBatch:
+        teach = partial(self._teachers.added, device=self._teacher_device, without=without)
         if self._kept is None or not isinstance(self.sampler, TrainingSampler):
-            return self._teach(batch)
-        batch = self._kept.add(batch, self._teach)
+            return teach(batch)
+        batch = self._kept.add(batch, teach)
         if self.sampler.consumed == len(self.sampler) * self.sampler.batch_size:
-            self._kept.finish(self._teach)
+            self._kept.finish(teach)
         return batch
-
-    def _teach(self, batch: FeatureBatch) -> FeatureBatch:
-        return self._teachers.added(batch, self._teacher_device)
 
 
 def as_device(text: str) -> torch.device:

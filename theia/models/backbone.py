@@ -49,6 +49,8 @@ class StudentOptions:
         depth: Number of blocks of a theia backbone in place of its usual one.
         heads: Number of attention heads of a theia backbone in place of its usual one.
         positions: Rule for resizing the position embedding of a theia backbone; the published models use their own.
+        lift: Number of channels to which one more linear layer, which stays at inference, brings the tokens of a small
+            student, for instance a teacher's; none by default.
     """
 
     backbone: str = "theia_tiny"
@@ -60,6 +62,7 @@ class StudentOptions:
     depth: int | None = None
     heads: int | None = None
     positions: PositionRule = "size"
+    lift: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from theia.models.architecture import Architecture
 from theia.models.scaler import POWER
 
 # Options that decide what a training's checkpoint holds beside its model, with what runs did before they were there.
-_BESIDE = {"normalizer": "std", "normalizer_exponent": POWER, "balance": "fixed", "patch_dropout": 0.0}
+_BESIDE = {
+    "normalizer": "std", "normalizer_exponent": POWER, "balance": "fixed", "patch_dropout": 0.0, "cls_loss": "same",
+}  # fmt: skip
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:

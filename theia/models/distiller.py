@@ -1,6 +1,6 @@
 """The distiller: a student, and for each teacher a translator and the normalisation of its features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,7 +48,7 @@ class Distiller(nn.Module):
     Raises:
         ConfigError: If there are no teachers, the record of a teacher is incomplete, ``distill_cls`` is on but the
             student or every teacher lacks a CLS token, or a ladder is asked for and the student has no transformer
-            blocks.
+            blocks or a lift.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class Distiller(nn.Module):
                 "The translator 'ladder' takes the tokens of every transformer block, and this backbone has no such "
                 "blocks. Choose a theia_* backbone, a vision transformer of timm, or another translator."
             )
+        if self._of_all_blocks and student.lift is not None:
+            raise ConfigError(
+                "The translator 'ladder' takes the tokens of the blocks, which are not lifted. Leave out model.lift, "
+                "or choose another translator."
+            )
         depth = len(student.backbone.blocks())
         self.student = student
         self.translators = nn.ModuleDict(
@@ -109,7 +114,7 @@ class Distiller(nn.Module):
         return list(self.cls_translators)
 
     def forward(
-        self, images: Tensor, some: SomePatches | None = None
+        self, images: Tensor, some: SomePatches | None = None, teachers: Collection[str] | None = None
     ) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Gives the student's tokens and their translations.
 
@@ -117,6 +122,7 @@ class Distiller(nn.Module):
             images: RGB images, uint8, shape ``(B, 3, H, W)``. Of another size than the student's training size, the
                 tokens are brought to the grid of that size before they are translated.
             some: Patches of images of the training size that the student is given; all by default.
+            teachers: Names of the teachers to translate for; all by default.
 
         Returns:
             The student's tokens; predicted targets ``(B, N, C)`` by teacher, which are normalised patch tokens unless
@@ -133,8 +139,9 @@ class Distiller(nn.Module):
             read = tokens.patches
         grid_hw = self.student.grid_hw
         on_own_grid = on_grid(read, tokens.grid, grid_hw)
-        patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items()}
-        cls = {name: head(tokens.cls) for name, head in self.cls_translators.items()}
+        wanted = self.translators if teachers is None else teachers
+        patches = {name: head(on_own_grid, grid_hw) for name, head in self.translators.items() if name in wanted}
+        cls = {name: head(tokens.cls) for name, head in self.cls_translators.items() if name in wanted}
         return tokens, patches, cls
 
     def use_normalizer(self, normalizer: Normalizer, exponent: float) -> "Distiller":
@@ -251,6 +258,18 @@ class Distiller(nn.Module):
             ConfigError: If the teacher's CLS token is not distilled or its statistics are not set.
         """
         return self._scaler(self.cls_scalers, name).normalize(cls)
+
+    def denormalize_cls(self, name: str, cls: Tensor) -> Tensor:
+        """Turns predicted CLS tokens ``(B, C)`` into tokens on the teacher's own scale, float32.
+
+        Raises:
+            ConfigError: As :meth:`normalize_cls` does.
+        """
+        return self._scaler(self.cls_scalers, name).denormalize(cls)
+
+    def mean_cls(self, name: str) -> Tensor:
+        """Mean of a teacher's CLS token over the training images, on its own scale, float32, shape ``(C,)``."""
+        return self._scaler(self.cls_scalers, name).mean
 
     def denormalize(self, name: str, patches: Tensor) -> Tensor:
         """Turns predictions ``(B, N, C)`` into features on the teacher's own scale, float32.

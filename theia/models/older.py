@@ -11,7 +11,7 @@ VIT, BACKBONE = "vit.", "backbone.model."
 # The same renaming as a pattern, which AutoModel needs.
 KEY_MAPPING = {r"student\.vit\.": f"student.{BACKBONE}"}
 
-
+_STEPS = "running.steps"  # of model.balance ada
 _LOSSES = ("mse", "cosine_smooth_l1")
 _REPLACED = ("--model.size", "--model.cosine_weight", "--model.per_token", "--model.loss")
 
@@ -55,6 +55,8 @@ def checkpoint(given: dict[str, Any]) -> dict[str, Any]:
         given: Content of the checkpoint as it was read; it is changed in place.
     """
     given["state_dict"] = tensors(given["state_dict"])
+    if (steps := given["state_dict"].get(_STEPS)) is not None and steps.ndim == 0:  # of all teachers alike
+        given["state_dict"][_STEPS] = steps.expand_as(given["state_dict"]["running.mean"]).clone()
     given["hyper_parameters"] = options(given["hyper_parameters"])
     for state in given.get("callbacks", {}).values():
         if isinstance(state, dict) and isinstance(state.get("options"), dict):

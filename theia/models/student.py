@@ -1,7 +1,8 @@
 """The student: a backbone that takes images as they are stored and gives the tokens that a robot uses."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,7 +17,11 @@ from theia.models.vit import TheiaBackbone
 
 
 class Student(nn.Module):
-    """A backbone together with the normalisation of its input pixels.
+    """A backbone together with the normalisation of its input pixels, and perhaps a lift.
+
+    A lift is a linear layer on every token, behind a layer norm unless the backbone is a vision transformer, which ends
+    with one. It gives the tokens more channels than the backbone has, so that these need not hold all that the teachers
+    know of a place.
 
     Training uses one image size. Images of another size work too if their sides are multiples of the backbone's stride
     and the backbone takes other sizes.
@@ -29,6 +34,8 @@ class Student(nn.Module):
         ConfigError: If there is no such backbone, or an option is out of its range.
         ShapeError: If the backbone does not take this image size.
         WeightsError: If the weights cannot be fetched or read, or do not fit.
+
+    Source: the lift is the wider end of tiny students in arXiv 2511.15572.
     """
 
     pixel_mean: Tensor  # (3, 1, 1), for pixels from 0 to 1
@@ -38,6 +45,7 @@ class Student(nn.Module):
         super().__init__()
         options = options or StudentOptions()
         self.backbone = build_backbone(options)
+        self.lift = None if options.lift is None else _lift(self.backbone, options.lift)
         self.register_buffer("pixel_mean", torch.tensor(self.backbone.mean).view(3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(self.backbone.std).view(3, 1, 1))
         self._weights = options.weights
@@ -48,7 +56,7 @@ class Student(nn.Module):
     @property
     def width(self) -> int:
         """Number of channels ``C`` of a token."""
-        return self.backbone.width
+        return self.backbone.width if self.lift is None else cast(nn.Linear, self.lift.linear).out_features
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -72,6 +80,12 @@ class Student(nn.Module):
         """
         if self._weights != "scratch":
             self.backbone.load_weights(self._weights)
+
+    def unfreeze(self, last_n_blocks: int | None = None) -> None:
+        """Makes the parameters that spatial tokens depend on trainable; see :meth:`Backbone.unfreeze`."""
+        self.backbone.unfreeze(last_n_blocks)
+        if self.lift is not None:
+            self.lift.requires_grad_()
 
     def forward(self, images: Tensor) -> StudentTokens:
         """Tokens after the last layer, for images as they are stored.
@@ -98,7 +112,7 @@ class Student(nn.Module):
         Returns:
             The tokens; ``patches`` are those that are there, in that order, shape ``(B, K, C)``.
         """
-        return self.backbone.tokens_of_kept(self._pixels(images), kept)
+        return self._lifted(self.backbone.tokens_of_kept(self._pixels(images), kept))
 
     def encode(self, images: Tensor) -> StudentTokens:
         """Tokens after the last layer, for images that may be scaled to 0..1 already. The caller checks their range.
@@ -110,10 +124,10 @@ class Student(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape.
         """
-        return self.backbone.tokens(self._pixels(images))
+        return self._lifted(self.backbone.tokens(self._pixels(images)))
 
     def forward_intermediates(self, images: Tensor, indices: Iterable[int], norm: bool = False) -> list[StudentTokens]:
-        """Tokens after some of the blocks.
+        """Tokens after some of the blocks, with the channels of the backbone even if there is a lift.
 
         Args:
             images: RGB images, as for :meth:`encode`.
@@ -129,6 +143,12 @@ class Student(nn.Module):
         """
         return self.backbone.intermediates(self._pixels(images), indices, norm)
 
+    def _lifted(self, tokens: StudentTokens) -> StudentTokens:
+        if self.lift is None:
+            return tokens
+        cls = None if tokens.cls is None else self.lift(tokens.cls)
+        return StudentTokens(cls, self.lift(tokens.registers), self.lift(tokens.patches), tokens.grid)
+
     def _pixels(self, images: Tensor) -> Tensor:
         """Normalised pixels in the type of the parameters."""
         self.backbone.check_size(*images.shape[-2:])
@@ -138,6 +158,14 @@ class Student(nn.Module):
         if images.dtype == torch.uint8:
             scaled = scaled / 255
         return ((scaled - self.pixel_mean) / self.pixel_std).to(precision)
+
+
+def _lift(backbone: Backbone, channels: int) -> nn.Sequential:
+    norm = nn.Identity() if backbone.is_transformer else nn.LayerNorm(backbone.width)
+    linear = nn.Linear(backbone.width, channels)
+    nn.init.trunc_normal_(linear.weight, std=0.02)  # as all of a student's linear layers
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(OrderedDict(norm=norm, linear=linear))
 
 
 def build_backbone(options: StudentOptions) -> Backbone:

@@ -63,11 +63,28 @@ def weighted_mean(losses: Mapping[str, Tensor], weights: Mapping[str, float] | N
     return torch.stack([share * losses[name] for name, share in shares.items()]).sum()
 
 
+def mean_of_some(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted mean over all teachers, estimated from the losses of ``K`` of the ``T`` teachers.
+
+    With the weights ``w`` it is ``T / K`` times the sum of ``w_i L_i`` over the teachers that are there. If each is
+    there equally often, its mean over the steps is the mean over all teachers.
+
+    Args:
+        losses: Losses of the teachers that are there by name, scalars.
+        weights: Weights of all teachers by name, as :func:`teacher_weights` gives them.
+
+    Returns:
+        A scalar.
+    """
+    share = len(weights) / len(losses)
+    return torch.stack([share * weights[name] * loss for name, loss in losses.items()]).sum()
+
+
 class RunningLosses(nn.Module):
     """Running means of the teachers' losses, and weights that make all teachers count alike whatever their loss.
 
-    With ``L_t`` for the losses of step ``t``, the mean is ``m_t = 0.99 m_(t-1) + 0.01 L_t``, without the bias of its
-    start at 0. The means are buffers, so a checkpoint holds them.
+    With ``L_t`` for the losses of a teacher's step ``t``, the mean is ``m_t = 0.99 m_(t-1) + 0.01 L_t``, without the
+    bias of its start at 0. The means are buffers, so a checkpoint holds them.
 
     Args:
         teachers: Number of teachers ``T``.
@@ -76,24 +93,31 @@ class RunningLosses(nn.Module):
     """
 
     mean: Tensor  # (T,)
-    steps: Tensor  # (), int64
+    steps: Tensor  # (T,), int64
 
     def __init__(self, teachers: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(teachers))
-        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("steps", torch.zeros(teachers, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, losses: Tensor) -> Tensor:
-        """Adds the losses of a step, shape ``(T,)``, and gives the factors to multiply losses with.
+    def update(self, losses: Tensor, places: Tensor | None = None) -> Tensor:
+        """Adds the losses of a step, and gives the factors to multiply them with.
+
+        Args:
+            losses: Losses, shape ``(K,)``.
+            places: Numbers of their teachers, int64, shape ``(K,)``; by default, they are those of all teachers.
 
         Returns:
-            Factors ``(T,)``, proportional to one over the running means; their mean over the teachers is 1.
+            Factors ``(K,)``, proportional to one over the running means; their mean over all teachers that have had a
+            step is 1.
         """
-        self.steps += 1
-        self.mean.lerp_(losses.float(), 1 - _DECAY)
-        factors = (1 - _DECAY**self.steps) / self.mean
-        return factors / factors.mean()
+        places = torch.arange(len(self.mean), device=self.mean.device) if places is None else places
+        self.steps[places] += 1
+        self.mean[places] = self.mean[places].lerp(losses.float(), 1 - _DECAY)
+        seen = self.steps > 0
+        factors = torch.where(seen, (1 - _DECAY**self.steps) / self.mean, 0)
+        return factors[places] / (factors.sum() / seen.sum())
 
 
 def dropping_mean(

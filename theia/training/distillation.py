@@ -1,10 +1,11 @@
 """The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning as L
 import numpy as np
@@ -25,10 +26,11 @@ from theia.training.balance import (
     RunningLosses,
     dropping_mean,
     keep_teachers,
+    mean_of_some,
     weighted_mean,
 )
 from theia.training.balance import teacher_weights as shares_of_teachers
-from theia.training.losses import PAPER, FeatureLoss, Objective
+from theia.training.losses import PAPER, ClsLoss, FeatureLoss, Objective, RunningMean, angle
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import (
     ADAMW,
@@ -42,11 +44,14 @@ from theia.training.optim import (
     learning_rate_schedule,
     scale_learning_rate,
 )
+from theia.training.shifting import common_cells, draw_shift
 from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
 _NEVER = 2**62  # stands for a loss that was always finite
+# torch.compile keeps at most 8 versions of a step, one of them for validation, and compiles no more.
+_MOST_VERSIONS = 7
 COURSE = "course"  # entry of a checkpoint whose learning rate decays
 
 
@@ -70,6 +75,8 @@ class _FeatureData(Protocol):
 
     batch_size: int
     cls_teachers: Collection[str] | None
+    image_sizes: Sequence[int]
+    teachers_per_step: int | None
 
     def statistics(self) -> Mapping[str, FeatureStatistics]: ...
 
@@ -84,6 +91,9 @@ class Distillation(L.LightningModule):
             ``{"channels": int, "grid_hw": [rows, columns], "has_cls": bool}``.
         loss: Weight of each loss term: {cosine: 0.9, smooth_l1: 0.1} as in the paper by default, {mse: 1} as in its
             ablation; cosine_per_token takes the cosine of each token, not of an image's whole feature map.
+        cls_loss: Loss of CLS tokens with distill_cls: "same" as that of patch tokens, or "angle", the squared angle
+            between prediction and target, divided by the mean squared angle between the teacher's CLS tokens and their
+            mean, as in C-RADIOv4.
         teacher_weights: Weight of each teacher in the loss, by name; equal weights by default.
         balance: "fixed" weights of the teachers, as in the paper, or "ada", which also divides each teacher's loss by
             its running mean.
@@ -112,6 +122,9 @@ class Distillation(L.LightningModule):
             faster steps, as in FLIP (Li et al., 2022); 0 by default. Epoch and image decide which. Translators are
             given a learned token in their place, and all positions are compared. For vision transformers, and
             translators other than "ladder".
+        shift: Probability, along each axis, with which a step moves the student's images by one cell of the teachers'
+            grids, such as 0.3, so that patterns of fixed places in the teachers' features are not learned, as in
+            C-RADIOv4; what both cover is compared. None by default. For teachers whose grids have cells in common.
         compile: Whether to compile with torch.compile: on a GPU the whole training step, which takes about a minute; on
             a CPU only the loss, which takes some seconds. By default on a GPU only.
         cuda_graphs: Whether a GPU replays forward and backward pass of the compiled step as CUDA graphs, which spares
@@ -124,6 +137,7 @@ class Distillation(L.LightningModule):
         self,
         teachers: dict[str, dict[str, Any]],
         loss: dict[str, float] = PAPER,
+        cls_loss: ClsLoss = "same",
         teacher_weights: dict[str, float] | None = None,
         balance: Balance = "fixed",
         teacher_dropping: float | None = None,
@@ -140,6 +154,7 @@ class Distillation(L.LightningModule):
         schedule: Schedule = "constant",
         ema: float | None = None,
         patch_dropout: float = 0.0,
+        shift: float | None = None,
         compile: bool | None = None,
         cuda_graphs: bool = False,
         **options: Any,
@@ -160,12 +175,13 @@ class Distillation(L.LightningModule):
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         check_optimizer(optimizer, optimizer_options or {}, (betas[0], betas[1]))
         check_number("model.patch_dropout", patch_dropout, 0, 1, below=True)
+        check_number("model.shift", shift, 0, 1)
         if schedule == "wsd" and warmup > 1 - DECAY:
             raise ConfigError(
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
                 f"all steps. Give at most {1 - DECAY}."
             )
-        for name in ("width", "depth", "heads"):
+        for name in ("width", "depth", "heads", "lift"):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build().use_normalizer(normalizer, normalizer_exponent)
@@ -177,9 +193,17 @@ class Distillation(L.LightningModule):
             )
         # Beside the distiller, as no trained model needs it.
         self.mask_token = nn.Parameter(torch.zeros(student.width)) if patch_dropout else None
+        self._grids = {name: (int(one["grid_hw"][0]), int(one["grid_hw"][1])) for name, one in teachers.items()}
+        self._cells = common_cells(self._grids.values(), [architecture.image_size]) if shift else None
         self.needs_covariances = normalizer in NEED_COVARIANCE
         self.loss_weights = shares_of_teachers(teachers, teacher_weights)
         self.running = RunningLosses(len(teachers)) if balance == "ada" else None
+        if cls_loss == "angle" and not architecture.distill_cls:
+            raise ConfigError(
+                "--model.cls_loss angle is a loss of CLS tokens. Set --model.distill_cls true, or leave it out."
+            )
+        by_angle = self.distiller.cls_teachers if cls_loss == "angle" else []
+        self.dispersions = nn.ModuleDict({name: RunningMean() for name in by_angle})
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({name: feature_metrics(stage, name) for name in teachers}) for stage in _HELD_OUT}
         )
@@ -199,15 +223,37 @@ class Distillation(L.LightningModule):
         if data is not None:
             data.cls_teachers = self.distiller.cls_teachers
 
-    def check_image_sizes(self, sizes: Collection[int]) -> None:
-        """Refuses images that the student cannot take.
+    def check_steps(self, data: _FeatureData, device: torch.device) -> None:
+        """Refuses training data of which the student, its objective or its compiled step cannot take every batch.
 
         Args:
-            sizes: Heights and widths that training images have in turn, in pixels.
+            data: Training data.
+            device: Device of the training.
 
         Raises:
-            ConfigError: If one does not fit. The message names the nearest ones that do.
+            ConfigError: If some do not fit. For sizes of images, the message names the nearest ones that do.
         """
+        sizes, every, drawn = set(data.image_sizes), len(self.loss_weights), data.teachers_per_step
+        if drawn == 1 < every and self.hparams["teacher_dropping"] is not None:
+            raise ConfigError(
+                "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
+                "the two."
+            )
+        if self._cells is not None:
+            common_cells(self._grids.values(), sizes)
+        if drawn is not None and self._compiles(device):
+            kinds = {"": 1}
+            if device.type == "cuda":  # on a CPU, only the loss is compiled, which does not see the images
+                kinds[f" and {len(sizes)} sizes of images"] = len(sizes)
+            if self._cells is not None:  # how many tokens there are to compare depends on the axes of a shift
+                kinds[" and 4 kinds of shifts"] = 4
+            more, count = max(kinds.items(), key=lambda kind: kind[1])
+            versions = math.comb(every, drawn) * count
+            if versions > _MOST_VERSIONS:
+                raise ConfigError(
+                    f"data.teachers_per_step {drawn} of {every} teachers{more} are {versions} steps to compile; at "
+                    f"most {_MOST_VERSIONS} can be. Choose fewer, or train without it: --model.compile false."
+                )
         if sizes and self.mask_token is not None:
             raise ConfigError("data.image_sizes and model.patch_dropout do not go together. Leave one of them out.")
         for size in sizes:
@@ -220,13 +266,13 @@ class Distillation(L.LightningModule):
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
         self._first_bad_step = None
         self._prepare()
-        wanted, graphs = self.hparams["compile"], self.hparams["cuda_graphs"]
-        if graphs and (wanted is False or self.trainer.accumulate_grad_batches > 1):
+        graphs = self.hparams["cuda_graphs"]
+        if graphs and (self.hparams["compile"] is False or self.trainer.accumulate_grad_batches > 1):
             raise ConfigError(
                 "model.cuda_graphs needs a compiled step whose gradients last for one batch. Leave it out, or "
                 "leave out model.compile: false and trainer.accumulate_grad_batches."
             )
-        if self.device.type == "cuda" if wanted is None else wanted:
+        if self._compiles(self.device):
             self.objective.compile(self.device, graphs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -269,10 +315,10 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        by_teacher, predictions = self.objective(batch, self._some_patches(batch))
+        batch, overlaps = self._shifted(batch, batch_idx)
+        by_teacher, predictions = self.objective(batch, self._some_patches(batch), self._dispersions(batch), overlaps)
         if self.logs:
-            for name, prediction in self.distiller.per_channel(predictions).items():
-                self._log_terms(name, prediction.detach(), self._normalized(batch, name))
+            self._log_terms(self.distiller.per_channel(predictions), batch, overlaps)
         self._note_bad(by_teacher)
         total = self._total(by_teacher, batch)
         if self.logs:
@@ -363,16 +409,59 @@ class Distillation(L.LightningModule):
         kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
         return SomePatches(kept, self.mask_token)
 
+    def _shifted(self, batch: FeatureBatch, number: int) -> tuple[FeatureBatch, dict[str, tuple[Tensor, Tensor]]]:
+        """The batch with images that may be shifted, and the tokens to compare then, by teacher; of none for all."""
+        if self._cells is None:
+            return batch, {}
+        shift = draw_shift(self._cells, self.hparams["shift"], self.current_epoch, number)
+        if shift is None:
+            return batch, {}
+        overlaps = {name: shift.overlap(self._grids[name], batch.images.device) for name in batch.patches}
+        return replace(batch, images=shift.images(batch.images)), overlaps
+
+    @torch.no_grad()
+    def _dispersions(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """Mean squared angle so far between each teacher's CLS tokens and their mean, over all processes."""
+        there = [name for name in self.dispersions if name in batch.cls]
+        if not there:
+            return {}
+        means = [self.distiller.mean_cls(name) for name in there]
+        angles = [
+            angle(mean.expand_as(batch.cls[name]), batch.cls[name]) for name, mean in zip(there, means, strict=True)
+        ]
+        squares = self.trainer.strategy.reduce(torch.stack([one.square().mean() for one in angles]), reduce_op="mean")
+        return {
+            name: cast(RunningMean, self.dispersions[name]).update(square)
+            for name, square in zip(there, squares, strict=True)
+        }
+
     def _normalized(self, batch: FeatureBatch, name: str) -> Tensor:
         return self.distiller.normalize(name, batch.patches[name], batch.scales.get(name))
 
-    def _log_terms(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        terms = {
-            f"train/cosine/{name}": 1 - losses.cosine_loss(prediction, target),
-            f"train/smooth_l1/{name}": losses.smooth_l1_loss(prediction, target),
-            f"train/mse/{name}": losses.mse_loss(prediction, target),
-        }
-        self.log_dict(terms, sync_dist=True)
+    def _compiles(self, device: torch.device) -> bool:
+        wanted = self.hparams["compile"]
+        return bool(device.type == "cuda" if wanted is None else wanted)
+
+    def _log_terms(
+        self,
+        predictions: Mapping[str, Tensor],
+        batch: FeatureBatch,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        for name in self.distiller.teachers:
+            # Lightning would repeat the last value of a teacher that the step did without.
+            terms = dict.fromkeys(("cosine", "smooth_l1", "mse"), torch.full((), torch.nan, device=self.device))
+            if name in predictions:
+                prediction, target = predictions[name].detach(), self._normalized(batch, name)
+                if name in overlaps:
+                    seen, there = overlaps[name]
+                    prediction, target = prediction[:, seen], target[:, there]
+                terms = {
+                    "cosine": 1 - losses.cosine_loss(prediction, target),
+                    "smooth_l1": losses.smooth_l1_loss(prediction, target),
+                    "mse": losses.mse_loss(prediction, target),
+                }
+            self.log_dict({f"train/{term}/{name}": value for term, value in terms.items()}, sync_dist=True)
 
     def _score(self, batch: FeatureBatch, stage: str) -> None:
         tokens, predictions, _ = self.objective.translate(batch.images)
@@ -397,24 +486,30 @@ class Distillation(L.LightningModule):
 
     def _total(self, by_teacher: dict[str, Tensor], batch: FeatureBatch) -> Tensor:
         """The loss of a step from those of the teachers, which are scalars, or ``(B,)`` if teachers are dropped."""
-        probability = self.hparams["teacher_dropping"]
+        probability, every = self.hparams["teacher_dropping"], list(self.loss_weights)
         if self.running is None and probability is None:
-            return weighted_mean(by_teacher, self.loss_weights)
-        by_image = torch.stack(list(by_teacher.values()), -1)  # (T,) or (B, T)
-        weights = torch.tensor([self.loss_weights[name] for name in by_teacher], device=by_image.device)
+            mean_of = weighted_mean if len(by_teacher) == len(every) else mean_of_some
+            return mean_of(by_teacher, self.loss_weights)
+        places = torch.tensor([every.index(name) for name in by_teacher])
+        by_image = torch.stack(list(by_teacher.values()), -1)  # (K,) or (B, K)
+        share = len(every) / len(by_teacher)
+        weights = torch.tensor([share * self.loss_weights[name] for name in by_teacher], device=by_image.device)
         if self.running is not None:
             mean = by_image.detach().reshape(-1, len(weights)).mean(0)
-            weights = weights * self.running.update(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+            mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+            weights = weights * self.running.update(mean, places.to(mean.device, non_blocking=True))
         if probability is None:
             return (by_image * weights).sum()
         rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
-        kept = keep_teachers(self.global_step, rows, len(weights), probability)
+        kept = keep_teachers(self.global_step, rows, len(every), probability)[:, places]
         over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
         return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.
-        bad = ~torch.isfinite(torch.stack([loss.mean() for loss in by_teacher.values()]).detach())
+        absent = next(iter(by_teacher.values())).new_zeros(())
+        every = torch.stack([by_teacher.get(name, absent).mean() for name in self.distiller.teachers])
+        bad = ~torch.isfinite(every.detach())
         if self._first_bad_step is None:
             self._first_bad_step = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
         first = bad & (self._first_bad_step == _NEVER)

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
 from theia.models.backbone import StudentTokens
 from theia.models.distiller import Distiller, SomePatches
 from theia.types import FeatureBatch
 
+ClsLoss = Literal["same", "angle"]
 Options = dict[str, str | int | bool | Callable[..., Any]]  # of the compiler
 
 PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
@@ -95,6 +96,48 @@ def _smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean smooth L1 of each sample, shape ``(B,)``."""
     prediction, target = _matched(prediction, target)
     return F.smooth_l1_loss(prediction, target, beta=1.0, reduction="none").flatten(1).mean(1)
+
+
+def angle(prediction: Tensor, target: Tensor) -> Tensor:
+    """The angle between two vectors, ``2 asin(|a - b| / 2)`` of the unit vectors ``a`` and ``b``.
+
+    It is computed as ``2 atan2(|a - b|, |a + b|)``, the same number, whose gradient is finite at every angle; that of
+    an arc cosine is not at 0 and at pi.
+
+    Args:
+        prediction: Vectors, shape ``(..., C)``.
+        target: Vectors of the same shape.
+
+    Returns:
+        Angles in radians, from 0 to pi, float32, shape ``(...)``; pi / 2 if one vector is zero.
+
+    Raises:
+        ShapeError: If the shapes differ.
+
+    Source: Kahan, "How futile are mindless assessments of roundoff in floating-point computation?", 2006.
+    """
+    first, second = (F.normalize(value, dim=-1) for value in _matched(prediction, target))
+    apart, together = (torch.linalg.vector_norm(value, dim=-1) for value in (first - second, first + second))
+    return 2 * torch.atan2(apart, together)
+
+
+class RunningMean(nn.Module):
+    """The mean of all numbers so far, in a buffer, so that a checkpoint holds it."""
+
+    mean: Tensor  # ()
+    steps: Tensor  # (), int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("steps", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, value: Tensor) -> Tensor:
+        """Adds a number, and gives the mean of all of them; both are scalars."""
+        self.steps += 1
+        self.mean += (value - self.mean) / self.steps
+        return self.mean.clone()
 
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -210,22 +253,31 @@ class Objective:
             self._translate = torch.compile(self.distiller.forward, dynamic=False, options=replayed)
 
     def __call__(
-        self, batch: FeatureBatch, some: SomePatches | None = None
+        self,
+        batch: FeatureBatch,
+        some: SomePatches | None = None,
+        dispersions: Mapping[str, Tensor] | None = None,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Computes losses and translations of a batch.
 
         Args:
-            batch: Images and stored features.
+            batch: Images and stored features, of all teachers or of some.
             some: Patches that the student is given; all by default.
+            dispersions: As for :meth:`compare`.
+            overlaps: Likewise.
 
         Returns:
-            The loss of each teacher by name, a scalar (if its CLS token is distilled, the mean of the patch and the CLS
-            loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher name.
+            The loss of each teacher that the batch has features of, by name, a scalar (if its CLS token is distilled,
+            the mean of the patch and the CLS loss); the predicted normalised patch tokens ``(B, N, C)`` by teacher
+            name.
         """
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        _, predictions, cls_predictions = self._translate(batch.images, some)
-        return self.compare(predictions, cls_predictions, batch), predictions
+        there = tuple(name for name in self.distiller.teachers if name in batch.patches)
+        teachers = None if len(there) == len(self.distiller.teachers) else there
+        _, predictions, cls_predictions = self._translate(batch.images, some, teachers)
+        return self.compare(predictions, cls_predictions, batch, dispersions, overlaps), predictions
 
     def translate(self, images: Tensor) -> tuple[StudentTokens, dict[str, Tensor], dict[str, Tensor]]:
         """Student tokens and translations of held-out images, as the distiller gives them.
@@ -244,7 +296,12 @@ class Objective:
         return translated
 
     def compare(
-        self, predictions: dict[str, Tensor], cls_predictions: dict[str, Tensor], batch: FeatureBatch
+        self,
+        predictions: dict[str, Tensor],
+        cls_predictions: dict[str, Tensor],
+        batch: FeatureBatch,
+        dispersions: Mapping[str, Tensor] | None = None,
+        overlaps: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Computes the losses from predictions that are there already.
 
@@ -252,8 +309,15 @@ class Objective:
             predictions: Predicted normalised patch tokens ``(B, N, C)`` by teacher name.
             cls_predictions: Predicted normalised CLS tokens ``(B, C)`` by teacher name, if they are distilled.
             batch: Batch that holds the stored features.
+            dispersions: Mean squared angles, scalars, by teacher name. The loss of CLS tokens is then the squared angle
+                between the predicted and the stored one, divided by this. By default it is that of patch tokens.
+            overlaps: Numbers of the predicted and of the stored patch tokens to compare, int64, shape ``(n,)``, by
+                teacher name; all by default.
         """
-        return self._compare(predictions, cls_predictions, batch.patches, batch.scales, batch.cls)
+        return self._compare(
+            predictions, cls_predictions, batch.patches, batch.scales, batch.cls, dict(dispersions or {}),
+            dict(overlaps or {}),
+        )  # fmt: skip
 
     def _losses(
         self,
@@ -262,12 +326,23 @@ class Objective:
         patches: dict[str, Tensor],
         scales: dict[str, Tensor],
         cls: dict[str, Tensor],
+        dispersions: dict[str, Tensor],
+        overlaps: dict[str, tuple[Tensor, Tensor]],
     ) -> dict[str, Tensor]:
         losses = {}
         for name, prediction in predictions.items():
-            losses[name] = self.loss(prediction, self.distiller.target(name, patches[name], scales.get(name)))
+            stored = patches[name]
+            if name in overlaps:
+                seen, there = overlaps[name]
+                prediction, stored = prediction[:, seen], stored[:, there]
+            losses[name] = self.loss(prediction, self.distiller.target(name, stored, scales.get(name)))
             if name in cls_predictions:
-                cls_loss = self.loss(cls_predictions[name], self.distiller.normalize_cls(name, cls[name]))
+                if name in dispersions:
+                    predicted = self.distiller.denormalize_cls(name, cls_predictions[name])
+                    square = angle(predicted, cls[name]).square() / dispersions[name]
+                    cls_loss = square if losses[name].ndim else square.mean()
+                else:
+                    cls_loss = self.loss(cls_predictions[name], self.distiller.normalize_cls(name, cls[name]))
                 losses[name] = (losses[name] + cls_loss) / 2
         return losses
 

@@ -7,6 +7,7 @@ each step once, wherever a run was killed.
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ RESUME = "resume with --ckpt_path last"
 
 
 class Rows:
-    """Writes each row once, although the row of a checkpoint's step arrives both before and after the checkpoint."""
+    """Writes each row once, although the row of a checkpoint's step arrives both before and after the checkpoint.
+
+    What a training step did not measure is not a number, and is left out: a loss that is none ends the training.
+    """
 
     _last_row = ""
 
@@ -33,6 +37,10 @@ class Rows:
             return False
         self._last_row = row
         return True
+
+    @staticmethod
+    def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if not (name.startswith("train/") and math.isnan(value))}
 
 
 class MetricsCSV(Rows, Logger):
@@ -79,7 +87,7 @@ class MetricsCSV(Rows, Logger):
         """
         if not self._is_new(metrics, step):
             return
-        row = {**metrics, "step": step}
+        row = {**self._measured(metrics), "step": step}
         self._cut()
         with writing(self.path, again=RESUME):
             if not row.keys() <= set(self._columns):
@@ -136,7 +144,7 @@ class Events(Rows, TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Writes the values of one step, unless they are written already."""
         if self._is_new(metrics, step):
-            super().log_metrics(dict(metrics), step)
+            super().log_metrics(self._measured(metrics), step)
 
     @rank_zero_only
     def save(self) -> None:
