@@ -36,7 +36,7 @@ def run(
     """Trains students of several sets of teachers and with several ingredients, and scores them on recordings.
 
     The images are frames of the recordings and photographs. Each stage is some commands of 'theia', which are shown;
-    all go on where an interrupted run stopped, and what is finished is not done again.
+    all go on where an interrupted run stopped; finished trainings are kept.
 
     Args:
         data: Data set folder of LeRobot, FOLDER or FOLDER#CAMERA. Students see frames of its training episodes, and
@@ -65,10 +65,13 @@ def run(
     check_number("jobs", jobs, 1, MOST_PROCESSES)
     check_folder(out, "--out")
     data = data.removeprefix("lerobot:")
+    names = comma_list(teachers)
+    if len(names) < 2:
+        raise ConfigError(f"--teachers names {', '.join(names) or 'none'}. Give two or more, whose sets are compared.")
     folder = LeRobotFolder(Path(data.partition("#")[0]))
     wanted = chosen(comma_list(stages) or STAGES)
     plan = Plan(
-        data, folder.frame_count, comma_list(teachers), seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
+        data, folder.frame_count, names, seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
         shlex.split(options or ""),
     )  # fmt: skip
     commands = [theia(arguments) for stage in wanted for arguments in plan.commands(stage)]

@@ -18,6 +18,7 @@ _TITLES = {TEACHERS: "Sets of teachers", INGREDIENTS: "Ingredients, each against
 _DRAWN = (PLAN, MOTION, READOUT, COSINE)
 _COLOURS = {PLAN: "#e8963c", MOTION: "#7ba3cc"}
 _SMALL = 7.5  # points
+_ABSENT = "–"
 
 
 def write(out: Path, findings: Findings, record: Mapping[str, Any]) -> list[Path]:
@@ -54,8 +55,11 @@ def page(findings: Findings) -> str:
         parts += ["## Part of the way from the untrained student to the best of its teachers",
                   _table(table, ["students of", *QUESTIONS.values()])]  # fmt: skip
     if findings.steps:
-        table = [[row, *(_reached(value) for value in of.values())] for row, of in findings.steps.items()]
-        seeds = next(iter(findings.steps.values()))
+        seeds = sorted({seed for of in findings.steps.values() for seed in of})
+        table = [
+            [row, *(_reached(of[seed]) if seed in of else _ABSENT for seed in seeds)]
+            for row, of in findings.steps.items()
+        ]
         parts += ["## Steps until the paper's final held-out cosine, as a part of its steps",
                   _table(table, ["ingredient", *(f"seed {seed}" for seed in seeds)])]  # fmt: skip
     for column, found in findings.entropy.items():
@@ -151,7 +155,7 @@ def _differences(rows: Mapping[str, Mapping[str, Cell]]) -> str:
                 cell = cells.get(column)
                 lines[-1] += [
                     _text(cell.difference if cell else None, "+"),
-                    "–" if cell is None or cell.p is None else f"{cell.p:.3f}",
+                    _ABSENT if cell is None or cell.p is None else f"{cell.p:.3f}",
                 ]
     if not lines:
         return "No row shares a seed with the reference yet."
@@ -161,7 +165,7 @@ def _differences(rows: Mapping[str, Mapping[str, Cell]]) -> str:
 
 def _text(found: Estimate | None, sign: str = "") -> str:
     if found is None:
-        return "–"
+        return _ABSENT
     return f"{found.mean:{sign}.3f}" + ("" if found.half_width is None else f" ± {found.half_width:.3f}")
 
 

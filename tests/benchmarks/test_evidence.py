@@ -124,6 +124,10 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
     assert "| cosine       | 0.75     | 0.75     |" in said
     assert json.loads((out / "evidence.json").read_text())["bounds"]["untrained"][PLAN] == 0.9
     assert (out / "evidence.png").stat().st_size > 10_000
+    (out / "ingredients/report.json").write_text(json.dumps({"runs": [
+        run_of(row, seed, ["a", "b"], **{PLAN: 0.5}) for row, seed in (("paper", 0), ("paper", 1), ("cosine", 1))
+    ]}))  # fmt: skip
+    assert "| cosine       | –        | 0.75     |" in page(find(out))
     for name in ("teachers", "bounds"):
         (out / name).rename(out / f"{name} elsewhere")
     found = find(out)
@@ -140,6 +144,7 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
         (["--stages", "store,wisdom"], "no stage 'wisdom'. Choose from: store, teachers, ingredients, bounds"),
         (["--seeds", "0,0"], "seeds is '0,0'"),
         (["--jobs", "0"], "--jobs is 0"),
+        (["--teachers", "hog"], "--teachers names hog. Give two or more"),
     ):
         assert main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
         assert said in capsys.readouterr().err

@@ -201,8 +201,10 @@ def test_a_checkpoint_of_an_earlier_version_is_of_a_constant_rate_without_an_ave
     assert not {COURSE, TRAINED} & checkpoint.keys()
     now = dict(checkpoint["callbacks"]["Checkpoints"]["options"])
     for name in ("schedule", "ema", "betas", "optimizer", "optimizer_options", "normalizer", "normalizer_exponent",
-                 "balance", "teacher_dropping"):  # fmt: skip
+                 "balance", "teacher_dropping", "patch_dropout", "cls_loss", "lift", "shift"):  # fmt: skip
         del checkpoint["callbacks"]["Checkpoints"]["options"][f"model.{name}"]
+    for name in ("image_sizes", "teachers_per_step"):
+        del checkpoint["callbacks"]["Checkpoints"]["options"][f"data.{name}"]
 
     assert changes(checkpoint, now) == []
     for name, value in {"schedule": "wsd", "ema": 0.9, "betas": [0.9, 0.95]}.items():

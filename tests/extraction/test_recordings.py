@@ -1,6 +1,8 @@
 """Frames of recorded episodes and of videos as images: which are in a split, and that each is the right one."""
 
+import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -88,6 +90,16 @@ def test_beside_recordings_images_are_taken_as_they_are(written_by_lerobot: Path
     source = open_source(["photographs=sample:4", f"robot={robot}"], "val", every=5)
     assert len(source.ids) == 4 + 2
     assert source.ids[-1] == "robot/episode-000001/frame-000005"
+
+
+def test_a_split_of_images_beside_one_of_recordings_is_taken_whole(
+    written_by_lerobot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    robot = f"lerobot:{written_by_lerobot / 'theirs_v30_video'}#top"
+    images = json.dumps({"train": [robot, "photographs=sample:2"], "val": "sample:3"})
+    options = ["--teachers", "color", "--store", str(tmp_path / "store"), "--every", "5", "--size", "64"]
+    assert main(["extract", "--images", images, *options, "--workers", "0"]) == 0
+    assert re.search(r"val +3 +0\n", capsys.readouterr().out)
 
 
 def test_what_cannot_be_opened_says_so(written_by_lerobot: Path, tmp_path: Path) -> None:

@@ -201,6 +201,15 @@ def test_a_lift_of_another_backbone_begins_with_a_layer_norm():
     assert found.cls is None
 
 
+def test_a_lift_has_a_norm_where_a_transformer_has_it_behind_the_pooling():
+    name, size = "timm:vit_medium_patch16_reg4_gap_256", 256
+    student = Student(StudentOptions(backbone=name, image_size=size, lift=80)).eval()
+    with torch.no_grad():
+        before = student.backbone.tokens(student._pixels(images(size, size))).patches
+        normed = torch.nn.functional.layer_norm(before, before.shape[-1:])
+        torch.testing.assert_close(student(images(size, size)).patches, normed @ student.lift.linear.weight.T)
+
+
 def test_there_is_no_lift_by_default():
     assert not [name for name in small_student().state_dict() if name.startswith("lift")]
 

@@ -394,7 +394,7 @@ def test_the_loss_of_some_teachers_is_scaled_to_that_of_all(store: Path) -> None
         ("cuda", 1, [32, 64], {}, "1 of 5 teachers and 2 sizes of images are 10 steps to compile"),
         ("cuda", 3, [], {}, "3 of 5 teachers are 10 steps to compile; at most 7 can be"),
         ("cpu", 3, [], {"compile": True}, "are 10 steps to compile"),
-        ("cpu", 1, [32], {"compile": True, "shift": 0.3}, "1 of 5 teachers and 4 kinds of shifts are 20 steps"),
+        ("cpu", 1, [32], {"compile": True, "shift": 0.3}, "1 of 5 teachers and 3 kinds of shifts are 15 steps"),
         ("cuda", 5, [32, 64], {"shift": 0.3}, None),
         ("cpu", 1, [], {"teacher_dropping": 0.5}, "teacher_dropping has no teacher to leave out"),
         ("cpu", 2, [], {"teacher_dropping": 0.5}, None),
@@ -411,6 +411,21 @@ def test_steps_that_cannot_be_are_refused(
     else:
         with pytest.raises(ConfigError, match=said):
             model.check_steps(data, torch.device(device))
+
+
+def test_heavy_teachers_count_more_over_the_steps_when_teachers_are_dropped() -> None:
+    shapes = {name: {"channels": 8, "grid_hw": [4, 4], "has_cls": False} for name in "abc"}
+    model = Distillation(shapes, **SMALL, teacher_weights={"a": 3.0}, teacher_dropping=0.0)
+    whole: Any = SimpleNamespace(global_step=0, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value))
+    model.trainer = whole
+    losses = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([10.0, 20.0]), "c": torch.tensor([100.0, 300.0])}
+    batch = FeatureBatch(torch.empty(0), {})
+    steps = [model._total({name: losses[name] for name in pair}, batch) for pair in ("ab", "bc", "ca")]
+    # Nothing is dropped, so that each step has the mean of its two, by 3:1 or 1:1, times their part of the weights.
+    assert steps[0].item() == pytest.approx((3 * 2 + 15) / 4 * (3 / 2) * (4 / 5))
+    mean = (3 * 2 + 15 + 200) / 5
+    assert torch.stack(steps).mean().item() == pytest.approx(mean)
+    assert model._total(losses, batch).item() == pytest.approx(mean)
 
 
 def test_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:

@@ -120,7 +120,8 @@ class HubSource:
     """Images of a set on the Hugging Face hub, fetched by the package ``datasets`` into its own cache.
 
     Args:
-        place: ``OWNER/NAME``, ``OWNER/NAME:SPLIT``, and ``#COLUMN`` after that of a set with several columns of images.
+        place: ``OWNER/NAME``, ``OWNER/NAME:SPLIT``, or a folder of parquet files in place of ``OWNER/NAME``; and
+            ``#COLUMN`` after that of a set with several columns of images.
         split: Split that is taken if the place names none; ``val`` stands for ``validation`` too.
         labels: Whether to read the integers in the column ``label``.
 
@@ -134,9 +135,12 @@ class HubSource:
         name, _, part = place.partition(":")
         self._rows = _fetch(name, part, split)
         features: Mapping[str, Any] = self._rows.features
-        images = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+        typed = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+        # Files that the package datasets did not write do not say that their bytes are images.
+        images = typed or [key for key, feature in features.items() if _holds_bytes(feature)]
         self._column = _chosen(f"The set {name}", images, list(features), column or None)
-        self._rows = self._rows.cast_column(self._column, type(features[self._column])(decode=False))
+        image = importlib.import_module("datasets").Image(decode=False)
+        self._rows = self._rows.cast_column(self._column, image)
         self.ids: Sequence[str] = [f"row-{row:09d}" for row in range(len(self._rows))]
         self.labels: Sequence[int] | None = None
         self.classes: list[str] | None = None
@@ -149,7 +153,8 @@ class HubSource:
             self.labels = _checked_labels(list(self._rows[_LABEL]), f"the set {name}")
             self.classes = list(getattr(features[_LABEL], "names", None) or []) or None
         self.description: dict[str, Json] = {
-            "kind": HUB, "name": name, "part": str(self._rows.split), "column": self._column,
+            "kind": HUB, "name": Path(name).resolve().name if Path(name).is_dir() else name,
+            "part": str(self._rows.split), "column": self._column,
         }  # fmt: skip
 
     def read(self, index: int) -> Image.Image:
@@ -259,6 +264,11 @@ def _decode(value: Any, root: Path) -> Image.Image:
     if value is None:
         raise UnreadableImageError("the row holds no image")
     return decode(value)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    value = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(value, "dtype", None) in ("binary", "large_binary")
 
 
 def _checked_labels(values: Sequence[Any], of: str) -> list[int]:

@@ -19,7 +19,7 @@ from theia.extraction.config import ExtractConfig
 from theia.extraction.images import RESIZE_FILTER
 from theia.extraction.joined import ChosenSource
 from theia.extraction.processes import Processes
-from theia.extraction.sources import ImageSource, open_source
+from theia.extraction.sources import ImageSource, has_recordings, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
 from theia.extraction.user_files import EARLY_ENDINGS
 from theia.models.backbone import PATCHES
@@ -104,13 +104,15 @@ def extract(config: ExtractConfig) -> list[ExtractedSplit] | None:
 
 def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     processes = Processes(fabric)
+    recorded = any(has_recordings(places) for places in config.locations.values())
+
+    def open_split(split: str, places: str | Sequence[str]) -> ImageSource:
+        # Every k-th frame is for recordings; a split without any is taken whole beside one that has some.
+        every = 1 if recorded and not has_recordings(places) else config.every
+        return _as_begun(open_source(places, split, config.labels, every), split, config)
+
     # Listed once, so that all processes divide the same list even while somebody adds files.
-    sources = processes.first(
-        lambda: {
-            split: _as_begun(open_source(places, split, config.labels, config.every), split, config)
-            for split, places in config.locations.items()
-        }
-    )
+    sources = processes.first(lambda: {split: open_split(split, places) for split, places in config.locations.items()})
     return run(sources, {}, config, processes)
 
 

@@ -67,8 +67,11 @@ class ImageSource(Protocol):
         """
 
 
-def _is_recording(location: str) -> bool:
-    return location.startswith((f"{LEROBOT}:", f"{VIDEO}:"))
+def has_recordings(location: str | Sequence[str]) -> bool:
+    """Whether a place, or one of several, is of recordings, of which every k-th frame can be taken."""
+    if isinstance(location, str):
+        return location.startswith((f"{LEROBOT}:", f"{VIDEO}:"))
+    return any(has_recordings(split_name(text)[1]) for text in location)
 
 
 def open_source(location: str | Sequence[str], split: str, labels: bool = False, every: int = 1) -> ImageSource:
@@ -109,12 +112,12 @@ def open_source(location: str | Sequence[str], split: str, labels: bool = False,
     """
     if not isinstance(location, str):
         # Beside recordings, images are taken as they are.
-        mixed = any(_is_recording(split_name(text)[1]) for text in location)
+        mixed = has_recordings(location)
         return join(
-            location, lambda one: open_source(one, split, labels, 1 if mixed and not _is_recording(one) else every)
+            location, lambda one: open_source(one, split, labels, 1 if mixed and not has_recordings(one) else every)
         )
     kind, colon, place = location.partition(":")
-    if _is_recording(location):
+    if has_recordings(location):
         return open_recordings(kind, place, split, labels, every)
     if every != 1:
         raise ConfigError(f"--every is for recordings ({LEROBOT}: and {VIDEO}:), and {location} is none. Leave it out.")

@@ -19,9 +19,9 @@ from theia.models.vit import TheiaBackbone
 class Student(nn.Module):
     """A backbone together with the normalisation of its input pixels, and perhaps a lift.
 
-    A lift is a linear layer on every token, behind a layer norm unless the backbone is a vision transformer, which ends
-    with one. It gives the tokens more channels than the backbone has, so that these need not hold all that the teachers
-    know of a place.
+    A lift is a linear layer on every token, behind a layer norm unless the backbone ends with one, as most vision
+    transformers do. It gives the tokens more channels than the backbone has, so that these need not hold all that the
+    teachers know of a place.
 
     Training uses one image size. Images of another size work too if their sides are multiples of the backbone's stride
     and the backbone takes other sizes.
@@ -161,7 +161,9 @@ class Student(nn.Module):
 
 
 def _lift(backbone: Backbone, channels: int) -> nn.Sequential:
-    norm = nn.Identity() if backbone.is_transformer else nn.LayerNorm(backbone.width)
+    # Some of timm's transformers have their norm behind the pooling.
+    last = getattr(backbone.model, "norm", None) if backbone.is_transformer else None
+    norm = nn.LayerNorm(backbone.width) if last is None or isinstance(last, nn.Identity) else nn.Identity()
     linear = nn.Linear(backbone.width, channels)
     nn.init.trunc_normal_(linear.weight, std=0.02)  # as all of a student's linear layers
     nn.init.zeros_(linear.bias)

@@ -246,13 +246,14 @@ class Distillation(L.LightningModule):
             if device.type == "cuda":  # on a CPU, only the loss is compiled, which does not see the images
                 kinds[f" and {len(sizes)} sizes of images"] = len(sizes)
             if self._cells is not None:  # how many tokens there are to compare depends on the axes of a shift
-                kinds[" and 4 kinds of shifts"] = 4
+                count = 3 if all(rows == columns for rows, columns in self._grids.values()) else 4
+                kinds[f" and {count} kinds of shifts"] = count
             more, count = max(kinds.items(), key=lambda kind: kind[1])
             versions = math.comb(every, drawn) * count
             if versions > _MOST_VERSIONS:
                 raise ConfigError(
                     f"data.teachers_per_step {drawn} of {every} teachers{more} are {versions} steps to compile; at "
-                    f"most {_MOST_VERSIONS} can be. Choose fewer, or train without it: --model.compile false."
+                    f"most {_MOST_VERSIONS} can be. Choose another number, or train without it: --model.compile false."
                 )
         if sizes and self.mask_token is not None:
             raise ConfigError("data.image_sizes and model.patch_dropout do not go together. Leave one of them out.")
@@ -503,7 +504,9 @@ class Distillation(L.LightningModule):
         rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
         kept = keep_teachers(self.global_step, rows, len(every), probability)[:, places]
         over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
-        return dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
+        total = dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
+        # A mean of those that the step has; heavy teachers must count more over the steps, too.
+        return total if share == 1 else total * (share * sum(self.loss_weights[name] for name in by_teacher))
 
     def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
         # Kept on the device: a check on the host would make it wait for the device in every step.

