@@ -147,7 +147,7 @@ def collect(
                         Plan(tuple(some), seed, factors, spread, noise, after_success, size, quality, pictures),
                         out / place, episodes, workers or core_count(),
                     )
-                    for place, some in folders_of(names).items()
+                    for place, some in folders_of(names, out).items()
                 ),
                 NOT_COMPARABLE,
             ]

@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.cortexbench.demonstrations import SCENE_STATE
 from benchmarks.cortexbench.presets import Features
 from theia.errors import ConfigError
 from theia.policies.sight import PIXELS, Sight, features_of_noise, open_sight
 from theia.probing.datasets import IMAGE_SIZE, fingerprint
 from theia.probing.frame_tokens import TokensOf
+from theia.trajectories import lerobot
 from theia.trajectories.lerobot import Episode, LeRobotFolder
 from theia.utils.pictures import short_labels
 
@@ -92,6 +94,14 @@ class TaskRecording:
     def seeds(self) -> frozenset[int]:
         """Seeds of the demonstrations, as far as they are known."""
         return frozenset(int(one.record["seed"]) for one in self.originals if "seed" in one.record)
+
+    def identity(self, camera: str) -> str:
+        """Fingerprint of the demonstrations: what is known of each, all actions and states, and the first pictures."""
+        numbers = (lerobot.ACTION, lerobot.STATE, SCENE_STATE)
+        columns = [self.folder.column(key)[self.rows] for key in self.folder.features if key in numbers]
+        pictures = [np.asarray(self.folder.frame(one, 0, camera)) for one in self.originals]
+        about = [[one.length, dict(one.record)] for one in self.originals]
+        return fingerprint(about, *columns, *pictures)
 
     def frames(self, episode: Episode, camera: str, indices: Iterable[int]) -> Iterator[Image.Image]:
         """Decodes frames of an episode, ascending."""

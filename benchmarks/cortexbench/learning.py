@@ -16,7 +16,7 @@ from theia.policies.action_heads import HEADS, Head
 from theia.policies.cloning import FineTuning
 from theia.policies.demonstrated import Demonstrations, PicturesOf
 from theia.policies.sight import PIXELS
-from theia.probing.datasets import IMAGE_SIZE, fingerprint, of_files
+from theia.probing.datasets import IMAGE_SIZE, fingerprint
 from theia.probing.frame_tokens import embed
 from theia.trajectories.lerobot import ACTION
 
@@ -43,8 +43,7 @@ def demonstrations_of(
         pictures = pictures_of(recording)
     # An encoder that is trained too is embedded for the principal components alone.
     if eyes.tokens_of is not None and (pictures is None or plan.preset.components is not None):
-        numbers = [one.index for one in recording.originals]
-        place = fingerprint(eyes.look, plan.preset.most_rows, of_files(str(recording.folder.root)), numbers)
+        place = fingerprint(eyes.look, plan.preset.most_rows, recording.identity(plan.data.camera(task)))
         tokens = embed(
             eyes.tokens_of, eyes.label, recording, plan.data.camera(task),
             frozenset(range(len(recording.episodes))), embeddings / place, device, batch_size,

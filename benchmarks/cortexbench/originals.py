@@ -20,7 +20,7 @@ from theia.errors import ConfigError, TrajectoryError
 from theia.trajectories.lerobot import ACTION, STATE
 from theia.trajectories.lerobot_writer import LeRobotWriter, Values
 from theia.utils.arguments import comma_list
-from theia.utils.files import alone, check_folder
+from theia.utils.files import alone, check_folder, file_sha256
 
 INTERNAL_STATE = "observation.internal_state"
 
@@ -86,7 +86,7 @@ def import_originals(original: Path, out: Path, tasks: str | None = None) -> str
     check_folder(out, "--out")
     rows: list[tuple[Any, ...]] = []
     with alone(out):
-        for place, names in folders_of(files).items():
+        for place, names in folders_of(files, out).items():
             rows += _import(out / place, {name: files[name] for name in names})
     table = tabulate(rows, ("task", "episodes", "steps", "score", "success"))
     return f"{table}\n\n{OTHER_PHYSICS}"
@@ -206,7 +206,10 @@ def _import(folder: Path, files: Mapping[str, Path]) -> list[tuple[Any, ...]]:
             if writer is None:
                 writer = _open(folder, files, task, path)
             if not writer.has(index):
-                _write(writer, index, task, path, file.name, number)
+                try:
+                    _write(writer, index, task, path, file.name, number)
+                except TrajectoryError as error:
+                    raise TrajectoryError(f"Demonstration {number} of {file}: {error}") from error
             index += 1
             lengths.append(len(path.actions))
             scores.append(path.score)
@@ -230,7 +233,8 @@ def _open(folder: Path, files: Mapping[str, Path], task: Task, path: Demonstrati
         values[INTERNAL_STATE] = [f"value_{n}" for n in range(path.internal.shape[1])]
     cameras = {CAMERAS + task.camera: (size, size)}
     settings = {
-        "tasks": list(files), "imported": {name: file.name for name, file in files.items()}, "vary": [],
+        "tasks": list(files), "vary": [],
+        "imported": {name: f"{file.name}, sha256 {file_sha256(file)}" for name, file in files.items()},
         "size": size, "pictures": "image",
         "quality": "full",  # the paper's
     }  # fmt: skip

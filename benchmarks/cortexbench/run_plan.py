@@ -18,11 +18,13 @@ from theia.policies import HeadKind
 from theia.policies.action_heads import HEADS
 from theia.policies.cloning import RECIPES
 from theia.policies.demonstrated import updates_per_epoch
-from theia.probing.datasets import IMAGE_SIZE, of_files
+from theia.probing.datasets import IMAGE_SIZE
 from theia.utils.arguments import comma_list
 from theia.utils.files import jsonable, read_json, write_whole
 from theia.utils.provenance import installed, machine, versions
 
+# Settings to which a later run may add, by what they are of.
+_GROWING = {"data": "other demonstrations of", "simulator": "another release of"}
 _FIRST_SEED = 1_000_000  # of rollouts, far from those of demonstrations
 
 
@@ -139,6 +141,13 @@ class RunPlan:
         simulators = {TASKS[task].simulator: None for task in self.data.folders}
         return [*(DISTRIBUTIONS[simulator] for simulator in simulators), "mujoco"]
 
+    def recording(self, task: str) -> TaskRecording:
+        """The demonstrations of a task that are used."""
+        return TaskRecording(self.data.folders[task], task, self.preset.demonstrations)
+
+    def _demonstrations(self) -> dict[str, str]:
+        return {task: self.recording(task).identity(self.data.camera(task)) for task in self.tasks}
+
     def record(self) -> dict[str, Any]:
         """What is compared when a run goes on."""
         preset = {name: value for name, value in asdict(self.preset).items() if name != "seeds"}
@@ -148,7 +157,7 @@ class RunPlan:
         return dict(
             jsonable(
                 {
-                    **learner, "data": of_files(str(self.data.root)), "preset": self.name, **preset, "vary": self.vary,
+                    **learner, "data": self._demonstrations(), "preset": self.name, **preset, "vary": self.vary,
                     "features": self.features, "size": self.size, "quality": self.quality,
                     "simulator": installed(self._distributions()),
                 }
@@ -170,13 +179,24 @@ def check_record(plan: RunPlan, files: RunFiles) -> None:
         about = {"settings": now, "demonstrations": plan.data.about, "versions": versions(), "machine": machine()}
         write_whole(path, json.dumps(jsonable(about), indent=1))
         return
-    different = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-    if different:
-        said = "; ".join(
-            "other demonstrations" if name == "data" else f"{name} {_setting(name, before)}, not {_setting(name, now)}"
-            for name in different
-        )
-        raise ConfigError(f"{files.out} was begun with {said}. Go on with the same, or give a new folder.")
+    # Tasks, and with them simulators, may be added; what is there already must be the same.
+    grown = {name: {**_known(before, name), **now[name]} for name in _GROWING}
+    different = [name for name in {**now, **before} if name not in _GROWING and before.get(name) != now.get(name)]
+    said = [f"{name} {_setting(name, before)}, not {_setting(name, now)}" for name in different]
+    for name, what in _GROWING.items():
+        other = [key for key, value in _known(before, name).items() if value != grown[name][key]]
+        said += [f"{what} {', '.join(other)}"] if other else []
+    if said:
+        raise ConfigError(f"{files.out} was begun with {'; '.join(said)}. Go on with the same, or give a new folder.")
+    if grown != {name: before[name] for name in _GROWING}:
+        record = read_json(path)
+        record["settings"] |= grown
+        write_whole(path, json.dumps(record, indent=1))
+
+
+def _known(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _setting(name: str, settings: dict[str, Any]) -> Any:

@@ -116,7 +116,7 @@ class _Run:
         for task in self.plan.tasks:
             if all(self._finished(one, task, seed) for one in eyes for seed in self.seeds):
                 continue
-            recording = TaskRecording(self.plan.data.folders[task], task, self.plan.preset.demonstrations)
+            recording = self.plan.recording(task)
             course = self.plan.course(task, recording)
             if warning := too_short(task, recording, self.plan.preset.steps(TASKS[task])):
                 _say(warning)

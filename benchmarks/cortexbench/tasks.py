@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from theia.errors import ConfigError
+from theia.trajectories.lerobot import INFO
 
 Simulator = Literal["metaworld", "dmc", "adroit"]
 
@@ -219,18 +220,22 @@ def check_fit(names: Iterable[str], factors: Collection[str], option: str = "--v
             )
 
 
-def folders_of(names: Iterable[str]) -> dict[str, list[str]]:
+def folders_of(names: Iterable[str], out: Path) -> dict[str, list[str]]:
     """Divides tasks among data sets, all of whose episodes have the same columns.
 
     Args:
         names: Full names of tasks.
+        out: Folder that the user names.
 
     Returns:
-        Folder of each data set, inside that which the user names, and its tasks. MetaWorld's lie in that itself if
-        there are no others.
+        Folder of each data set, inside ``out``, and its tasks. MetaWorld's lie in that itself if there are no others,
+        or if they lie there already.
     """
     folders: dict[str, list[str]] = {}
     for name in names:
         task = TASKS[name]
         folders.setdefault("metaworld" if task.simulator == "metaworld" else name, []).append(name)
-    return {".": folders["metaworld"]} if list(folders) == ["metaworld"] else folders
+    alone = list(folders) == ["metaworld"] and not (out / "metaworld" / INFO).is_file()
+    if alone or (out / INFO).is_file():
+        return {"." if place == "metaworld" else place: some for place, some in folders.items()}
+    return folders

@@ -95,6 +95,31 @@ def test_what_a_simulator_says_may_be_stacked_or_a_dict_for_each_step(tmp_path, 
     assert json.loads(folder.episodes[0].record["initial_state"]) == {"qpos": [0.0, 1.0]}
 
 
+def test_another_pickle_of_the_same_name_and_values_that_are_no_numbers_are_said(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
+    assert bring(tmp_path / "in", tmp_path / "out") == 0
+    write(tmp_path / "in/pen-v0.pickle", [demonstration(6, 24, {"proprio": 24})])
+    assert bring(tmp_path / "in", tmp_path / "out") == 1
+    assert "was begun with imported" in capsys.readouterr().err
+    assert [episode.length for episode in LeRobotFolder(tmp_path / "out/pen").episodes] == [5]
+    wrong = demonstration(5, 24, {"proprio": 24})
+    wrong["actions"][2, 3] = np.nan
+    write(tmp_path / "in/pen-v0.pickle", [wrong])
+    assert bring(tmp_path / "in", tmp_path / "other") == 1
+    assert f"Demonstration 0 of {tmp_path / 'in/pen-v0.pickle'}: 'action' of episode 0" in capsys.readouterr().err
+
+
+def test_tasks_stay_where_they_were_imported_first(tmp_path):
+    pytest.importorskip("pyarrow")
+    write(tmp_path / "in/assembly-v2.pickle", [demonstration(5, 4, {"gripper_proprio": 4})])
+    write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])
+    assert bring(tmp_path / "in", tmp_path / "out", "--tasks=assembly") == 0
+    assert bring(tmp_path / "in", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["data", "meta", "pen"]
+    assert set(Recordings.open(tmp_path / "out").folders) == {"assembly-v3", "pen"}
+
+
 def test_policies_find_what_was_imported(tmp_path):
     pytest.importorskip("pyarrow")
     write(tmp_path / "in/pen-v0.pickle", [demonstration(5, 24, {"proprio": 24})])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 
 from benchmarks.cortexbench import __main__ as command
 from benchmarks.cortexbench.encoders import Eyes, open_all
+from benchmarks.cortexbench.presets import PRESETS
 from benchmarks.cortexbench.run_files import RunFiles
+from benchmarks.cortexbench.run_plan import Learner, RunPlan, check_record
 from benchmarks.cortexbench.running import choose_reference, too_short
 from theia.errors import ConfigError
 from theia.utils.files import write_whole
@@ -125,6 +128,48 @@ def test_a_run_that_was_killed_ends_with_what_it_would_have_found(demonstrations
     # Whatever differs from what the folder was begun with is refused.
     assert command.main(arguments(demonstrations, killed, "--rollouts=4")) == 1
     assert "begun with rollouts 3, not 4" in capsys.readouterr().err
+
+
+def test_tasks_may_be_added_and_what_is_there_must_stay_the_same(tmp_path):
+    pytest.importorskip("pyarrow")
+    one, other = (TaskSettings(tmp_path, task) for task in ("pen", "relocate"))
+    files = RunFiles(tmp_path / "out")
+    for settings in (one, other, one):
+        check_record(settings.plan, files)
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert set(record["settings"]["data"]) == {"pen", "relocate"}
+    one.known = "others"
+    with pytest.raises(ConfigError, match="begun with other demonstrations of pen"):
+        check_record(one.plan, files)
+    one.known, one.simulators = "pen", {"mujoco": "2"}
+    with pytest.raises(ConfigError, match="begun with another release of mujoco"):
+        check_record(one.plan, files)
+
+
+class TaskSettings:
+    """Settings of a run on demonstrations of one task."""
+
+    def __init__(self, folder, task):
+        self.task, self.known, self.simulators = task, task, {"mujoco": "1", task: "3"}
+
+    @property
+    def plan(self):
+        settings = {"epochs": 3, "data": {self.task: self.known}, "simulator": self.simulators}
+        return SimpleNamespace(record=lambda: settings, data=SimpleNamespace(about={}))
+
+
+@needs_simulator
+@pytest.mark.slow
+def test_the_demonstrations_of_a_run_are_known_by_their_content(demonstrations, tmp_path):
+    there = RunPlan.make(demonstrations, "reach", PRESETS["smoke"], "smoke", None, 2, None, "spatial", Learner())
+    moved = tmp_path / "moved"
+    shutil.copytree(demonstrations, moved, copy_function=shutil.copy)  # without their times
+    (moved / "policies").mkdir()
+    (moved / "policies/notes.txt").touch()
+    here = RunPlan.make(moved, "reach", PRESETS["smoke"], "smoke", None, 2, None, "spatial", Learner())
+    assert here.record() == there.record()
+    all_of_them = RunPlan.make(moved, None, PRESETS["full"], "full", None, 2, None, "spatial", Learner())
+    assert all_of_them.record()["data"]["reach-v3"] == here.record()["data"]["reach-v3"]
 
 
 @needs_simulator

@@ -24,9 +24,9 @@ def test_an_unknown_task_of_any_simulator_gets_the_nearest():
         find_tasks(["relocat"])
 
 
-def test_tasks_with_the_same_columns_share_a_folder():
-    assert folders_of(["hammer-v3", "assembly-v3"]) == {".": ["hammer-v3", "assembly-v3"]}
-    assert folders_of(["hammer-v3", "pen", "assembly-v3", "walker-walk"]) == {
+def test_tasks_with_the_same_columns_share_a_folder(tmp_path):
+    assert folders_of(["hammer-v3", "assembly-v3"], tmp_path) == {".": ["hammer-v3", "assembly-v3"]}
+    assert folders_of(["hammer-v3", "pen", "assembly-v3", "walker-walk"], tmp_path) == {
         "metaworld": ["hammer-v3", "assembly-v3"], "pen": ["pen"], "walker-walk": ["walker-walk"],
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Discs that move in a known way: what an encoder that sees them, one that does not, and shuffled frames lead to."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from theia.probing import dynamics as module
 from theia.probing.datasets import temporary
 from theia.probing.dynamics import dynamics
 from theia.probing.frame_tokens import embed, pixel_means
-from theia.probing.motion import choose_target, make_pairs, open_recordings, standardised_state
+from theia.probing.motion import _compare_states, choose_target, make_pairs, open_recordings, standardised_state
 from theia.probing.ridge import Line, absolute_penalty, fit, measure, solve
 from theia.probing.token_transformer import Rule, fit_and_predict
 from theia.trajectories.lerobot import LeRobotFolder
@@ -359,3 +360,20 @@ def stop_at(wanted: str, solve_one: Any) -> Any:
         return solve_one(self, name, *rest)
 
     return solve_or_stop
+
+
+def test_a_robot_with_another_state_is_refused_and_one_without_is_noted(tmp_path: Path) -> None:
+    data = record(tmp_path / "data")
+    wider = LeRobotFolder(record(tmp_path / "wider", seed=2))
+    wider.features["observation.state"] = dataclasses.replace(wider.features["observation.state"], shape=(4,))
+    recordings, _, _ = open_recordings(str(data), [], None, HORIZON, "mean_action")
+    notes: list[str] = []
+    with pytest.raises(ConfigError, match=r"2 values in data, 4 values in wider: they are not of one robot"):
+        _compare_states([recordings[0], dataclasses.replace(recordings[0], name="wider", folder=wider)], notes)
+    without = LeRobotFolder(record(tmp_path / "without", seed=3))
+    del without.features["observation.state"]
+    other = dataclasses.replace(recordings[0], name="without", folder=without)
+    _compare_states([recordings[0], other], notes)
+    assert notes == ["The control 'state' knows nothing where no observation.state was recorded: without."]
+    assert standardised_state(other, recordings[0]).shape == (without.frame_count, 2)
+    assert standardised_state(recordings[0], other).shape == (without.frame_count, 1)

@@ -143,6 +143,38 @@ def test_a_video_that_does_not_say_where_its_episodes_begin_is_refused(copied: P
         folder.frame(folder.episodes[1], 0, folder.camera("top"))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fps": 0}, r"info\.json is damaged: ValueError: fps is 0"),
+        ({"data_path": "data/{wrong}.parquet"}, r"info\.json is damaged: KeyError: 'wrong'"),
+        (None, r"info\.json is damaged: it is no JSON object"),
+    ],
+)
+def test_damaged_metadata_are_named(copied: Path, change: dict[str, object] | None, said: str) -> None:
+    path = copied / "meta/info.json"
+    path.write_text("[1]" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(TrajectoryError, match=said):
+        LeRobotFolder(copied)
+
+
+def test_an_episode_without_a_length_and_text_in_a_column_of_numbers_are_named(copied: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path = copied / "data/chunk-000/file-000.parquet"
+    table = parquet.read_table(path)
+    place = table.schema.get_field_index("action")
+    text = pyarrow.array(["left"] * len(table))
+    parquet.write_table(table.set_column(place, "action", text), path)
+    with pytest.raises(TrajectoryError, match=r"'action' of episode 0 in .* does not have \d numbers in each frame"):
+        LeRobotFolder(copied).column("action")
+    path = copied / "meta/episodes/chunk-000/file-000.parquet"
+    parquet.write_table(parquet.read_table(path).drop(["length"]), path)
+    with pytest.raises(TrajectoryError, match=r"have an episode without a number or length \(KeyError: 'length'\)"):
+        LeRobotFolder(copied)
+
+
 def test_a_damaged_table_is_named(copied: Path) -> None:
     path = copied / "data/chunk-000/file-000.parquet"
     path.write_bytes(path.read_bytes()[:-100])

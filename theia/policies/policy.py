@@ -251,6 +251,11 @@ def load_policy(
     path = Path(at_home(os.fspath(folder)))
     if not path.is_dir():
         raise WeightsError(f"There is no folder {path}. Give one that holds a policy.")
+    if not (path / CONFIG).is_file():
+        raise WeightsError(
+            f"There is no {CONFIG} in {path}, so it holds no policy to run. 'python -m benchmarks.cortexbench export "
+            "--policy FOLDER' makes one of a benchmark's policy, and 'python -m examples.behaviour_cloning' trains one."
+        )
     config = read_config(path)
     if config.get("model_type") != MODEL_TYPE:
         raise WeightsError(

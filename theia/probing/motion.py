@@ -133,6 +133,7 @@ def open_recordings(
                 f"Too few episodes of {here.root} have more than {horizon} frames: some to fit on and one to test on "
                 "are needed. Give a smaller --horizon."
             )
+    _compare_states(recordings, notes)
     few = [(one.name, len(tested_episodes(one))) for one in recordings if len(tested_episodes(one)) < _ENOUGH_EPISODES]
     notes += [
         f"Only {count} episode{'s' * (count > 1)} of {name} {'are' if count > 1 else 'is'} tested on: over so few, "
@@ -140,6 +141,21 @@ def open_recordings(
         for name, count in few
     ]
     return recordings, kind, notes
+
+
+def _compare_states(recordings: Sequence[Recording], notes: list[str]) -> None:
+    """Refuses states of different sizes, which the control ``state`` cannot be fitted to, and notes missing ones."""
+    sizes = {one.name: int(np.prod(one.folder.features[STATE].shape)) for one in recordings if _has_state(one)}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{size} values in {name}" for name, size in sizes.items())
+        raise ConfigError(f"{STATE} has {said}: they are not of one robot. Give another --test.")
+    without = [one.name for one in recordings if not _has_state(one)]
+    if without and (sizes or len(recordings) == 1):
+        notes.append(f"The control 'state' knows nothing where no {STATE} was recorded: {', '.join(without)}.")
+
+
+def _has_state(recording: Recording) -> bool:
+    return STATE in recording.folder.features
 
 
 def choose_target(folder: LeRobotFolder, wanted: Target | None) -> tuple[Target, str]:
@@ -242,9 +258,11 @@ def episode_weights(recording: Recording) -> NDArray[np.float64]:
 
 
 def standardised_state(recording: Recording, main: Recording) -> NDArray[np.float64]:
-    """State of every frame, standardised by the fitted episodes; one constant column where none is recorded."""
-    if STATE not in recording.folder.features:
+    """State of every frame, standardised by the fitted episodes; constant where none is recorded."""
+    if not _has_state(main):
         return np.zeros((recording.folder.frame_count, 1))
+    if not _has_state(recording):
+        return np.zeros((recording.folder.frame_count, int(np.prod(main.folder.features[STATE].shape))))
     state = main.folder.column(STATE).astype(np.float64)
     fitted = np.repeat([e.index in main.fitted for e in main.folder.episodes], [e.length for e in main.folder.episodes])
     mean, deviation = state[fitted].mean(0), state[fitted].std(0)

@@ -20,6 +20,9 @@ from theia.trajectories.video import VideoCursor
 INFO = "meta/info.json"
 STATE, ACTION = "observation.state", "action"
 
+# What the templates of paths in v3.0 and v2.1 name besides the camera.
+_PLACES = ("chunk_index", "file_index", "episode_chunk", "episode_index")
+
 # Columns that the format itself adds to those of the robot.
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
@@ -105,7 +108,11 @@ class LeRobotFolder:
             self._data_path, self._video_path = str(info["data_path"]), str(info.get("video_path"))
             self._chunk_size = int(info.get("chunks_size") or 1000)
             total = int(info["total_episodes"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if not self.frames_per_s > 0:
+                raise ValueError(f"fps is {self.frames_per_s}")
+            for path in (self._data_path, self._video_path):
+                path.format(video_key="", **dict.fromkeys(_PLACES, 0))  # no other placeholders
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise TrajectoryError(
                 f"{root / INFO} is damaged: {type(error).__name__}: {error}. Copy the data set again."
             ) from error
@@ -186,7 +193,7 @@ class LeRobotFolder:
                 part = None if rows is None else rows[found]
                 if part is None or part.shape[1] != size:
                     raise TrajectoryError(
-                        f"{key!r} of episode {episode.index} in {path} does not have {size} values in each frame, as "
+                        f"{key!r} of episode {episode.index} in {path} does not have {size} numbers in each frame, as "
                         f"{INFO} says. Correct one of the two."
                     )
                 if not np.isfinite(part).all():
@@ -245,8 +252,15 @@ class LeRobotFolder:
         if not rows:
             raise TrajectoryError(f"{self.root} has no episodes. Record some.")
         start = 0
-        for place, row in enumerate(sorted(rows, key=lambda row: int(row["episode_index"]))):
-            index, length = int(row["episode_index"]), int(row["length"])
+        try:
+            numbered = sorted((int(row["episode_index"]), int(row["length"]), place) for place, row in enumerate(rows))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrajectoryError(
+                f"The metadata of {self.root} have an episode without a number or length ({type(error).__name__}: "
+                f"{error}). Copy them again."
+            ) from error
+        for place, (index, length, number) in enumerate(numbered):
+            row = rows[number]
             if index != place:
                 raise TrajectoryError(f"Episode {place} is missing from the metadata of {self.root}. Copy them again.")
             if length < 1:
@@ -342,7 +356,9 @@ class LeRobotFolder:
             ) from error
         except (OSError, ValueError) as error:
             raise TrajectoryError(f"{path} cannot be read: {error}. Copy the data set again.") from error
-        return dict(content)
+        if not isinstance(content, dict):
+            raise TrajectoryError(f"{path} is damaged: it is no JSON object. Copy the data set again.")
+        return content
 
     def _file(self, path: Path) -> Any:
         parquet = load_parquet()
@@ -407,11 +423,14 @@ def _feature(about: Mapping[str, Any]) -> Feature:
 
 
 def _flat(column: Any, rows: int) -> NDArray[np.float32] | None:
-    """Values of a column of numbers or of lists of numbers, shape ``(rows, size)``; ``None`` if lengths differ."""
+    """Values of a column of numbers or lists of numbers, shape ``(rows, size)``; ``None`` if it holds anything else."""
     values = column.combine_chunks()
     while hasattr(values.type, "value_type"):
         if hasattr(values, "offsets") and len(values) and np.ptp(np.diff(values.offsets.to_numpy())):
             return None
         values = values.flatten()
-    flat = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    try:
+        flat = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    except (TypeError, ValueError):  # text
+        return None
     return flat.reshape(rows, -1) if rows and flat.size % rows == 0 else None
