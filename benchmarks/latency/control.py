@@ -60,7 +60,7 @@ def _notes(policy: Policy) -> list[str]:
     if policy.execute > 1:
         notes.append(
             f"One decision gives {policy.execute} actions: the robot waits at that one as long as the slowest actions "
-            "take, and at the others for nothing."
+            "take, and at the others only until the picture is prepared."
         )
     if policy.about.frames_per_s is not None:
         notes.append(f"Its demonstrations have {policy.about.frames_per_s:g} actions/s.")

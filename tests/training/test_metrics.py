@@ -60,6 +60,24 @@ def test_a_perfect_first_batch_does_not_tie_metrics_together():
     assert as_floats(metrics.compute()) == pytest.approx(expected, abs=1e-5)
 
 
+def test_channels_that_are_still_in_the_scored_images_do_not_count():
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(64, 16, 6, generator=generator)
+    target[..., 1] = -3.1  # a dead channel: in float32, its variance is rounding
+    target[..., 4] = -0.2 + 1e-3 * target[..., 4]
+    prediction = target + 0.5 * torch.randn(target.shape, generator=generator)
+    metrics = feature_metrics("val", "clip")
+    for part in range(0, 64, 8):
+        metrics.update(prediction[part : part + 8], target[part : part + 8])
+    alive = [0, 2, 3, 5]
+    flat = [values.flatten(0, 1)[:, alive].numpy() for values in (target, prediction)]
+    expected = explained_variance_score(*flat)
+    assert metrics.compute()["val/explained_variance/clip"].item() == pytest.approx(expected, abs=1e-4)
+    metrics = feature_metrics("val", "clip")
+    metrics.update(prediction[..., [1]], target[..., [1]])
+    assert metrics.compute()["val/explained_variance/clip"].item() == 0
+
+
 def test_explained_variance_takes_cls_tokens():
     prediction, target = (tensor[:, 0] for tensor in feature_pair())
     metrics = feature_metrics("val", "clip")

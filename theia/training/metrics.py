@@ -16,6 +16,8 @@ from theia.training.losses import cosine_loss, mse_loss, smooth_l1_loss
 NORM_BINS = 250
 NORM_RANGE = 4.0
 
+_LEAST_VARIANCE = 1e-3  # of a normalised channel
+
 
 class SampleMean(Metric):
     """The mean over all samples of a score that a function gives as the mean over a batch.
@@ -46,10 +48,25 @@ class SampleMean(Metric):
 
 
 class TokenExplainedVariance(ExplainedVariance):
-    """Explained variance of every channel over all tokens, averaged over channels.
+    """Explained variance of every channel over all tokens, averaged over the channels that vary.
 
-    A perfect prediction has 1; the best constant has 0.
+    A perfect prediction has 1; the best constant has 0. A channel that the teacher hardly uses may be still in all the
+    images that are scored. Where its variance is below a thousandth of that in training, which is 1, it is left out:
+    a share of next to nothing may be any number.
+
+    Args:
+        kwargs: Options of torchmetrics' ``Metric``.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(multioutput="raw_values", **kwargs)
+
+    def compute(self) -> Tensor:
+        """The mean over channels so far; 0 if none varies."""
+        variance = self.sum_squared_target / self.num_obs - (self.sum_target / self.num_obs).square()
+        varies = variance > _LEAST_VARIANCE
+        scores = torch.where(varies, torch.as_tensor(super().compute()), 0)
+        return scores.sum() / varies.sum().clamp(min=1)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Adds a batch of shape ``(B, N, C)``, or ``(B, C)`` for CLS tokens."""
