@@ -148,6 +148,9 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
     ):
         assert main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
         assert said in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["run", "--data", str(data), "--out", str(tmp_path / "file")]) == 1
+    assert "--out" in capsys.readouterr().err
     assert main(["run", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
     assert "nowhere" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 1
