@@ -26,8 +26,10 @@ from theia.cli.main import main as theia
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, settle
 from theia.errors import ConfigError
 
-# All but the one that asks for its simulator before it looks at an option.
-BENCHMARKS = sorted({path.parent.name for path in Path("benchmarks").glob("*/__main__.py")} - {"cortexbench", "evidence"})
+# Those with commands of their own are tested elsewhere.
+BENCHMARKS = sorted(
+    {path.parent.name for path in Path("benchmarks").glob("*/__main__.py")} - {"cortexbench", "evidence"}
+)
 # Those of Lightning's own parser have their tests beside it.
 OURS = [name for name, command in COMMANDS.items() if command.module != _LIGHTNING] + ["ablate report"]
 PROGRAMS = OURS + [f"benchmarks.{name}" for name in BENCHMARKS]
