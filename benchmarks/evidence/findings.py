@@ -196,6 +196,8 @@ def _shares(
         return {}
     found: dict[str, dict[str, Estimate]] = {}
     for row, columns in rows.items():
+        if any(f"teacher:{name}" not in bounds for name in distilled[row]):
+            continue  # the bounds are not finished
         for column in QUESTIONS:
             best = min(bounds[f"teacher:{name}"][column] for name in distilled[row])
             parts = [share(bounds["untrained"][column], value, best) for value in columns.get(column, {}).values()]

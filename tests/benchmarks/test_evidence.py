@@ -117,6 +117,14 @@ def test_tables_shares_and_correlations(out: Path) -> None:
     assert found.entropy[PLAN].n == 3  # the other sweep has no norm entropy
 
 
+def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
+    (path,) = (out / "bounds").iterdir()
+    summary = json.loads(path.read_text())["summary"]
+    del summary["teacher:b"]
+    path.write_text(json.dumps({"summary": summary}))
+    assert set(find(out).shares) == {"a"}
+
+
 def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(out)]) == 0
     said = capsys.readouterr().out
