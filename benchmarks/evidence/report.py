@@ -97,7 +97,7 @@ def draw(path: Path, findings: Findings) -> None:
                 if "untrained" in findings.bounds:
                     axes.axvline(findings.bounds["untrained"][column], color=_COLOURS[column], linestyle=":")
             axes.set_xlabel("error by set of teachers\n(dotted: the untrained student)", fontsize=_SMALL)
-            axes.legend(fontsize=_SMALL)
+            _legend(axes)
         elif kind == "shares":
             _points(axes, {
                 QUESTIONS[column]: {row: of[column] for row, of in findings.shares.items() if column in of}
@@ -106,18 +106,23 @@ def draw(path: Path, findings: Findings) -> None:
             axes.axvline(1, color="black", linestyle="--", linewidth=0.8)
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_xlabel("part of the way from the untrained\nstudent to its best teacher", fontsize=_SMALL)
-            axes.legend(fontsize=_SMALL)
+            _legend(axes)
         else:
             for column in QUESTIONS:
                 cells = [of for table in findings.tables.values() for of in table.values()]
                 both = [(of[ENTROPY].mean.mean, of[column].mean.mean) for of in cells if ENTROPY in of and column in of]
                 axes.scatter(*zip(*both, strict=True), 14, _COLOURS[column], label=COLUMNS[column])
             axes.set_xlabel("norm entropy (nats)", fontsize=_SMALL)
-            axes.legend(fontsize=_SMALL)
+            _legend(axes)
         axes.tick_params(labelsize=_SMALL)
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png")
+
+
+def _legend(axes: Any) -> None:
+    """Above the panel, where it hides no point."""
+    axes.legend(fontsize=_SMALL, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
 def _points(axes: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
