@@ -110,7 +110,9 @@ def report(out: Path) -> str:
     if not (out / _SETTINGS).is_file():
         raise ConfigError(f"There is no evidence in {out}. Collect some with: {_PROG} run --data FOLDER --out {out}")
     found = findings.find(out)
-    record = {"settings": read_json(out / _SETTINGS), "versions": versions(), "machine": machine()}
+    settings = read_json(out / _SETTINGS)
+    settings["data"] = Path(str(settings["data"])).name  # paths of this machine mean nothing elsewhere
+    record = {"settings": settings, "versions": versions(), "machine": machine()}
     return "\n".join([page(found), "", *map(str, write(out, found, record))])
 
 

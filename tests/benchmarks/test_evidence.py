@@ -65,7 +65,7 @@ def out(tmp_path: Path) -> Path:
     means = {"all/seed_0@random": (0.9, 0.8), "teacher:a": (0.4, 0.3), "teacher:b": (0.95, 0.2), "blind": (1.0, 1.0)}
     summary = {name: {"plan": {"mean": p}, "motion": {"mean": m}} for name, (p, m) in means.items()}
     (tmp_path / "bounds" / "probing-dynamics-1.json").write_text(json.dumps({"summary": summary}))
-    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "settings.json").write_text(json.dumps({"data": "/mine/recordings#top"}))
     return tmp_path
 
 
@@ -130,7 +130,9 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "| a     | 3       | 0.600 ± 0.248 |" in said
     assert "| cosine       | 0.75     | 0.75     |" in said
-    assert json.loads((out / "evidence.json").read_text())["bounds"]["untrained"][PLAN] == 0.9
+    record = json.loads((out / "evidence.json").read_text())
+    assert record["bounds"]["untrained"][PLAN] == 0.9
+    assert record["settings"]["data"] == "recordings#top"
     assert (out / "evidence.png").stat().st_size > 10_000
     (out / "ingredients/report.json").write_text(json.dumps({"runs": [
         run_of(row, seed, ["a", "b"], **{PLAN: 0.5}) for row, seed in (("paper", 0), ("paper", 1), ("cosine", 1))
