@@ -44,7 +44,8 @@ class MetaWorld(Environment):
         self._environment.seed(seed)
         observation: NDArray[np.float64] = self._environment.reset()[0]
         # In some tasks, MetaWorld moves a body after it has computed where everything is: picture and observation would
-        # show it where it was until the first step.
+        # show it where it was until the first step. The solver's next search begins at what is found here, so contacts
+        # may differ a little from those of an environment without this.
         load_mujoco().mj_forward(self._model, self._data)
         here = self._environment._get_curr_obs_combined_no_goal()
         self._environment._prev_obs = here.copy()
