@@ -167,9 +167,8 @@ def test_other_sizes_are_translated_onto_the_same_grids():
     torch.testing.assert_close(others["clip"], head(on_grid(tokens.patches, (18, 18), (14, 14)), (14, 14)))
 
 
-@pytest.mark.slow
-def test_each_size_is_compiled_once():
-    """As many as data.image_sizes may name, and that of validation: torch.compile would run more of them uncompiled."""
+def counted(distiller, **options):
+    """The compiled forward pass, and a list of the graphs that were compiled."""
     compiled = []
 
     def backend(graph, _):
@@ -177,8 +176,14 @@ def test_each_size_is_compiled_once():
         return graph.forward
 
     torch.compiler.reset()
+    return torch.compile(distiller.forward, dynamic=False, backend=backend, **options), compiled
+
+
+@pytest.mark.slow
+def test_each_size_is_compiled_once():
+    """As many as data.image_sizes may name, and that of validation: torch.compile would run more of them uncompiled."""
     distiller = small_distiller(image_size=64)
-    forward = torch.compile(distiller.forward, dynamic=False, backend=backend)
+    forward, compiled = counted(distiller)
     for _ in range(2):
         for size in range(32, 32 + 16 * _MOST_SIZES, 16):
             forward(images(size=size))
@@ -190,15 +195,8 @@ def test_each_size_is_compiled_once():
 
 @pytest.mark.slow
 def test_each_choice_of_teachers_is_compiled_once_and_computes_those_alone():
-    compiled = []
-
-    def backend(graph, _):
-        compiled.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
     distiller = small_distiller(image_size=64)
-    forward = torch.compile(distiller.forward, dynamic=False, fullgraph=True, backend=backend)
+    forward, compiled = counted(distiller, fullgraph=True)
     _, whole, _ = distiller(images(size=64))
     for _ in range(2):
         for chosen in (None, ("odd",), ("clip",)):

@@ -49,7 +49,7 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
         expected += float(0.9 * cosine_loss(prediction, target) + 0.1 * smooth_l1_loss(prediction, target)) / 2
 
     model.trainer = L_trainer
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
 
     assert float(model.training_step(batch, 0)) == pytest.approx(expected, rel=1e-4)
 
@@ -295,7 +295,7 @@ def test_a_cls_token_is_compared_by_its_angle_over_the_teachers_dispersion(
     cls = Cls()
     model.trainer = trainer(max_epochs=2, limit_val_batches=0, callbacks=[cls])
     model.trainer.fit(model, data)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
 
     mean = torch.from_numpy(data.statistics()["beta"].cls_mean)
     squares = [angles(tokens, mean).square().mean() for tokens in cls.seen]
@@ -372,7 +372,7 @@ def test_the_loss_of_some_teachers_is_scaled_to_that_of_all(store: Path) -> None
     model = Distillation(data.teacher_shapes, **SMALL, teacher_weights={"alpha": 3.0}, learning_rate=1e-30)
     model.trainer = trainer(max_epochs=1, limit_val_batches=0)
     model.trainer.fit(model, data)
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
     batch = next(iter(FeatureData(str(store), batch_size=80, workers=0).train_dataloader()))
 
     of_all = model.training_step(batch, 0)

@@ -96,8 +96,8 @@ def test_the_loss_is_that_of_what_image_and_features_both_cover(store: Any, opti
     )  # fmt: skip
     model.trainer.fit(model, data)
     logged: dict[str, Any] = {}
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    model.log_dict = lambda terms, **kwargs: logged.update(terms)  # type: ignore[method-assign]
+    model.log = lambda *args, **kwargs: None
+    model.log_dict = lambda terms, **kwargs: logged.update(terms)
     batch = next(iter(data.train_dataloader()))
     seen: dict[tuple[int, int], float] = {}
 
@@ -127,7 +127,7 @@ def test_no_image_is_shifted_by_default_and_grids_must_allow_it(store: Any) -> N
     shapes = FeatureData(str(store), batch_size=16).teacher_shapes
     model = Distillation(shapes, image_size=32, width=16, depth=1, heads=2)
     batch = SimpleNamespace()
-    assert model._shifted(batch, 0) == (batch, {})  # type: ignore[arg-type, comparison-overlap]
+    assert model._shifted(batch, 0) == (batch, {})
     with pytest.raises(ConfigError, match="grids of 3x6, 4x4 have 1x2 cells in common"):
         Distillation(shapes, image_size=32, width=16, depth=1, heads=2, shift=0.3)
     alone = {"alpha": shapes["alpha"]}

@@ -145,6 +145,48 @@ def dropping_mean(
     return (losses * coefficients).sum() / mean(coefficients.sum())
 
 
+def total_loss(
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    running: RunningLosses | None,
+    dropping: float | None,
+    step: int,
+    rows: Tensor | None,
+    mean: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The loss of a step.
+
+    Args:
+        losses: Losses of the teachers that the step has by name: scalars, or of each image ``(B,)`` for dropping.
+        weights: Weights of all teachers by name, as :func:`teacher_weights` gives them.
+        running: Running means of all teachers' losses, which are updated; ``None`` for fixed weights.
+        dropping: Probability with which a teacher is dropped for an image; ``None`` for none.
+        step: Number of optimisation steps taken before.
+        rows: Numbers of the images, int64, shape ``(B,)``; their places in the batch by default.
+        mean: Function that gives the mean of a tensor over all processes.
+
+    Returns:
+        A scalar.
+    """
+    every = list(weights)
+    if running is None and dropping is None:
+        return (weighted_mean if len(losses) == len(every) else mean_of_some)(losses, weights)
+    places = torch.tensor([every.index(name) for name in losses])
+    by_image = torch.stack(list(losses.values()), -1)  # (K,) or (B, K)
+    share = len(every) / len(losses)
+    factors = torch.tensor([share * weights[name] for name in losses], device=by_image.device)
+    if running is not None:
+        of_batch = mean(by_image.detach().reshape(-1, len(factors)).mean(0))
+        factors = factors * running.update(of_batch, places.to(of_batch.device, non_blocking=True))
+    if dropping is None:
+        return (by_image * factors).sum()
+    numbers = torch.arange(len(by_image)) if rows is None else rows
+    kept = keep_teachers(step, numbers, len(every), dropping)[:, places]
+    total = dropping_mean(by_image, factors, kept.to(by_image.device, non_blocking=True), mean)
+    # A mean of those that the step has; heavy teachers must count more over the steps, too.
+    return total if share == 1 else total * (share * sum(weights[name] for name in losses))
+
+
 def keep_teachers(step: int, rows: Tensor, teachers: int, probability: float) -> Tensor:
     """Draws the teachers that are kept for each image. The draw depends on nothing but step, image and teacher.
 

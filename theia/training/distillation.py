@@ -14,23 +14,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from theia.errors import ConfigError, DivergenceError, ShapeError, WeightsError
+from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models import older
 from theia.models.architecture import Architecture
 from theia.models.distiller import SomePatches
 from theia.models.scaler import NEED_COVARIANCE, POWER, Matrix, Normalizer
 from theia.training import losses
 from theia.training.averaging import WeightAverage
-from theia.training.balance import (
-    Balance,
-    RunningLosses,
-    dropping_mean,
-    keep_teachers,
-    mean_of_some,
-    weighted_mean,
-)
+from theia.training.balance import Balance, RunningLosses, total_loss, weighted_mean
 from theia.training.balance import teacher_weights as shares_of_teachers
-from theia.training.losses import PAPER, ClsLoss, FeatureLoss, Objective, RunningMean, angle
+from theia.training.losses import PAPER, BadSteps, ClsLoss, FeatureLoss, Objective, RunningMean, angle
 from theia.training.metrics import NormEntropy, SampleMean, feature_metrics
 from theia.training.optim import (
     ADAMW,
@@ -49,7 +42,6 @@ from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
 
 _HELD_OUT = ("val", "test")
-_NEVER = 2**62  # stands for a loss that was always finite
 # torch.compile keeps at most 8 versions of a step, one of them for validation, and compiles no more.
 _MOST_VERSIONS = 7
 COURSE = "course"  # entry of a checkpoint whose learning rate decays
@@ -211,7 +203,7 @@ class Distillation(L.LightningModule):
             {name: SampleMean(self.feature_loss) for name in teachers}, compute_groups=False
         )
         self.norm_entropy = NormEntropy()
-        self._first_bad_step: Tensor | None = None  # (T,), int64, by teacher
+        self._bad = BadSteps(list(teachers))
         self._prepared = False
         self._course_record: dict[str, Any] = {}  # of a learning rate that decays
         of_images = teacher_dropping is not None
@@ -265,7 +257,7 @@ class Distillation(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Loads weights and statistics into a new model, as the start of a validation or test does too."""
-        self._first_bad_step = None
+        self._bad.forget()
         self._prepare()
         graphs = self.hparams["cuda_graphs"]
         if graphs and (self.hparams["compile"] is False or self.trainer.accumulate_grad_batches > 1):
@@ -320,10 +312,10 @@ class Distillation(L.LightningModule):
         by_teacher, predictions = self.objective(batch, self._some_patches(batch), self._dispersions(batch), overlaps)
         if self.logs:
             self._log_terms(self.distiller.per_channel(predictions), batch, overlaps)
-        self._note_bad(by_teacher)
+        self._bad.note(by_teacher, self.global_step)
         total = self._total(by_teacher, batch)
         if self.logs:
-            self._stop_if_bad()
+            self._bad.stop(partial(self.trainer.strategy.reduce, reduce_op="min"))
             self.log("train/loss", total, prog_bar=shows_logged(self.trainer), sync_dist=True)
             rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
             self.log("train/learning_rate", rate, rank_zero_only=True)
@@ -348,7 +340,7 @@ class Distillation(L.LightningModule):
     def on_validation_start(self) -> None:
         """Stops if a loss was not finite, so that such weights are never scored or kept as the best."""
         self._prepare()
-        self._stop_if_bad()
+        self._bad.stop(partial(self.trainer.strategy.reduce, reduce_op="min"))
 
     def on_test_start(self) -> None:
         """Loads weights and statistics into a new model."""
@@ -356,7 +348,7 @@ class Distillation(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stops if a loss is not finite, so that the last checkpoint stays, and drops the folder of a weights file."""
-        self._stop_if_bad()
+        self._bad.stop(partial(self.trainer.strategy.reduce, reduce_op="min"))
         options = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         options["weights"] = weights_name(options["weights"])
         if self._course_record:
@@ -487,46 +479,8 @@ class Distillation(L.LightningModule):
 
     def _total(self, by_teacher: dict[str, Tensor], batch: FeatureBatch) -> Tensor:
         """The loss of a step from those of the teachers, which are scalars, or ``(B,)`` if teachers are dropped."""
-        probability, every = self.hparams["teacher_dropping"], list(self.loss_weights)
-        if self.running is None and probability is None:
-            mean_of = weighted_mean if len(by_teacher) == len(every) else mean_of_some
-            return mean_of(by_teacher, self.loss_weights)
-        places = torch.tensor([every.index(name) for name in by_teacher])
-        by_image = torch.stack(list(by_teacher.values()), -1)  # (K,) or (B, K)
-        share = len(every) / len(by_teacher)
-        weights = torch.tensor([share * self.loss_weights[name] for name in by_teacher], device=by_image.device)
-        if self.running is not None:
-            mean = by_image.detach().reshape(-1, len(weights)).mean(0)
-            mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
-            weights = weights * self.running.update(mean, places.to(mean.device, non_blocking=True))
-        if probability is None:
-            return (by_image * weights).sum()
-        rows = torch.arange(len(by_image)) if batch.rows is None else batch.rows
-        kept = keep_teachers(self.global_step, rows, len(every), probability)[:, places]
         over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
-        total = dropping_mean(by_image, weights, kept.to(by_image.device, non_blocking=True), over_processes)
-        # A mean of those that the step has; heavy teachers must count more over the steps, too.
-        return total if share == 1 else total * (share * sum(self.loss_weights[name] for name in by_teacher))
-
-    def _note_bad(self, by_teacher: Mapping[str, Tensor]) -> None:
-        # Kept on the device: a check on the host would make it wait for the device in every step.
-        absent = next(iter(by_teacher.values())).new_zeros(())
-        every = torch.stack([by_teacher.get(name, absent).mean() for name in self.distiller.teachers])
-        bad = ~torch.isfinite(every.detach())
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
-        first = bad & (self._first_bad_step == _NEVER)
-        self._first_bad_step = torch.where(first, self.global_step, self._first_bad_step)
-
-    def _stop_if_bad(self) -> None:
-        if self._first_bad_step is None:
-            return
-        # Over all processes, because one that stopped alone would leave the others waiting.
-        first = self.trainer.strategy.reduce(self._first_bad_step.clone(), reduce_op="min").tolist()
-        step = min(first)
-        if step < _NEVER:
-            names = ", ".join(repr(name) for name, at in zip(self.distiller.teachers, first, strict=True) if at == step)
-            raise DivergenceError(
-                f"The loss of teacher {names} is not finite since step {step}. The last checkpoint is from before it. "
-                "Lower model.learning_rate or check the features with 'theia store verify'."
-            )
+        probability = self.hparams["teacher_dropping"]
+        return total_loss(
+            by_teacher, self.loss_weights, self.running, probability, self.global_step, batch.rows, over_processes
+        )

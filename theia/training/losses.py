@@ -1,7 +1,7 @@
 """Distillation losses in pure torch: from the terms over features to the loss of a whole batch, compiled or not."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from theia.errors import ConfigError, ShapeError
+from theia.errors import ConfigError, DivergenceError, ShapeError
 from theia.models.backbone import StudentTokens
 from theia.models.distiller import Distiller, SomePatches
 from theia.types import FeatureBatch
@@ -23,6 +23,7 @@ PAPER = {"cosine": 0.9, "smooth_l1": 0.1}  # Theia, eq. (1)
 # features comes from 5: both, the scales of the image, and the mean and deviation of the teacher.
 _FUSED: Options = {"realize_reads_threshold": 8}
 
+_NEVER = 2**62  # stands for a loss that was always finite
 _TINY = 1e-16  # a feature map with a smaller sum of squares has no direction
 
 
@@ -345,6 +346,59 @@ class Objective:
                     cls_loss = self.loss(cls_predictions[name], self.distiller.normalize_cls(name, cls[name]))
                 losses[name] = (losses[name] + cls_loss) / 2
         return losses
+
+
+class BadSteps:
+    """Remembers on the device from which step on each teacher's loss was not finite.
+
+    A check on the host would make it wait for the device in every step.
+
+    Args:
+        teachers: Names of the teachers.
+    """
+
+    def __init__(self, teachers: Sequence[str]) -> None:
+        self._teachers = teachers
+        self._first: Tensor | None = None  # (T,), int64
+
+    def forget(self) -> None:
+        """Forgets earlier steps, as a training begins."""
+        self._first = None
+
+    def note(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Adds a step.
+
+        Args:
+            losses: Losses of the teachers that the step has, by name, of any shape.
+            step: Number of the step.
+        """
+        absent = next(iter(losses.values())).new_zeros(())
+        every = torch.stack([losses.get(name, absent).mean() for name in self._teachers])
+        bad = ~torch.isfinite(every.detach())
+        if self._first is None:
+            self._first = torch.full(bad.shape, _NEVER, dtype=torch.int64, device=bad.device)
+        self._first = torch.where(bad & (self._first == _NEVER), step, self._first)
+
+    def stop(self, least: Callable[[Tensor], Any]) -> None:
+        """Stops if there was such a step.
+
+        Args:
+            least: Function that gives the least of a tensor over all processes: one that stopped alone would leave the
+                others waiting.
+
+        Raises:
+            DivergenceError: If a loss was not finite in any process.
+        """
+        if self._first is None:
+            return
+        first = least(self._first.clone()).tolist()
+        step = min(first)
+        if step < _NEVER:
+            names = ", ".join(repr(name) for name, at in zip(self._teachers, first, strict=True) if at == step)
+            raise DivergenceError(
+                f"The loss of teacher {names} is not finite since step {step}. The last checkpoint is from before it. "
+                "Lower model.learning_rate or check the features with 'theia store verify'."
+            )
 
 
 def _check_compiler(device: torch.device) -> None:
