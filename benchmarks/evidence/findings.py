@@ -15,13 +15,13 @@ PLAN, MOTION, READOUT, ENTROPY = (
     "dynamics/plan_error", "dynamics/motion_error", "readout/explained_variance", "test/norm_entropy",
 )  # fmt: skip
 DEPTH, CLASSES = "dense/depth_rmse", "dense/mean_iou"
-UNSEEN, WORST, COSINE = "unseen", "worst", "cosine"
+UNSEEN, WORST, COSINE, COST = "unseen", "worst", "cosine", "cost"
 COLUMNS = {
     PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher", UNSEEN: "unseen teachers",
-    COSINE: "held-out cosine", DEPTH: "depth (m)", CLASSES: "classes (IoU)", ENTROPY: "norm entropy",
+    COSINE: "held-out cosine", DEPTH: "depth (m)", CLASSES: "classes (IoU)", ENTROPY: "norm entropy", COST: "CPU-s",
 }  # fmt: skip
 """Columns of the tables. ``worst`` and ``unseen`` are read-outs: of the teacher that is read worst among those that a
-student was distilled from, and the mean of those that it was not."""
+student was distilled from, and the mean of those that it was not. ``cost`` is in CPU-seconds of all training steps."""
 
 QUESTIONS = {PLAN: "plan", MOTION: "motion"}
 _OF_TEACHER = f"{READOUT}/"
@@ -58,16 +58,18 @@ class Findings:
             best of its teachers; no value where that teacher is not better than the untrained student.
         steps: By row of the sweep over ingredients, steps until the reference's final held-out cosine, as a part of its
             steps; by seed, ``None`` where it was not reached.
+        compute: The same in CPU-seconds, as a part of the reference's.
         entropy: By question, correlation of norm entropy and error over the rows of all sweeps.
-        curves: By row of the sweep over ingredients and seed, pairs of steps and held-out cosine.
+        curves: By row of the sweep over ingredients and seed: steps, CPU-seconds and held-out cosine.
     """
 
     tables: dict[str, dict[str, dict[str, Cell]]]
     bounds: dict[str, dict[str, float]]
     shares: dict[str, dict[str, Estimate]]
     steps: dict[str, dict[int, float | None]]
+    compute: dict[str, dict[int, float | None]]
     entropy: dict[str, Correlation]
-    curves: dict[str, dict[int, list[tuple[int, float]]]]
+    curves: dict[str, dict[int, list[tuple[int, float, float]]]]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -84,7 +86,8 @@ def find(out: Path) -> Findings:
     curves = _curves(out / INGREDIENTS)
     for row, of_seeds in curves.items():
         if row in values[INGREDIENTS]:
-            values[INGREDIENTS][row][COSINE] = {seed: curve[-1][1] for seed, curve in of_seeds.items()}
+            values[INGREDIENTS][row][COSINE] = {seed: curve[-1][2] for seed, curve in of_seeds.items()}
+            values[INGREDIENTS][row][COST] = {seed: curve[-1][1] for seed, curve in of_seeds.items()}
     bounds = _bounds(out / BOUNDS)
     # The paper's recipe with all teachers is in both sweeps.
     again = _REFERENCES[INGREDIENTS] if _REFERENCES[TEACHERS] in values[TEACHERS] else None
@@ -93,25 +96,26 @@ def find(out: Path) -> Findings:
         {sweep: _table(of_rows, _REFERENCES[sweep]) for sweep, of_rows in values.items()},
         bounds,
         _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS)),
-        time_to_quality(curves, _REFERENCES[INGREDIENTS]),
+        time_to_quality(_against(curves, 0), _REFERENCES[INGREDIENTS]),
+        time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),
         _entropy([*values[TEACHERS].values(), *others.values()]),
         curves,
     )
 
 
 def time_to_quality(
-    curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]], reference: str
+    curves: Mapping[str, Mapping[int, Sequence[tuple[float, float]]]], reference: str
 ) -> dict[str, dict[int, float | None]]:
-    """Steps until a row reaches what the reference has in the end, seed by seed.
+    """Steps or CPU-seconds until a row reaches what the reference has in the end, seed by seed.
 
     Between two validations, the score is taken to change evenly.
 
     Args:
-        curves: By row and seed, pairs of steps and a score of which more is better.
+        curves: By row and seed, pairs of what was spent and a score of which more is better.
         reference: Row to compare with.
 
     Returns:
-        By row and seed, steps as a part of the reference's; ``None`` where its score is never reached.
+        By row and seed, what was spent as a part of the reference's; ``None`` where its score is never reached.
     """
     goals = {seed: curve[-1] for seed, curve in curves.get(reference, {}).items()}
     return {
@@ -122,13 +126,13 @@ def time_to_quality(
     }  # fmt: skip
 
 
-def _first(curve: Sequence[tuple[int, float]], goal: float, steps: int) -> float | None:
-    before = (0, -math.inf)
-    for step, score in curve:
+def _first(curve: Sequence[tuple[float, float]], goal: float, whole: float) -> float | None:
+    before = (0.0, -math.inf)
+    for spent, score in curve:
         if score >= goal:
             part = 1.0 if math.isinf(before[1]) else (goal - before[1]) / (score - before[1])
-            return (before[0] + part * (step - before[0])) / steps
-        before = (step, score)
+            return (before[0] + part * (spent - before[0])) / whole
+        before = (spent, score)
     return None
 
 
@@ -217,8 +221,11 @@ def _entropy(rows: Sequence[Mapping[str, Mapping[int | None, float]]]) -> dict[s
     return found
 
 
-def _curves(sweep: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
-    found: dict[str, dict[int, list[tuple[int, float]]]] = {}
+_Curves = dict[str, dict[int, list[tuple[int, float, float]]]]
+
+
+def _curves(sweep: Path) -> _Curves:
+    found: _Curves = {}
     for run in _runs(sweep):
         path = sweep / run["row"] / f"seed_{run['seed']}" / "metrics.csv"
         curve = list(_held_out(path)) if path.is_file() else []
@@ -227,13 +234,24 @@ def _curves(sweep: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
     return found
 
 
-def _held_out(path: Path) -> Iterator[tuple[int, float]]:
-    """Steps, and the mean over teachers of the held-out cosine after them."""
+def _held_out(path: Path) -> Iterator[tuple[int, float, float]]:
+    """Steps, CPU-seconds, and the mean over teachers of the held-out cosine after them."""
+    cpu_s_of_step = math.nan
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
+            steps = int(line["step"]) + 1
+            if line.get("train/cpu_s"):
+                cpu_s_of_step = float(line["train/cpu_s"]) / steps
             cosines = [float(value) for name, value in line.items() if name.startswith("val/cosine/") and value]
             if cosines:
-                yield int(line["step"]) + 1, sum(cosines) / len(cosines)
+                yield steps, steps * cpu_s_of_step, sum(cosines) / len(cosines)
+
+
+def _against(curves: _Curves, place: int) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    return {
+        row: {seed: [(point[place], point[2]) for point in curve] for seed, curve in of_seeds.items()}
+        for row, of_seeds in curves.items()
+    }
 
 
 def _mean(values: Mapping[int | None, float]) -> float:

@@ -54,18 +54,16 @@ def page(findings: Findings) -> str:
         table = [[row, *(_text(of.get(column)) for column in QUESTIONS)] for row, of in findings.shares.items()]
         parts += ["## Part of the way from the untrained student to the best of its teachers",
                   _table(table, ["students of", *QUESTIONS.values()])]  # fmt: skip
-    if findings.steps:
-        seeds = sorted({seed for of in findings.steps.values() for seed in of})
-        table = [
-            [row, *(_reached(of[seed]) if seed in of else _ABSENT for seed in seeds)]
-            for row, of in findings.steps.items()
-        ]
-        parts += ["## Steps until the paper's final held-out cosine, as a part of its steps",
-                  _table(table, ["ingredient", *(f"seed {seed}" for seed in seeds)])]  # fmt: skip
-    for column, found in findings.entropy.items():
-        interval = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    for found, unit in ((findings.steps, "steps"), (findings.compute, "CPU-seconds")):
+        seeds = sorted({seed for of in found.values() for seed in of})
+        table = [[row, *(_reached(of[seed]) if seed in of else _ABSENT for seed in seeds)] for row, of in found.items()]
+        if table:
+            parts += [f"## {unit[0].upper()}{unit[1:]} until the paper's final held-out cosine, as a part of its own",
+                      _table(table, ["ingredient", *(f"seed {seed}" for seed in seeds)])]  # fmt: skip
+    for column, entropy in findings.entropy.items():
+        interval = "" if entropy.low is None else f" [{entropy.low:.2f}, {entropy.high:.2f}]"
         parts.append(
-            f"Norm entropy and {COLUMNS[column]}, over {found.n} rows: Pearson's r = {found.r:.2f}{interval}. Less "
+            f"Norm entropy and {COLUMNS[column]}, over {entropy.n} rows: Pearson's r = {entropy.r:.2f}{interval}. Less "
             "error is better, so the paper's claim is a negative one."
         )
     return "\n\n".join(parts)

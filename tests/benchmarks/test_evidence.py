@@ -38,10 +38,11 @@ def write_sweep(folder: Path, runs: list[dict[str, Any]], curves: dict[str, list
         place.mkdir(parents=True)
         with (place / "metrics.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["epoch", "step", "train/loss", "val/cosine/a", "val/cosine/b"])
-            writer.writerow([0, 4, 0.9, "", ""])
+            writer.writerow(["epoch", "step", "train/loss", "train/cpu_s", "val/cosine/a", "val/cosine/b"])
+            # 3 CPU-seconds a step, 6 with the row "cosine"
+            writer.writerow([0, 4, 0.9, 30 if run["row"] == "cosine" else 15, "", ""])
             for step, one, other in curves.get(run["row"], []):
-                writer.writerow([0, step - 1, "", one, other])
+                writer.writerow([0, step - 1, "", "", one, other])
 
 
 @pytest.fixture
@@ -108,6 +109,8 @@ def test_tables_shares_and_correlations(out: Path) -> None:
     assert UNSEEN not in cells["all"]
     assert found.tables["ingredients"]["cosine"][COSINE].mean.mean == pytest.approx(0.7)
     assert found.steps["cosine"][0] == pytest.approx(0.5 + 0.5 * 0.5)
+    assert found.compute["cosine"][0] == pytest.approx(2 * 0.75)  # a step costs twice as much
+    assert found.tables["ingredients"]["cosine"]["cost"].mean.mean == pytest.approx(600)
     # From 0.9 to 0.4 with teacher a; b is worse than the untrained student in plan, and better in motion.
     assert found.shares["a"][PLAN].mean == pytest.approx((0.9 - 0.6) / 0.5)
     assert PLAN not in found.shares["b"]

@@ -19,18 +19,44 @@ from theia.utils.progress import Progress
 
 
 class Throughput(L.Callback):
-    """Logs ``train/images_per_s`` over all processes and shows the minutes left, timed between logged steps."""
+    """Logs how fast a training is, and what it has cost.
+
+    ``train/images_per_s`` is over all processes and timed between logged steps, as are the minutes left.
+    ``train/cpu_s`` are the CPU-seconds that the first process has spent in all its training steps, those before a
+    resume included and validations not: other work on the machine hardly changes them.
+    """
 
     def __init__(self) -> None:
         self._images = 0
         self._first_step = 0
         self._since: float | None = None
+        self._spent = 0.0
+        self._spent_since = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts to count what is spent."""
+        self._spent_since = time.process_time()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Goes on counting."""
+        self._spent_since = time.process_time()
+
+    def state_dict(self) -> dict[str, Any]:
+        """CPU-seconds until now, for a run that goes on."""
+        return {"cpu_s": self._spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what the run had spent before."""
+        self._spent = state_dict["cpu_s"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: FeatureBatch, batch_idx: int
     ) -> None:
         """Logs on the steps that log anyway; the measured time includes the wait for data."""
-        now, step = time.perf_counter(), trainer.global_step
+        now, step, spent = time.perf_counter(), trainer.global_step, time.process_time()
+        self._spent, self._spent_since = self._spent + spent - self._spent_since, spent
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/cpu_s", self._spent, rank_zero_only=True)
         if self._since is None:  # the first step of all or after a validation is not typical
             self._images, self._first_step, self._since = 0, step, now
             return
