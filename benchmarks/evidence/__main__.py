@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.command import run_command
-from benchmarks.evidence.stages import STAGES, Plan, PresetName, chosen, theia
+from benchmarks.evidence.stages import BY_DEFAULT, SETTINGS, Plan, PresetName, chosen, command, shown
 from theia.errors import ConfigError, TheiaError
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list, seed_numbers
 from theia.utils.files import alone, check_folder, read_json, write_whole
 
 _PROG = "python -m benchmarks.evidence"
-_SETTINGS = "settings.json"
 
 
 class EvidenceError(TheiaError):
@@ -35,7 +34,7 @@ def run(
 ) -> str:
     """Trains students of several sets of teachers and with several ingredients, and scores them on recordings.
 
-    The images are frames of the recordings and photographs. Each stage is some commands of 'theia', which are shown;
+    The images are frames of the recordings and photographs. Each stage is some commands, which are shown;
     all go on where an interrupted run stopped; finished trainings are kept.
 
     Args:
@@ -46,7 +45,8 @@ def run(
         preset: small trains the quickstart's student, minutes a run on a CPU; full trains configs/cdiv_tiny.yaml, for a
             GPU.
         seeds: Seeds of the trainings, separated by commas. Intervals need two or more.
-        stages: Any of store, teachers, ingredients and bounds, comma-separated; all by default.
+        stages: Any of store, teachers, ingredients, bounds, proxy and tasks, comma-separated; by default all but tasks,
+            which is the robot benchmark with the first seed's students: it takes hours and needs the simulator.
         scorers: Scorers of 'theia test', comma-separated, beside the probe on the recordings.
         jobs: Number of trainings at a time.
         options: Further options of 'theia fit' for all trainings, as one text: --options='--trainer.max_epochs 4'.
@@ -69,20 +69,20 @@ def run(
     if len(names) < 2:
         raise ConfigError(f"--teachers names {', '.join(names) or 'none'}. Give two or more, whose sets are compared.")
     folder = LeRobotFolder(Path(data.partition("#")[0]))
-    wanted = chosen(comma_list(stages) or STAGES)
+    wanted = chosen(comma_list(stages) or BY_DEFAULT)
     plan = Plan(
         data, folder.frame_count, names, seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
         shlex.split(options or ""),
     )  # fmt: skip
-    commands = [theia(arguments) for stage in wanted for arguments in plan.commands(stage)]
+    commands = [parts for stage in wanted for parts in plan.commands(stage)]
     if dry_run:
-        return "\n".join(shlex.join(["theia", *command[3:]]) for command in commands)
+        return "\n".join(map(shown, commands))
     settings = {"data": data, "teachers": list(plan.teachers), "preset": preset, "options": options}
     with alone(out):
-        _same_settings(out / _SETTINGS, settings)
-        for command in commands:
-            print(f"$ {shlex.join(['theia', *command[3:]])}", flush=True)
-            status = subprocess.run(command, check=False).returncode
+        _same_settings(out / SETTINGS, settings)
+        for parts in commands:
+            print(f"$ {shown(parts)}", flush=True)
+            status = subprocess.run(command(parts), check=False).returncode
             if status:
                 raise EvidenceError(
                     f"This command ended with status {status}, and said why above. What is finished is kept; run the "
@@ -107,10 +107,10 @@ def report(out: Path) -> str:
     from benchmarks.evidence.report import page, write
     from theia.utils.provenance import machine, versions
 
-    if not (out / _SETTINGS).is_file():
+    if not (out / SETTINGS).is_file():
         raise ConfigError(f"There is no evidence in {out}. Collect some with: {_PROG} run --data FOLDER --out {out}")
     found = findings.find(out)
-    settings = read_json(out / _SETTINGS)
+    settings = read_json(out / SETTINGS)
     settings["data"] = Path(str(settings["data"])).name  # paths of this machine mean nothing elsewhere
     record = {"settings": settings, "versions": versions(), "machine": machine()}
     return "\n".join([page(found), "", *map(str, write(out, found, record))])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.stages import BOUNDS, INGREDIENTS, TEACHERS
+from benchmarks.evidence.stages import BOUNDS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
 from theia.utils.estimates import Correlation, Estimate, correlation, estimate, holm, paired_difference
 from theia.utils.files import read_json
 
@@ -16,16 +16,20 @@ PLAN, MOTION, READOUT, ENTROPY = (
 )  # fmt: skip
 DEPTH, CLASSES = "dense/depth_rmse", "dense/mean_iou"
 UNSEEN, WORST, COSINE, COST = "unseen", "worst", "cosine", "cost"
+SUCCESS = "external/cortexbench"
+STUDENTS, LARGE = f"{PROXY}/students", f"{PROXY}/large"
 COLUMNS = {
-    PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher", UNSEEN: "unseen teachers",
+    SUCCESS: "success", PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher",
+    UNSEEN: "unseen teachers",
     COSINE: "held-out cosine", DEPTH: "depth (m)", CLASSES: "classes (IoU)", ENTROPY: "norm entropy", COST: "CPU-s",
 }  # fmt: skip
 """Columns of the tables. ``worst`` and ``unseen`` are read-outs: of the teacher that is read worst among those that a
-student was distilled from, and the mean of those that it was not. ``cost`` is in CPU-seconds of all training steps."""
+student was distilled from, and the mean of those that it was not. ``cost`` is in CPU-seconds of all training steps;
+``success`` in the simulator's tasks."""
 
 QUESTIONS = {PLAN: "plan", MOTION: "motion"}
-_OF_TEACHER = f"{READOUT}/"
-_REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper"}
+_OF_TEACHER = f"{READOUT}/"  # and a name
+_REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper", STUDENTS: "direct"}
 
 Values = dict[str, dict[str, dict[int | None, float]]]  # by row, column and seed
 
@@ -82,12 +86,12 @@ def find(out: Path) -> Findings:
     Args:
         out: Folder of the evidence.
     """
-    values = {sweep: _values(out / sweep) for sweep in (TEACHERS, INGREDIENTS)}
+    teachers = read_json(out / SETTINGS).get("teachers", ())
+    values = {sweep: _values(out / sweep, teachers) for sweep in _REFERENCES}
+    values[STUDENTS] |= _values(out / LARGE, teachers) if values[STUDENTS] else {}
     curves = _curves(out / INGREDIENTS)
     for row, of_seeds in curves.items():
-        if row in values[INGREDIENTS]:
-            values[INGREDIENTS][row][COSINE] = {seed: curve[-1][2] for seed, curve in of_seeds.items()}
-            values[INGREDIENTS][row][COST] = {seed: curve[-1][1] for seed, curve in of_seeds.items()}
+        values[INGREDIENTS][row][COSINE] = {seed: curve[-1][2] for seed, curve in of_seeds.items()}
     bounds = _bounds(out / BOUNDS)
     # The paper's recipe with all teachers is in both sweeps.
     again = _REFERENCES[INGREDIENTS] if _REFERENCES[TEACHERS] in values[TEACHERS] else None
@@ -146,19 +150,19 @@ def _runs(sweep: Path) -> list[dict[str, Any]]:
     return list(read_json(path)["runs"]) if path.is_file() else []
 
 
-def _values(sweep: Path) -> Values:
+def _values(sweep: Path, teachers: Sequence[str]) -> Values:
     found: Values = {}
     for run in _runs(sweep):
         scores = {name: run["scores"][name] for name in COLUMNS if run["scores"].get(name) is not None}
-        read = {
-            name.removeprefix(_OF_TEACHER): value
-            for name, value in run["scores"].items()
-            if name.startswith(_OF_TEACHER)
-        }
+        # A proxy is read out too, and is none of the teachers.
+        read = {name: run["scores"][_OF_TEACHER + name] for name in teachers if _OF_TEACHER + name in run["scores"]}
         distilled = [read[name] for name in run["teachers"] if name in read]
         others = [value for name, value in read.items() if name not in run["teachers"]]
+        scores |= {READOUT: _mean(read)} if read else {}
         scores |= {WORST: min(distilled)} if distilled else {}
         scores |= {UNSEEN: sum(others) / len(others)} if others else {}
+        curve = _curve(sweep, run)
+        scores |= {COST: curve[-1][1]} if curve else {}
         for name, value in scores.items():
             found.setdefault(run["row"], {}).setdefault(name, {})[run["seed"]] = value
     return found
@@ -227,11 +231,15 @@ _Curves = dict[str, dict[int, list[tuple[int, float, float]]]]
 def _curves(sweep: Path) -> _Curves:
     found: _Curves = {}
     for run in _runs(sweep):
-        path = sweep / run["row"] / f"seed_{run['seed']}" / "metrics.csv"
-        curve = list(_held_out(path)) if path.is_file() else []
+        curve = _curve(sweep, run)
         if curve:
             found.setdefault(run["row"], {})[run["seed"]] = curve
     return found
+
+
+def _curve(sweep: Path, run: Mapping[str, Any]) -> list[tuple[int, float, float]]:
+    path = sweep / run["row"] / f"seed_{run['seed']}" / "metrics.csv"
+    return list(_held_out(path)) if path.is_file() else []
 
 
 def _held_out(path: Path) -> Iterator[tuple[int, float, float]]:
@@ -254,5 +262,5 @@ def _against(curves: _Curves, place: int) -> dict[str, dict[int, list[tuple[floa
     }
 
 
-def _mean(values: Mapping[int | None, float]) -> float:
+def _mean(values: Mapping[Any, float]) -> float:
     return sum(values.values()) / len(values)

@@ -9,12 +9,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.evidence.findings import COLUMNS, COSINE, ENTROPY, MOTION, PLAN, QUESTIONS, READOUT, Cell, Findings
+from benchmarks.evidence.findings import (
+    COLUMNS,
+    COSINE,
+    ENTROPY,
+    MOTION,
+    PLAN,
+    QUESTIONS,
+    READOUT,
+    STUDENTS,
+    Cell,
+    Findings,
+)
 from benchmarks.evidence.stages import INGREDIENTS, TEACHERS
 from theia.utils.estimates import Estimate
 from theia.utils.files import jsonable, replacing, write_whole
 
-_TITLES = {TEACHERS: "Sets of teachers", INGREDIENTS: "Ingredients, each against the paper's recipe at equal steps"}
+_TITLES = {
+    TEACHERS: "Sets of teachers",
+    INGREDIENTS: "Ingredients, each against the paper's recipe at equal steps",
+    STUDENTS: "Students of a large student, against students of all teachers directly",
+}
 _DRAWN = (PLAN, MOTION, READOUT, COSINE)
 _COLOURS = {PLAN: "#e8963c", MOTION: "#7ba3cc"}
 _SMALL = 7.5  # points

@@ -1,18 +1,25 @@
-"""The stages of the evidence: command lines of ``theia``, any of which a user could type."""
+"""The stages of the evidence: command lines, any of which a user could type."""
 
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from theia.errors import ConfigError
 
 PresetName = Literal["small", "full"]
-STORE, TEACHERS, INGREDIENTS, BOUNDS = "store", "teachers", "ingredients", "bounds"
-STAGES = (STORE, TEACHERS, INGREDIENTS, BOUNDS)
+STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY, TASKS = "store", "teachers", "ingredients", "bounds", "proxy", "tasks"
+STAGES = (STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY, TASKS)
+BY_DEFAULT = (STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY)  # tasks takes hours, and needs the simulator
 
+SETTINGS = "settings.json"  # of a folder of evidence
+THEIA, CORTEXBENCH = "theia", "benchmarks.cortexbench"
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _ROWS = _CONFIGS / "ablations" / "ingredients.yaml"
 
@@ -26,17 +33,31 @@ class Preset:
         photographs: Training images beside the frames of the recordings.
         held_out_photographs: Held-out images beside theirs.
         frames: About how many frames of the recordings are taken, of both splits together.
+        large: Options of the large student that stands between the teachers and a student.
+        longer: How many times the steps of a student it takes to cost as much as the large student and its own student.
+        policies: Preset of the robot benchmark.
     """
 
     config: str
     photographs: str
     held_out_photographs: str
     frames: int
+    large: Mapping[str, Any]
+    longer: int
+    policies: str
 
 
 PRESETS = {
-    "small": Preset("quickstart", "sample:640", "sample:64", 800),
-    "full": Preset("cdiv_tiny", "sample:20000", "sample:1000", 100_000),
+    "small": Preset(
+        "quickstart",
+        "sample:640",
+        "sample:64",
+        800,
+        {"model.width": 192, "model.depth": 6, "model.heads": 6},
+        3,
+        "small",
+    ),
+    "full": Preset("cdiv_tiny", "sample:20000", "sample:1000", 100_000, {"model.backbone": "theia_base"}, 8, "full"),
 }
 
 
@@ -67,12 +88,13 @@ class Plan:
     options: Sequence[str]
 
     def commands(self, stage: str) -> list[list[str]]:
-        """Arguments of ``theia`` for the commands of a stage, in order."""
+        """Module and arguments of the commands of a stage, in order."""
         return {
             STORE: self._store, TEACHERS: self._teachers, INGREDIENTS: self._ingredients, BOUNDS: self._bounds,
+            PROXY: self._proxy, TASKS: self._tasks,
         }[stage]()  # fmt: skip
 
-    def _store(self) -> list[list[str]]:
+    def _extract(self, store: Path, *teachers: str) -> list[str]:
         preset = PRESETS[self.preset]
         robot = f"robot=lerobot:{self.data}"
         images = {
@@ -80,20 +102,28 @@ class Plan:
             "val": [f"photographs={preset.held_out_photographs}", robot],
         }
         every = max(1, round(self.frames / preset.frames))
-        store = str(self.out / STORE)
         return [
-            ["extract", "--images", json.dumps(images), "--every", str(every), "--teachers", ",".join(self.teachers),
-             "--store", store],
-            ["store", "statistics", store],
+            THEIA, "extract", "--images", json.dumps(images), "--every", str(every), "--teachers", *teachers,
+            "--store", str(store),
         ]  # fmt: skip
 
-    def _sweep(self, stage: str, *options: str) -> list[str]:
+    def _store(self) -> list[list[str]]:
+        store = self.out / STORE
+        return [self._extract(store, ",".join(self.teachers)), [THEIA, "store", "statistics", str(store)]]
+
+    def _sweep(
+        self, stage: str, *options: str, store: str = STORE, fit: Sequence[str] = (), one_seed: bool = False
+    ) -> list[str]:
         return [
-            "ablate", *options, "--base", str(_CONFIGS / f"{PRESETS[self.preset].config}.yaml"),
-            "--out", str(self.out / stage), "--seeds", ",".join(map(str, self.seeds)), "--jobs", str(self.jobs),
-            "--scorers", ",".join([*self.scorers, f"dynamics@{self.data}"]), "--data.store", str(self.out / STORE),
-            *self.options,
+            THEIA, "ablate", *options, "--base", str(self._config), "--out", str(self.out / stage),
+            "--seeds", ",".join(map(str, self.seeds[:1] if one_seed else self.seeds)), "--jobs", str(self.jobs),
+            "--scorers", ",".join([*self.scorers, f"dynamics@{self.data}"]), "--data.store", str(self.out / store),
+            *self.options, *fit,
         ]  # fmt: skip
+
+    @property
+    def _config(self) -> Path:
+        return _CONFIGS / f"{PRESETS[self.preset].config}.yaml"
 
     def _teachers(self) -> list[list[str]]:
         sets = ["singles", "all_pairs", "all"] if len(self.teachers) > 2 else ["singles", "all"]
@@ -103,14 +133,50 @@ class Plan:
     def _ingredients(self) -> list[list[str]]:
         return [self._sweep(INGREDIENTS, "--config", str(_ROWS), "--data.teachers", json.dumps(list(self.teachers)))]
 
+    def _student(self, row: str, stage: str = TEACHERS) -> str:
+        folder = self.out / stage / row / f"seed_{self.seeds[0]}"
+        return str(folder / "checkpoints" / "last.ckpt")
+
+    def _untrained_and_teachers(self) -> list[str]:
+        return [f"{self._student('all')}@random", *(f"teacher:{name}" for name in self.teachers)]
+
     def _bounds(self) -> list[list[str]]:
-        trained = [
-            str(self.out / TEACHERS / "all" / f"seed_{seed}" / "checkpoints" / "last.ckpt") for seed in self.seeds
+        encoders = [*self._untrained_and_teachers(), f"concat:{','.join(self.teachers)}"]
+        out = str(self.out / BOUNDS)
+        return [[THEIA, "probe", "dynamics", "--encoders", *encoders, "--data", self.data, "--out", out]]
+
+    def _proxy(self) -> list[list[str]]:
+        """A large student learns from all teachers, and students from it, in a copy of the store with it."""
+        preset, large, store = PRESETS[self.preset], f"{PROXY}/large", f"{PROXY}/store"
+        every = list(self.teachers)
+        rows = {
+            "direct": {"data.teachers": every},
+            "direct, longer": {"data.teachers": every, "trainer.max_epochs": preset.longer * self._epochs()},
+            "proxy": {"data.teachers": ["theia"]},
+        }
+        size = [f"--{option}={value}" for option, value in preset.large.items()]  # the last of an option counts
+        return [
+            self._sweep(large, "--rows", json.dumps({"large": {"data.teachers": every}}), fit=size, one_seed=True),
+            [THEIA, "store", "push", str(self.out / STORE), str(self.out / store)],
+            [*self._extract(self.out / store, "theia"), "--theia.weights", self._student("large", large)],
+            self._sweep(f"{PROXY}/students", "--rows", json.dumps(rows), "--reference", "direct", store=store),
         ]
-        encoders = [f"{trained[0]}@random", *(f"teacher:{name}" for name in self.teachers)]
-        if len(self.teachers) > 1:
-            encoders.append(f"concat:{','.join(self.teachers)}")
-        return [["probe", "dynamics", "--encoders", *encoders, "--data", self.data, "--out", str(self.out / BOUNDS)]]
+
+    def _epochs(self) -> int:
+        """Epochs of a training, which further options may have changed."""
+        parser = ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--trainer.max_epochs", dest="epochs")
+        given = parser.parse_known_args(self.options)[0].epochs
+        return int(given or yaml.safe_load(self._config.read_text())["trainer"]["max_epochs"])
+
+    def _tasks(self) -> list[list[str]]:
+        students = [self._student(row) for row in (*self.teachers, "all")]
+        out = self.out / TASKS
+        return [
+            [CORTEXBENCH, "run", "--encoders", *self._untrained_and_teachers(), *students, "--data", self.data,
+             "--preset", PRESETS[self.preset].policies, "--seeds", ",".join(map(str, self.seeds)), "--out", str(out)],
+            [THEIA, "ablate", "report", str(self.out / TEACHERS), "--scores", str(out / f"scores-{TEACHERS}.csv")],
+        ]  # fmt: skip
 
 
 def chosen(stages: Sequence[str]) -> list[str]:
@@ -125,6 +191,11 @@ def chosen(stages: Sequence[str]) -> list[str]:
     return [name for name in STAGES if name in stages]
 
 
-def theia(arguments: Sequence[str]) -> list[str]:
-    """The command line of ``theia`` with this Python."""
-    return [sys.executable, "-m", "theia", *arguments]
+def command(parts: Sequence[str]) -> list[str]:
+    """The command line of a module and its arguments, with this Python."""
+    return [sys.executable, "-m", *parts]
+
+
+def shown(parts: Sequence[str]) -> str:
+    """The same as a user would type it."""
+    return shlex.join(parts if parts[0] == THEIA else ["python", "-m", *parts])

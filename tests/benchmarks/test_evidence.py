@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from scipy import stats
 from trajectories.discs import record
 
@@ -24,6 +25,7 @@ from benchmarks.evidence.findings import (
     time_to_quality,
 )
 from benchmarks.evidence.report import draw, page
+from benchmarks.evidence.stages import Plan
 
 
 def run_of(row: str, seed: int, teachers: list[str], **scores: float) -> dict[str, Any]:
@@ -66,7 +68,15 @@ def out(tmp_path: Path) -> Path:
     means = {"all/seed_0@random": (0.9, 0.8), "teacher:a": (0.4, 0.3), "teacher:b": (0.95, 0.2), "blind": (1.0, 1.0)}
     summary = {name: {"plan": {"mean": p}, "motion": {"mean": m}} for name, (p, m) in means.items()}
     (tmp_path / "bounds" / "probing-dynamics-1.json").write_text(json.dumps({"summary": summary}))
-    (tmp_path / "settings.json").write_text(json.dumps({"data": "/mine/recordings#top"}))
+    students = {"direct": (["a", "b"], [0.4, 0.5]), "proxy": (["theia"], [0.3, 0.5])}
+    write_sweep(tmp_path / "proxy/students", [
+        run_of(row, seed, distilled, **{
+            PLAN: values[seed], READOUT: 0.9, f"{READOUT}/a": 0.4, f"{READOUT}/b": 0.6, f"{READOUT}/theia": 1.0,
+        })
+        for row, (distilled, values) in students.items() for seed in range(2)
+    ], {"direct": [(50, 0.1, 0.2)]})  # fmt: skip
+    write_sweep(tmp_path / "proxy/large", [run_of("large", 0, ["a", "b"], **{PLAN: 0.2})], {"large": [(80, 0.1, 0.2)]})
+    (tmp_path / "settings.json").write_text(json.dumps({"data": "/mine/recordings#top", "teachers": ["a", "b"]}))
     return tmp_path
 
 
@@ -118,6 +128,30 @@ def test_tables_shares_and_correlations(out: Path) -> None:
     assert found.shares["all"][PLAN].mean == pytest.approx((0.9 - 0.5) / 0.5)
     assert found.entropy[PLAN].r == pytest.approx(-1)
     assert found.entropy[PLAN].n == 3  # the other sweep has no norm entropy
+
+
+def test_a_proxy_is_no_teacher_of_the_read_outs(out: Path) -> None:
+    found = find(out).tables["proxy/students"]
+    assert found["proxy"][PLAN].difference is not None
+    assert found["proxy"][PLAN].difference.mean == pytest.approx(-0.05)
+    assert found["proxy"][READOUT].mean.mean == pytest.approx(0.5)
+    assert found["proxy"][UNSEEN].mean.mean == pytest.approx(0.5)
+    assert UNSEEN not in found["direct"]
+    assert WORST not in found["proxy"]
+    assert found["large"]["cost"].mean.mean == pytest.approx(240)  # paid once, for all students of it
+
+
+def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> None:
+    def rows(*options: str) -> dict[str, dict[str, Any]]:
+        plan = Plan("d", 9, ["a", "b"], [3], "small", tmp_path, 1, ["readout"], options)
+        command = plan.commands("proxy")[-1]
+        found: dict[str, dict[str, Any]] = json.loads(command[command.index("--rows") + 1])
+        return found
+
+    assert rows("--trainer.max_epochs", "8")["direct, longer"]["trainer.max_epochs"] == 24
+    assert rows("--trainer.max_epochs=5", "--model.ema=0.9")["direct, longer"]["trainer.max_epochs"] == 15
+    epochs = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["trainer"]["max_epochs"]
+    assert rows()["direct, longer"]["trainer.max_epochs"] == 3 * epochs
 
 
 def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
@@ -175,7 +209,14 @@ def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.Capt
     data = record(tmp_path / "data")
     assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines] == ["extract", "store", "ablate", "ablate", "probe"]
+    assert [line[1] for line in lines] == [
+        "extract", "store", "ablate", "ablate", "probe", "ablate", "store", "extract", "ablate",
+    ]  # fmt: skip
+    asked = ["--stages", "tasks", "--dry_run"]
+    assert main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")]) == 0
+    robot, report = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert robot[:4] == ["python", "-m", "benchmarks.cortexbench", "run"]
+    assert report[1:3] == ["ablate", "report"]
     assert not (tmp_path / "o").exists()
 
 
@@ -185,14 +226,15 @@ def test_a_whole_run_goes_on_and_reports(tmp_path: Path, capfd: pytest.CaptureFi
     short = "--trainer.max_epochs=1 --trainer.limit_train_batches=1 --model.width=24 --model.depth=1 --model.heads=1"
     command = [
         "run", "--data", str(data), "--teachers", "hog,color", "--seeds", "0", "--out", str(tmp_path / "out"),
-        "--scorers", "readout", "--options", short, "--stages", "store,teachers,bounds",
+        "--scorers", "readout", "--options", short, "--stages", "store,teachers,bounds,proxy",
     ]  # fmt: skip
     assert main(command) == 0
     first = json.loads((tmp_path / "out/evidence.json").read_text())
     assert set(first["tables"]["teachers"]) == {"hog", "color", "all"}
     assert set(first["bounds"]) >= {"untrained", "teacher:hog", "teacher:color", "blind"}
+    assert set(first["tables"]["proxy/students"]) == {"large", "direct", "direct, longer", "proxy"}
     capfd.readouterr()
-    assert main([*command[:-1], "teachers"]) == 0  # nothing is left to do
+    assert main([*command[:-1], "teachers,proxy"]) == 0  # nothing is left to do
     assert "3 of 3 runs done" in capfd.readouterr().err
     assert json.loads((tmp_path / "out/evidence.json").read_text())["tables"] == first["tables"]
     assert main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
