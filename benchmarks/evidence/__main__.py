@@ -40,7 +40,8 @@ def run(
     Args:
         data: Data set folder of LeRobot, FOLDER or FOLDER#CAMERA. Students see frames of its training episodes, and
             are scored by 'theia probe dynamics' on those that are held out.
-        teachers: Teachers to distil from, comma-separated or a YAML list.
+        teachers: Teachers to distil from, comma-separated or a YAML list. Ingredients are compared with the first two;
+            the others are then read out of students that were not distilled from them.
         out: Folder for the store, the sweeps, the probes and the report.
         preset: small trains the quickstart's student, minutes a run on a CPU; full trains configs/cdiv_tiny.yaml, for a
             GPU.
