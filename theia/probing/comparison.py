@@ -211,6 +211,9 @@ def dense_scorer(trained: Any) -> dict[str, float]:
     return {name: figures[figure][0] for name, figure in _SCORES.items() if figure in figures}
 
 
+dense_scorer.check = lambda argument: _tasks(argument or SCENES, None)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a command works, and how much work it does.

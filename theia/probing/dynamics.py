@@ -142,6 +142,12 @@ def dynamics(
         return result
 
 
+def _open_argument(argument: str | None) -> list[Recording]:
+    if argument is None:
+        raise ConfigError("The scorer dynamics needs recorded trajectories: --scorers dynamics@FOLDER.")
+    return open_recordings(argument, [], None, _HORIZON, None)[0]
+
+
 def dynamics_scorer(trained: Any) -> dict[str, float]:
     """What the patch tokens know of a robot's plans and motions: ridge regression on recorded trajectories.
 
@@ -158,9 +164,7 @@ def dynamics_scorer(trained: Any) -> dict[str, float]:
         ConfigError: If no data set was given.
         TrajectoryError: If it cannot be read.
     """
-    if trained.argument is None:
-        raise ConfigError("The scorer dynamics needs recorded trajectories: --scorers dynamics@FOLDER.")
-    recordings, _, _ = open_recordings(trained.argument, [], None, _HORIZON, None)
+    recordings = _open_argument(trained.argument)
     varies = moving(recordings[0].pairs.of(recordings[0].fitted))
     deviation = recordings[0].pairs.of(recordings[0].fitted).target.std(0)[varies]
     with TemporaryDirectory(prefix="theia-dynamics-") as folder:
@@ -171,6 +175,9 @@ def dynamics_scorer(trained: Any) -> dict[str, float]:
         f"{question}_error": float(np.average(outcome.errors[question][recordings[0].name][0], weights=weights))
         for question in QUESTIONS
     }
+
+
+dynamics_scorer.check = _open_argument  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ One line registers it, under its name::
 
 Then ``theia test --scorers brightness`` writes ``brightness/correlation`` into its report. The first line of the
 docstring is what the log says of it.
+
+An argument that may be wrong, such as a folder, can be checked before a training or a sweep starts::
+
+    brightness.check = open_my_folder  # takes the argument, or None; raises a TheiaError
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -92,7 +96,7 @@ def scorer_names() -> list[str]:
 
 
 def find_scorer(name: str) -> "Scorer":
-    """Finds one scorer.
+    """Finds one scorer, and checks its argument.
 
     Args:
         name: Name of the scorer's entry point; ``@`` and an argument for it may follow.
@@ -100,9 +104,14 @@ def find_scorer(name: str) -> "Scorer":
     Raises:
         UnknownScorerError: If nothing registers the name. The message lists what is installed and the nearest name.
         PluginError: If the plugin cannot be imported, is not a function, or shares its name with another.
+        TheiaError: If the scorer's own check refuses the argument.
     """
-    name = name.partition("@")[0]
-    return cast("Scorer", _SCORERS.load(name, lambda scorer: _problem(scorer, name)))
+    name, _, argument = name.partition("@")
+    scorer = cast("Scorer", _SCORERS.load(name, lambda found: _problem(found, name)))
+    check = getattr(scorer, "check", None)
+    if check is not None:
+        check(argument or None)
+    return scorer
 
 
 def _problem(scorer: Any, name: str) -> str | None:
