@@ -176,7 +176,7 @@ class Plan:
         out = self.out / TASKS
         return [
             [CORTEXBENCH, "run", "--encoders", *self._untrained_and_teachers(), *students, "--data", self.data,
-             "--preset", PRESETS[self.preset].policies, "--seeds", ",".join(map(str, self.seeds)), "--out", str(out)],
+             "--preset", PRESETS[self.preset].policies, "--out", str(out)],
             [THEIA, "ablate", "report", str(self.out / TEACHERS), "--scores", str(out / f"scores-{TEACHERS}.csv")],
         ]  # fmt: skip
 
