@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.command import run_command
-from benchmarks.evidence.stages import BY_DEFAULT, SETTINGS, Plan, PresetName, chosen, command, shown
+from benchmarks.evidence.faults import measure, plant
+from benchmarks.evidence.stages import (
+    BY_DEFAULT,
+    SETTINGS,
+    WITHOUT_RECORDINGS,
+    Plan,
+    PresetName,
+    chosen,
+    command,
+    shown,
+)
 from theia.errors import ConfigError, TheiaError
 from theia.utils.arguments import MOST_PROCESSES, check_number, comma_list, seed_numbers
 from theia.utils.files import alone, check_folder, read_json, write_whole
@@ -21,7 +31,7 @@ class EvidenceError(TheiaError):
 
 
 def run(
-    data: str,
+    data: str | None = None,
     teachers: str | list[str] = "efficientnet,hog,color",
     out: Path = Path("runs/evidence"),
     preset: PresetName = "small",
@@ -39,15 +49,16 @@ def run(
 
     Args:
         data: Data set folder of LeRobot, FOLDER or FOLDER#CAMERA. Students see frames of its training episodes, and
-            are scored by 'theia probe dynamics' on those that are held out.
+            are scored by 'theia probe dynamics' on those that are held out. The stage faults needs none.
         teachers: Teachers to distil from, comma-separated or a YAML list. Ingredients are compared with the first two;
             the others are then read out of students that were not distilled from them.
         out: Folder for the store, the sweeps, the probes and the report.
         preset: small trains the quickstart's student, minutes a run on a CPU; full trains configs/cdiv_tiny.yaml, for a
             GPU.
         seeds: Seeds of the trainings, separated by commas. Intervals need two or more.
-        stages: Any of store, teachers, ingredients, bounds, proxy and tasks, comma-separated; by default all but tasks,
-            which is the robot benchmark with the first seed's students: it takes hours and needs the simulator.
+        stages: Any of store, teachers, ingredients, faults, bounds, proxy and tasks, comma-separated; by default all
+            but tasks, which is the robot benchmark with the first seed's students: it takes hours and needs the
+            simulator.
         scorers: Scorers of 'theia test', comma-separated, beside the probe on the recordings.
         jobs: Number of trainings at a time.
         options: Further options of 'theia fit' for all trainings, as one text: --options='--trainer.max_epochs 4'.
@@ -61,18 +72,15 @@ def run(
         TrajectoryError: If the recordings cannot be read.
         EvidenceError: If a command fails.
     """
-    from theia.trajectories.lerobot import LeRobotFolder
-
     check_number("jobs", jobs, 1, MOST_PROCESSES)
     check_folder(out, "--out")
-    data = data.removeprefix("lerobot:")
     names = comma_list(teachers)
     if len(names) < 2:
         raise ConfigError(f"--teachers names {', '.join(names) or 'none'}. Give two or more, whose sets are compared.")
-    folder = LeRobotFolder(Path(data.partition("#")[0]))
     wanted = chosen(comma_list(stages) or BY_DEFAULT)
+    data = None if data is None else data.removeprefix("lerobot:")
     plan = Plan(
-        data, folder.frame_count, names, seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
+        data or "", _frames(data, wanted), names, seed_numbers(seeds), preset, out, jobs, comma_list(scorers),
         shlex.split(options or ""),
     )  # fmt: skip
     commands = [parts for stage in wanted for parts in plan.commands(stage)]
@@ -112,9 +120,23 @@ def report(out: Path) -> str:
         raise ConfigError(f"There is no evidence in {out}. Collect some with: {_PROG} run --data FOLDER --out {out}")
     found = findings.find(out)
     settings = read_json(out / SETTINGS)
-    settings["data"] = Path(str(settings["data"])).name  # paths of this machine mean nothing elsewhere
+    settings["data"] = settings["data"] and Path(settings["data"]).name  # paths mean nothing on another machine
     record = {"settings": settings, "versions": versions(), "machine": machine()}
     return "\n".join([page(found), "", *map(str, write(out, found, record))])
+
+
+def _frames(data: str | None, stages: Sequence[str]) -> int:
+    from theia.trajectories.lerobot import LeRobotFolder
+
+    if data is not None:
+        return LeRobotFolder(Path(data.partition("#")[0])).frame_count
+    needy = [stage for stage in stages if stage not in WITHOUT_RECORDINGS]
+    if needy:
+        raise ConfigError(
+            f"The stage {needy[0]} needs recordings: give --data FOLDER, or choose --stages "
+            f"{','.join(WITHOUT_RECORDINGS)}, which needs none."
+        )
+    return 0
 
 
 def _same_settings(path: Path, settings: Mapping[str, object]) -> None:
@@ -140,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 for a failure with a message, 130 after Ctrl-C.
     """
     about = "What helps a small encoder for robots, with seeds and intervals."
-    return run_command("benchmarks.evidence", about, {"run": run, "report": report}, argv)
+    return run_command(
+        "benchmarks.evidence", about, {"run": run, "report": report, "plant": plant, "measure": measure}, argv
+    )
 
 
 if __name__ == "__main__":

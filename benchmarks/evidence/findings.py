@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.stages import BOUNDS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
+from benchmarks.evidence.faults import Cure, cures
+from benchmarks.evidence.stages import BOUNDS, FAULTS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
 from theia.utils.estimates import Correlation, Estimate, correlation, estimate, holm, paired_difference
 from theia.utils.files import read_json
 
@@ -65,6 +66,7 @@ class Findings:
         compute: The same in CPU-seconds, as a part of the reference's.
         entropy: By question, correlation of norm entropy and error over the rows of all sweeps.
         curves: By row of the sweep over ingredients and seed: steps, CPU-seconds and held-out cosine.
+        faults: What ingredients do to planted faults.
     """
 
     tables: dict[str, dict[str, dict[str, Cell]]]
@@ -74,6 +76,7 @@ class Findings:
     compute: dict[str, dict[int, float | None]]
     entropy: dict[str, Correlation]
     curves: dict[str, dict[int, list[tuple[int, float, float]]]]
+    faults: list[Cure]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -104,6 +107,7 @@ def find(out: Path) -> Findings:
         time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),
         _entropy([*values[TEACHERS].values(), *others.values()]),
         curves,
+        cures(out / FAULTS),
     )
 
 

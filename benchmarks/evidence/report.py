@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from benchmarks.evidence.faults import Cure
 from benchmarks.evidence.findings import (
     COLUMNS,
     COSINE,
@@ -61,6 +62,8 @@ def page(findings: Findings) -> str:
     for sweep, rows in findings.tables.items():
         if rows:
             parts += [f"## {_TITLES[sweep]}", _means(rows), _differences(rows)]
+    if findings.faults:
+        parts += ["## Planted faults", _faults(findings.faults)]
     if findings.bounds:
         names = list(findings.bounds)
         table = [[name, *(f"{findings.bounds[name][column]:.3f}" for column in QUESTIONS)] for name in names]
@@ -89,10 +92,10 @@ def draw(path: Path, findings: Findings) -> None:
     ingredients, teachers = findings.tables.get(INGREDIENTS, {}), findings.tables.get(TEACHERS, {})
     panels = [column for column in _DRAWN if any(column in cells for cells in ingredients.values())]
     kinds = [*panels, *(["teachers"] if teachers else []), *(["shares"] if findings.shares else [])]
-    kinds += ["entropy"] if findings.entropy else []
+    kinds += [*(["faults"] if findings.faults else []), *(["entropy"] if findings.entropy else [])]
     if not kinds:
         return
-    rows = max(len(ingredients), len(teachers), 4)
+    rows = max(len(ingredients), len(teachers), 2 * len(findings.faults), 4)  # of a fault are two lines
     figure = Figure(figsize=(3.1 * len(kinds) + 1.5, 1.4 + 0.27 * rows), dpi=130, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         if kind in _DRAWN:
@@ -119,6 +122,15 @@ def draw(path: Path, findings: Findings) -> None:
             axes.axvline(1, color="black", linestyle="--", linewidth=0.8)
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_xlabel("part of the way from the untrained\nstudent to its best teacher", fontsize=_SMALL)
+            _legend(axes)
+        elif kind == "faults":
+            of_fault = {f"{cure.fault}:\n{cure.ingredient}, {cure.figure}": cure for cure in findings.faults}
+            _points(axes, {
+                "with the fault": {name: cure.gain for name, cure in of_fault.items()},
+                "without": {name: cure.gain_without for name, cure in of_fault.items()},
+            })  # fmt: skip
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set_xlabel("planted faults: gain over the\npaper's recipe (right is better)", fontsize=_SMALL)
             _legend(axes)
         else:
             for column in QUESTIONS:
@@ -151,6 +163,20 @@ def _points(axes: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
         )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=_SMALL)
     axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _faults(found: Sequence[Cure]) -> str:
+    lines = [
+        [
+            cure.fault, cure.ingredient, cure.figure,
+            *(f"{of['without'].mean:.3f} / {of['with'].mean:.3f}" for of in cure.values.values()),
+            _text(cure.gain_without, "+"), _text(cure.gain, "+"), cure.verdict,
+        ]
+        for cure in found
+    ]  # fmt: skip
+    headers = ["fault", "ingredient", "figure", "paper: without / with the fault", "ingredient: without / with",
+               "gain without", "gain with", "verdict"]  # fmt: skip
+    return _table(lines, headers)
 
 
 def _means(rows: Mapping[str, Mapping[str, Cell]]) -> str:

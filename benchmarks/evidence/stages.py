@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import yaml
 
+from benchmarks.evidence import faults
 from theia.errors import ConfigError
 
 PresetName = Literal["small", "full"]
-STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY, TASKS = "store", "teachers", "ingredients", "bounds", "proxy", "tasks"
-STAGES = (STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY, TASKS)
-BY_DEFAULT = (STORE, TEACHERS, INGREDIENTS, BOUNDS, PROXY)  # tasks takes hours, and needs the simulator
+STAGES = STORE, TEACHERS, INGREDIENTS, FAULTS, BOUNDS, PROXY, TASKS = (
+    "store", "teachers", "ingredients", "faults", "bounds", "proxy", "tasks",
+)  # fmt: skip
+WITHOUT_RECORDINGS = (FAULTS,)
+BY_DEFAULT = (STORE, TEACHERS, INGREDIENTS, FAULTS, BOUNDS, PROXY)  # tasks takes hours, and needs the simulator
 
 SETTINGS = "settings.json"  # of a folder of evidence
-THEIA, CORTEXBENCH = "theia", "benchmarks.cortexbench"
+THEIA, CORTEXBENCH, EVIDENCE = "theia", "benchmarks.cortexbench", "benchmarks.evidence"
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _ROWS = _CONFIGS / "ablations" / "ingredients.yaml"
 
@@ -66,7 +69,7 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        data: Data set folder of LeRobot, with the camera after ``#`` if it has several.
+        data: Data set folder of LeRobot, with the camera after ``#`` if it has several; empty if no stage needs it.
         frames: Number of frames that it holds.
         teachers: Names of the teachers.
         seeds: Seeds of the trainings.
@@ -91,7 +94,7 @@ class Plan:
         """Module and arguments of the commands of a stage, in order."""
         return {
             STORE: self._store, TEACHERS: self._teachers, INGREDIENTS: self._ingredients, BOUNDS: self._bounds,
-            PROXY: self._proxy, TASKS: self._tasks,
+            FAULTS: self._faults, PROXY: self._proxy, TASKS: self._tasks,
         }[stage]()  # fmt: skip
 
     def _extract(self, store: Path, *teachers: str) -> list[str]:
@@ -134,6 +137,21 @@ class Plan:
         """With two teachers: a run costs less, and the others are read out of students that never saw them."""
         two = json.dumps(list(self.teachers[:2]))
         return [self._sweep(INGREDIENTS, "--config", str(_ROWS), "--data.teachers", two)]
+
+    def _faults(self) -> list[list[str]]:
+        store, sweep = str(self.out / f"{FAULTS}-{STORE}"), str(self.out / FAULTS)
+        images = json.dumps({"train": ["sample:320"], "val": ["sample:96"]})
+        return [
+            [THEIA, "extract", "--images", images, "--size", str(faults.SIZE), "--teachers", faults.SOURCE,
+             "--store", store],
+            [EVIDENCE, "plant", "--store", store],
+            [THEIA, "store", "statistics", store],
+            [THEIA, "ablate", "--rows", json.dumps(faults.rows()), "--base", str(_CONFIGS / "quickstart.yaml"),
+             "--out", sweep, "--seeds", ",".join(map(str, self.seeds)), "--jobs", str(self.jobs), "--scorers", "",
+             "--data.store", store, "--data.batch_size", "16", "--trainer.max_epochs", "8",
+             "--trainer.check_val_every_n_epoch", "8", *self.options],
+            [EVIDENCE, "measure", "--sweep", sweep, "--store", store],
+        ]  # fmt: skip
 
     def _student(self, row: str, stage: str = TEACHERS) -> str:
         folder = self.out / stage / row / f"seed_{self.seeds[0]}"

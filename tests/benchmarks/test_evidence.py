@@ -188,7 +188,7 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
 def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = record(tmp_path / "data")
     for options, said in (
-        (["--stages", "store,wisdom"], "no stage 'wisdom'. Choose from: store, teachers, ingredients, bounds"),
+        (["--stages", "store,wisdom"], "no stage 'wisdom'. Choose from: store, teachers, ingredients, faults, bounds"),
         (["--seeds", "0,0"], "seeds is '0,0'"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--teachers", "hog"], "--teachers names hog. Give two or more"),
@@ -210,7 +210,8 @@ def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.Capt
     assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == [
-        "extract", "store", "ablate", "ablate", "probe", "ablate", "store", "extract", "ablate",
+        "extract", "store", "ablate", "ablate", "extract", "-m", "store", "ablate", "-m", "probe", "ablate", "store",
+        "extract", "ablate",
     ]  # fmt: skip
     asked = ["--stages", "tasks", "--dry_run"]
     assert main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")]) == 0
