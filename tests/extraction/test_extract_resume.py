@@ -88,6 +88,17 @@ def test_two_processes_write_the_store_of_one(tmp_path: Path, command: Extract) 
 
 
 @pytest.mark.slow
+def test_views_are_the_same_from_any_number_of_processes_and_after_a_kill(tmp_path: Path, command: Extract) -> None:
+    assert command("whole", 1, "--views=3").wait() == 0
+    killed = command("killed", 1, "--views=3", "--workers=1", prepare=("store.small_store", "kill_at", 200))
+    assert killed.wait() == -signal.SIGKILL
+    there = list((tmp_path / "killed/train/image").glob("shard-*.h5"))
+    assert 0 < len(there) < 23  # of 90 samples
+    assert command("killed", 2, "--views=3").wait() == 0
+    assert_same_store(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [4, 0], ids=["second process", "first process"])
 def test_a_process_that_fails_ends_all_with_one_message(tmp_path: Path, command: Extract, failing: int) -> None:
     (tmp_path / "images" / f"{failing:03d}.png").write_bytes(b"no image")

@@ -107,6 +107,24 @@ def test_a_share_is_held_out_as_it_would_be_of_the_store(live: Live, tmp_path: P
     assert set(mixed.training_rows()) == set(stored.training_rows())
 
 
+def test_live_teachers_see_the_views_of_a_store(live: Live, tmp_path: Path, site: Path, pixels: Any) -> None:
+    for name, teachers in (("viewed", "brightest"), ("both", "brightest,mean")):
+        config = ExtractConfig(
+            images=str(tmp_path / "images"), teachers=teachers, store=tmp_path / name, size=SIZE, views=3, workers=0,
+            accelerator="cpu", devices=1,
+        )  # fmt: skip
+        extract(config)
+    mixed = live(stored_features=str(tmp_path / "viewed"), images=None)
+    stored = FeatureData(str(tmp_path / "both"), batch_size=8, val_batch_size=4, workers=0, holdout=0.2)
+
+    assert (mixed.trained_on, mixed.held_out) == (96, 8)  # 32 images with 3 views, and 8 as they are
+    for part in ("train_dataloader", "val_dataloader"):
+        ours, theirs = (whole(getattr(data, part)()) for data in (mixed, stored))
+        assert torch.equal(ours["images"], theirs["images"])
+        assert torch.equal(ours["brightest"], theirs["brightest"])
+        torch.testing.assert_close(ours["mean"].half(), theirs["mean"])
+
+
 def test_another_image_in_the_list_is_named(live: Live, store: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "a" / "003.png").rename(tmp_path / "images" / "a" / "003a.png")
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from theia.extraction.images import to_square
-from theia.live.images import Augmentation
+from theia.extraction.views import Augmentation
 
 ALL = {"crop": 0.2, "flip": 0.5, "jitter": 0.4}
 

@@ -15,7 +15,7 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, hold_ou
 from theia.errors import ConfigError
 from theia.store import second_moments
 from theia.store.reader import FeatureStore, Split
-from theia.store.schema import canonical_json, to_plain
+from theia.store.schema import VIEWS, canonical_json, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json
 from theia.utils.arguments import comma_list
@@ -187,8 +187,7 @@ class FeatureData(NumberedData):
 
     def all_training_rows(self) -> Rows:
         """All rows of the training split, or those that are not held out."""
-        rows = len(self._open("train"))
-        return np.arange(rows) if self.val_split else hold_out(rows, self.holdout)[0]
+        return np.arange(len(self._open("train"))) if self.val_split else self._divided()[0]
 
     def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
         """Record of the source of the training split, and the ids of its samples."""
@@ -196,8 +195,7 @@ class FeatureData(NumberedData):
 
     def held_out_rows(self) -> Rows:
         """All rows of the validation split, or those held out of the training split."""
-        rows = len(self._open(self.val_split or "train"))
-        return np.arange(rows) if self.val_split else hold_out(rows, self.holdout)[1]
+        return np.arange(len(self._open(self.val_split))) if self.val_split else self._divided()[1]
 
     def loader(
         self,
@@ -213,6 +211,12 @@ class FeatureData(NumberedData):
         elif device is None and self.cls_teachers is not None:  # each CLS token would be a read of its own
             split = split.with_cls_of(self.cls_teachers)
         return self.keep(FeatureLoader(split, sampler, self.worker_count(), self.copied_to(device)))
+
+    def _divided(self) -> tuple[Rows, Rows]:
+        """Rows of the training split to train on, and those to hold out."""
+        split = self._open("train")
+        viewed = VIEWS in self.store.manifest.splits["train"].images.source
+        return hold_out(len(split), self.holdout, split.sample_ids() if viewed else None)
 
     def _features(self, split: str) -> dict[str, str]:
         """A digest of each teacher's spec and of the stored type of its features in a split, by teacher."""

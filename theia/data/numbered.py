@@ -10,8 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from theia.data.loader import FeatureLoader
 from theia.data.protocol import TrainingData
-from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, repeated
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, repeated, unaltered
 from theia.errors import ConfigError
+from theia.store.schema import VIEWS
 from theia.types import Json, TeacherSpec
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
 from theia.utils.device import cores_of_process
@@ -224,7 +225,7 @@ class NumberedData(TrainingData):
     def ordered_dataloader(
         self, part: Part, device: torch.device, most: int | None = None, features: bool = True
     ) -> FeatureLoader:
-        """Loader of all samples of one part in this process, each once, in order.
+        """Loader of all samples of one part in this process, each once, in order. Views of images are left out.
 
         Args:
             part: Training samples, or the held-out samples of validation and test.
@@ -236,6 +237,8 @@ class NumberedData(TrainingData):
             StoreError: If a split of a store is missing or damaged.
         """
         rows = self.training_rows() if part == "train" else self.held_out_rows()
+        if part == "train" and VIEWS in (found := self.training_source())[0]:
+            rows = np.intersect1d(rows, unaltered(found[1]))
         if most is not None and most < len(rows):
             rows = fixed_fraction(rows, most / len(rows))
         return self.loader(part, EvaluationSampler(rows, self.val_batch_size), device, features)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from theia.errors import ConfigError
+from theia.store.schema import image_id
 
 Rows = npt.NDArray[np.int64]
 
@@ -16,19 +17,31 @@ _SPLIT_SEED = 0
 _SIZES, _TEACHERS = 1, 2  # tell what is drawn for a step from what others draw with the same numbers
 
 
-def hold_out(rows: int, share: float) -> tuple[Rows, Rows]:
+def hold_out(rows: int, share: float, ids: Sequence[str] | None = None) -> tuple[Rows, Rows]:
     """Divides one split in two, in the same way for every seed of a run.
 
     Args:
         rows: Number of samples in the split.
         share: Share of samples to hold out, in ``(0, 1)``; at least one sample is held out.
+        ids: Their ids, if some samples are views of others. Then whole images are held out, as they are: their views
+            are in neither part.
 
     Returns:
         Sorted row numbers to train on, and sorted row numbers to hold out.
     """
-    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
-    held = max(1, round(share * rows))
-    return np.sort(order[held:]), np.sort(order[:held])
+    images = np.arange(rows) if ids is None else unaltered(ids)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
+    held = max(1, round(share * len(images)))
+    held_out = np.sort(images[order[:held]])
+    if ids is None:
+        return np.sort(order[held:]), held_out
+    out = {ids[row] for row in held_out}
+    return np.array([row for row, sample in enumerate(ids) if image_id(sample) not in out], np.int64), held_out
+
+
+def unaltered(ids: Sequence[str]) -> Rows:
+    """Sorted row numbers of the samples that are images as they are, and no views of others."""
+    return np.array([row for row, sample in enumerate(ids) if image_id(sample) == sample], np.int64)
 
 
 def fixed_fraction(rows: Rows, fraction: float) -> Rows:

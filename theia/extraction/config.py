@@ -9,6 +9,8 @@ from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
 from theia.types import Precision
 from theia.utils.arguments import MOST_PIXELS, MOST_PROCESSES, check_number, comma_list
 
+_MOST_VIEWS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
@@ -26,6 +28,8 @@ class ExtractConfig:
         store: Folder of the feature store. An existing store is continued, or gets the new teachers and splits.
         split: Name of the split if ``images`` is a single place; train by default.
         every: Distance between the frames that are taken of recordings: 1 takes all.
+        views: Number of samples of each training image: the image as it is, and random views of it, which are crops of
+            30 to 100 % of its area, half of them mirrored. Other splits have the images as they are.
         labels: Keep class labels, from the first level of sub-folders, from the ``.cls`` members of tar shards, or from
             the column ``label`` of parquet files.
         size: Height and width of every stored image, in pixels; a multiple of 16, the patch size of the paper's
@@ -57,6 +61,7 @@ class ExtractConfig:
     store: Path
     split: str | None = None
     every: int = 1
+    views: int = 1
     labels: bool = False
     size: int = 224
     resize: Resize = "squash"
@@ -76,6 +81,7 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         check_number("every", self.every, 1)
+        check_number("views", self.views, 1, _MOST_VIEWS)
         check_number("size", self.size, 1, MOST_PIXELS)
         check_number("batch_size", self.batch_size, 1)
         check_number("shard_size", self.shard_size, 1)

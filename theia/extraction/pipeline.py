@@ -22,10 +22,11 @@ from theia.extraction.processes import Processes
 from theia.extraction.sources import ImageSource, has_recordings, open_source
 from theia.extraction.stages import build_teacher, check_skipped, store_features, store_images
 from theia.extraction.user_files import EARLY_ENDINGS
+from theia.extraction.views import ViewedSource
 from theia.models.backbone import PATCHES
 from theia.store.components import Basis
 from theia.store.manifest import read_manifest
-from theia.store.schema import IMAGE, MANIFEST, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
+from theia.store.schema import IMAGE, MANIFEST, TRAIN, FeatureDtype, ImageSet, feature_fields, hash_ids, image_fields
 from theia.store.writer import SplitWriter
 from theia.teacher import Teacher
 from theia.types import Json, Precision, TeacherSpec
@@ -109,7 +110,9 @@ def _run(fabric: Fabric, config: ExtractConfig) -> list[ExtractedSplit] | None:
     def open_split(split: str, places: str | Sequence[str]) -> ImageSource:
         # Every k-th frame is for recordings; a split without any is taken whole beside one that has some.
         every = 1 if recorded and not has_recordings(places) else config.every
-        return _as_begun(open_source(places, split, config.labels, every), split, config)
+        source = _as_begun(open_source(places, split, config.labels, every), split, config)
+        viewed = config.views > 1 and split == TRAIN
+        return ViewedSource(source, config.views, config.size, config.resize) if viewed else source
 
     # Listed once, so that all processes divide the same list even while somebody adds files.
     sources = processes.first(lambda: {split: open_split(split, places) for split, places in config.locations.items()})

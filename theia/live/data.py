@@ -16,9 +16,9 @@ from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_f
 from theia.errors import ConfigError, StoreError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
+from theia.extraction.views import Augmentation
 from theia.live.cache import Cache, digest
 from theia.live.images import (
-    Augmentation,
     LiveImages,
     ReadableImages,
     check_random_access,
@@ -29,7 +29,7 @@ from theia.live.keeping import Kept
 from theia.live.stored import StoredPart, check_mixed
 from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
-from theia.store.schema import Resize, hash_ids, to_plain
+from theia.store.schema import VIEWS, Resize, hash_ids, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json, Precision
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
@@ -328,8 +328,7 @@ class LiveData(NumberedData):
 
     def all_training_rows(self) -> Rows:
         """All rows, or those that are not held out."""
-        count = len(self.source.ids)
-        return np.arange(count) if self._val_images is not None else hold_out(count, self.holdout)[0]
+        return np.arange(len(self.source.ids)) if self._val_images is not None else self._divided()[0]
 
     def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
         """Record of the source of the images, and their ids."""
@@ -401,7 +400,12 @@ class LiveData(NumberedData):
     def _held_out_source(self) -> ImageSource:
         if self._val_images is not None:
             return self._val_images
-        return ChosenSource(self.source, hold_out(len(self.source.ids), self.holdout)[1].tolist())
+        return ChosenSource(self.source, self._divided()[1].tolist())
+
+    def _divided(self) -> tuple[Rows, Rows]:
+        """Rows to train on, and those to hold out, where all are of one list."""
+        ids = self.source.ids
+        return hold_out(len(ids), self.holdout, ids if VIEWS in self.source.description else None)
 
     def _held_out(self) -> Split:
         if self._stored is None:

@@ -5,27 +5,24 @@ import json
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from theia.data.loader import LARGE
 from theia.data.sampler import Rows
 from theia.errors import ImageError
-from theia.extraction.images import UnreadableImageError, to_square
+from theia.extraction.images import UnreadableImageError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource
 from theia.extraction.stages import end_quietly
+from theia.extraction.views import Augmentation
 from theia.store.components import Basis
 from theia.store.schema import IMAGE, Field, Resize, hash_ids
 from theia.types import Json
-from theia.utils.arguments import check_number
 from theia.utils.files import read_json, write_whole
 from theia.utils.progress import Progress
 
@@ -64,64 +61,6 @@ def check_random_access(description: Mapping[str, Json], place: object) -> None:
                 "its neighbours together, and training wants them in random order. Make a feature store with 'theia "
                 f"extract', or {way}."
             )
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random views of an image. Teachers and student see the same one.
-
-    Attributes:
-        crop: Smallest share of the image's area in a random crop of any aspect from 3:4 to 4:3; ``None`` for none.
-        flip: Probability of a horizontal flip.
-        jitter: Strength of the colour jitter: brightness, contrast and saturation change by at most this factor, the
-            hue by a quarter of it.
-        seed: Seed for the views.
-    """
-
-    crop: float | None = None
-    flip: float = 0.0
-    jitter: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_number("data.augment_crop", self.crop, 0, 1, above=True)
-        check_number("data.augment_flip", self.flip, 0, 1)
-        check_number("data.augment_jitter", self.jitter, 0, 1)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is drawn at random."""
-        return self.crop is not None or self.flip > 0 or self.jitter > 0
-
-    def view(self, image: Image.Image, size: int, resize: Resize, epoch: int, row: int) -> NDArray[np.uint8]:
-        """One view, which only the seed, the epoch and the image decide.
-
-        Args:
-            image: Image in RGB.
-            size: Height and width of the view, in pixels.
-            resize: Way to bring the image to that size where it is not cropped.
-            epoch: Number of the epoch.
-            row: Row number of the image.
-
-        Returns:
-            Pixels, uint8, shape ``(3, size, size)``.
-        """
-        if not self.active:
-            return to_square(image, size, resize)
-        from torchvision.transforms import v2
-
-        drawn = np.random.SeedSequence((self.seed, epoch, row)).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(drawn[0] >> 1))
-            if self.crop is not None:
-                image = v2.RandomResizedCrop(size, (self.crop, 1), interpolation=v2.InterpolationMode.BICUBIC)(image)
-            else:
-                image = Image.fromarray(to_square(image, size, resize).transpose(1, 2, 0))
-            if self.flip:
-                image = v2.RandomHorizontalFlip(self.flip)(image)
-            if self.jitter:
-                image = v2.ColorJitter(self.jitter, self.jitter, self.jitter, self.jitter / 4)(image)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 class LiveImages:

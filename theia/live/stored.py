@@ -12,10 +12,10 @@ from PIL import Image
 from theia.data.sampler import Rows, hold_out
 from theia.errors import ConfigError, StoreError
 from theia.extraction.sources import ImageSource
-from theia.live.images import Augmentation
+from theia.extraction.views import Augmentation
 from theia.store import second_moments
 from theia.store.reader import FeatureStore, Split
-from theia.store.schema import IMAGE, TRAIN, Resize
+from theia.store.schema import IMAGE, TRAIN, VIEWS, Resize
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json
 
@@ -153,8 +153,8 @@ class StoredPart:
             holdout: Share of the training images that is held out otherwise.
         """
         source = self.val_images or self.images
-        count = len(source.ids)
-        return Joined(cached, source.split, np.arange(count) if given else hold_out(count, holdout)[1])
+        count, ids = len(source.ids), source.ids if VIEWS in source.description else None
+        return Joined(cached, source.split, np.arange(count) if given else hold_out(count, holdout, ids)[1])
 
 
 class Joined:

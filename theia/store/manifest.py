@@ -16,6 +16,7 @@ from theia.store.schema import (
     IMAGE,
     MANIFEST,
     SCHEMA_VERSION,
+    VIEWS,
     BasisRecord,
     ImageSet,
     SetRecord,
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 # Names of these fields of an image set in messages.
-_NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images"}
+_NAMES = {"ids_sha256": "list of image ids (digest)", "listed": "number of images", f"source.{VIEWS}": "--views"}
 
 
 @dataclass

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 STATISTICS = "statistics"
 IMAGE = "image"
 TRAIN = "train"
+VIEWS = "views"  # in the record of a source: number of samples of each image, where there are several
 
 SPLIT_RULE = f"letters, digits, '_' and '-', and not {STATISTICS!r}: it becomes a folder in the store"
 
@@ -184,6 +185,16 @@ def hash_ids(ids: Iterable[str]) -> str:
     for sample in ids:
         digest.update(sample.encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
+
+
+def view_id(image: str, number: int) -> str:
+    """Sample id of a view of an image; view 0 is the image itself."""
+    return f"{image}#view{number}" if number else image
+
+
+def image_id(sample: str) -> str:
+    """Sample id of the image that a sample is a view of, or is itself."""
+    return re.sub(r"#view[0-9]+$", "", sample)
 
 
 def preprocessing_hash(spec: TeacherSpec) -> str:
