@@ -131,7 +131,7 @@ def test_a_report_goes_where_the_command_line_says(config: Path, run: Path, tmp_
 OTHER: dict[str, Any] = {
     "model.backbone": "theia_small", "model.registers": 4, "model.weights": "pretrained", "model.width": 32,
     "model.depth": 2, "model.heads": 4, "model.translator": "linear", "model.loss": {"mse": 1.0},
-    "model.lift": 24, "model.shift": 0.3, "model.backbone_stage": 1,
+    "model.lift": 24, "model.wide_last": 64, "model.shift": 0.3, "model.backbone_stage": 1,
     "model.teacher_weights": {"alpha": 2.0}, "model.distill_cls": True,
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
@@ -201,7 +201,8 @@ def test_a_checkpoint_of_an_earlier_version_is_of_a_constant_rate_without_an_ave
     assert not {COURSE, TRAINED} & checkpoint.keys()
     now = dict(checkpoint["callbacks"]["Checkpoints"]["options"])
     for name in ("schedule", "ema", "betas", "optimizer", "optimizer_options", "normalizer", "normalizer_exponent",
-                 "balance", "teacher_dropping", "patch_dropout", "cls_loss", "lift", "shift"):  # fmt: skip
+                 "balance", "teacher_dropping", "patch_dropout", "cls_loss", "lift", "wide_last",
+                 "shift"):  # fmt: skip
         del checkpoint["callbacks"]["Checkpoints"]["options"][f"model.{name}"]
     for name in ("image_sizes", "teachers_per_step"):
         del checkpoint["callbacks"]["Checkpoints"]["options"][f"data.{name}"]

@@ -125,11 +125,12 @@ def test_timm_loads_its_file_strictly_and_gives_the_same(tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_every_form_of_a_lifted_student_gives_its_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["lift", "wide_last"])
+def test_every_form_of_a_student_with_a_wider_end_gives_its_tokens(tmp_path: Path, end: str) -> None:
     teachers = {"odd": {"channels": 2, "grid_hw": [3, 3], "has_cls": True}}
     torch.manual_seed(0)
-    small = {"width": 32, "depth": 1, "heads": 2}
-    encoder = theia.Encoder(Architecture(teachers=teachers, lift=48, distill_cls=True, **small))
+    small = {"width": 32, "depth": 2, "heads": 2}
+    encoder = theia.Encoder(Architecture(teachers=teachers, distill_cls=True, **{end: 48}, **small))
     torch.save(state_of(encoder), tmp_path / "last.ckpt")
     images = torch.randint(256, (2, 224, 160, 3), dtype=torch.uint8)
     expected = encoder.forward_features(images)
@@ -151,11 +152,12 @@ def test_every_form_of_a_lifted_student_gives_its_tokens(tmp_path: Path) -> None
     torch.testing.assert_close(torch.from_numpy(patches), expected.patches, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("end", [{"lift": 48}, {"wide_last": 384}], ids=str)
 @pytest.mark.parametrize("name", ["timm", "authors"])
-def test_forms_of_others_that_cannot_hold_a_lift_are_refused(tmp_path: Path, name: str) -> None:
+def test_forms_of_others_that_cannot_hold_a_wider_end_are_refused(tmp_path: Path, name: str, end: Any) -> None:
     teachers = {"odd": {"channels": 2, "grid_hw": [16, 16], "has_cls": False}}
-    torch.save(state_of(theia.Encoder(Architecture(teachers=teachers, lift=48))), tmp_path / "last.ckpt")
-    with pytest.raises(ExportError, match=r"no model for this student|its student has a lift"):
+    torch.save(state_of(theia.Encoder(Architecture(teachers=teachers, **end))), tmp_path / "last.ckpt")
+    with pytest.raises(ExportError, match=r"no model for this student|its student has a (lift|wide last block)"):
         export(tmp_path / "last.ckpt", tmp_path / "out", [name])
     assert not (tmp_path / "out").exists()
 

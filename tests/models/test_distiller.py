@@ -20,9 +20,13 @@ TEACHERS = {
 }
 
 
-def small_distiller(teachers=TEACHERS, registers=1, image_size=224, lift=None, **options):
+def small_distiller(teachers=TEACHERS, registers=1, image_size=224, lift=None, wide_last=None, **options):
     torch.manual_seed(0)
-    student = Student(StudentOptions(width=32, depth=2, heads=2, registers=registers, image_size=image_size, lift=lift))
+    student = Student(
+        StudentOptions(
+            width=32, depth=2, heads=2, registers=registers, image_size=image_size, lift=lift, wide_last=wide_last
+        )
+    )
     return Distiller(student, teachers, **options)
 
 
@@ -215,15 +219,16 @@ def test_cls_is_distilled_for_the_teachers_that_have_one():
     torch.testing.assert_close(cls["clip"], tokens.cls @ head.weight.T + head.bias)
 
 
-def test_translators_are_given_lifted_tokens_and_a_ladder_has_none():
-    distiller = small_distiller(lift=48, distill_cls=True)
+@pytest.mark.parametrize("end", ["lift", "wide_last"])
+def test_translators_are_given_wider_tokens_and_a_ladder_has_none(end):
+    distiller = small_distiller(**{end: 48}, distill_cls=True)
     tokens, patches, cls = distiller(images())
     assert tokens.patches.shape[-1] == tokens.cls.shape[-1] == 48
     head = distiller.translators["clip"]
     torch.testing.assert_close(patches["clip"], head(tokens.patches, tokens.grid))
     torch.testing.assert_close(cls["clip"], distiller.cls_translators["clip"](tokens.cls))
-    with pytest.raises(ConfigError, match=r"'ladder' takes the tokens of the blocks.*model\.lift"):
-        small_distiller(lift=48, translator="ladder")
+    with pytest.raises(ConfigError, match=rf"'ladder' takes the tokens of .*model\.{end}"):
+        small_distiller(**{end: 48}, translator="ladder")
 
 
 def test_cls_distillation_needs_a_cls_token_on_both_sides():

@@ -214,6 +214,101 @@ def test_there_is_no_lift_by_default():
     assert not [name for name in small_student().state_dict() if name.startswith("lift")]
 
 
+def wide_and_torchs(registers, depth=2):
+    """A student with a wide last block, and torch's own layers with the weights of its end."""
+    student = small_student(registers=registers, depth=depth, wide_last=80)
+    state = student.backbone.model.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in state.items():  # norms and biases too, or their order would not show
+        if name.startswith((f"blocks.{depth - 1}.", "norm.")):
+            nn.init.normal_(value, std=0.2, generator=generator)
+    last = {name.removeprefix(f"blocks.{depth - 1}."): value for name, value in state.items()}
+    parts = {"norm1": "norm1", "norm2": "norm2", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+    parts["self_attn.out_proj"] = "attn.proj"
+    block = nn.TransformerEncoderLayer(80, 5, 320, 0.0, "gelu", 1e-12, batch_first=True, norm_first=True).eval()
+    given = {f"{mine}.{kind}": last[f"block.{theirs}.{kind}"]
+             for mine, theirs in parts.items() for kind in ("weight", "bias")}  # fmt: skip
+    given |= {f"self_attn.in_proj_{kind}": last[f"block.attn.qkv.{kind}"] for kind in ("weight", "bias")}
+    block.load_state_dict(given)
+
+    def end(tokens):
+        wide = block(tokens @ last["widen.weight"].T + last["widen.bias"])
+        return nn.functional.layer_norm(wide, (80,), state["norm.weight"], state["norm.bias"], 1e-12), wide
+
+    return student, end
+
+
+def together(tokens):
+    return torch.cat([*([] if tokens.cls is None else [tokens.cls[:, None]]), tokens.registers, tokens.patches], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 1, 4])
+def test_a_wide_last_block_is_a_linear_layer_and_torchs_block_of_that_width(registers):
+    student, end = wide_and_torchs(registers)
+    plain = small_student(registers=registers, depth=1)
+    own, others = student.backbone.model.state_dict(), plain.backbone.model.state_dict()
+    plain.backbone.model.load_state_dict(
+        {name: value if name.startswith("norm.") else own[name] for name, value in others.items()}
+    )
+    (first,) = plain.forward_intermediates(images(), [0])
+    expected, unnormed = end(together(first))
+
+    tokens = student(images())
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(together(tokens), expected, **close)
+    assert (student.width, tokens.patches.shape) == (80, (2, 196, 80))
+    assert (tokens.cls is None) == (registers == 0)
+    one, other = student.forward_intermediates(images(), [0, 1])
+    assert torch.equal(one.patches, first.patches)
+    torch.testing.assert_close(together(other), unnormed, **close)
+    (normed,) = student.forward_intermediates(images(), [-1], norm=True)
+    torch.testing.assert_close(together(normed), expected, **close)
+    small, (first,) = images(96, 128), plain.forward_intermediates(images(96, 128), [0])
+    torch.testing.assert_close(together(student(small)), end(together(first))[0], **close)
+
+
+@torch.no_grad()
+def test_a_wide_last_block_is_given_the_patches_that_are_kept():
+    student, end = wide_and_torchs(1, depth=1)  # so that what it is given are embedded patches
+    kept = torch.tensor([[0, 7, 100], [3, 4, 195]])
+    model = student.backbone.model
+    embedded = model._pos_embed(model.patch_embed(student._pixels(images())))
+    there = torch.stack([torch.cat([one[:1], one[1 + rows]]) for one, rows in zip(embedded, kept, strict=True)])
+    tokens = student.forward_kept(images(), kept)
+    torch.testing.assert_close(together(tokens), end(there)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_wide_last_block_is_unfrozen_with_the_layer_before_it():
+    student = small_student(wide_last=80)
+    student.requires_grad_(False)
+    student.unfreeze(1)
+    free = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert free == {name for name, _ in student.named_parameters() if "blocks.1." in name or "model.norm." in name}
+    assert "backbone.model.blocks.1.widen.weight" in free
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wide_last": 40}, "cannot have 40 channels: its heads have 16"),
+        ({"wide_last": 0}, "cannot have 0 channels"),
+        ({"wide_last": 64, "lift": 80}, "wide_last and lift both widen"),
+        ({"wide_last": 64, "backbone": "timm:test_vit", "width": None, "depth": None, "heads": None},
+         r"model\.wide_last do not apply to timm:test_vit"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wide_last_block_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        small_student(**options)
+
+
+def test_the_norm_of_a_wide_last_block_is_for_no_other():
+    with pytest.raises(ConfigError, match="final norm has the 80 channels of the wide last block"):
+        small_student(wide_last=80).forward_intermediates(images(), [0, 1], norm=True)
+
+
 def test_runs_under_bfloat16_autocast():
     student = small_student()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

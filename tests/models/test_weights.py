@@ -65,6 +65,17 @@ def test_only_registers_and_their_positions_start_new(checkpoint, registers, cap
         assert new.std().item() == pytest.approx(0.02, rel=0.3)  # the checkpoint's have 0.1
 
 
+def test_a_wide_last_block_and_the_norm_start_new_and_the_log_says_so(checkpoint, caplog):
+    given = small_deit().state_dict()
+    own = small_student(checkpoint, wide_last=64).backbone.model.state_dict()
+    new = {name for name in own if name.startswith(("blocks.1.", "norm."))}
+    for name in own.keys() - new:
+        assert torch.equal(own[name], given[name]), name
+    assert "blocks.1 and norm are of another width" in caplog.text
+    assert torch.equal(own["norm.weight"], torch.ones(64))
+    assert own["blocks.1.block.attn.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.1)  # the checkpoint's: 0.1
+
+
 def test_positions_are_resized_to_the_students_grid(checkpoint):
     # timm resizes the same checkpoint on its own when it meets a smaller image.
     student = small_student(checkpoint, image_size=96)
@@ -120,6 +131,13 @@ def test_other_architectures_are_refused(tmp_path, options, problem):
     save_file(small_deit(**options).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match=problem):
         small_student(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_wide_last_block_does_not_hide_weights_of_another_depth(tmp_path, depth):
+    save_file(small_deit(depth=depth).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"blocks\.\d\..* is (missing|left over)"):
+        small_student(tmp_path / "other.safetensors", wide_last=64)
 
 
 def test_other_patch_size_is_refused(tmp_path):

@@ -60,7 +60,7 @@ def test_the_loss_is_the_papers_on_features_normalised_over_the_training_split(s
         {"loss": {"mse": 1.0}}, {"loss": {"cosine_per_token": 1.0}}, {"translator": "linear"},
         {"translator": "mlp"}, {"translator": "ladder"}, {"translator": "transformer"},
         {"registers": 0}, {"registers": 4}, {"distill_cls": True}, {"patch_dropout": 0.5},
-        {"lift": 24}, {"lift": 24, "patch_dropout": 0.5},
+        {"lift": 24}, {"lift": 24, "patch_dropout": 0.5}, {"wide_last": 64}, {"wide_last": 64, "patch_dropout": 0.5},
         {"teacher_weights": {"alpha": 2.0}}, {"decay_rule": "authors"},
         {"scale_learning_rate": True},
     ],

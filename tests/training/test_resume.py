@@ -204,6 +204,7 @@ def test_a_killed_run_that_is_compiled_ends_like_an_uninterrupted_one(
         ({"schedule": "cosine", "optimizer": "timm.optim.Muon"}, 8, {}),
         ({"balance": "ada", "teacher_dropping": 0.5}, 8, {}),
         ({"distill_cls": True, "cls_loss": "angle", "ema": 0.8, "lift": 24}, 8, {}),
+        ({"schedule": "cosine", "wide_last": 24, "depth": 2, "patch_dropout": 0.5}, 8, {}),
         ({"teacher_dropping": 0.5, "normalizer": "scale"}, 7, {"compile": True}),
         ({"schedule": "cosine", "ema": 0.8}, 7, {"accumulate_grad_batches": 2}),
         ({"ema": 0.8}, 8, {"val_check_interval": 2}),

@@ -40,7 +40,7 @@ def _table(commands: tuple[str, ...], resumed: Resumed, part: str, names: str) -
 
 OPTIONS: dict[str, Option] = {
     # Options of the student, its translators, and the held-out loss.
-    **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads lift"),
+    **_table(_ALL, "same", "model.", "backbone backbone_stage registers width depth heads lift wide_last"),
     **_table(_ALL, "same", "model.", "weights translator distill_cls loss cls_loss teacher_weights"),
     **_table(_ALL, "same", "model.", "normalizer normalizer_exponent"),
     **_table(_FIT, "same", "model.", "teacher_dropping shift"),
@@ -94,7 +94,7 @@ _BEFORE = {
     "model.schedule": "constant", "model.ema": None, "model.betas": list(BETAS),
     "model.optimizer": ADAMW, "model.optimizer_options": None,
     "model.balance": "fixed", "model.teacher_dropping": None, "model.patch_dropout": 0.0, "model.cls_loss": "same",
-    "model.lift": None, "model.shift": None,
+    "model.lift": None, "model.wide_last": None, "model.shift": None,
     "model.normalizer": "std", "model.normalizer_exponent": POWER, "data.image_sizes": None,
     "data.teachers_per_step": None,
 }  # fmt: skip

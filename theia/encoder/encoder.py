@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         Raises:
             ShapeError: If the images have the wrong shape or size.
             ImageError: If their type or range is wrong.
-            ConfigError: If there is no such block.
+            ConfigError: If there is no such block, or the norm is asked for of blocks before a wide last one.
         """
         wanted = range(self.depth) if indices is None else one_or_several(indices)
         return self.distiller.student.forward_intermediates(self._prepared(images), wanted, norm)

@@ -210,6 +210,8 @@ def _check_can_be_published(architecture: Architecture) -> None:
         problems.append("its student is not a DeiT-Tiny, -Small or -Base of 224 pixels with a CLS token")
     if a.lift is not None:
         problems.append("its student has a lift")
+    if a.wide_last is not None:
+        problems.append("its student has a wide last block")
     if a.translator != "cnn" or a.distill_cls:
         problems.append("its translators are not those of the paper")
     if a.weights != "scratch":

@@ -152,7 +152,7 @@ def _size(architecture: Architecture) -> str:
         architecture.backbone.removeprefix(TIMM)
         if architecture.backbone.startswith(TIMM)
         else "custom"
-        if any((architecture.width, architecture.depth, architecture.heads, architecture.lift))
+        if any((architecture.width, architecture.depth, architecture.heads, architecture.lift, architecture.wide_last))
         else architecture.backbone.removeprefix("theia_").capitalize()
     )
 

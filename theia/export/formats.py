@@ -144,7 +144,7 @@ def check(model: Exported, formats: list[str]) -> None:
 
 def _timm_name(architecture: Architecture) -> str:
     a = architecture
-    changed = any((a.width, a.depth, a.heads, a.lift))
+    changed = any((a.width, a.depth, a.heads, a.lift, a.wide_last))
     if a.backbone not in THEIA_SHAPES or (a.image_size, a.registers) != (224, 1) or changed:
         raise ExportError(
             "timm has no model for this student: only DeiT-Tiny, -Small and -Base of 224 pixels with a CLS token. "

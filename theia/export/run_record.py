@@ -22,7 +22,7 @@ _RECIPE = {
     "model": (
         "optimizer", "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema",
         "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer", "patch_dropout", "shift",
-        "backbone", "backbone_stage", "translator", "distill_cls", "registers", "lift",
+        "backbone", "backbone_stage", "translator", "distill_cls", "registers", "lift", "wide_last",
     ),
 }  # fmt: skip
 _METRICS = ("cosine", "explained_variance")

@@ -51,6 +51,8 @@ class StudentOptions:
         positions: Rule for resizing the position embedding of a theia backbone; the published models use their own.
         lift: Number of channels to which one more linear layer, which stays at inference, brings the tokens of a small
             student, for instance a teacher's; none by default.
+        wide_last: Number of channels of the last block of a theia backbone and of the tokens, in place of the width of
+            the other blocks; instead of a lift.
     """
 
     backbone: str = "theia_tiny"
@@ -63,6 +65,7 @@ class StudentOptions:
     heads: int | None = None
     positions: PositionRule = "size"
     lift: int | None = None
+    wide_last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Backbone(nn.Module, ABC):
         any_size: Whether the model takes images of other sizes than the training size.
         any_size_exported: Whether an exported graph of the model takes images of other sizes.
         is_transformer: Whether the model has transformer blocks, whose tokens it can give.
+        has_wide_last: Whether the last block, the final norm and the tokens have a width of their own.
     """
 
     model: Any
@@ -116,6 +120,7 @@ class Backbone(nn.Module, ABC):
     std: tuple[float, ...]
     any_size: bool
     any_size_exported: bool
+    has_wide_last: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -239,11 +244,17 @@ class Backbone(nn.Module, ABC):
             One result for each index, in the order of the indices.
 
         Raises:
-            ConfigError: If there is no such block, or the model gives no intermediate features.
+            ConfigError: If there is no such block, the model gives no intermediate features, or the norm is asked for
+                of blocks before a wide last one.
         """
         wanted = [self._number(index) for index in indices]
         if not wanted:
             return []
+        if norm and self.has_wide_last and min(wanted) < len(self.blocks()) - 1:
+            raise ConfigError(
+                f"The final norm has the {self.width} channels of the wide last block and does not fit the others. Ask "
+                "for their tokens without it."
+            )
         if not hasattr(self.model, "forward_intermediates"):
             raise ConfigError(f"{type(self.model).__name__} gives no features of blocks. Ask for the last ones only.")
         options: dict[str, Any] = {"norm": norm, "stop_early": True, "intermediates_only": True}

@@ -48,7 +48,7 @@ class Distiller(nn.Module):
     Raises:
         ConfigError: If there are no teachers, the record of a teacher is incomplete, ``distill_cls`` is on but the
             student or every teacher lacks a CLS token, or a ladder is asked for and the student has no transformer
-            blocks or a lift.
+            blocks, a lift or a wide last block.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class Distiller(nn.Module):
             raise ConfigError(
                 "The translator 'ladder' takes the tokens of the blocks, which are not lifted. Leave out model.lift, "
                 "or choose another translator."
+            )
+        if self._of_all_blocks and student.backbone.has_wide_last:
+            raise ConfigError(
+                "The translator 'ladder' takes the tokens of all blocks at one width, and the last one is wider. Leave "
+                "out model.wide_last, or choose another translator."
             )
         depth = len(student.backbone.blocks())
         self.student = student

@@ -127,7 +127,7 @@ class Student(nn.Module):
         return self._lifted(self.backbone.tokens(self._pixels(images)))
 
     def forward_intermediates(self, images: Tensor, indices: Iterable[int], norm: bool = False) -> list[StudentTokens]:
-        """Tokens after some of the blocks, with the channels of the backbone even if there is a lift.
+        """Tokens after some of the blocks, with the channels of the block: before a lift if there is one.
 
         Args:
             images: RGB images, as for :meth:`encode`.
@@ -139,7 +139,7 @@ class Student(nn.Module):
 
         Raises:
             ShapeError: If the images have the wrong shape.
-            ConfigError: If there is no such block.
+            ConfigError: If there is no such block, or the norm is asked for of blocks before a wide last one.
         """
         return self.backbone.intermediates(self._pixels(images), indices, norm)
 

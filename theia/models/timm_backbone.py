@@ -65,7 +65,7 @@ class TimmBackbone(Backbone):
         if not name.startswith("hf-hub:") and not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), 5)
             raise ConfigError(f"timm has no model {name!r}. Similar names: {', '.join(near) or 'none'}.")
-        fixed = [option for option in ("width", "depth", "heads") if getattr(options, option) is not None]
+        fixed = [option for option in ("width", "depth", "heads", "wide_last") if getattr(options, option) is not None]
         fixed += ["registers"] if options.registers != StudentOptions.registers else []
         if fixed:
             raise ConfigError(

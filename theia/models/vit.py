@@ -1,11 +1,12 @@
 """The paper's backbone: a DeiT-shaped vision transformer with register tokens, for any image size."""
 
+from collections import OrderedDict
 from functools import partial
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from theia.errors import ConfigError
@@ -85,14 +86,18 @@ class TheiaBackbone(Backbone):
     nothing supervises it. With pretrained (DeiT) weights, pixels are normalised as for DeiT and the layer-norm epsilon
     is 1e-6; from scratch, pixels are normalised with mean and standard deviation 0.5 and the epsilon is 1e-12.
 
+    A wide last block has a width of its own: before it, a linear layer takes every token there, and its heads are as
+    wide as those of the other blocks, so that it has more of them. The final norm and the tokens have its width.
+
     Args:
         options: Choice of the backbone and its options.
 
     Raises:
-        ConfigError: If an option is out of its range, or the width is not a multiple of the number of heads.
+        ConfigError: If an option is out of its range, or a width is not a multiple of the number of heads, or of the
+            width of a head.
         ShapeError: If the image size is not a multiple of the patch size.
 
-    Source: Theia, section 3 and Table 3b; DeiT, Table 1.
+    Source: Theia, section 3 and Table 3b; DeiT, Table 1; the wide last block is the wider end in arXiv 2511.15572.
     """
 
     def __init__(self, options: StudentOptions) -> None:
@@ -111,7 +116,16 @@ class TheiaBackbone(Backbone):
                 f"A student of width {width}, depth {depth} and {heads} heads cannot be built: all must "
                 "be positive, and the width a multiple of the heads."
             )
+        wide, head = options.wide_last, width // heads
+        if wide is not None and options.lift is not None:
+            raise ConfigError("wide_last and lift both widen the end of a student. Leave out one of the two.")
+        if wide is not None and (wide < 1 or wide % head):
+            raise ConfigError(
+                f"The last block cannot have {wide} channels: its heads have {head}, as in the other blocks. Give "
+                f"wide_last a multiple of {head}."
+            )
         scratch = options.weights == "scratch"
+        norm: Any = partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else _DEIT_EPS)
         vit = ViT(
             img_size=size,
             patch_size=_PATCH,
@@ -125,13 +139,18 @@ class TheiaBackbone(Backbone):
             reg_tokens=max(registers - 1, 0),
             dynamic_img_size=True,
             weight_init="skip",
-            norm_layer=partial(nn.LayerNorm, eps=_SCRATCH_EPS if scratch else _DEIT_EPS),
+            norm_layer=norm,
         )
+        if wide is not None:
+            block = Block(wide, wide // head, _MLP_RATIO, qkv_bias=True, norm_layer=norm)
+            vit.blocks[-1] = nn.Sequential(OrderedDict(widen=nn.Linear(width, wide), block=block))
+            vit.norm = norm(wide)
         vit.positions = options.positions
         _initialise(vit)
         super().__init__(vit)
         self.name = options.backbone
-        self.image_hw, self.stride, self.width = (size, size), _PATCH, width
+        self.image_hw, self.stride, self.width = (size, size), _PATCH, wide or width
+        self.has_wide_last = wide is not None
         self.prefix, self.has_cls = registers, registers > 0
         self.mean = _SCRATCH_PIXELS if scratch else IMAGENET_DEFAULT_MEAN
         self.std = _SCRATCH_PIXELS if scratch else IMAGENET_DEFAULT_STD
@@ -140,7 +159,8 @@ class TheiaBackbone(Backbone):
     def load_weights(self, weights: str) -> None:
         """See :meth:`Backbone.load_weights`."""
         size = self.name.removeprefix("theia_")
-        load_deit(self.model, fetch_deit(size) if weights == "pretrained" else read_deit(weights))
+        new = (f"blocks.{len(self.blocks()) - 1}.", "norm.") if self.has_wide_last else ()
+        load_deit(self.model, fetch_deit(size) if weights == "pretrained" else read_deit(weights), new)
 
 
 @torch.no_grad()

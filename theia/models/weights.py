@@ -169,22 +169,27 @@ def read_deit(path: str | os.PathLike[str]) -> DeiTWeights:
     return DeiTWeights(str(path), parameters)
 
 
-def load_deit(vit: VisionTransformer, weights: DeiTWeights) -> None:
+def load_deit(vit: VisionTransformer, weights: DeiTWeights, new: tuple[str, ...] = ()) -> None:
     """Copies pretrained weights into a student's transformer.
 
     Patch positions are resized to the student's grid where it differs (bicubic, antialiased). A student
     without CLS leaves out the CLS token and its position. DeiT has no registers, so registers and their positions
-    keep their initial values, and the log names them.
+    keep their initial values, and so do layers of another width than DeiT's; the log names them.
 
     Args:
         vit: The student's transformer, initialised, without a classifier.
         weights: Pretrained weights to copy.
+        new: What the names of the layers of another width begin with.
 
     Raises:
         WeightsError: See :func:`load_strictly`.
     """
     given = {name: tensor for name, tensor in weights.parameters.items() if name not in _HEAD}
-    names = vit.state_dict().keys() - {"reg_token"}
+    replaced = [name for name in given if name.startswith(new)]
+    found = {part for part in new for name in replaced if name.startswith(part)}
+    refuse_unless_equal(new, found, weights.origin, _OTHER_DEIT)
+    given = {name: tensor for name, tensor in given.items() if not name.startswith(new)}
+    names = {name for name in vit.state_dict() if name != "reg_token" and not name.startswith(new)}
     refuse_unless_equal(names | {"cls_token"}, given.keys(), weights.origin, _OTHER_DEIT)
     given["pos_embed"] = _positions(vit, given["pos_embed"], weights.origin)
     if vit.cls_token is None:
@@ -192,6 +197,9 @@ def load_deit(vit: VisionTransformer, weights: DeiTWeights) -> None:
     load_strictly(vit, given, weights.origin, names, _OTHER_DEIT)
     if vit.reg_token is not None:
         logger.info("%s has no registers: reg_token and its positions in pos_embed start new.", weights.origin)
+    if new:
+        layers = " and ".join(name.removesuffix(".") for name in new)
+        logger.warning("In %s, %s are of another width: they start new.", weights.origin, layers)
 
 
 def _positions(vit: VisionTransformer, given: Tensor, origin: str) -> Tensor:

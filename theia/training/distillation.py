@@ -173,7 +173,7 @@ class Distillation(L.LightningModule):
                 f"--model.warmup is {warmup}, but with model.schedule wsd the rate falls in the last {DECAY:.0%} of "
                 f"all steps. Give at most {1 - DECAY}."
             )
-        for name in ("width", "depth", "heads", "lift"):
+        for name in ("width", "depth", "heads", "lift", "wide_last"):
             check_number(f"model.{name}", getattr(architecture, name), 1)
         # Pretrained weights are loaded when a training starts, as a checkpoint makes them needless.
         self.distiller = architecture.build().use_normalizer(normalizer, normalizer_exponent)
