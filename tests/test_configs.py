@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from theia.ablation.grid import flat
 from theia.cli.main import main
 from theia.store.schema import ImageSet, hash_ids
 from theia.store.writer import SplitWriter
@@ -172,6 +173,18 @@ def test_the_recipes_are_the_papers(path: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_recipes_are_there() -> None:
     assert {path.stem for path in RECIPES} == {"cdiv_tiny", "cdiv_small", "cdiv_base"}
+
+
+def test_what_is_beyond_the_paper_is_the_same_for_all_sizes() -> None:
+    added = []
+    for path in RECIPES:
+        ours = flat(yaml.safe_load(path.with_stem(path.stem.replace("cdiv", "beyond")).read_text()))
+        paper = flat(yaml.safe_load(path.read_text()))
+        assert ours.pop("run_folder") == paper.pop("run_folder").replace("cdiv", "beyond")
+        assert paper.items() <= ours.items()
+        added.append({name: value for name, value in ours.items() if name not in paper})
+    assert added[0]
+    assert added == 3 * added[:1]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())

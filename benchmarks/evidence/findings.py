@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.faults import Cure, cures
-from benchmarks.evidence.stages import BOUNDS, FAULTS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
+from benchmarks.evidence.stages import BEYOND, BOUNDS, FAULTS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
 from theia.utils.estimates import Correlation, Estimate, correlation, estimate, holm, paired_difference
 from theia.utils.files import read_json
 
@@ -30,7 +30,7 @@ student was distilled from, and the mean of those that it was not. ``cost`` is i
 
 QUESTIONS = {PLAN: "plan", MOTION: "motion"}
 _OF_TEACHER = f"{READOUT}/"  # and a name
-_REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper", STUDENTS: "direct"}
+_REFERENCES = {TEACHERS: "all", INGREDIENTS: "paper", BEYOND: "all", STUDENTS: "direct"}
 
 Values = dict[str, dict[str, dict[int | None, float]]]  # by row, column and seed
 
@@ -59,7 +59,7 @@ class Findings:
     Attributes:
         tables: By sweep, row and column.
         bounds: By encoder and question, the error of what was not trained here: teachers and the untrained student.
-        shares: By row of the sweep over teachers and question, the part of the way from the untrained student to the
+        shares: By row of the sweeps over teachers and question, the part of the way from the untrained student to the
             best of its teachers; no value where that teacher is not better than the untrained student.
         steps: By row of the sweep over ingredients, steps until the reference's final held-out cosine, as a part of its
             steps; by seed, ``None`` where it was not reached.
@@ -102,10 +102,11 @@ def find(out: Path) -> Findings:
     return Findings(
         {sweep: _table(of_rows, _REFERENCES[sweep]) for sweep, of_rows in values.items()},
         bounds,
-        _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS)),
+        _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS))
+        | {f"{row}, beyond": of for row, of in _shares(values[BEYOND], bounds, _distilled(out / BEYOND)).items()},
         time_to_quality(_against(curves, 0), _REFERENCES[INGREDIENTS]),
         time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),
-        _entropy([*values[TEACHERS].values(), *others.values()]),
+        _entropy([*values[TEACHERS].values(), *others.values(), *values[BEYOND].values()]),
         curves,
         cures(out / FAULTS),
     )

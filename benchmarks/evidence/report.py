@@ -22,12 +22,13 @@ from benchmarks.evidence.findings import (
     Cell,
     Findings,
 )
-from benchmarks.evidence.stages import INGREDIENTS, TEACHERS
+from benchmarks.evidence.stages import BEYOND, INGREDIENTS, TEACHERS
 from theia.utils.estimates import Estimate
 from theia.utils.files import jsonable, replacing, write_whole
 
 _TITLES = {
     TEACHERS: "Sets of teachers",
+    BEYOND: "Sets of teachers, with the ingredients of configs/beyond_*",
     INGREDIENTS: "Ingredients, each against the paper's recipe at equal steps",
     STUDENTS: "Students of a large student, against students of all teachers directly",
 }
@@ -89,7 +90,10 @@ def page(findings: Findings) -> str:
 
 def draw(path: Path, findings: Findings) -> None:
     """Draws differences to the paper's recipe, errors by set of teachers, shares, and norm entropy against error."""
-    ingredients, teachers = findings.tables.get(INGREDIENTS, {}), findings.tables.get(TEACHERS, {})
+    ingredients = findings.tables.get(INGREDIENTS, {})
+    teachers = findings.tables.get(TEACHERS, {}) | {
+        f"{row}, beyond": cells for row, cells in findings.tables.get(BEYOND, {}).items()
+    }
     panels = [column for column in _DRAWN if any(column in cells for cells in ingredients.values())]
     kinds = [*panels, *(["teachers"] if teachers else []), *(["shares"] if findings.shares else [])]
     kinds += [*(["faults"] if findings.faults else []), *(["entropy"] if findings.entropy else [])]

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import yaml
 
 from benchmarks.evidence import faults
+from theia.ablation.grid import flat
 from theia.errors import ConfigError
 
 PresetName = Literal["small", "full"]
-STAGES = STORE, TEACHERS, INGREDIENTS, FAULTS, BOUNDS, PROXY, TASKS = (
-    "store", "teachers", "ingredients", "faults", "bounds", "proxy", "tasks",
+STAGES = STORE, TEACHERS, INGREDIENTS, BEYOND, FAULTS, BOUNDS, PROXY, TASKS = (
+    "store", "teachers", "ingredients", "beyond", "faults", "bounds", "proxy", "tasks",
 )  # fmt: skip
 WITHOUT_RECORDINGS = (FAULTS,)
-BY_DEFAULT = (STORE, TEACHERS, INGREDIENTS, FAULTS, BOUNDS, PROXY)  # tasks takes hours, and needs the simulator
+BY_DEFAULT = STAGES[:-1]  # tasks takes hours, and needs the simulator
 
 SETTINGS = "settings.json"  # of a folder of evidence
 THEIA, CORTEXBENCH, EVIDENCE = "theia", "benchmarks.cortexbench", "benchmarks.evidence"
@@ -94,7 +95,7 @@ class Plan:
         """Module and arguments of the commands of a stage, in order."""
         return {
             STORE: self._store, TEACHERS: self._teachers, INGREDIENTS: self._ingredients, BOUNDS: self._bounds,
-            FAULTS: self._faults, PROXY: self._proxy, TASKS: self._tasks,
+            BEYOND: self._beyond, FAULTS: self._faults, PROXY: self._proxy, TASKS: self._tasks,
         }[stage]()  # fmt: skip
 
     def _extract(self, store: Path, *teachers: str) -> list[str]:
@@ -137,6 +138,12 @@ class Plan:
         """With two teachers: a run costs less, and the others are read out of students that never saw them."""
         two = json.dumps(list(self.teachers[:2]))
         return [self._sweep(INGREDIENTS, "--config", str(_ROWS), "--data.teachers", two)]
+
+    def _beyond(self) -> list[list[str]]:
+        """Each teacher alone and all of them, with the ingredients of configs/beyond_*."""
+        sets = {**{name: [name] for name in self.teachers}, "all": list(self.teachers)}
+        rows = {name: {"data.teachers": members, **beyond()} for name, members in sets.items()}
+        return [self._sweep(BEYOND, "--rows", json.dumps(rows), "--reference", "all")]
 
     def _faults(self) -> list[list[str]]:
         store, sweep = str(self.out / f"{FAULTS}-{STORE}"), str(self.out / FAULTS)
@@ -197,6 +204,12 @@ class Plan:
              "--preset", PRESETS[self.preset].policies, "--out", str(out)],
             [THEIA, "ablate", "report", str(self.out / TEACHERS), "--scores", str(out / f"scores-{TEACHERS}.csv")],
         ]  # fmt: skip
+
+
+def beyond() -> dict[str, Any]:
+    """Options of ``theia fit`` that ``configs/beyond_tiny.yaml`` sets and ``configs/cdiv_tiny.yaml`` does not."""
+    ours, paper = (flat(yaml.safe_load((_CONFIGS / f"{name}_tiny.yaml").read_text())) for name in ("beyond", "cdiv"))
+    return {name: value for name, value in ours.items() if name not in paper}
 
 
 def chosen(stages: Sequence[str]) -> list[str]:

@@ -68,6 +68,8 @@ def out(tmp_path: Path) -> Path:
     means = {"all/seed_0@random": (0.9, 0.8), "teacher:a": (0.4, 0.3), "teacher:b": (0.95, 0.2), "blind": (1.0, 1.0)}
     summary = {name: {"plan": {"mean": p}, "motion": {"mean": m}} for name, (p, m) in means.items()}
     (tmp_path / "bounds" / "probing-dynamics-1.json").write_text(json.dumps({"summary": summary}))
+    better = [run_of("a", seed, ["a"], **{PLAN: 0.4 + 0.1 * seed}) for seed in range(2)]
+    write_sweep(tmp_path / "beyond", better, {})
     students = {"direct": (["a", "b"], [0.4, 0.5]), "proxy": (["theia"], [0.3, 0.5])}
     write_sweep(tmp_path / "proxy/students", [
         run_of(row, seed, distilled, **{
@@ -126,6 +128,7 @@ def test_tables_shares_and_correlations(out: Path) -> None:
     assert PLAN not in found.shares["b"]
     assert found.shares["b"][MOTION].mean == pytest.approx((0.8 - 0.4) / 0.6)
     assert found.shares["all"][PLAN].mean == pytest.approx((0.9 - 0.5) / 0.5)
+    assert found.shares["a, beyond"][PLAN].mean == pytest.approx((0.9 - 0.45) / 0.5)
     assert found.entropy[PLAN].r == pytest.approx(-1)
     assert found.entropy[PLAN].n == 3  # the other sweep has no norm entropy
 
@@ -139,6 +142,16 @@ def test_a_proxy_is_no_teacher_of_the_read_outs(out: Path) -> None:
     assert UNSEEN not in found["direct"]
     assert WORST not in found["proxy"]
     assert found["large"]["cost"].mean.mean == pytest.approx(240)  # paid once, for all students of it
+
+
+def test_sets_of_teachers_are_trained_with_what_is_beyond_the_paper(tmp_path: Path) -> None:
+    (command,) = Plan("d", 9, ["a", "b"], [3], "small", tmp_path, 1, ["readout"], []).commands("beyond")
+    rows = json.loads(command[command.index("--rows") + 1])
+    assert {name: row.pop("data.teachers") for name, row in rows.items()} == {"a": ["a"], "b": ["b"], "all": ["a", "b"]}
+    model = yaml.safe_load(Path("configs/beyond_tiny.yaml").read_text())["model"]
+    paper = yaml.safe_load(Path("configs/cdiv_tiny.yaml").read_text())["model"]
+    assert rows["all"] == rows["a"] == {f"model.{name}": value for name, value in model.items() if name not in paper}
+    assert rows["all"]
 
 
 def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> None:
@@ -159,7 +172,7 @@ def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
     summary = json.loads(path.read_text())["summary"]
     del summary["teacher:b"]
     path.write_text(json.dumps({"summary": summary}))
-    assert set(find(out).shares) == {"a"}
+    assert set(find(out).shares) == {"a", "a, beyond"}
 
 
 def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +188,7 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
         run_of(row, seed, ["a", "b"], **{PLAN: 0.5}) for row, seed in (("paper", 0), ("paper", 1), ("cosine", 1))
     ]}))  # fmt: skip
     assert "| cosine       | –        | 0.75     |" in page(find(out))
-    for name in ("teachers", "bounds"):
+    for name in ("teachers", "beyond", "bounds"):
         (out / name).rename(out / f"{name} elsewhere")
     found = find(out)
     draw(out / "half.png", found)
@@ -188,7 +201,10 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
 def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = record(tmp_path / "data")
     for options, said in (
-        (["--stages", "store,wisdom"], "no stage 'wisdom'. Choose from: store, teachers, ingredients, faults, bounds"),
+        (
+            ["--stages", "store,wisdom"],
+            "no stage 'wisdom'. Choose from: store, teachers, ingredients, beyond, faults, bounds",
+        ),
         (["--seeds", "0,0"], "seeds is '0,0'"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--teachers", "hog"], "--teachers names hog. Give two or more"),
@@ -210,8 +226,8 @@ def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.Capt
     assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == [
-        "extract", "store", "ablate", "ablate", "extract", "-m", "store", "ablate", "-m", "probe", "ablate", "store",
-        "extract", "ablate",
+        "extract", "store", "ablate", "ablate", "ablate", "extract", "-m", "store", "ablate", "-m", "probe",
+        "ablate", "store", "extract", "ablate",
     ]  # fmt: skip
     asked = ["--stages", "tasks", "--dry_run"]
     assert main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")]) == 0
