@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import timm.optim
 import torch
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
@@ -99,8 +99,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     try:
         found = getattr(importlib.import_module(place), last)
     except (ImportError, ValueError, AttributeError) as error:
-        newer = " Update timm: pip install -U timm." if name == "timm.optim.Muon" else ""
-        raise ConfigError(f"--model.optimizer is {name}, which cannot be imported: {error}.{newer}") from error
+        raise ConfigError(f"--model.optimizer is {name}, which cannot be imported: {error}.") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ConfigError(
             f"--model.optimizer is {name}, which is no class of torch.optim.Optimizer. Name one, such as {ADAMW}."
@@ -141,7 +140,7 @@ def build_optimizer(
     given = dict(options or {})
     kind = _optimizer_class(name)
     groups = parameter_groups(module, weight_decay, rule)
-    if kind is getattr(timm.optim, "Muon", None):
+    if kind is Muon:
         matrices = _matrices(module)
         groups = [
             {**group, "params": [one for one in group["params"] if (one in matrices) == muon], "use_muon": muon}
