@@ -25,6 +25,7 @@ BY_DEFAULT = STAGES[:-1]  # tasks takes hours, and needs the simulator
 SETTINGS = "settings.json"  # of a folder of evidence
 THEIA, CORTEXBENCH, EVIDENCE = "theia", "benchmarks.cortexbench", "benchmarks.evidence"
 _CONFIGS = Path(__file__).parents[2] / "configs"
+_SMALL = Path(__file__).with_name("small.yaml")
 _ROWS = _CONFIGS / "ablations" / "ingredients.yaml"
 
 
@@ -33,7 +34,7 @@ class Preset:
     """How much is done.
 
     Attributes:
-        config: Name of the config of ``theia fit`` that all students start from.
+        config: Config of ``theia fit`` that all students start from.
         photographs: Training images beside the frames of the recordings.
         held_out_photographs: Held-out images beside theirs.
         frames: About how many frames of the recordings are taken, of both splits together.
@@ -42,7 +43,7 @@ class Preset:
         policies: Preset of the robot benchmark.
     """
 
-    config: str
+    config: Path
     photographs: str
     held_out_photographs: str
     frames: int
@@ -53,16 +54,13 @@ class Preset:
 
 PRESETS = {
     "small": Preset(
-        "quickstart",
-        "sample:640",
-        "sample:64",
-        800,
-        {"model.width": 192, "model.depth": 6, "model.heads": 6},
-        3,
-        "small",
+        _SMALL, "sample:640", "sample:64", 800, {"model.width": 192, "model.depth": 6, "model.heads": 6}, 3, "small",
     ),
-    "full": Preset("cdiv_tiny", "sample:20000", "sample:1000", 100_000, {"model.backbone": "theia_base"}, 8, "full"),
-}
+    "full": Preset(
+        _CONFIGS / "cdiv_tiny.yaml", "sample:20000", "sample:1000", 100_000, {"model.backbone": "theia_base"}, 8,
+        "full",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,11 @@ class Plan:
         self, stage: str, *options: str, store: str = STORE, fit: Sequence[str] = (), one_seed: bool = False
     ) -> list[str]:
         return [
-            THEIA, "ablate", *options, "--base", str(self._config), "--out", str(self.out / stage),
+            THEIA, "ablate", *options, "--base", str(PRESETS[self.preset].config), "--out", str(self.out / stage),
             "--seeds", ",".join(map(str, self.seeds[:1] if one_seed else self.seeds)), "--jobs", str(self.jobs),
             "--scorers", ",".join([*self.scorers, f"dynamics@{self.data}"]), "--data.store", str(self.out / store),
             *self.options, *fit,
         ]  # fmt: skip
-
-    @property
-    def _config(self) -> Path:
-        return _CONFIGS / f"{PRESETS[self.preset].config}.yaml"
 
     def _teachers(self) -> list[list[str]]:
         sets = ["singles", "all_pairs", "all"] if len(self.teachers) > 2 else ["singles", "all"]
@@ -153,7 +147,7 @@ class Plan:
              "--store", store],
             [EVIDENCE, "plant", "--store", store],
             [THEIA, "store", "statistics", store],
-            [THEIA, "ablate", "--rows", json.dumps(faults.rows()), "--base", str(_CONFIGS / "quickstart.yaml"),
+            [THEIA, "ablate", "--rows", json.dumps(faults.rows()), "--base", str(_SMALL),
              "--out", sweep, "--seeds", ",".join(map(str, self.seeds)), "--jobs", str(self.jobs), "--scorers", "",
              "--data.store", store, "--data.batch_size", "16", "--trainer.max_epochs", "8",
              "--trainer.check_val_every_n_epoch", "8", *self.options],
@@ -194,7 +188,7 @@ class Plan:
         parser = ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--trainer.max_epochs", dest="epochs")
         given = parser.parse_known_args(self.options)[0].epochs
-        return int(given or yaml.safe_load(self._config.read_text())["trainer"]["max_epochs"])
+        return int(given or yaml.safe_load(PRESETS[self.preset].config.read_text())["trainer"]["max_epochs"])
 
     def _tasks(self) -> list[list[str]]:
         students = [self._student(row) for row in (*self.teachers, "all")]

@@ -163,7 +163,7 @@ def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> Non
 
     assert rows("--trainer.max_epochs", "8")["direct, longer"]["trainer.max_epochs"] == 24
     assert rows("--trainer.max_epochs=5", "--model.ema=0.9")["direct, longer"]["trainer.max_epochs"] == 15
-    epochs = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["trainer"]["max_epochs"]
+    epochs = yaml.safe_load(Path("benchmarks/evidence/small.yaml").read_text())["trainer"]["max_epochs"]
     assert rows()["direct, longer"]["trainer.max_epochs"] == 3 * epochs
 
 
