@@ -114,6 +114,13 @@ def test_another_number_of_views_is_refused(config, photos: Path, views: int, me
         extract(config(images=str(photos), views=views, teachers="mean"))
 
 
+def test_views_without_training_images_are_refused(config, photos: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--views is for the split 'train', and the images are of val\. Leave it out"
+    ):
+        config(images=str(photos), split="val", views=2)
+
+
 def test_names_that_could_be_those_of_views_are_refused(config, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png\na.png#view1\n")
     with pytest.raises(ConfigError, match=r"'a\.png#view1' has a name as --views gives"):
