@@ -155,7 +155,7 @@ def test_scorers_fit_to_images_as_they_are(config, photos: Path, tmp_path: Path)
     extract(config(images={"train": str(photos), "val": str(photos)}, views=3))
     data = FeatureData(str(tmp_path / "store"), batch_size=2, workers=0)
     seen = [batch.images for batch in data.ordered_dataloader("train", torch.device("cpu"))]
-    assert data.trained_on == 18
+    assert (data.trained_on, data.scorers_fit_to) == (18, 6)
     np.testing.assert_array_equal(
         torch.cat(seen).numpy(),
         np.stack([expected(photos, key) for key in keys(tmp_path / "store", "image") if "#" not in key]),
