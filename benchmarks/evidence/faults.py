@@ -102,7 +102,7 @@ def plant(store: Path) -> str:
         What was written.
 
     Raises:
-        ConfigError: If the store has no such features.
+        ConfigError: If the store has no such features, or has them in another form than float16.
         StoreError: If it cannot be read or written.
     """
     found = FeatureStore(store)
@@ -144,6 +144,11 @@ def _write(store: Path, split: str, spec: TeacherSpec, features: Array) -> list[
 def read(store: FeatureStore, split: str, teacher: str) -> tuple[NDArray[np.uint8], Array]:
     """Images ``(n, 3, H, W)`` of a split, and a teacher's features ``(n, N, C)``."""
     opened = store.open_split(split, teacher)
+    if f"{teacher}/scale" in opened.fields or opened.bases:
+        raise ConfigError(
+            f"{store.root} has {teacher!r} in int8 or as components. Extract it into another store without --dtype and "
+            "--keep_components."
+        )
     buffers = opened.allocate(len(opened))
     opened.read_into(np.arange(len(opened)), buffers)
     return buffers["image"], buffers[teacher].astype(np.float64)

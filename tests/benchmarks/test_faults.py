@@ -113,6 +113,15 @@ def test_planting_needs_the_source(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--stages faults" in capsys.readouterr().err
 
 
+def test_features_in_int8_are_not_taken_for_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        small_store.extract(tmp_path, split, [COLOR], "int8")
+    before = small_store.contents(tmp_path)
+    assert main(["plant", "--store", str(tmp_path)]) == 1
+    assert "has 'color' in int8 or as components. Extract it into another store" in capsys.readouterr().err
+    assert small_store.contents(tmp_path) == before
+
+
 def test_figures_of_known_predictions() -> None:
     clean = np.random.default_rng(5).standard_normal((200, 16, 6))
     axis, planted = faults.direction(6), faults.pattern(16, 6)

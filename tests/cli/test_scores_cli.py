@@ -12,6 +12,7 @@ import torch
 from trajectories.discs import record
 
 from theia.cli.main import main
+from theia.data.datamodule import FeatureData
 from theia.probing import comparison
 from theia.probing.heads import Fit
 from theia.scoring import scorers as scoring
@@ -73,6 +74,17 @@ def test_a_teacher_that_the_student_never_saw_is_scored(
     assert any(row[:3] == ["beta", "no", cosine] for row in rows)
     assert any(row[:2] == ["alpha", "yes"] for row in rows)
     assert "Scorer readout: Fits a linear translator to every teacher" in shown.err
+
+
+def test_the_report_counts_what_scorers_can_fit_to(
+    store: Path, run: Path, register: Register, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FeatureData, "scorers_fit_to", 7)  # as if the others were views
+    register(lambda trained: {"images": sum(len(batch.rows) for batch in trained.train())})
+    assert main(command_line(store, run, "--scorers=fox", "--scorer_images=30")) == 0
+    report = json.loads((run / "test_last.json").read_text())
+    assert (report["scorer_images"], report["scores"]["fox/images"]) == (7, 7)
+    assert "Scorers fitted on 7 training images" in capsys.readouterr().out
 
 
 def test_the_run_s_own_config_takes_scorers_as_a_list(store: Path, run: Path, tmp_path: Path) -> None:

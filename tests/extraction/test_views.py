@@ -114,6 +114,13 @@ def test_another_number_of_views_is_refused(config, photos: Path, views: int, me
         extract(config(images=str(photos), views=views, teachers="mean"))
 
 
+def test_views_without_training_images_are_refused(config, photos: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--views is for the split 'train', and the images are of val\. Leave it out"
+    ):
+        config(images=str(photos), split="val", views=2)
+
+
 def test_names_that_could_be_those_of_views_are_refused(config, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.png\na.png#view1\n")
     with pytest.raises(ConfigError, match=r"'a\.png#view1' has a name as --views gives"):
@@ -148,7 +155,7 @@ def test_scorers_fit_to_images_as_they_are(config, photos: Path, tmp_path: Path)
     extract(config(images={"train": str(photos), "val": str(photos)}, views=3))
     data = FeatureData(str(tmp_path / "store"), batch_size=2, workers=0)
     seen = [batch.images for batch in data.ordered_dataloader("train", torch.device("cpu"))]
-    assert data.trained_on == 18
+    assert (data.trained_on, data.scorers_fit_to) == (18, 6)
     np.testing.assert_array_equal(
         torch.cat(seen).numpy(),
         np.stack([expected(photos, key) for key in keys(tmp_path / "store", "image") if "#" not in key]),

@@ -167,6 +167,28 @@ def test_another_store_is_neither_overwritten_nor_mixed(root: Path, url: str, tm
     assert content(tmp_path / "back") == content(root)
 
 
+def test_a_push_leaves_what_was_pushed_from_elsewhere(url: str, tmp_path: Path) -> None:
+    extract(tmp_path / "one", teachers=[ODD])
+    for split in ("train", "val"):
+        extract(tmp_path / "more", split)
+    for name in ("one", "more", "one"):
+        push(tmp_path / name, url)
+    pull(url, tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "more")
+    assert not [event for event in verify(tmp_path / "back") if isinstance(event, Problem)]
+
+
+def test_what_an_interrupted_push_has_announced_is_not_taken_for_there(url: str, tmp_path: Path) -> None:
+    extract(tmp_path / "one", teachers=[ODD])
+    extract(tmp_path / "more")
+    fs, place = fsspec.core.url_to_fs(url)
+    fs.makedirs(place, exist_ok=True)
+    fs.pipe_file(f"{place}/pushing.json", (tmp_path / "more/manifest.json").read_bytes())
+    push(tmp_path / "one", url)
+    pull(url, tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "one")
+
+
 def test_a_place_without_a_store_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"memory://nothing is not a feature store"):
         pull("memory://nothing", tmp_path / "back")

@@ -376,7 +376,7 @@ class TheiaCLI(LightningCLI):
         if not self.scorers:
             return {"scorers": [], "scores": {}, "scorer_images": None}
         options = self.config[self.subcommand]
-        images = min(options.scorer_images, self.scored.trained_on)
+        images = min(options.scorer_images, self.scored.scorers_fit_to)
         scores = run_scorers(
             self.scorers, self.scored, checkpoint, self.trainer.strategy.root_device,
             images=images, seed=int(options.seed_everything or 0),

@@ -115,6 +115,11 @@ class NumberedData(TrainingData):
         """
         return len(self.drawn_rows())
 
+    @property
+    def scorers_fit_to(self) -> int:
+        """Number of training samples, each counted once and views of images not."""
+        return len(self._unaltered_training_rows())
+
     @abstractmethod
     def all_training_rows(self) -> Rows:
         """Sorted row numbers that training may draw, before ``fraction``."""
@@ -236,12 +241,15 @@ class NumberedData(TrainingData):
         Raises:
             StoreError: If a split of a store is missing or damaged.
         """
-        rows = self.training_rows() if part == "train" else self.held_out_rows()
-        if part == "train" and VIEWS in (found := self.training_source())[0]:
-            rows = np.intersect1d(rows, unaltered(found[1]))
+        rows = self._unaltered_training_rows() if part == "train" else self.held_out_rows()
         if most is not None and most < len(rows):
             rows = fixed_fraction(rows, most / len(rows))
         return self.loader(part, EvaluationSampler(rows, self.val_batch_size), device, features)
+
+    def _unaltered_training_rows(self) -> Rows:
+        rows = self.training_rows()
+        source, ids = self.training_source()
+        return np.intersect1d(rows, unaltered(ids)) if VIEWS in source else rows
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the training loader, kept in every checkpoint.

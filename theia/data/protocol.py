@@ -87,6 +87,11 @@ class TrainingData(L.LightningDataModule, ABC):
         """Number of samples that training draws from."""
 
     @property
+    def scorers_fit_to(self) -> int:
+        """Number of training samples that :meth:`ordered_dataloader` has, by default those of ``trained_on``."""
+        return self.trained_on
+
+    @property
     @abstractmethod
     def held_out(self) -> int:
         """Number of samples in validation and test, which training never draws."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from theia.errors import ConfigError
-from theia.store.schema import SPLIT_RULE, FeatureDtype, Resize, is_split_name
+from theia.store.schema import SPLIT_RULE, TRAIN, FeatureDtype, Resize, is_split_name
 from theia.types import Precision
 from theia.utils.arguments import MOST_PIXELS, MOST_PROCESSES, check_number, comma_list
 
@@ -107,6 +107,10 @@ class ExtractConfig:
         for split in self.locations:
             if not is_split_name(split):
                 raise ConfigError(f"{split!r} cannot be the name of a split. Use {SPLIT_RULE}.")
+        if self.views > 1 and TRAIN not in self.locations:
+            raise ConfigError(
+                f"--views is for the split {TRAIN!r}, and the images are of {', '.join(self.locations)}. Leave it out."
+            )
 
     @property
     def teacher_names(self) -> list[str]:
@@ -116,4 +120,4 @@ class ExtractConfig:
     @property
     def locations(self) -> dict[str, list[str] | str]:
         """Place or places of the images of each split, by split."""
-        return self.images if isinstance(self.images, dict) else {self.split or "train": self.images}
+        return self.images if isinstance(self.images, dict) else {self.split or TRAIN: self.images}

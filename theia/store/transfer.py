@@ -61,6 +61,8 @@ class _File:
 def push(root: Path, url: str, workers: int = 8) -> Transferred:
     """Copies a store to another place, in whole files, several at a time. The same call goes on after an interruption.
 
+    What the place has besides, such as another teacher of the same images, stays there.
+
     Args:
         root: Folder of the store. All that was extracted must be complete.
         url: Place to copy it to, such as ``s3://bucket/stores/imagenet``.
@@ -75,9 +77,8 @@ def push(root: Path, url: str, workers: int = 8) -> Transferred:
     _check_complete(manifest, root)
     files = list(_files(root, manifest))
     place = _Place(url)
-    # Content of the file that says what is being written; it identifies the files of an earlier, interrupted push.
-    content = manifest_bytes(manifest)
-    earlier = place.read(MANIFEST) or place.read(_PUSHING)
+    there = place.read(MANIFEST)
+    earlier = there or place.read(_PUSHING)
     known: dict[str, _File] = {}
     if earlier is not None:
         former = parse_manifest(f"{url}/{MANIFEST}", earlier)
@@ -85,7 +86,11 @@ def push(root: Path, url: str, workers: int = 8) -> Transferred:
             if split in manifest.splits:
                 check_images(Path(url), split, record.images, manifest.splits[split].images)
         known = {file.name: file for file in _files(root, former)}
-    if place.read(MANIFEST) != content:
+        if there is not None:  # of an interrupted push, not all files need be there
+            manifest = Manifest({**former.splits, **_with_sets_of(former, manifest)})
+    # Content of the file that says what is being written; it identifies the files of an earlier, interrupted push.
+    content = manifest_bytes(manifest)
+    if there != content:
         place.write(_PUSHING, content)
 
     def copy(file: _File) -> int:
@@ -173,9 +178,7 @@ def pull(
     done = _all(list(_files(root, wanted)), copy, workers, f"pull from {url}")
     with edit_manifest(root) as manifest:
         _check_same(root, manifest, wanted)
-        for name, record in wanted.splits.items():
-            former = manifest.splits.get(name)
-            manifest.splits[name] = replace(record, sets={**(former.sets if former else {}), **record.sets})
+        manifest.splits |= _with_sets_of(manifest, wanted)
     marker.unlink(missing_ok=True)
     return done
 
@@ -237,6 +240,14 @@ def _check_same(root: Path, here: Manifest, wanted: Manifest) -> None:
                     f"{name!r} of split {split!r} in {root} has other files than the place has. Give another folder, "
                     f"or delete {root / split / name} to copy it anew."
                 )
+
+
+def _with_sets_of(former: Manifest, new: Manifest) -> dict[str, SplitRecord]:
+    """The splits of a new manifest, with those sets that a former one has besides."""
+    there = {name: record.sets for name, record in former.splits.items()}
+    return {
+        name: replace(record, sets={**there.get(name, {}), **record.sets}) for name, record in new.splits.items()
+    }  # fmt: skip
 
 
 def _all(files: Sequence[_File], copy: Callable[[_File], int], workers: int, label: str) -> Transferred:
