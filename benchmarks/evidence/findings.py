@@ -64,7 +64,7 @@ class Findings:
         steps: By row of the sweep over ingredients, steps until the reference's final held-out cosine, as a part of its
             steps; by seed, ``None`` where it was not reached.
         compute: The same in CPU-seconds, as a part of the reference's.
-        entropy: By question, correlation of norm entropy and error over the rows of all sweeps.
+        entropy: By question, correlation of norm entropy and error over the rows of all sweeps but that of the proxy.
         curves: By row of the sweep over ingredients and seed: steps, CPU-seconds and held-out cosine.
         faults: What ingredients do to planted faults.
     """

@@ -172,7 +172,7 @@ class Plan:
         every = list(self.teachers)
         rows = {
             "direct": {"data.teachers": every},
-            "direct, longer": {"data.teachers": every, "trainer.max_epochs": preset.longer * self._epochs()},
+            "direct and longer": {"data.teachers": every, "trainer.max_epochs": preset.longer * self._epochs()},
             "proxy": {"data.teachers": ["theia"]},
         }
         size = [f"--{option}={value}" for option, value in preset.large.items()]  # the last of an option counts

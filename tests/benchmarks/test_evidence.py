@@ -161,10 +161,10 @@ def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> Non
         found: dict[str, dict[str, Any]] = json.loads(command[command.index("--rows") + 1])
         return found
 
-    assert rows("--trainer.max_epochs", "8")["direct, longer"]["trainer.max_epochs"] == 24
-    assert rows("--trainer.max_epochs=5", "--model.ema=0.9")["direct, longer"]["trainer.max_epochs"] == 15
+    assert rows("--trainer.max_epochs", "8")["direct and longer"]["trainer.max_epochs"] == 24
+    assert rows("--trainer.max_epochs=5", "--model.ema=0.9")["direct and longer"]["trainer.max_epochs"] == 15
     epochs = yaml.safe_load(Path("benchmarks/evidence/small.yaml").read_text())["trainer"]["max_epochs"]
-    assert rows()["direct, longer"]["trainer.max_epochs"] == 3 * epochs
+    assert rows()["direct and longer"]["trainer.max_epochs"] == 3 * epochs
 
 
 def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_whole_run_goes_on_and_reports(tmp_path: Path, capfd: pytest.CaptureFi
     first = json.loads((tmp_path / "out/evidence.json").read_text())
     assert set(first["tables"]["teachers"]) == {"hog", "color", "all"}
     assert set(first["bounds"]) >= {"untrained", "teacher:hog", "teacher:color", "blind"}
-    assert set(first["tables"]["proxy/students"]) == {"large", "direct", "direct, longer", "proxy"}
+    assert set(first["tables"]["proxy/students"]) == {"large", "direct", "direct and longer", "proxy"}
     capfd.readouterr()
     assert main([*command[:-1], "teachers,proxy"]) == 0  # nothing is left to do
     assert "3 of 3 runs done" in capfd.readouterr().err

@@ -87,8 +87,8 @@ class Distiller(nn.Module):
             )
         if self._of_all_blocks and student.backbone.has_wide_last:
             raise ConfigError(
-                "The translator 'ladder' takes the tokens of all blocks at one width, and the last one is wider. Leave "
-                "out model.wide_last, or choose another translator."
+                "The translator 'ladder' takes the tokens of all blocks at one width, and the last one has another. "
+                "Leave out model.wide_last, or choose another translator."
             )
         depth = len(student.backbone.blocks())
         self.student = student
