@@ -103,8 +103,9 @@ def draw(path: Path, findings: Findings) -> None:
     figure = Figure(figsize=(3.1 * len(kinds) + 1.5, 1.4 + 0.27 * rows), dpi=130, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         if kind in _DRAWN:
-            named = {row: cells[kind].difference for row, cells in ingredients.items() if kind in cells}
-            _points(axes, {COLUMNS[kind]: {row: one for row, one in named.items() if one is not None}})
+            named = {row: cells[kind].difference if kind in cells else None for row, cells in ingredients.items()}
+            _points(axes, {COLUMNS[kind]: {row: one for row, one in named.items() if one is not None}}, list(named))
+            axes.tick_params(labelleft=kind == panels[0])  # all have the same rows
             axes.axvline(0, color="black", linewidth=0.8)
             direction = "right is better" if kind in (READOUT, COSINE) else "left is better"
             axes.set_xlabel(f"{COLUMNS[kind]}: difference to the\npaper's recipe ({direction})", fontsize=_SMALL)
@@ -151,12 +152,12 @@ def draw(path: Path, findings: Findings) -> None:
 
 def _legend(axes: Any) -> None:
     """Above the panel, where it hides no point."""
-    axes.legend(fontsize=_SMALL, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axes.legend(fontsize=_SMALL, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
 
 
-def _points(axes: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
+def _points(axes: Any, series: Mapping[str, Mapping[str, Estimate]], rows: Sequence[str] = ()) -> None:
     """Means with intervals, a line for each row; several series are a little apart."""
-    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    names = list(dict.fromkeys([*rows, *(name for values in series.values() for name in values)]))
     colours = list(_COLOURS.values()) if len(series) > 1 else ["#7ba3cc"]
     for number, ((label, values), colour) in enumerate(zip(series.items(), colours, strict=False)):
         places = [names.index(name) + 0.24 * (number - (len(series) - 1) / 2) for name in values]

@@ -21,7 +21,7 @@ from theia.training.checkpoints import Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
 from theia.training.records import Events, MetricsCSV, cut_rows
 
-TIMES = ("train/images_per_s", "minutes_left")
+TIMES = ("train/images_per_s", "train/cpu_s", "minutes_left")
 
 
 def fit(store: Path, run: Path) -> None:
