@@ -5,12 +5,38 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from theia.errors import PluginError, TheiaError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 NAME_RULE = "of lower-case letters, digits and '_'"
+
+
+_CHECK = "check"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def checked_by(check: Callable[[str | None], object]) -> Callable[[_Function], _Function]:
+    """Gives a plug-in that is a function a check of the argument that may follow its name, as a decorator.
+
+    Args:
+        check: Takes the argument, or ``None`` if nothing follows; raises a :class:`theia.errors.TheiaError` if it is
+            wrong.
+    """
+
+    def mark(plugin: _Function) -> _Function:
+        setattr(plugin, _CHECK, check)
+        return plugin
+
+    return mark
+
+
+def check_argument(plugin: Any, argument: str | None) -> None:
+    """Checks the argument of a plug-in that says how; see :func:`checked_by`."""
+    check = getattr(plugin, _CHECK, None)
+    if check is not None:
+        check(argument)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from theia.encoder.from_name import NamedEncoder, of_model
 from theia.errors import ConfigError, ImageError
+from theia.plugins import checked_by
 from theia.probing.datasets import (
     TASKS,
     DenseData,
@@ -185,6 +186,7 @@ def dense(
         return Result(figures_table(found), notes, files)
 
 
+@checked_by(lambda argument: _tasks(argument or SCENES, None))
 def dense_scorer(trained: Any) -> dict[str, float]:
     """Depth, surface normals, classes of pixels and matches of views: linear heads on patch tokens.
 
@@ -209,9 +211,6 @@ def dense_scorer(trained: Any) -> dict[str, float]:
         encoder = of_model(trained.encoder, "student")
         figures = probe_pixels(encoder, pictures, tasks, effort.head, [0], trained.device, storage).figures
     return {name: figures[figure][0] for name, figure in _SCORES.items() if figure in figures}
-
-
-dense_scorer.check = lambda argument: _tasks(argument or SCENES, None)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError
+from theia.plugins import checked_by
 from theia.probing import dynamics_report
 from theia.probing.datasets import IMAGE_SIZE, fingerprint
 from theia.probing.frame_tokens import FrameTokens, TokensOf, embed, pixel_means
@@ -148,6 +149,7 @@ def _open_argument(argument: str | None) -> list[Recording]:
     return open_recordings(argument, [], None, _HORIZON, None)[0]
 
 
+@checked_by(_open_argument)
 def dynamics_scorer(trained: Any) -> dict[str, float]:
     """What the patch tokens know of a robot's plans and motions: ridge regression on recorded trajectories.
 
@@ -175,9 +177,6 @@ def dynamics_scorer(trained: Any) -> dict[str, float]:
         f"{question}_error": float(np.average(outcome.errors[question][recordings[0].name][0], weights=weights))
         for question in QUESTIONS
     }
-
-
-dynamics_scorer.check = _open_argument  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ docstring is what the log says of it.
 
 An argument that may be wrong, such as a folder, can be checked before a training or a sweep starts::
 
-    brightness.check = open_my_folder  # takes the argument, or None; raises a TheiaError
+    @theia.plugins.checked_by(open_my_folder)  # takes the argument, or None; raises a TheiaError
+    def brightness(trained: Trained) -> dict[str, float]: ...
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from theia.errors import UnknownScorerError
-from theia.plugins import NAME, NAME_RULE, Plugins
+from theia.plugins import NAME, NAME_RULE, Plugins, check_argument
 from theia.types import FeatureBatch, FeatureStatistics
 
 if TYPE_CHECKING:  # `theia ablate --help` names the scorers without torch
@@ -108,9 +109,7 @@ def find_scorer(name: str) -> "Scorer":
     """
     name, _, argument = name.partition("@")
     scorer = cast("Scorer", _SCORERS.load(name, lambda found: _problem(found, name)))
-    check = getattr(scorer, "check", None)
-    if check is not None:
-        check(argument or None)
+    check_argument(scorer, argument or None)
     return scorer
 
 

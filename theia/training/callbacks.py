@@ -55,13 +55,14 @@ class Throughput(L.Callback):
         """Logs on the steps that log anyway; the measured time includes the wait for data."""
         now, step, spent = time.perf_counter(), trainer.global_step, time.process_time()
         self._spent, self._spent_since = self._spent + spent - self._spent_since, spent
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        logs = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if logs:
             pl_module.log("train/cpu_s", self._spent, rank_zero_only=True)
         if self._since is None:  # the first step of all or after a validation is not typical
             self._images, self._first_step, self._since = 0, step, now
             return
         self._images += len(batch.images) * trainer.world_size
-        if step == self._first_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if step == self._first_step or not logs:
             return
         seconds = now - self._since
         minutes_left = (trainer.estimated_stepping_batches - step) * seconds / (step - self._first_step) / 60
