@@ -59,6 +59,8 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
     [
         ({"rows": {"a": {"model.registers": 3}}}, [], "row 'a': --model.registers: "),
         ({"rows": {"a": {"model.colour": 3}}}, [], "--model.colour=3"),
+        ({"rows": {"a": {"model.wide_last": 100}}}, [], "cannot build the model of row 'a': The last block cannot"),
+        ({"rows": {"a": {"model.translator": "ladder", "model.lift": 8}}}, [], "Leave out model.lift"),
         ({"rows": {"a": {"data.teachers": ["x", "alpha"]}, "b": {"data.teachers": ["y", "x"]}}}, [],
          "x (of a, b); y (of b)"),
         ({"product": {"model.size": []}}, [], "product.model.size"),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from theia.data.sampler import EvaluationSampler, TrainingSampler, fixed_fraction, hold_out
+from theia.data.sampler import EvaluationSampler, TrainingSampler, fixed_fraction, hold_out, with_views
 from theia.errors import ConfigError
 
 
@@ -95,3 +95,10 @@ def test_held_out_rows_are_no_training_rows() -> None:
 
     assert len(held) == 10
     assert sorted([*kept, *held]) == list(range(100))
+
+
+def test_an_image_is_chosen_with_all_its_views() -> None:
+    ids = ["b.png#view1", "a.png", "b.png", "a.png#view1", "a.png#view2"]
+
+    assert with_views(ids, np.array([1])).tolist() == [1, 3, 4]
+    assert with_views(ids, np.array([1, 2])).tolist() == [0, 1, 2, 3, 4]

@@ -107,7 +107,7 @@ def test_sizes_are_planned_with_views_and_unreadable_images_lack_all_of_them(
     ]
 
 
-@pytest.mark.parametrize(("views", "message"), [(2, "--views was 3, is 2"), (1, "--views was 3, is None")])
+@pytest.mark.parametrize(("views", "message"), [(2, "--views was 3, is 2"), (1, "--views was 3, is not set")])
 def test_another_number_of_views_is_refused(config, photos: Path, views: int, message: str) -> None:
     extract(config(images=str(photos), views=3))
     with pytest.raises(StoreError, match=message):
@@ -128,7 +128,7 @@ def test_names_that_could_be_those_of_views_are_refused(config, tmp_path: Path) 
 
 
 def held_out_and_trained_on(data: FeatureData | LiveData, ids: list[str]) -> tuple[list[str], set[str]]:
-    return [ids[row] for row in data._divided()[1]], {ids[row] for row in data.all_training_rows()}
+    return [ids[row] for row in data.divided(len(ids))[1]], {ids[row] for row in data.all_training_rows()}
 
 
 def test_views_of_held_out_images_are_not_trained_on(config, photos: Path, tmp_path: Path) -> None:
@@ -160,3 +160,18 @@ def test_scorers_fit_to_images_as_they_are(config, photos: Path, tmp_path: Path)
         torch.cat(seen).numpy(),
         np.stack([expected(photos, key) for key in keys(tmp_path / "store", "image") if "#" not in key]),
     )
+
+
+@pytest.mark.parametrize(("fraction", "images"), [(0.01, 1), (0.5, 3)])
+def test_a_fraction_is_of_images_with_all_their_views(
+    config, photos: Path, tmp_path: Path, fraction: float, images: int
+) -> None:
+    extract(config(images={"train": str(photos), "val": str(photos)}, views=3))
+    ids = keys(tmp_path / "store", "image")
+    data = FeatureData(str(tmp_path / "store"), batch_size=1, workers=0, fraction=fraction)
+
+    drawn = [ids[row] for row in data.training_rows()]
+
+    assert data.scorers_fit_to == images == len([key for key in drawn if "#" not in key])
+    assert data.trained_on == 3 * images
+    assert len({key.partition("#")[0] for key in drawn}) == images

@@ -411,7 +411,7 @@ def test_dropped_teachers_do_not_block_a_split(tmp_path: Path) -> None:
     [
         (replace(ODD, weights="other/model"), "weights was 'none', is 'other/model'"),
         (replace(ODD, revision="2"), "revision was '1', is '2'"),
-        (replace(ODD, preprocessing={}), "preprocessing.size was 8, is None"),
+        (replace(ODD, preprocessing={}), "preprocessing.size was 8, is not set"),
         (replace(ODD, channels=64), "channels was 48, is 64"),
         (replace(ODD, grid_hw=(5, 20)), r"grid_hw was \[10, 10\], is \[5, 20\]"),
     ],

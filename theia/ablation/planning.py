@@ -226,7 +226,8 @@ class Planner:
             scorers: Names of the scorers.
 
         Raises:
-            ConfigError: If ``theia fit`` refuses the options of a row, or a store lacks teachers.
+            ConfigError: If ``theia fit`` refuses the options of a row, no model can be built of them, or a store lacks
+                teachers.
             StoreError: If a store cannot be used, or lacks the covariances that the normaliser of a row needs.
         """
         from theia.models.scaler import NEED_COVARIANCE  # imports torch, for which --help should not wait
@@ -238,6 +239,8 @@ class Planner:
         for row in rows:
             config = configs[row.name]
             data = self._stores.open(config["data"])
+            shapes = data.teacher_shapes
+            _check_model(config["model"], {name: shapes[name] for name in config["data"]["teachers"]}, row.name)
             steps = _steps(config, data.trained_on)
             if config["model"]["normalizer"] in NEED_COVARIANCE:
                 data.covariances()
@@ -289,6 +292,20 @@ def _warn_of_equals(configs: Mapping[str, Mapping[str, Any]]) -> None:
     for names in alike.values():
         if len(names) > 1:
             logger.warning("These rows are the same training, done %d times: %s.", len(names), "; ".join(names))
+
+
+def _check_model(options: Mapping[str, Any], teachers: Mapping[str, Any], row: str) -> None:
+    """Builds the model of a row on no device, which takes neither memory nor weights."""
+    import torch
+
+    from theia.errors import ShapeError
+    from theia.training.distillation import Distillation
+
+    try:
+        with torch.device("meta"):
+            Distillation(**{**options, "teachers": dict(teachers)})
+    except (ConfigError, ShapeError) as error:
+        raise ConfigError(f"'theia fit' cannot build the model of row {row!r}: {error}") from error
 
 
 def _with_seed(config: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 
 from theia.data.loader import FeatureLoader
 from theia.data.numbered import NumberedData, Part
-from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, hold_out
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler
 from theia.errors import ConfigError
 from theia.store import second_moments
 from theia.store.reader import FeatureStore, Split
-from theia.store.schema import VIEWS, canonical_json, to_plain
+from theia.store.schema import canonical_json, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json
 from theia.utils.arguments import comma_list
@@ -187,15 +187,22 @@ class FeatureData(NumberedData):
 
     def all_training_rows(self) -> Rows:
         """All rows of the training split, or those that are not held out."""
-        return np.arange(len(self._open("train"))) if self.val_split else self._divided()[0]
+        rows = len(self._open("train"))
+        return np.arange(rows) if self.val_split else self.divided(rows)[0]
 
-    def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
-        """Record of the source of the training split, and the ids of its samples."""
-        return self.store.manifest.splits["train"].images.source, self._open("train").sample_ids()
+    @property
+    def training_source(self) -> Mapping[str, Json]:
+        """Record of the source of the training split."""
+        return self.store.manifest.splits["train"].images.source
+
+    def training_ids(self) -> Sequence[str]:
+        """Ids of the samples of the training split."""
+        return self._open("train").sample_ids()
 
     def held_out_rows(self) -> Rows:
         """All rows of the validation split, or those held out of the training split."""
-        return np.arange(len(self._open(self.val_split))) if self.val_split else self._divided()[1]
+        rows = len(self._open(self.val_split or "train"))
+        return np.arange(rows) if self.val_split else self.divided(rows)[1]
 
     def loader(
         self,
@@ -211,12 +218,6 @@ class FeatureData(NumberedData):
         elif device is None and self.cls_teachers is not None:  # each CLS token would be a read of its own
             split = split.with_cls_of(self.cls_teachers)
         return self.keep(FeatureLoader(split, sampler, self.worker_count(), self.copied_to(device)))
-
-    def _divided(self) -> tuple[Rows, Rows]:
-        """Rows of the training split to train on, and those to hold out."""
-        split = self._open("train")
-        viewed = VIEWS in self.store.manifest.splits["train"].images.source
-        return hold_out(len(split), self.holdout, split.sample_ids() if viewed else None)
 
     def _features(self, split: str) -> dict[str, str]:
         """A digest of each teacher's spec and of the stored type of its features in a split, by teacher."""

@@ -10,7 +10,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from theia.data.loader import FeatureLoader
 from theia.data.protocol import TrainingData
-from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, repeated, unaltered
+from theia.data.sampler import (
+    EvaluationSampler,
+    Rows,
+    TrainingSampler,
+    fixed_fraction,
+    hold_out,
+    repeated,
+    unaltered,
+    with_views,
+)
 from theia.errors import ConfigError
 from theia.store.schema import VIEWS
 from theia.types import Json, TeacherSpec
@@ -118,15 +127,20 @@ class NumberedData(TrainingData):
     @property
     def scorers_fit_to(self) -> int:
         """Number of training samples, each counted once and views of images not."""
-        return len(self._unaltered_training_rows())
+        return len(self._unaltered(self.training_rows()))
 
     @abstractmethod
     def all_training_rows(self) -> Rows:
         """Sorted row numbers that training may draw, before ``fraction``."""
 
+    @property
     @abstractmethod
-    def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
-        """Record of the source of all training rows, and the ids of its samples by row number."""
+    def training_source(self) -> Mapping[str, Json]:
+        """Record of the source of all training rows."""
+
+    @abstractmethod
+    def training_ids(self) -> Sequence[str]:
+        """Ids of all samples of that source, by row number."""
 
     @abstractmethod
     def held_out_rows(self) -> Rows:
@@ -160,8 +174,23 @@ class NumberedData(TrainingData):
         """What the data come from, for messages: ``"the store stores/imagenet"``."""
 
     def training_rows(self) -> Rows:
-        """Sorted row numbers that training may draw."""
-        return fixed_fraction(self.all_training_rows(), self.fraction)
+        """Sorted row numbers that training may draw: a share of the images, each with all its views."""
+        rows = self.all_training_rows()
+        if not self._has_views:
+            return fixed_fraction(rows, self.fraction)
+        images = fixed_fraction(self._unaltered(rows), self.fraction)
+        return np.intersect1d(rows, with_views(self.training_ids(), images))
+
+    def divided(self, rows: int) -> tuple[Rows, Rows]:
+        """Divides the one list of samples that there is into what to train on and what to hold out.
+
+        Args:
+            rows: Number of its samples.
+
+        Returns:
+            Sorted row numbers to train on, and sorted row numbers to hold out.
+        """
+        return hold_out(rows, self.holdout, self.training_ids() if self._has_views else None)
 
     def drawn_rows(self) -> Rows:
         """Rows of an epoch, some of them several times or not at all if there are weights.
@@ -172,8 +201,7 @@ class NumberedData(TrainingData):
         rows = self.training_rows()
         if not self.weights:
             return rows
-        source, ids = self.training_source()
-        parts = source.get("parts")
+        parts = self.training_source.get("parts")
         names = [str(part["as"]) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
         unknown = [name for name in self.weights if name not in names]
         if unknown:
@@ -184,7 +212,7 @@ class NumberedData(TrainingData):
             )
         if self._sources is None:
             of_names = {name: number for number, name in enumerate(names)}
-            self._sources = np.array([of_names[key.partition("/")[0]] for key in ids])
+            self._sources = np.array([of_names[key.partition("/")[0]] for key in self.training_ids()])
         here = self._sources[rows]
         weights = (self.weights.get(name, 1.0) for name in names)
         drawn = np.concatenate([repeated(rows[here == number], weight) for number, weight in enumerate(weights)])
@@ -241,15 +269,17 @@ class NumberedData(TrainingData):
         Raises:
             StoreError: If a split of a store is missing or damaged.
         """
-        rows = self._unaltered_training_rows() if part == "train" else self.held_out_rows()
+        rows = self._unaltered(self.training_rows()) if part == "train" else self.held_out_rows()
         if most is not None and most < len(rows):
             rows = fixed_fraction(rows, most / len(rows))
         return self.loader(part, EvaluationSampler(rows, self.val_batch_size), device, features)
 
-    def _unaltered_training_rows(self) -> Rows:
-        rows = self.training_rows()
-        source, ids = self.training_source()
-        return np.intersect1d(rows, unaltered(ids)) if VIEWS in source else rows
+    @property
+    def _has_views(self) -> bool:
+        return VIEWS in self.training_source
+
+    def _unaltered(self, training_rows: Rows) -> Rows:
+        return np.intersect1d(training_rows, unaltered(self.training_ids())) if self._has_views else training_rows
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the training loader, kept in every checkpoint.

@@ -35,13 +35,23 @@ def hold_out(rows: int, share: float, ids: Sequence[str] | None = None) -> tuple
     held_out = np.sort(images[order[:held]])
     if ids is None:
         return np.sort(order[held:]), held_out
-    out = {ids[row] for row in held_out}
-    return np.array([row for row, sample in enumerate(ids) if image_id(sample) not in out], np.int64), held_out
+    return np.setdiff1d(np.arange(rows), with_views(ids, held_out)), held_out
 
 
 def unaltered(ids: Sequence[str]) -> Rows:
     """Sorted row numbers of the samples that are images as they are, and no views of others."""
     return np.array([row for row, sample in enumerate(ids) if image_id(sample) == sample], np.int64)
+
+
+def with_views(ids: Sequence[str], images: Rows) -> Rows:
+    """Sorted row numbers of some images and of all their views.
+
+    Args:
+        ids: Ids of all samples.
+        images: Row numbers of the images.
+    """
+    chosen = {ids[row] for row in images}
+    return np.array([row for row, sample in enumerate(ids) if image_id(sample) in chosen], np.int64)
 
 
 def fixed_fraction(rows: Rows, fraction: float) -> Rows:

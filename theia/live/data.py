@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from theia.data.loader import FeatureLoader, Read
 from theia.data.numbered import NumberedData, Part
 from theia.data.ring import Samples
-from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction, hold_out
+from theia.data.sampler import EvaluationSampler, Rows, TrainingSampler, fixed_fraction
 from theia.errors import ConfigError, StoreError
 from theia.extraction.joined import ChosenSource
 from theia.extraction.sources import ImageSource, open_source
@@ -29,7 +29,7 @@ from theia.live.keeping import Kept
 from theia.live.stored import StoredPart, check_mixed
 from theia.live.teachers import LiveLoader, LiveTeachers, as_device
 from theia.store.reader import Split
-from theia.store.schema import VIEWS, Resize, hash_ids, to_plain
+from theia.store.schema import Resize, hash_ids, to_plain
 from theia.store.statistics import ChannelStatistics
 from theia.types import Json, Precision
 from theia.utils.arguments import MOST_PIXELS, check_number, comma_list
@@ -328,11 +328,17 @@ class LiveData(NumberedData):
 
     def all_training_rows(self) -> Rows:
         """All rows, or those that are not held out."""
-        return np.arange(len(self.source.ids)) if self._val_images is not None else self._divided()[0]
+        rows = len(self.source.ids)
+        return np.arange(rows) if self._val_images is not None else self.divided(rows)[0]
 
-    def training_source(self) -> tuple[Mapping[str, Json], Sequence[str]]:
-        """Record of the source of the images, and their ids."""
-        return self.source.description, self.source.ids
+    @property
+    def training_source(self) -> Mapping[str, Json]:
+        """Record of the source of the images."""
+        return self.source.description
+
+    def training_ids(self) -> Sequence[str]:
+        """Ids of the images."""
+        return self.source.ids
 
     def held_out_rows(self) -> Rows:
         """All rows of the held-out images, or of those that could be decoded once the cache has their features."""
@@ -400,12 +406,7 @@ class LiveData(NumberedData):
     def _held_out_source(self) -> ImageSource:
         if self._val_images is not None:
             return self._val_images
-        return ChosenSource(self.source, self._divided()[1].tolist())
-
-    def _divided(self) -> tuple[Rows, Rows]:
-        """Rows to train on, and those to hold out, where all are of one list."""
-        ids = self.source.ids
-        return hold_out(len(ids), self.holdout, ids if VIEWS in self.source.description else None)
+        return ChosenSource(self.source, self.divided(len(self.source.ids))[1].tolist())
 
     def _held_out(self) -> Split:
         if self._stored is None:

@@ -281,4 +281,5 @@ def _first_difference(former: Any, new: Any, place: str = "") -> str | None:
         return None
     if former == new:
         return None
-    return f"{_NAMES.get(place, place)} was {reprlib.repr(former)}, is {reprlib.repr(new)}"
+    before, now = ("not set" if value is None else reprlib.repr(value) for value in (former, new))
+    return f"{_NAMES.get(place, place)} was {before}, is {now}"

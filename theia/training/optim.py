@@ -76,13 +76,14 @@ def check_optimizer(name: str, options: Mapping[str, Any], betas: tuple[float, f
         raise ConfigError(
             f"--model.betas are those of {ADAMW}. For {name}, give them in model.optimizer_options, if it has them."
         )
-    # Draws no random numbers, which would change the model's weights.
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, 2, 2)  # type: ignore[no-untyped-call]
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-        parameter.grad = torch.ones_like(parameter)
     try:
-        build_optimizer(layer, 1e-3, fused=False, betas=betas, name=name, options=options).step()
+        with torch.device("cpu"):  # also where a model is built on no device
+            # Draws no random numbers, which would change the model's weights.
+            layer: nn.Linear = nn.utils.skip_init(nn.Linear, 2, 2)  # type: ignore[no-untyped-call]
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+                parameter.grad = torch.ones_like(parameter)
+            build_optimizer(layer, 1e-3, fused=False, betas=betas, name=name, options=options).step()
     # Each class has its own ways to refuse.
     except Exception as error:
         instead = " timm.optim.Muon gives the other parameters to AdamW." if kind is torch.optim.Muon else ""
