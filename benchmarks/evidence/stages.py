@@ -167,17 +167,20 @@ class Plan:
         return [[THEIA, "probe", "dynamics", "--encoders", *encoders, "--data", self.data, "--out", out]]
 
     def _proxy(self) -> list[list[str]]:
-        """A large student learns from all teachers, and students from it, in a copy of the store with it."""
+        """A large student learns from all teachers, and students from it, in a copy of the store with it.
+
+        All have the ingredients of configs/beyond_*: behind a CNN, tokens hold less, whoever the teacher is.
+        """
         preset, large, store = PRESETS[self.preset], f"{PROXY}/large", f"{PROXY}/store"
-        every = list(self.teachers)
+        every = {"data.teachers": list(self.teachers), **beyond()}
         rows = {
-            "direct": {"data.teachers": every},
-            "direct and longer": {"data.teachers": every, "trainer.max_epochs": preset.longer * self._epochs()},
-            "proxy": {"data.teachers": ["theia"]},
+            "direct": every,
+            "direct and longer": {**every, "trainer.max_epochs": preset.longer * self._epochs()},
+            "proxy": {**every, "data.teachers": ["theia"]},
         }
         size = [f"--{option}={value}" for option, value in preset.large.items()]  # the last of an option counts
         return [
-            self._sweep(large, "--rows", json.dumps({"large": {"data.teachers": every}}), fit=size, one_seed=True),
+            self._sweep(large, "--rows", json.dumps({"large": every}), fit=size, one_seed=True),
             [THEIA, "store", "push", str(self.out / STORE), str(self.out / store)],
             [*self._extract(self.out / store, "theia"), "--theia.weights", self._student("large", large)],
             self._sweep(f"{PROXY}/students", "--rows", json.dumps(rows), "--reference", "direct", store=store),
