@@ -398,6 +398,7 @@ def test_the_loss_of_some_teachers_is_scaled_to_that_of_all(store: Path) -> None
         ("cuda", 5, [32, 64], {"shift": 0.3}, None),
         ("cpu", 1, [], {"teacher_dropping": 0.5}, "teacher_dropping has no teacher to leave out"),
         ("cpu", 2, [], {"teacher_dropping": 0.5}, None),
+        ("cpu", 2, [], {"teacher_weights": {"b": 0.0}}, "would draw b, whose weight in the loss is 0"),
     ],
 )  # fmt: skip
 def test_steps_that_cannot_be_are_refused(

@@ -231,6 +231,12 @@ class Distillation(L.LightningModule):
                 "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
                 "the two."
             )
+        idle = [name for name, weight in self.loss_weights.items() if weight == 0]
+        if drawn is not None and idle:
+            raise ConfigError(
+                f"data.teachers_per_step would draw {idle[0]}, whose weight in the loss is 0. Leave it out of "
+                "data.teachers."
+            )
         if self._cells is not None:
             common_cells(self._grids.values(), sizes)
         if drawn is not None and self._compiles(device):
