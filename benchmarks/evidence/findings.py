@@ -59,8 +59,8 @@ class Findings:
     Attributes:
         tables: By sweep, row and column.
         bounds: By encoder and question, the error of what was not trained here: teachers and the untrained student.
-        shares: By row of the sweeps over teachers and question, the part of the way from the untrained student to the
-            best of its teachers; no value where that teacher is not better than the untrained student.
+        shares: By row of the sweeps over ingredients and teachers and question, the part of the way from the untrained
+            student to the best of its teachers; no value where that teacher is not better than the untrained student.
         steps: By row of the sweep over ingredients, steps until the reference's final held-out cosine, as a part of its
             steps; by seed, ``None`` where it was not reached.
         compute: The same in CPU-seconds, as a part of the reference's.
@@ -102,7 +102,8 @@ def find(out: Path) -> Findings:
     return Findings(
         {sweep: _table(of_rows, _REFERENCES[sweep]) for sweep, of_rows in values.items()},
         bounds,
-        _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS))
+        _shares(others, bounds, _distilled(out / INGREDIENTS))
+        | _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS))
         | {f"{row}, beyond": of for row, of in _shares(values[BEYOND], bounds, _distilled(out / BEYOND)).items()},
         time_to_quality(_against(curves, 0), _REFERENCES[INGREDIENTS]),
         time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),

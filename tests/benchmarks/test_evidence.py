@@ -128,6 +128,7 @@ def test_tables_shares_and_correlations(out: Path) -> None:
     assert PLAN not in found.shares["b"]
     assert found.shares["b"][MOTION].mean == pytest.approx((0.8 - 0.4) / 0.6)
     assert found.shares["all"][PLAN].mean == pytest.approx((0.9 - 0.5) / 0.5)
+    assert found.shares["cosine"][PLAN].mean == pytest.approx((0.9 - 0.5) / 0.5)
     assert found.shares["a, beyond"][PLAN].mean == pytest.approx((0.9 - 0.45) / 0.5)
     assert found.entropy[PLAN].r == pytest.approx(-1)
     assert found.entropy[PLAN].n == 3  # the other sweep has no norm entropy
@@ -148,10 +149,11 @@ def test_sets_of_teachers_are_trained_with_what_is_beyond_the_paper(tmp_path: Pa
     (command,) = Plan("d", 9, ["a", "b"], [3], "small", tmp_path, 1, ["readout"], []).commands("beyond")
     rows = json.loads(command[command.index("--rows") + 1])
     assert {name: row.pop("data.teachers") for name, row in rows.items()} == {"a": ["a"], "b": ["b"], "all": ["a", "b"]}
-    model = yaml.safe_load(Path("configs/beyond_tiny.yaml").read_text())["model"]
-    paper = yaml.safe_load(Path("configs/cdiv_tiny.yaml").read_text())["model"]
-    assert rows["all"] == rows["a"] == {f"model.{name}": value for name, value in model.items() if name not in paper}
-    assert rows["all"]
+    assert rows["all"] == rows["a"] == {"model.optimizer": "timm.optim.Muon", "model.translator": "linear"}
+    for size in ("tiny", "small", "base"):  # what both set is the same
+        ours, paper = (yaml.safe_load(Path(f"configs/{name}_{size}.yaml").read_text()) for name in ("beyond", "cdiv"))
+        assert {**ours, "run_folder": "", "model": {**paper["model"], **ours["model"]}} == {**paper, "run_folder": "",
+                "model": {**paper["model"], "optimizer": "timm.optim.Muon", "translator": "linear"}}  # fmt: skip
 
 
 def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> None:

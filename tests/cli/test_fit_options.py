@@ -136,7 +136,7 @@ OTHER: dict[str, Any] = {
     "model.learning_rate": 0.05, "model.scale_learning_rate": True, "model.weight_decay": 0.1,
     "model.decay_rule": "authors", "model.warmup": 0.5, "model.betas": [0.9, 0.95],
     "model.balance": "ada", "model.teacher_dropping": 0.5, "model.cls_loss": "angle",
-    "model.normalizer": "phi_s", "model.normalizer_exponent": 0.5,
+    "model.normalizer": "power", "model.normalizer_exponent": 0.5,
     "model.optimizer": "timm.optim.Muon", "model.optimizer_options": {"amsgrad": True},
     "model.schedule": "cosine", "model.ema": 0.9, "model.patch_dropout": 0.5,
     "model.compile": True, "model.cuda_graphs": True,

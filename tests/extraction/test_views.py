@@ -1,6 +1,7 @@
 """Stored views: what torchvision draws with the seed of a view's id, the same for every teacher, run and process."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,14 @@ def test_a_fraction_is_of_images_with_all_their_views(
     assert data.scorers_fit_to == images == len([key for key in drawn if "#" not in key])
     assert data.trained_on == 3 * images
     assert len({key.partition("#")[0] for key in drawn}) == images
+
+
+def test_a_weight_draws_images_with_all_their_views(config, photos: Path, tmp_path: Path) -> None:
+    sources = [f"{name}={photos}" for name in "xy"]
+    extract(config(images={"train": sources, "val": str(photos)}, views=3))
+    ids = keys(tmp_path / "store", "image")
+    data = FeatureData(str(tmp_path / "store"), batch_size=1, workers=0, weights={"x": 0.5, "y": 1.5})
+
+    drawn = Counter(ids[row].partition("#")[0] for row in data.drawn_rows())
+
+    assert Counter((key[0], times) for key, times in drawn.items()) == {("x", 3): 3, ("y", 3): 3, ("y", 6): 3}

@@ -339,6 +339,23 @@ def test_a_loss_of_cls_tokens_needs_some() -> None:
     assert not list(Distillation(shapes, **SMALL, distill_cls=True).dispersions)
 
 
+def test_an_exponent_is_of_the_normalizer_that_has_one() -> None:
+    shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
+    with pytest.raises(ConfigError, match="normalizer_exponent is of the normalizer 'power', and 'whiten' has none"):
+        Distillation(shapes, **SMALL, normalizer="whiten", normalizer_exponent=0.7)
+    Distillation(shapes, **SMALL, normalizer="power", normalizer_exponent=0.7)
+
+
+@pytest.mark.parametrize("option", [{"balance": "ada"}, {"teacher_dropping": 0.5}, {}])
+def test_what_one_teacher_makes_idle_is_told(option: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    data: Any = SimpleNamespace(image_sizes=[], teachers_per_step=None)
+    for names in ("a", "ab"):
+        shapes = {name: {"channels": 8, "grid_hw": [4, 4], "has_cls": False} for name in names}
+        Distillation(shapes, **SMALL, **option).check_steps(data, torch.device("cpu"))
+        assert ("With one teacher" in caplog.text) == (names == "a" and bool(option))
+        caplog.clear()
+
+
 class Drawn(L.Callback):
     """Notes which teachers each step has, and which translators it changes."""
 

@@ -137,6 +137,6 @@ def test_unknown_terms_and_weights_out_of_range_are_refused(weights, message):
 @pytest.mark.parametrize("name", ["cosine", "cosine_per_token", "smooth_l1", "mse"])
 def test_the_loss_of_each_image_is_that_of_a_batch_of_one(pair, name):
     loss = FeatureLoss({name: 0.7})
-    prediction, target = pair
-    alone = [loss(p[None], t[None]) for p, t in zip(prediction, target, strict=True)]
-    torch.testing.assert_close(loss.of_images(prediction, target), torch.stack(alone))
+    for prediction, target in (pair, [value[:, 0] for value in pair]):  # of patch tokens, and of CLS tokens
+        alone = [loss(p[None], t[None]) for p, t in zip(prediction, target, strict=True)]
+        torch.testing.assert_close(loss.of_images(prediction, target), torch.stack(alone))

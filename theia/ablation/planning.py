@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 Parse = Callable[[Sequence[str]], dict[str, Any]]
 """Gives all options of ``theia fit``, as plain values, for some arguments; raises ConfigError if it refuses them."""
 
-# The options under 'data' that decide which images a row uses; its teachers and batches do not.
-_OF_IMAGES = ("store", "val_split", "holdout", "fraction")
+# The options under 'data' that decide which images a row uses and how they are drawn; its teachers do not.
+_OF_IMAGES = ("store", "val_split", "holdout", "fraction", "weights", "batch_size", "image_sizes", "teachers_per_step")
 
 
 def split_arguments(argv: Sequence[str], own: set[str]) -> tuple[list[str], list[str]]:
@@ -116,7 +116,7 @@ class Stores:
     """The feature stores of a sweep, each of which is opened once."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[Any, ...], FeatureData] = {}
+        self._opened: dict[str, FeatureData] = {}
 
     def open(self, data: Mapping[str, Any]) -> "FeatureData":
         """Opens the store of a row, with all teachers that are finished in it; warns of those that are not.
@@ -136,7 +136,8 @@ class Stores:
                 f"A sweep needs a feature store, but data is {data['class_path']}. Leave the class out: FeatureData "
                 "reads one."
             )
-        key = tuple(data[name] for name in _OF_IMAGES)
+        options = {name: data[name] for name in _OF_IMAGES}
+        key = json.dumps(options, sort_keys=True)
         if key not in self._opened:
             store = FeatureStore(data["store"])
             held_out = data["val_split"] if data["val_split"] in store.splits else "train"
@@ -147,7 +148,6 @@ class Stores:
                     "Left out, since the store %s does not have all of their features: %s.",
                     store.root, ", ".join(unfinished),
                 )  # fmt: skip
-            options = dict(zip(_OF_IMAGES, key, strict=True))
             self._opened[key] = FeatureData(teachers=finished or None, **options)
         return self._opened[key]
 
@@ -226,7 +226,7 @@ class Planner:
             scorers: Names of the scorers.
 
         Raises:
-            ConfigError: If ``theia fit`` refuses the options of a row, no model can be built of them, or a store lacks
+            ConfigError: If ``theia fit`` refuses the options of a row, or they do not go together, or a store lacks
                 teachers.
             StoreError: If a store cannot be used, or lacks the covariances that the normaliser of a row needs.
         """
@@ -239,8 +239,7 @@ class Planner:
         for row in rows:
             config = configs[row.name]
             data = self._stores.open(config["data"])
-            shapes = data.teacher_shapes
-            _check_model(config["model"], {name: shapes[name] for name in config["data"]["teachers"]}, row.name)
+            _check_training(config, data, row.name)
             steps = _steps(config, data.trained_on)
             if config["model"]["normalizer"] in NEED_COVARIANCE:
                 data.covariances()
@@ -294,18 +293,27 @@ def _warn_of_equals(configs: Mapping[str, Mapping[str, Any]]) -> None:
             logger.warning("These rows are the same training, done %d times: %s.", len(names), "; ".join(names))
 
 
-def _check_model(options: Mapping[str, Any], teachers: Mapping[str, Any], row: str) -> None:
-    """Builds the model of a row on no device, which takes neither memory nor weights."""
+def _check_training(config: Mapping[str, Any], data: "FeatureData", row: str) -> None:
+    """Raises errors that the training of a row would raise when its turn comes.
+
+    The model is built on no device, which takes neither memory nor weights. It is checked as for a CPU; which device
+    the training will have may not be known here.
+    """
     import torch
 
+    from theia.data.sampler import check_drawn
     from theia.errors import ShapeError
     from theia.training.distillation import Distillation
 
+    teachers = {name: data.teacher_shapes[name] for name in config["data"]["teachers"]}
     try:
         with torch.device("meta"):
-            Distillation(**{**options, "teachers": dict(teachers)})
+            model = Distillation(**{**config["model"], "teachers": teachers})
+        check_drawn(list(teachers), data.teachers_per_step)
+        data.check_training(1)
+        model.check_steps(data, torch.device("cpu"))
     except (ConfigError, ShapeError) as error:
-        raise ConfigError(f"'theia fit' cannot build the model of row {row!r}: {error}") from error
+        raise ConfigError(f"'theia fit' does not take row {row!r}: {error}") from error
 
 
 def _with_seed(config: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:

@@ -174,12 +174,8 @@ class NumberedData(TrainingData):
         """What the data come from, for messages: ``"the store stores/imagenet"``."""
 
     def training_rows(self) -> Rows:
-        """Sorted row numbers that training may draw: a share of the images, each with all its views."""
-        rows = self.all_training_rows()
-        if not self._has_views:
-            return fixed_fraction(rows, self.fraction)
-        images = fixed_fraction(self._unaltered(rows), self.fraction)
-        return np.intersect1d(rows, with_views(self.training_ids(), images))
+        """Sorted row numbers that training may draw."""
+        return self._share(self.all_training_rows(), self.fraction)
 
     def divided(self, rows: int) -> tuple[Rows, Rows]:
         """Divides the one list of samples that there is into what to train on and what to hold out.
@@ -214,8 +210,10 @@ class NumberedData(TrainingData):
             of_names = {name: number for number, name in enumerate(names)}
             self._sources = np.array([of_names[key.partition("/")[0]] for key in self.training_ids()])
         here = self._sources[rows]
-        weights = (self.weights.get(name, 1.0) for name in names)
-        drawn = np.concatenate([repeated(rows[here == number], weight) for number, weight in enumerate(weights)])
+        drawn = np.concatenate([
+            repeated(rows[here == number], self.weights.get(name, 1.0), self._share)
+            for number, name in enumerate(names)
+        ])  # fmt: skip
         if not len(drawn):
             raise ConfigError(f"data.weights {self.weights} leave no training sample. Give one source more than 0.")
         return drawn
@@ -277,6 +275,13 @@ class NumberedData(TrainingData):
     @property
     def _has_views(self) -> bool:
         return VIEWS in self.training_source
+
+    def _share(self, training_rows: Rows, fraction: float) -> Rows:
+        """A share of the images, each with all its views."""
+        if not self._has_views:
+            return fixed_fraction(training_rows, fraction)
+        images = fixed_fraction(self._unaltered(training_rows), fraction)
+        return np.intersect1d(training_rows, with_views(self.training_ids(), images))
 
     def _unaltered(self, training_rows: Rows) -> Rows:
         return np.intersect1d(training_rows, unaltered(self.training_ids())) if self._has_views else training_rows

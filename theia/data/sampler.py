@@ -1,7 +1,7 @@
 """Decides which process reads which sample at which step. A run resumes at the state of its training sampler."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,16 +68,34 @@ def fixed_fraction(rows: Rows, fraction: float) -> Rows:
     return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(rows)[:kept])
 
 
-def repeated(rows: Rows, times: float) -> Rows:
+def repeated(rows: Rows, times: float, share: Callable[[Rows, float], Rows] = fixed_fraction) -> Rows:
     """Repeats rows, the same ones for every seed.
 
     Args:
         rows: Row numbers.
         times: How often each is to be there; of 2.5, half of them are there three times.
+        share: Function that keeps a share of rows.
     """
     whole = int(times)
-    more = fixed_fraction(rows, times - whole) if times > whole and len(rows) else rows[:0]
+    more = share(rows, times - whole) if times > whole and len(rows) else rows[:0]
     return np.concatenate([np.repeat(rows, whole), more])
+
+
+def check_drawn(teachers: Sequence[str], count: int | None) -> None:
+    """Checks the number of teachers that each step draws.
+
+    Args:
+        teachers: Names of all teachers.
+        count: Number of teachers to draw; ``None`` for all.
+
+    Raises:
+        ConfigError: If there are not so many.
+    """
+    if count is not None and count > len(teachers):
+        raise ConfigError(
+            f"data.teachers_per_step is {count}, but there are {len(teachers)} teachers: {', '.join(teachers)}. Give "
+            "at most that many, or leave it out."
+        )
 
 
 def teachers_of_step(teachers: Sequence[str], count: int, seed: int, step: int) -> list[str]:
@@ -142,11 +160,7 @@ class TrainingSampler:
         teachers: Sequence[str] = (),
         teachers_per_step: int | None = None,
     ) -> None:
-        if teachers_per_step is not None and teachers_per_step > len(teachers):
-            raise ConfigError(
-                f"data.teachers_per_step is {teachers_per_step}, but there are {len(teachers)} teachers: "
-                f"{', '.join(teachers)}. Give at most that many, or leave it out."
-            )
+        check_drawn(teachers, teachers_per_step)
         if batch_size % world_size:
             raise ConfigError(
                 f"The global batch of {batch_size} cannot be shared evenly by {world_size} processes. "

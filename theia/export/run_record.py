@@ -11,6 +11,7 @@ import yaml
 
 from theia.errors import ConfigError
 from theia.models import older
+from theia.training.optim import ADAMW
 from theia.utils.files import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -18,13 +19,16 @@ logger = logging.getLogger(__name__)
 # Training options that make up the recipe, and where they stand in config.yaml.
 _RECIPE = {
     "trainer": ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
-    "data": ("batch_size", "fraction", "teachers_per_step"),
+    "data": ("batch_size", "fraction", "image_sizes", "teachers_per_step"),
     "model": (
-        "optimizer", "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule", "ema",
-        "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer", "patch_dropout", "shift",
-        "backbone", "backbone_stage", "translator", "distill_cls", "registers", "lift", "wide_last",
+        "optimizer", "optimizer_options", "learning_rate", "weight_decay", "decay_rule", "betas", "warmup", "schedule",
+        "ema", "loss", "cls_loss", "teacher_weights", "balance", "teacher_dropping", "normalizer",
+        "normalizer_exponent", "patch_dropout", "shift", "backbone", "backbone_stage", "translator", "distill_cls",
+        "registers", "lift", "wide_last",
     ),
 }  # fmt: skip
+# Options that have an effect only beside a certain value of another.
+_ONLY_WITH = {"model.betas": ("model.optimizer", ADAMW), "model.normalizer_exponent": ("model.normalizer", "power")}
 _METRICS = ("cosine", "explained_variance")
 _FILES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
@@ -60,6 +64,9 @@ def run_record(run: Path, checkpoint: Path) -> dict[str, Any]:
         for option in options
         if config.get(part, {}).get(option) is not None
     }
+    for option, (beside, value) in _ONLY_WITH.items():
+        if recipe.get(beside, value) != value:
+            recipe.pop(option, None)
     if recipe:
         record["recipe"] = {"seed": config.get("seed_everything"), **recipe}
     if environment.get("changes"):

@@ -168,9 +168,9 @@ def total_loss(
     Returns:
         A scalar.
     """
-    every = list(weights)
     if running is None and dropping is None:
-        return (weighted_mean if len(losses) == len(every) else mean_of_some)(losses, weights)
+        return mean_of_some(losses, weights)
+    every = list(weights)
     places = torch.tensor([every.index(name) for name in losses])
     by_image = torch.stack(list(losses.values()), -1)  # (K,) or (B, K)
     share = len(every) / len(losses)

@@ -1,5 +1,6 @@
 """The LightningModule, which only connects student, translators, losses and metrics to the trainer and logs."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -40,6 +41,8 @@ from theia.training.optim import (
 from theia.training.shifting import common_cells, draw_shift
 from theia.types import FeatureBatch, FeatureStatistics
 from theia.utils.arguments import check_number
+
+logger = logging.getLogger(__name__)
 
 _HELD_OUT = ("val", "test")
 # torch.compile keeps at most 8 versions of a step, one of them for validation, and compiles no more.
@@ -163,6 +166,10 @@ class Distillation(L.LightningModule):
         for beta in betas:
             check_number("model.betas", beta, 0, 1, below=True)
         check_number("model.normalizer_exponent", normalizer_exponent, 0, 1)
+        if normalizer != "power" and normalizer_exponent != POWER:
+            raise ConfigError(
+                f"--model.normalizer_exponent is of the normalizer 'power', and {normalizer!r} has none. Leave it out."
+            )
         check_number("model.teacher_dropping", teacher_dropping, 0, 1)
         check_number("model.ema", ema, 0, 1, above=True, below=True)
         check_optimizer(optimizer, optimizer_options or {}, (betas[0], betas[1]))
@@ -231,6 +238,9 @@ class Distillation(L.LightningModule):
                 "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
                 "the two."
             )
+        balanced = self.hparams["teacher_dropping"] is not None or self.running is not None
+        if every == 1 and balanced:
+            logger.warning("With one teacher, model.teacher_dropping and model.balance have no effect.")
         idle = [name for name, weight in self.loss_weights.items() if weight == 0]
         if drawn is not None and idle:
             raise ConfigError(

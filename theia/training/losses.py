@@ -93,6 +93,11 @@ def _cosines(prediction: Tensor, target: Tensor, per_token: bool = False) -> Ten
     return (prediction * target).sum(axes) / (norms[0] * norms[1])
 
 
+def _of_tokens(losses: Tensor) -> Tensor:
+    """Means over the tokens of each image, ``(B,)``, from ``(B, N)``, or from ``(B,)`` for CLS tokens."""
+    return losses.reshape(len(losses), -1).mean(1)
+
+
 def _smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean smooth L1 of each sample, shape ``(B,)``."""
     prediction, target = _matched(prediction, target)
@@ -153,7 +158,7 @@ TERMS: dict[str, Term] = {
 
 _OF_IMAGES: dict[str, Term] = {
     "cosine": lambda prediction, target: 1 - _cosines(prediction, target),
-    "cosine_per_token": lambda prediction, target: 1 - _cosines(prediction, target, True).flatten(1).mean(1),
+    "cosine_per_token": lambda prediction, target: _of_tokens(1 - _cosines(prediction, target, per_token=True)),
     "smooth_l1": _smooth_l1,
     "mse": lambda prediction, target: (prediction.float() - target.float()).square().flatten(1).mean(1),
 }
