@@ -132,6 +132,7 @@ def test_an_output_that_is_no_file_of_the_systems_can_be_written(monkeypatch: py
         (["fit", "--config", "none.yaml"], "theia fit: --config none.yaml: there is no such file."),
         (["ablate", "--config=~/none.yaml"], "theia ablate: --config ~/none.yaml: there is no such file."),
         (["fit", "-c", "none.yaml"], "theia fit: -c none.yaml: there is no such file."),
+        (["fit", "--model.image_size", "64"], "theia fit: --model.image_size comes from the data: leave it out."),
         (["fit", "--data", "nope.Data"], "theia fit: --data: Problem with given class_path 'nope.Data': No module"),
         (["extract"], "theia extract: the following arguments are required: --images, --teachers, --store. 'theia"),
         (["export"], "theia export: the following arguments are required: --encoder. 'theia export --help'"),

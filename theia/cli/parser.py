@@ -54,6 +54,9 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     # Any option with a class may be the path of a file with its options, too.
     said = [part for part in parts if not part.startswith("Expected a path but")] or parts
     text = re.sub(r'Parser key "([^"]+)":', r"--\1:", " ".join(said))
+    # jsonargparse would send the user to what is no option.
+    linked = r'Linked "(model\.\w+)" must be given via "data\.\w+"'
+    text = re.sub(linked, r"--\1 comes from the data: leave it out", text)
     needed = re.fullmatch(r"(the following arguments are required: )(.*)", text)
     if needed is None:
         return text
