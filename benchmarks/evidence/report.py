@@ -99,9 +99,8 @@ def draw(path: Path, findings: Findings) -> None:
     kinds += [*(["faults"] if findings.faults else []), *(["entropy"] if findings.entropy else [])]
     if not kinds:
         return
-    rows = max(
-        len(ingredients), len(teachers), len(findings.shares), 2 * len(findings.faults), 4
-    )  # of a fault are two lines
+    lines = 2 * len(findings.faults)  # of a fault are two
+    rows = max(len(ingredients), len(teachers), len(findings.shares), lines, 4)
     figure = Figure(figsize=(3.1 * len(kinds) + 1.5, 1.4 + 0.27 * rows), dpi=130, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         if kind in _DRAWN:

@@ -238,14 +238,12 @@ class Distillation(L.LightningModule):
                 "With data.teachers_per_step 1, model.teacher_dropping has no teacher to leave out. Leave out one of "
                 "the two."
             )
-        balanced = self.hparams["teacher_dropping"] is not None or self.running is not None
-        if every == 1 and balanced:
+        if every == 1 and (self.running is not None or self.hparams["teacher_dropping"] is not None):
             logger.warning("With one teacher, model.teacher_dropping and model.balance have no effect.")
         idle = [name for name, weight in self.loss_weights.items() if weight == 0]
         if drawn is not None and idle:
             raise ConfigError(
-                f"data.teachers_per_step would draw {idle[0]}, whose weight in the loss is 0. Leave it out of "
-                "data.teachers."
+                f"data.teachers_per_step would draw {idle[0]}, whose weight in the loss is 0. Leave that teacher out."
             )
         if self._cells is not None:
             common_cells(self._grids.values(), sizes)

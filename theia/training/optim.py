@@ -79,7 +79,7 @@ def check_optimizer(name: str, options: Mapping[str, Any], betas: tuple[float, f
     try:
         with torch.device("cpu"):  # also where a model is built on no device
             # Draws no random numbers, which would change the model's weights.
-            layer: nn.Linear = nn.utils.skip_init(nn.Linear, 2, 2)  # type: ignore[no-untyped-call]
+            layer = nn.Linear(2, 2, device="meta").to_empty(device="cpu")
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
                 parameter.grad = torch.ones_like(parameter)
