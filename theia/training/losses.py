@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,8 +79,7 @@ def mse_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Source: Theia, Table 6 (ablation).
     """
-    prediction, target = _matched(prediction, target)
-    return F.mse_loss(prediction, target)
+    return _mse(prediction, target).mean()
 
 
 def _cosines(prediction: Tensor, target: Tensor, per_token: bool = False) -> Tensor:
@@ -93,15 +91,16 @@ def _cosines(prediction: Tensor, target: Tensor, per_token: bool = False) -> Ten
     return (prediction * target).sum(axes) / (norms[0] * norms[1])
 
 
-def _of_tokens(losses: Tensor) -> Tensor:
-    """Means over the tokens of each image, ``(B,)``, from ``(B, N)``, or from ``(B,)`` for CLS tokens."""
-    return losses.reshape(len(losses), -1).mean(1)
-
-
 def _smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean smooth L1 of each sample, shape ``(B,)``."""
     prediction, target = _matched(prediction, target)
     return F.smooth_l1_loss(prediction, target, beta=1.0, reduction="none").flatten(1).mean(1)
+
+
+def _mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, shape ``(B,)``."""
+    prediction, target = _matched(prediction, target)
+    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
 
 
 def angle(prediction: Tensor, target: Tensor) -> Tensor:
@@ -149,19 +148,15 @@ class RunningMean(nn.Module):
 Term = Callable[[Tensor, Tensor], Tensor]
 
 TERMS: dict[str, Term] = {
-    "cosine": cosine_loss,
-    "cosine_per_token": partial(cosine_loss, per_token=True),
-    "smooth_l1": smooth_l1_loss,
-    "mse": mse_loss,
-}
-"""Loss terms by name, each ``(prediction, target) -> scalar``. A new term needs a line here and below."""
-
-_OF_IMAGES: dict[str, Term] = {
     "cosine": lambda prediction, target: 1 - _cosines(prediction, target),
-    "cosine_per_token": lambda prediction, target: _of_tokens(1 - _cosines(prediction, target, per_token=True)),
+    # One cosine of each image's CLS token, or one of each of its patch tokens.
+    "cosine_per_token": lambda prediction, target: (
+        1 - _cosines(prediction, target, per_token=True).reshape(len(prediction), -1).mean(1)
+    ),
     "smooth_l1": _smooth_l1,
-    "mse": lambda prediction, target: (prediction.float() - target.float()).square().flatten(1).mean(1),
+    "mse": _mse,
 }
+"""Loss terms by name: ``(prediction, target)`` to the loss of each sample, ``(B,)``. A new term needs a line here."""
 
 
 class FeatureLoss:
@@ -188,7 +183,6 @@ class FeatureLoss:
         if not any(self.weights.values()):
             raise ConfigError("There is nothing to learn: no loss term has a weight above 0. Set model.loss.")
         self._terms = [(weight, TERMS[name]) for name, weight in self.weights.items() if weight]
-        self._of_images = [(weight, _OF_IMAGES[name]) for name, weight in self.weights.items() if weight]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Computes the loss of a batch.
@@ -203,19 +197,15 @@ class FeatureLoss:
         Raises:
             ShapeError: If the shapes differ.
         """
-        return _sum(self._terms, prediction, target)
+        return self.of_images(prediction, target).mean()
 
     def of_images(self, prediction: Tensor, target: Tensor) -> Tensor:
         """The loss of each image, shape ``(B,)``; arguments and errors are those of a call."""
-        return _sum(self._of_images, prediction, target)
-
-
-def _sum(terms: list[tuple[float, Term]], prediction: Tensor, target: Tensor) -> Tensor:
-    (weight, term), *others = terms
-    total = weight * term(prediction, target)
-    for weight, term in others:
-        total = total + weight * term(prediction, target)
-    return total
+        (weight, term), *others = self._terms
+        total = weight * term(prediction, target)
+        for weight, term in others:
+            total = total + weight * term(prediction, target)
+        return total
 
 
 class Objective:
