@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from events import PATIENCE_S
@@ -167,6 +168,17 @@ def sweeps(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Has the trainings and tests of sweeps in this process forked too."""
     monkeypatch.setenv(_ADDRESS, _server())
     _fork_jobs(monkeypatch.setattr)
+
+
+def commands(monkeypatch: "pytest.MonkeyPatch", module: ModuleType) -> None:
+    """Has the commands of ``theia`` forked that a module of the benchmarks starts by way of its ``command``."""
+    monkeypatch.setenv(_ADDRESS, _server())
+    whole = module.command
+
+    def command(parts: Sequence[str]) -> list[str]:
+        return [*PROGRAM, *parts[1:]] if parts[0] == "theia" else list(whole(parts))
+
+    monkeypatch.setattr(module, "command", command)
 
 
 @cache
