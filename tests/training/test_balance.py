@@ -123,17 +123,18 @@ def test_nothing_dropped_is_the_weighted_mean():
     torch.testing.assert_close(everything, (losses.mean(0) * weights).sum())
 
 
-def test_a_draw_depends_on_step_image_and_teacher_only_and_has_the_probability():
+def test_a_draw_depends_on_seed_step_image_and_teacher_only_and_has_the_probability():
     rows = torch.arange(20000)
-    kept = keep_teachers(7, rows, 3, 0.3)
+    kept = keep_teachers(5, 7, rows, 3, 0.3)
     shuffled = torch.randperm(20000)
-    assert torch.equal(keep_teachers(7, rows[shuffled], 3, 0.3), kept[shuffled])
+    assert torch.equal(keep_teachers(5, 7, rows[shuffled], 3, 0.3), kept[shuffled])
     assert kept.float().mean(0) == pytest.approx([0.7] * 3, abs=0.015)  # four deviations
 
-    others = {"step": keep_teachers(8, rows, 3, 0.3), "far step": keep_teachers(10, rows - 1, 3, 0.3)}
+    others = {"step": keep_teachers(5, 8, rows, 3, 0.3), "far step": keep_teachers(5, 10, rows - 1, 3, 0.3)}
+    others |= {"seed": keep_teachers(6, 7, rows, 3, 0.3), "seed for step": keep_teachers(7, 5, rows, 3, 0.3)}
     others |= {"image": kept.roll(1, 0), "teacher": kept.roll(1, 1)}
     for name, other in others.items():
         # Independent draws agree with the probability 0.7^2 + 0.3^2.
         assert (kept == other).float().mean().item() == pytest.approx(0.58, abs=0.01), name
-    assert keep_teachers(1, rows, 2, 0.0).all()
-    assert not keep_teachers(1, rows, 2, 1.0).any()
+    assert keep_teachers(5, 1, rows, 2, 0.0).all()
+    assert not keep_teachers(5, 1, rows, 2, 1.0).any()

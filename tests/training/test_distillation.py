@@ -446,12 +446,14 @@ def test_heavy_teachers_count_more_over_the_steps_when_teachers_are_dropped() ->
     assert model._total(losses, batch).item() == pytest.approx(mean)
 
 
-def test_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:
+def test_seed_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:
     shapes = {"alpha": {"channels": 8, "grid_hw": [4, 4], "has_cls": False}}
     model = Distillation(shapes, **{**SMALL, "image_size": 160}, patch_dropout=0.3)  # 100 patches
 
-    def kept(epoch: int, *rows: int) -> torch.Tensor:
-        model.trainer = SimpleNamespace(current_epoch=epoch)  # type: ignore[assignment]
+    def kept(epoch: int, *rows: int, seed: int = 2) -> torch.Tensor:
+        data = SimpleNamespace(cls_teachers=None, seed=seed)
+        model.trainer = SimpleNamespace(current_epoch=epoch, datamodule=data)  # type: ignore[assignment]
+        model.setup("fit")
         some = model._some_patches(FeatureBatch(torch.empty(0), {}, rows=torch.tensor(rows)))
         assert some is not None
         return some.kept
@@ -462,6 +464,7 @@ def test_epoch_and_image_alone_decide_which_patches_are_left_out() -> None:
     assert (whole.max(), whole.min()) == (99, 0)
     assert torch.equal(kept(3, 7, 5), whole[[2, 0]])
     assert not torch.equal(kept(4, 5), whole[:1])
+    assert not torch.equal(kept(3, 5, seed=1), whole[:1])
     # Each patch is there in 70 % of the images: of 1,000, by four deviations of a binomial.
     counts = kept(0, *range(1000)).flatten().bincount(minlength=100)
     assert (counts - 700).abs().max() < 4 * (1000 * 0.7 * 0.3) ** 0.5

@@ -71,9 +71,10 @@ def test_grids_and_sizes_without_cells_in_common_are_refused(grids: Any, sizes: 
         common_cells(grids, sizes)
 
 
-def test_epoch_and_batch_alone_decide_and_each_axis_has_the_probability() -> None:
-    draws = {(epoch, batch): draw_shift((8, 8), 0.3, epoch, batch) for epoch in range(4) for batch in range(1000)}
-    assert draws == {at: draw_shift((8, 8), 0.3, *at) for at in draws}
+def test_seed_epoch_and_batch_alone_decide_and_each_axis_has_the_probability() -> None:
+    draws = {(epoch, batch): draw_shift((8, 8), 0.3, 5, epoch, batch) for epoch in range(4) for batch in range(1000)}
+    assert draws == {at: draw_shift((8, 8), 0.3, 5, *at) for at in draws}
+    assert draws != {at: draw_shift((8, 8), 0.3, 6, *at) for at in draws}
     for axis in ("down", "right"):
         counts = Counter(0 if shift is None else getattr(shift, axis) for shift in draws.values())
         assert counts.keys() == {-1, 0, 1}
@@ -81,14 +82,14 @@ def test_epoch_and_batch_alone_decide_and_each_axis_has_the_probability() -> Non
             assert abs(counts[direction] - 600) < 4 * (4000 * 0.15 * 0.85) ** 0.5
     both = sum(shift is not None and bool(shift.down and shift.right) for shift in draws.values())
     assert abs(both - 360) < 4 * (4000 * 0.09 * 0.91) ** 0.5
-    assert [draw_shift((8, 8), 0.0, 0, batch) for batch in range(50)] == [None] * 50
+    assert [draw_shift((8, 8), 0.0, 0, 0, batch) for batch in range(50)] == [None] * 50
 
 
 @pytest.mark.parametrize("options", [{}, {"teacher_dropping": 0.0}, {"compile": True}, {"patch_dropout": 0.5}], ids=str)
 def test_the_loss_is_that_of_what_image_and_features_both_cover(store: Any, options: dict[str, Any]) -> None:
     torch.compiler.reset()
     L.seed_everything(0)
-    data = FeatureData(str(store), "alpha", batch_size=16, workers=0)
+    data = FeatureData(str(store), "alpha", batch_size=16, workers=0, seed=3)
     model = Distillation(data.teacher_shapes, image_size=32, width=16, depth=1, heads=2, shift=1.0, **options)
     model.trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=1,
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_what_image_and_features_both_cover(store: Any, opti
     seen: dict[tuple[int, int], float] = {}
 
     for number in range(24):
-        shift = draw_shift((4, 4), 1.0, model.current_epoch, number)
+        shift = draw_shift((4, 4), 1.0, data.seed, model.current_epoch, number)
         assert shift is not None
         loss = model.training_step(batch, number)
 
@@ -161,7 +162,7 @@ def learned_pattern(shift: float) -> tuple[float, float]:
     optimizer = build_optimizer(distiller, 2e-3)
     for step in range(300):
         images, there = batch(32)
-        moved = draw_shift((cells, cells), shift, 0, step)
+        moved = draw_shift((cells, cells), shift, 0, 0, step)
         overlaps = {} if moved is None else {"planted": moved.overlap((cells, cells), CPU)}
         seen = FeatureBatch(images if moved is None else moved.images(images), {"planted": there + board})
         optimizer.zero_grad()

@@ -150,6 +150,7 @@ def total_loss(
     weights: Mapping[str, float],
     running: RunningLosses | None,
     dropping: float | None,
+    seed: int,
     step: int,
     rows: Tensor | None,
     mean: Callable[[Tensor], Tensor],
@@ -161,6 +162,7 @@ def total_loss(
         weights: Weights of all teachers by name, as :func:`teacher_weights` gives them.
         running: Running means of all teachers' losses, which are updated; ``None`` for fixed weights.
         dropping: Probability with which a teacher is dropped for an image; ``None`` for none.
+        seed: Seed of the draws.
         step: Number of optimisation steps taken before.
         rows: Numbers of the images, int64, shape ``(B,)``; their places in the batch by default.
         mean: Function that gives the mean of a tensor over all processes.
@@ -181,16 +183,17 @@ def total_loss(
     if dropping is None:
         return (by_image * factors).sum()
     numbers = torch.arange(len(by_image)) if rows is None else rows
-    kept = keep_teachers(step, numbers, len(every), dropping)[:, places]
+    kept = keep_teachers(seed, step, numbers, len(every), dropping)[:, places]
     total = dropping_mean(by_image, factors, kept.to(by_image.device, non_blocking=True), mean)
     # A mean of those that the step has; heavy teachers must count more over the steps, too.
     return total if share == 1 else total * (share * sum(weights[name] for name in losses))
 
 
-def keep_teachers(step: int, rows: Tensor, teachers: int, probability: float) -> Tensor:
-    """Draws the teachers that are kept for each image. The draw depends on nothing but step, image and teacher.
+def keep_teachers(seed: int, step: int, rows: Tensor, teachers: int, probability: float) -> Tensor:
+    """Draws the teachers that are kept for each image. The draw depends on nothing but seed, step, image and teacher.
 
     Args:
+        seed: Seed of the draws.
         step: Number of optimisation steps taken before.
         rows: Numbers of the images, int64, shape ``(B,)``, on the CPU.
         teachers: Number of teachers ``T``.
@@ -203,7 +206,7 @@ def keep_teachers(step: int, rows: Tensor, teachers: int, probability: float) ->
     """
     cells = rows[:, None] * teachers + torch.arange(teachers)
     bits: NDArray[np.uint64] = cells.numpy().astype(np.uint64)
-    for more in (0, step):
+    for more in (0, step, seed):
         bits = _mixed(bits + np.asarray(more, np.uint64))
     return torch.from_numpy(bits.astype(np.float64) / 2.0**64 >= probability)
 

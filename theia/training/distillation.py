@@ -71,6 +71,7 @@ class _FeatureData(Protocol):
     batch_size: int
     cls_teachers: Collection[str] | None
     image_sizes: Sequence[int]
+    seed: int
     teachers_per_step: int | None
 
     def statistics(self) -> Mapping[str, FeatureStatistics]: ...
@@ -212,6 +213,7 @@ class Distillation(L.LightningModule):
         self.norm_entropy = NormEntropy()
         self._bad = BadSteps(list(teachers))
         self._prepared = False
+        self._seed = 0  # of what is drawn in a step
         self._course_record: dict[str, Any] = {}  # of a learning rate that decays
         of_images = teacher_dropping is not None
         self.objective = Objective(self.distiller, self.feature_loss.of_images if of_images else self.feature_loss)
@@ -220,7 +222,7 @@ class Distillation(L.LightningModule):
         """Tells the data which CLS tokens are compared, before they make a loader: they need not read the others."""
         data: _FeatureData | None = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
-            data.cls_teachers = self.distiller.cls_teachers
+            data.cls_teachers, self._seed = self.distiller.cls_teachers, data.seed
 
     def check_steps(self, data: _FeatureData, device: torch.device) -> None:
         """Refuses training data of which the student, its objective or its compiled step cannot take every batch.
@@ -409,10 +411,8 @@ class Distillation(L.LightningModule):
             raise ConfigError("--model.patch_dropout needs batches with 'rows', by which patches are drawn. Give them.")
         rows, columns = self.distiller.student.grid_hw
         count = max(1, round((1 - self.hparams["patch_dropout"]) * rows * columns))
-        drawn = [
-            np.random.default_rng([self.current_epoch, row]).permutation(rows * columns)[:count]
-            for row in batch.rows.tolist()
-        ]
+        draws = (np.random.default_rng([self._seed, self.current_epoch, row]) for row in batch.rows.tolist())
+        drawn = [random.permutation(rows * columns)[:count] for random in draws]
         kept = torch.from_numpy(np.sort(drawn, 1)).to(self.device, non_blocking=True)
         return SomePatches(kept, self.mask_token)
 
@@ -420,7 +420,7 @@ class Distillation(L.LightningModule):
         """The batch with images that may be shifted, and the tokens to compare then, by teacher; of none for all."""
         if self._cells is None:
             return batch, {}
-        shift = draw_shift(self._cells, self.hparams["shift"], self.current_epoch, number)
+        shift = draw_shift(self._cells, self.hparams["shift"], self._seed, self.current_epoch, number)
         if shift is None:
             return batch, {}
         overlaps = {name: shift.overlap(self._grids[name], batch.images.device) for name in batch.patches}
@@ -494,7 +494,7 @@ class Distillation(L.LightningModule):
     def _total(self, by_teacher: dict[str, Tensor], batch: FeatureBatch) -> Tensor:
         """The loss of a step from those of the teachers, which are scalars, or ``(B,)`` if teachers are dropped."""
         over_processes = partial(self.trainer.strategy.reduce, reduce_op="mean")
-        probability = self.hparams["teacher_dropping"]
+        probability, seed, step = self.hparams["teacher_dropping"], self._seed, self.global_step
         return total_loss(
-            by_teacher, self.loss_weights, self.running, probability, self.global_step, batch.rows, over_processes
+            by_teacher, self.loss_weights, self.running, probability, seed, step, batch.rows, over_processes
         )

@@ -18,7 +18,7 @@ from theia.errors import ConfigError
 GridHW = tuple[int, int]
 
 _LEAST_CELLS = 4  # of which a shift is one: farther, too little of an image would be left to compare
-_DRAW = 1  # tells this draw from others with the same numbers
+_DRAW = 3  # tells this draw from others with the same numbers
 
 
 class Shift(NamedTuple):
@@ -101,12 +101,13 @@ def common_cells(grids: Iterable[GridHW], image_sizes: Iterable[int]) -> GridHW:
     return cells
 
 
-def draw_shift(cells: GridHW, probability: float, epoch: int, batch: int) -> Shift | None:
+def draw_shift(cells: GridHW, probability: float, seed: int, epoch: int, batch: int) -> Shift | None:
     """Draws the shift of a batch, the same in all processes. It depends on nothing but the arguments.
 
     Args:
         cells: Rows and columns, from :func:`common_cells`.
         probability: Probability, along each axis, of a shift by one cell; either direction is as likely.
+        seed: Seed of the draws.
         epoch: Number of the epoch.
         batch: Number of the batch in the epoch.
 
@@ -116,6 +117,6 @@ def draw_shift(cells: GridHW, probability: float, epoch: int, batch: int) -> Shi
     Source: the shift-equivariant loss of C-RADIOv4, whose shifts are rounded normal numbers with deviation 0.5: at most
     one patch in all but 0.3 % of cases, with the probability 0.32.
     """
-    random = np.random.default_rng([epoch, batch, _DRAW])
+    random = np.random.default_rng([seed, epoch, batch, _DRAW])
     down, right = np.where(random.random(2) < probability, random.choice([-1, 1], 2), 0).tolist()
     return Shift(cells, down, right) if down or right else None
