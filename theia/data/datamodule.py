@@ -39,7 +39,7 @@ class FeatureData(NumberedData):
         weights: Number of times that the images of a source are drawn in an epoch, by the name that its sample ids
             begin with, such as {robot: 3, imagenet: 0.5}; 1 for the sources that are left out. For a store of several
             sources.
-        seed: Seed for the order of the training samples.
+        seed: Seed for the order of the training samples, and for what is drawn in a step.
         val_split: Split for validation and test.
         holdout: Share of the training split to hold out if the store has no validation split.
         image_sizes: Heights and widths, comma-separated, of which each training step draws one for the student. The

@@ -48,7 +48,7 @@ class NumberedData(TrainingData):
         fraction: Share of the training samples to use, in (0, 1]; the same samples for every seed.
         weights: Number of times that the samples of a source are drawn in an epoch, by the name that their ids begin
             with; 1 for sources that are left out, ``None`` for all.
-        seed: Seed for the order of the training samples.
+        seed: Seed for the order of the training samples, and for what is drawn in a step.
         holdout: Share of the training samples to hold out where there are no others.
         image_sizes: Heights and widths that the student's training images have in turn, comma-separated or a list;
             ``None`` if all have the size of the others.

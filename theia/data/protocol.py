@@ -30,6 +30,7 @@ class TrainingData(L.LightningDataModule, ABC):
             it asks for the loaders of training, validation and test, whose batches may leave out all other CLS tokens.
             ``None``, the default, if no model has set it: all may be needed.
         image_sizes: Heights and widths of the student's training images, in pixels, if they differ from step to step.
+        seed: Seed of what the model draws in a step: dropped patches and teachers, shifts.
         teachers_per_step: Number of teachers of which a training batch has features, the same ones in all processes;
             ``None``, the default, for all. Each teacher must be there equally often. Held-out batches have all.
     """
@@ -37,6 +38,7 @@ class TrainingData(L.LightningDataModule, ABC):
     batch_size: int
     cls_teachers: Collection[str] | None = None
     image_sizes: Sequence[int] = ()
+    seed: int = 0
     teachers_per_step: int | None = None
 
     @property

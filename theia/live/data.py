@@ -63,7 +63,7 @@ class LiveData(NumberedData):
         fraction: Share of the training images to use, in (0, 1]; the same images for every seed.
         weights: Number of times that the images of one of several places are drawn in an epoch, by the name that its
             sample ids begin with, such as {robot: 3, imagenet: 0.5}; 1 for the places that are left out.
-        seed: Seed for the order of the training images, and for their augmentation.
+        seed: Seed for the order of the training images, their augmentation, and what is drawn in a step.
         holdout: Share of the training images to hold out if there are no val_images.
         cache: Folder for what is computed once: features of the held-out images, statistics, images that cannot be
             decoded.
