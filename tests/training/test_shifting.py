@@ -160,7 +160,7 @@ def learned_pattern(shift: float) -> tuple[float, float]:
     distiller.set_statistics("planted", features.mean((0, 1)), features.std((0, 1)))
     objective = Objective(distiller, FeatureLoss())
     optimizer = build_optimizer(distiller, 2e-3)
-    for step in range(300):
+    for step in range(600):
         images, there = batch(32)
         moved = draw_shift((cells, cells), shift, 0, 0, step)
         overlaps = {} if moved is None else {"planted": moved.overlap((cells, cells), CPU)}
