@@ -14,6 +14,7 @@ from scipy import stats
 from trajectories.discs import record
 
 from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.findings import (
     COSINE,
     ENTROPY,
@@ -180,7 +181,7 @@ def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
 
 
 def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evidence.main(["report", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
     said = capsys.readouterr().out
     assert "| a     | 3       | 0.600 ± 0.248 |" in said
     assert "| cosine       | 0.75     | 0.75     |" in said
@@ -213,36 +214,28 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
         (["--jobs", "0"], "--jobs is 0"),
         (["--teachers", "hog"], "--teachers names hog. Give two or more"),
     ):
-        assert evidence.main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
+        assert main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
         assert said in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert evidence.main(["run", "--data", str(data), "--out", str(tmp_path / "file")]) == 1
+    assert main(["run", "--data", str(data), "--out", str(tmp_path / "file")]) == 1
     assert "--out" in capsys.readouterr().err
-    assert evidence.main(["run", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
+    assert main(["run", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 1
     assert "nowhere" in capsys.readouterr().err
-    assert evidence.main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 1
     assert "no evidence" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = record(tmp_path / "data")
-    assert (
-        evidence.main(
-            ["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]
-        )
-        == 0
-    )
+    assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == [
         "extract", "store", "ablate", "ablate", "ablate", "extract", "-m", "store", "ablate", "-m", "probe",
         "ablate", "store", "extract", "ablate",
     ]  # fmt: skip
     asked = ["--stages", "tasks", "--dry_run"]
-    assert (
-        evidence.main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")])
-        == 0
-    )
+    assert main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")]) == 0
     robot, report = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert robot[:4] == ["python", "-m", "benchmarks.cortexbench", "run"]
     assert report[1:3] == ["ablate", "report"]
@@ -262,14 +255,14 @@ def test_a_whole_run_goes_on_and_reports(
         "run", "--data", str(data), "--teachers", "hog,color", "--seeds", "0", "--out", str(tmp_path / "out"),
         "--scorers", "readout", "--options", short, "--stages", "store,teachers,bounds,proxy",
     ]  # fmt: skip
-    assert evidence.main(command) == 0
+    assert main(command) == 0
     first = json.loads((tmp_path / "out/evidence.json").read_text())
     assert set(first["tables"]["teachers"]) == {"hog", "color", "all"}
     assert set(first["bounds"]) >= {"untrained", "teacher:hog", "teacher:color", "blind"}
     assert set(first["tables"]["proxy/students"]) == {"large", "direct", "direct and longer", "proxy"}
     capfd.readouterr()
-    assert evidence.main([*command[:-1], "teachers,proxy"]) == 0  # nothing is left to do
+    assert main([*command[:-1], "teachers,proxy"]) == 0  # nothing is left to do
     assert "3 of 3 runs done" in capfd.readouterr().err
     assert json.loads((tmp_path / "out/evidence.json").read_text())["tables"] == first["tables"]
-    assert evidence.main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
+    assert main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
     assert "was made with another options" in capfd.readouterr().err

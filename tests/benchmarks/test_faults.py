@@ -13,6 +13,7 @@ from store import small_store
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import faults
+from benchmarks.evidence.__main__ import main
 from theia.store.reader import FeatureStore
 from theia.types import TeacherSpec
 from theia.utils.estimates import Estimate
@@ -108,9 +109,9 @@ def test_a_killed_planting_goes_on(tmp_path: Path) -> None:
 
 def test_planting_needs_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_store.extract(tmp_path, teachers=[small_store.ODD])
-    assert evidence.main(["plant", "--store", str(tmp_path)]) == 1
+    assert main(["plant", "--store", str(tmp_path)]) == 1
     assert "no features of 'color'. Extract them: theia extract" in capsys.readouterr().err
-    assert evidence.main(["measure", "--sweep", str(tmp_path), "--store", str(tmp_path)]) == 1
+    assert main(["measure", "--sweep", str(tmp_path), "--store", str(tmp_path)]) == 1
     assert "--stages faults" in capsys.readouterr().err
 
 
@@ -118,7 +119,7 @@ def test_features_in_int8_are_not_taken_for_features(tmp_path: Path, capsys: pyt
     for split in ("train", "val"):
         small_store.extract(tmp_path, split, [COLOR], "int8")
     before = small_store.contents(tmp_path)
-    assert evidence.main(["plant", "--store", str(tmp_path)]) == 1
+    assert main(["plant", "--store", str(tmp_path)]) == 1
     assert "has 'color' in int8 or as components. Extract it into another store" in capsys.readouterr().err
     assert small_store.contents(tmp_path) == before
 
@@ -189,9 +190,9 @@ def test_every_row_is_one_of_a_copy_and_an_ingredient() -> None:
 
 def test_recordings_are_asked_for_where_they_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out"), "--dry_run"]
-    assert evidence.main(["run", "--stages", "faults,bounds", *out]) == 1
+    assert main(["run", "--stages", "faults,bounds", *out]) == 1
     assert "The stage bounds needs recordings: give --data FOLDER, or choose --stages faults" in capsys.readouterr().err
-    assert evidence.main(["run", "--stages", "faults", *out]) == 0
+    assert main(["run", "--stages", "faults", *out]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [["theia", "store"], ["theia", "ablate"], ["python", "-m"]]
     assert not (tmp_path / "out").exists()
@@ -208,7 +209,7 @@ def test_the_stage_from_end_to_end(
         "run", "--stages", "faults", "--seeds", "0", "--out", str(tmp_path),
         "--options", f"{short} --model.width=24 --model.depth=1 --model.heads=1",
     ]  # fmt: skip
-    assert evidence.main(command) == 0
+    assert main(command) == 0
     assert "## Planted faults" in capfd.readouterr().out
     first = json.loads((tmp_path / "evidence.json").read_text())
     share, content = first["faults"]
@@ -216,6 +217,6 @@ def test_the_stage_from_end_to_end(
     assert abs(share["values"]["paper"]["without"]["mean"]) < 0.1
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     os.utime(tmp_path / "evidence.json", (0, 0))
-    assert evidence.main(command) == 0  # nothing is left to do
+    assert main(command) == 0  # nothing is left to do
     assert "4 of 4 runs done" in capfd.readouterr().err
     assert json.loads((tmp_path / "evidence.json").read_text())["faults"] == first["faults"]

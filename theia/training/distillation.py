@@ -219,7 +219,7 @@ class Distillation(L.LightningModule):
         self.objective = Objective(self.distiller, self.feature_loss.of_images if of_images else self.feature_loss)
 
     def setup(self, stage: str) -> None:
-        """Tells the data which CLS tokens are compared, before they make a loader: they need not read the others."""
+        """Takes the seed of the data, and tells them, before they make a loader, which CLS tokens need to be read."""
         data: _FeatureData | None = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             data.cls_teachers, self._seed = self.distiller.cls_teachers, data.seed
