@@ -2,10 +2,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, resize
 
 import theia
 from theia import registry
@@ -13,6 +16,7 @@ from theia.encoder.encoder import Encoder
 from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError, FeatureError, UnknownTeacherError, WeightsError
 from theia.export.export import export
+from theia.extraction.images import to_square
 
 
 def random_images(*shape: int) -> torch.Tensor:
@@ -134,6 +138,35 @@ def test_a_model_as_it_was_before_training(checkpoint: Callable[..., Path]) -> N
     expected = Encoder(trained.architecture).forward_features(images)
     assert torch.equal(untrained(images).patches, expected.patches)
     assert not torch.equal(expected.patches, trained.forward_features(images).patches)
+
+
+def test_a_model_on_pictures_of_another_size(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoint()
+    pictures = random_images(2, 3, 224, 224)
+    for size in (112, 224, 448):
+        # Pillow is what the images of a store are resized by.
+        resized = [to_square(Image.fromarray(p.permute(1, 2, 0).numpy()), size, "squash") for p in pictures]
+        expected = theia.load(path).forward_features(torch.from_numpy(np.stack(resized)))
+        encoder = open_encoder(f"{path}@{size}")
+        tokens = encoder(pictures)
+        assert tokens.grid == (size // 16, size // 16)
+        assert encoder.name == f"{path}@{size}"
+        torch.testing.assert_close(tokens.patches, expected.patches, atol=0.1, rtol=0)
+        assert encoder.distilled
+    untrained = open_encoder(f"{path}@random")(resize(pictures, [112, 112], InterpolationMode.BICUBIC, antialias=True))
+    torch.testing.assert_close(open_encoder(f"{path}@random@112")(pictures).patches, untrained.patches)
+    assert not open_encoder(f"{path}@random@112").distilled
+    # A path may end as a size does.
+    folder = tmp_path / "student@112"
+    export(str(path), folder, ["safetensors"])
+    assert open_encoder(folder)(pictures).grid == (14, 14)
+    assert open_encoder(f"{folder}@448")(pictures).grid == (28, 28)
+    with pytest.raises(ConfigError, match=r"@100'.*100x100 pixels do not divide .*96x96, 112x112"):
+        open_encoder(f"{path}@100")
+    with pytest.raises(ConfigError, match=r"@0'.*nearest sizes: 16x16"):
+        open_encoder(f"{path}@0")
+    with pytest.raises(ConfigError, match="at most"):
+        open_encoder(f"{path}@1600000")
 
 
 def test_untrained_students_are_the_same_each_time_and_leave_the_random_stream_alone() -> None:

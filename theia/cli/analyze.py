@@ -61,7 +61,6 @@ def analyze(
     from theia.analysis.page import check_free, write_report
     from theia.analysis.results import assemble
     from theia.analysis.scores import read_scores
-    from theia.encoder.encoder import Encoder
     from theia.extraction.stream import ImageStream, open_images
 
     check_free(out, overwrite)
@@ -81,10 +80,7 @@ def analyze(
         "image_size": image_size,
         **_cost(chosen, time.monotonic() - started),
     }
-    # An untrained student is an ordinary encoder, if not a good one.
-    distilled = {
-        name: isinstance(encoder.source, Encoder) and not name.startswith("random:") for name, encoder in opened.items()
-    }
+    distilled = {name: encoder.distilled for name, encoder in opened.items()}
     analysis = assemble(measured, distilled, read, stream.skipped, provenance)
     files = write_report(out, analysis)
     _say(analysis, files[-1])

@@ -19,15 +19,17 @@ from theia import hub, registry
 from theia.encoder import FORMS
 from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
-from theia.errors import ConfigError, WeightsError
+from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models.architecture import Architecture
 from theia.models.backbone import THEIA_SHAPES, StudentTokens, of_map
 from theia.models.timm_backbone import TimmBackbone
 from theia.teacher import Teacher, check_features
+from theia.utils.arguments import MOST_PIXELS
 from theia.utils.files import at_home
 
 _STUDENTS = {name: name for name in THEIA_SHAPES} | {name.replace("theia", "vit"): name for name in THEIA_SHAPES}
 _SEED = 0
+_OF_THEIA = re.compile(r"(.*?)(@random)?(?:@(\d+))?")  # a model, whether untrained, and the size of its pictures
 # A comma outside of braces: no unmatched closing brace follows it. One inside braces separates options.
 _OUTER_COMMA = re.compile(r",(?![^{}]*(?:{[^{}]*}[^{}]*)*})")
 
@@ -38,15 +40,18 @@ class NamedEncoder(nn.Module):
     Args:
         name: Name of the encoder, as the user gave it.
         inner: Model that gives :class:`~theia.models.backbone.StudentTokens` for uint8 images ``(B, 3, H, W)``.
+        distilled: Whether it is a Theia model with the weights of its training.
 
     Attributes:
         name: Name of the encoder, for reports.
+        distilled: As above. An untrained student is an ordinary encoder, if not a good one.
         source: The model behind the name: a :class:`~theia.encoder.encoder.Encoder` for Theia models.
     """
 
-    def __init__(self, name: str, inner: nn.Module) -> None:
+    def __init__(self, name: str, inner: nn.Module, distilled: bool = False) -> None:
         super().__init__()
         self.name = name
+        self.distilled = distilled
         self.inner = inner.eval().requires_grad_(False)
 
     @property
@@ -60,7 +65,7 @@ class NamedEncoder(nn.Module):
 
         Args:
             images: RGB images, uint8, shape ``(B, 3, H, W)``. Theia models take them as they are, so both sides must be
-                multiples of the stride; other models resize them to their own size.
+                multiples of the stride, unless a size was given with the name; other models resize them to their own.
 
         Returns:
             ``patches`` of shape ``(B, N, C)``, row by row; ``grid``, ``(H, W)``; ``cls`` if the model has it.
@@ -86,7 +91,8 @@ def open_encoder(
         controls: Names that the caller knows besides, with what they mean: what to offer if the name has no form.
 
     Raises:
-        ConfigError: If the name has none of the forms, or a model has no spatial features.
+        ConfigError: If the name has none of the forms, a model has no spatial features, or it does not take pictures
+            of the size in its name.
         UnknownTeacherError: If no such teacher is installed.
         WeightsError: If weights cannot be loaded.
     """
@@ -94,19 +100,30 @@ def open_encoder(
     kind, colon, rest = name.partition(":")
     if colon and kind in _KINDS and rest:
         return NamedEncoder(name, _KINDS[kind](rest)).to(device)
-    model = name.removesuffix("@random")
+    model, untrained, size = _parts(name)
     # A single word, or one before an unknown colon, is neither path nor id: somebody forgot a prefix.
     is_word = colon or "/" not in model
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
         forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in {**FORMS, **controls}.items())
         raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{forms}")
     encoder = load(model)
-    return NamedEncoder(name, _OfTheia(encoder if model == name else _untrained(encoder.architecture))).to(device)
+    inner: nn.Module = _OfTheia(_untrained(encoder.architecture) if untrained else encoder)
+    if size is not None:
+        if size > MOST_PIXELS:
+            raise ConfigError(
+                f"{name!r} asks for pictures of {size} pixels along each side; give at most {MOST_PIXELS}."
+            )
+        try:
+            encoder.distiller.student.backbone.check_size(size, size)
+        except ShapeError as error:
+            raise ConfigError(f"{name!r}: {error}") from error
+        inner = _Resized(inner, size)
+    return NamedEncoder(name, inner, not untrained).to(device)
 
 
 def of_model(encoder: Encoder, name: str) -> NamedEncoder:
     """A Theia model that is open already, as analyses and probes see it."""
-    return NamedEncoder(name, _OfTheia(encoder))
+    return NamedEncoder(name, _OfTheia(encoder), distilled=True)
 
 
 def _hint(name: str) -> str:
@@ -116,6 +133,14 @@ def _hint(name: str) -> str:
     if meant in registry.names():
         return f"; teacher:{meant} does"
     return f"; timm:{meant} does" if timm.is_model(meant) else ""
+
+
+def _parts(name: str) -> tuple[str, bool, int | None]:
+    """Path or id of a Theia model, whether its untrained weights are meant, and the size of its pictures."""
+    found = _OF_THEIA.fullmatch(name)
+    if found is None or found[1] == name or local_path(name).exists():
+        return name, False, None
+    return found[1], found[2] is not None, None if found[3] is None else int(found[3])
 
 
 class _OfTheia(nn.Module):
@@ -157,8 +182,26 @@ class _OfTimm(nn.Module):
     def forward(self, images: Tensor) -> StudentTokens:
         pixels = images.float()
         if tuple(pixels.shape[2:]) != self._size:
-            pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 255)
+            pixels = _scaled(pixels, self._size)
         return self._backbone.tokens((pixels / 255 - self.mean) / self.std)
+
+
+class _Resized(nn.Module):
+    """A Theia model on pictures that are resized first, as they are where training draws its sizes."""
+
+    def __init__(self, inner: nn.Module, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self._size = size
+
+    def forward(self, images: Tensor) -> StudentTokens:
+        tokens: StudentTokens = self.inner(_scaled(images.float(), (self._size, self._size)).round().to(torch.uint8))
+        return tokens
+
+
+def _scaled(pixels: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Resizes pixels from 0 to 255, float32; bicubic interpolation overshoots and is cut off."""
+    return F.interpolate(pixels, size_hw, mode="bicubic", antialias=True).clamp(0, 255)
 
 
 class _Concatenation(nn.Module):
