@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import shutil
@@ -7,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,21 @@ def test_a_preempted_job_goes_on_where_it_is_put_into_the_queue_again(tmp_path: 
     held.unlink()
     assert pickle.loads(pickle.dumps(again)).result() == 0
     assert steps(run) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("readout@/stores/b", "classification,readout@/stores/b,dynamics@/data/a"),
+        ("dynamics@/data/b", "classification,readout,dynamics@/data/b"),
+    ],
+)
+def test_earlier_scorers_run_again_but_not_by_two_data(tmp_path: Path, wanted: str, expected: str) -> None:
+    run = make_run(tmp_path)
+    names = ["classification", "readout", "dynamics@/data/a", "uninstalled"]
+    report = {"store": {"manifest_sha256": "abc"}, "after": {}, "scores": {}, "scorers": names}
+    (run.folder / "test_last.json").write_text(json.dumps(report))
+    assert Job(replace(run, scorers=(wanted,))).commands()[1][-2:] == ["--scorers", expected]
 
 
 def test_a_child_does_not_know_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

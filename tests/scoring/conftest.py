@@ -93,6 +93,7 @@ def make_trained(student: Encoder, images: torch.Tensor) -> Callable[..., Traine
             held_out=part(40, 50),
             device=torch.device("cpu"),
             seed=0,
+            images=40,
         )
 
     return make

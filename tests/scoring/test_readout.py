@@ -1,5 +1,7 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from sklearn.metrics import explained_variance_score
 
 from theia.data.datamodule import FeatureData
 from theia.encoder.encoder import Encoder
+from theia.errors import ConfigError, StoreError
 from theia.models.architecture import Architecture
 from theia.scoring.contract import Trained
 from theia.scoring.readout import readout
+from theia.scoring.scorers import find_scorers
 
 Make = Callable[..., Trained]
 METRICS = ("cosine", "smooth_l1", "mse", "explained_variance")
@@ -156,7 +160,7 @@ def test_a_store_is_read_as_it_was_stored(tmp_path: Path, make_split: Any, dtype
         checkpoint=tmp_path, encoder=encoder, shapes=data.teacher_shapes, statistics=data.statistics(),
         train=lambda features=True: data.ordered_dataloader("train", cpu),
         held_out=lambda features=True: data.ordered_dataloader("held_out", cpu),
-        device=cpu, seed=0,
+        device=cpu, seed=0, images=80,
     )  # fmt: skip
 
     scores = readout(trained)
@@ -165,6 +169,34 @@ def test_a_store_is_read_as_it_was_stored(tmp_path: Path, make_split: Any, dtype
         images, targets = everything(data, name, cpu)
         want = expected(tokens_on(encoder, images, grid), targets, 80)
         assert {metric: scores[f"{metric}/{name}"] for metric in METRICS} == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_students_of_other_data_are_read_by_another_store(
+    make_trained: Make, images: torch.Tensor, tmp_path: Path, make_split: Any
+) -> None:
+    for split, rows in (("train", 80), ("val", 20)):
+        make_split(tmp_path, split, rows, "float16")
+    wolf = make_trained({"wolf": features(images, (4, 4), 5)}, {"wolf": (4, 4)})
+    torch.manual_seed(0)
+    encoder = Encoder(Architecture(teachers=dict(wolf.shapes), image_size=32, width=16, depth=1, heads=2)).freeze()
+    trained = replace(wolf, encoder=encoder, argument=str(tmp_path), images=30)
+
+    scores = readout(trained)
+
+    data = FeatureData(str(tmp_path), workers=0)
+    cpu = torch.device("cpu")
+    fitted = [batch.rows.tolist() for batch in data.ordered_dataloader("train", cpu, 30)]
+    chosen = [*chain(*fitted), *range(80, 100)]
+    assert len(chosen) == 50
+    for name, grid in (("alpha", (4, 4)), ("beta", (3, 6))):
+        pixels, targets = everything(data, name, cpu)
+        want = expected(tokens_on(trained.encoder, pixels[chosen], grid), targets[chosen], 30)
+        assert {metric: scores[f"{metric}/{name}"] for metric in METRICS} == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert "cosine/wolf" not in scores
+    with pytest.raises(ConfigError, match=r"have 32 pixels .* student's 64\. Extract one with --size 64"):
+        readout(replace(trained, encoder=wolf.encoder))
+    with pytest.raises(StoreError, match="nowhere"):
+        find_scorers(f"readout@{tmp_path / 'nowhere'}")
 
 
 def everything(data: FeatureData, name: str, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:

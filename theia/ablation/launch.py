@@ -119,11 +119,12 @@ class Job:
         """Arguments of ``theia`` for the training and for the test."""
         options = ["--config", str(self.run.config_file), "--ckpt_path"]
         test = ["test", *options, CHECKPOINT, "--compare_untrained", "false"]
-        # A test replaces its report, so that all scorers of the earlier one have to run again.
+        # A test replaces its report, so that all scorers of the earlier one have to run again, but none by other data.
         report = self.run.report or {"scorers": []}
-        earlier = [name for name in report["scorers"] if name.partition("@")[0] in scorer_names()]
-        scorers = dict.fromkeys([*self.run.scorers, *earlier])
-        chosen = ["--scorers", ",".join(scorers)] if scorers else []
+        plain = {name.partition("@")[0]: name for name in report["scorers"]}
+        again = {name: full for name, full in plain.items() if name in scorer_names()}
+        scorers = again | {name.partition("@")[0]: name for name in self.run.scorers}
+        chosen = ["--scorers", ",".join(scorers.values())] if scorers else []
         return [["fit", *options, "last"], [*test, *chosen]]
 
     def _work(self, held: int) -> int:

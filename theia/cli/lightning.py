@@ -127,7 +127,8 @@ class TheiaCLI(LightningCLI):
         parser.add_argument(
             "--scorers", type=str | list[str], default="",
             help="Scorers to run besides those of the student's own translators, comma-separated or a YAML list; "
-            f"dynamics is followed by its data: dynamics@FOLDER. Installed: {', '.join(scorer_names()) or 'none'}.",
+            "dynamics is followed by its data, dynamics@FOLDER, and readout may be by another store, readout@STORE. "
+            f"Installed: {', '.join(scorer_names()) or 'none'}.",
         )  # fmt: skip
         parser.add_argument(
             "--scorer_images", type=int, default=10000,
@@ -376,16 +377,14 @@ class TheiaCLI(LightningCLI):
         if not self.scorers:
             return {"scorers": [], "scores": {}, "scorer_images": None}
         options = self.config[self.subcommand]
-        images = min(options.scorer_images, self.scored.scorers_fit_to)
         scores = run_scorers(
             self.scorers, self.scored, checkpoint, self.trainer.strategy.root_device,
-            images=images, seed=int(options.seed_everything or 0),
+            images=options.scorer_images, seed=int(options.seed_everything or 0),
         )  # fmt: skip
-        print(f"Scorers fitted on {images} training images, on the same held-out images:")
+        images = min(options.scorer_images, self.scored.scorers_fit_to)
+        print(f"Scorers, fitted on {images} training images if they have no data of their own:")
         for name in self.scorers:
-            print(
-                scores_table(name.partition("@")[0], scores, self.scored.teacher_shapes, self.datamodule.teacher_shapes)
-            )
+            print(scores_table(name.partition("@")[0], scores, self.datamodule.teacher_shapes))
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
 
 

@@ -69,6 +69,7 @@ class Trained:
         held_out: Images to score on, which were neither trained on nor are in ``train``.
         device: Device to compute on.
         seed: Seed of everything random; torch, numpy and Python are seeded with it before each scorer.
+        images: Largest number of images in ``train``: ``--scorer_images``.
         argument: What follows the scorer's name, as in ``--scorers NAME@ARGUMENT``; ``None`` if nothing does.
     """
 
@@ -80,6 +81,7 @@ class Trained:
     held_out: Part
     device: "torch.device"
     seed: int
+    images: int
     argument: str | None = None
 
 

@@ -1,13 +1,18 @@
 """How well every teacher can be read out of a frozen student, whether or not it was distilled from that teacher."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from theia.data.datamodule import FeatureData
+from theia.errors import ConfigError
 from theia.models.distiller import Distiller
 from theia.models.translators import Translator
+from theia.plugins import checked_by
 from theia.scoring.contract import Trained
+from theia.scoring.scorers import Parts
 from theia.training.metrics import feature_metrics
 from theia.types import FeatureBatch
 
@@ -19,6 +24,11 @@ _TOKENS = 1 << 16  # in one product: float64 copies of a whole batch of 64x64 to
 _RIDGE = 1e-10
 
 
+def _open_argument(argument: str | None) -> FeatureData | None:
+    return None if argument is None else FeatureData(argument).with_all_teachers()
+
+
+@checked_by(_open_argument)
 @torch.no_grad()
 def readout(trained: Trained) -> dict[str, float]:
     """Fits a linear translator to every teacher in the store, and scores it on held-out images.
@@ -28,13 +38,42 @@ def readout(trained: Trained) -> dict[str, float]:
     but solved: least squares over all tokens of the training images, in float64. Memory grows with the square of the
     student's width and with the teachers' channels, not with the number of images.
 
+    Images and teachers are those of the student's data or, with ``--scorers readout@STORE``, of another feature store:
+    so students that were trained on different data are scored on the same.
+
     Args:
         trained: The student.
 
     Returns:
         ``cosine/T``, ``smooth_l1/T``, ``mse/T`` and ``explained_variance/T`` of every teacher ``T``, as in
         ``theia test``; ``cosine`` and ``explained_variance``, their means over the teachers.
+
+    Raises:
+        StoreError: If the other store, or a part of it, is missing or damaged.
+        ConfigError: If its images have another size than the student's.
     """
+    other = _open_argument(trained.argument)
+    if other is None:
+        return _read(trained)
+    size = trained.encoder.image_size
+    if other.image_size != size:
+        raise ConfigError(
+            f"--scorers readout@{trained.argument}: that store's images have {other.image_size} pixels along each side "
+            f"and the student's {size}. Extract one with --size {size}."
+        )
+    parts = Parts(other, trained.device, trained.images)
+    try:
+        return _read(
+            replace(
+                trained, shapes=other.teacher_shapes, statistics=other.statistics(),
+                train=parts.of("train", _STAGE), held_out=parts.of("held_out", _STAGE),
+            )
+        )  # fmt: skip
+    finally:
+        parts.close()
+
+
+def _read(trained: Trained) -> dict[str, float]:
     model = Distiller(trained.encoder.distiller.student, trained.shapes, translator="linear").to(trained.device)
     for name, values in trained.statistics.items():
         model.set_statistics(name, values.mean, values.std)

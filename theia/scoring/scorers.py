@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +42,46 @@ def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
     return {name: find_scorer(name) for name in chosen}
 
 
+class Parts:
+    """The two parts of some data as scorers see them, on one device.
+
+    Args:
+        data: Data with every teacher.
+        device: Device of the batches.
+        images: Largest number of training images.
+    """
+
+    def __init__(self, data: TrainingData, device: torch.device, images: int) -> None:
+        self._data, self._device, self._images = data, device, images
+        self._labelled = data.labels_agree()
+        self._loaders: dict[tuple[str, bool], Iterable[FeatureBatch]] = {}
+
+    def of(self, part: Literal["train", "held_out"], scorer: str) -> Part:
+        """One part.
+
+        Args:
+            part: Training or held-out images.
+            scorer: Name of the scorer, for the progress bar.
+        """
+
+        def iterate(features: bool = True) -> Iterator[FeatureBatch]:
+            most = self._images if part == "train" else None
+            if (part, features) not in self._loaders:
+                loader = self._data.ordered_dataloader(part, self._device, most, features)
+                self._loaders[part, features] = loader
+            label = f"{scorer}, {part.replace('_', '-')} images"
+            found = self._loaders[part, features]
+            for batch in tqdm(found, label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
+                moved = self._data.transfer_batch_to_device(batch, self._device, 0)
+                yield moved if self._labelled else replace(moved, labels=None)
+
+        return iterate
+
+    def close(self) -> None:
+        """Ends the workers of the data."""
+        self._data.teardown("test")
+
+
 def run_scorers(
     scorers: Mapping[str, Scorer],
     data: TrainingData,
@@ -69,22 +108,7 @@ def run_scorers(
         PluginError: If a scorer fails, or gives anything but finite numbers.
         TheiaError: If a scorer raises one.
     """
-    labelled = data.labels_agree()
-
-    @cache
-    def loader(part: Literal["train", "held_out"], features: bool) -> Iterable[FeatureBatch]:
-        return data.ordered_dataloader(part, device, images if part == "train" else None, features)
-
-    def batches(part: Literal["train", "held_out"], scorer: str) -> Part:
-        def iterate(features: bool = True) -> Iterator[FeatureBatch]:
-            label = f"{scorer}, {part.replace('_', '-')} images"
-            found = loader(part, features)
-            for batch in tqdm(found, label, unit="batch", leave=False, dynamic_ncols=True, disable=None):
-                moved = data.transfer_batch_to_device(batch, device, 0)
-                yield moved if labelled else replace(moved, labels=None)
-
-        return iterate
-
+    parts = Parts(data, device, images)
     scores: dict[str, float] = {}
     try:
         for full_name, scorer in scorers.items():
@@ -97,33 +121,31 @@ def run_scorers(
                 encoder=encoder,
                 shapes=data.teacher_shapes,
                 statistics=data.statistics(),
-                train=batches("train", name),
-                held_out=batches("held_out", name),
+                train=parts.of("train", name),
+                held_out=parts.of("held_out", name),
                 device=device,
                 seed=seed,
+                images=images,
                 argument=argument or None,
             )
             scores |= _scores(name, scorer, trained)
     finally:
-        data.teardown("test")
+        parts.close()
     return scores
 
 
-def scores_table(
-    scorer: str, scores: Mapping[str, float], teachers: Collection[str], distilled: Collection[str]
-) -> str:
+def scores_table(scorer: str, scores: Mapping[str, float], distilled: Collection[str]) -> str:
     """A table of the scores of one scorer.
 
     Args:
         scorer: Name of the scorer.
-        scores: Scores of all scorers, by ``scorer/key``.
-        teachers: Names of all teachers in the data; a key that ends in a name goes into that teacher's row.
+        scores: Scores of all scorers, by ``scorer/key``; a key is a metric, or ``metric/teacher``.
         distilled: Names of the teachers that the student was distilled from, which the table marks.
 
     Returns:
         A table as text.
     """
-    rows: dict[str, dict[str, float]] = {name: {} for name in teachers}
+    rows: dict[str, dict[str, float]] = {}
     overall: dict[str, float] = {}
     metrics: dict[str, None] = {}
     for key, value in scores.items():
@@ -131,16 +153,16 @@ def scores_table(
         if name != scorer:
             continue
         start, _, teacher = metric.rpartition("/")
-        if start and teacher in rows:
+        if start:
             metric = start
-            rows[teacher][metric] = value
+            rows.setdefault(teacher, {})[metric] = value
         else:
             overall[metric] = value
         metrics[metric] = None
     if not metrics:
         return f"{scorer}: no scores"
-    shown = [(name, "yes" if name in distilled else "no", values) for name, values in rows.items() if values]
-    by_teacher = bool(shown)
+    shown = [(name, "yes" if name in distilled else "no", values) for name, values in rows.items()]
+    by_teacher = bool(rows)
     if overall:
         shown.append(("overall", "", overall))
     cells = [
