@@ -56,9 +56,9 @@ def run(
         preset: small trains a student of 0.4 million parameters, minutes a run on a CPU; full trains
             configs/cdiv_tiny.yaml, for a GPU.
         seeds: Seeds of the trainings, separated by commas. Intervals need two or more.
-        stages: Any of store, teachers, ingredients, beyond, faults, bounds, proxy and tasks, comma-separated; by
-            default all but tasks, which is the robot benchmark with the first seed's students: it takes hours and needs
-            the simulator.
+        stages: Any of store, teachers, ingredients, views, sizes, beyond, faults, bounds, proxy and tasks,
+            comma-separated; by default all but tasks, which is the robot benchmark with the first seed's students: it
+            takes hours and needs the simulator.
         scorers: Scorers of 'theia test', comma-separated, beside the probe on the recordings.
         jobs: Number of trainings at a time.
         options: Further options of 'theia fit' for all trainings, as one text: --options='--trainer.max_epochs 4'.

@@ -2,13 +2,15 @@
 
 import csv
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.faults import Cure, cures
-from benchmarks.evidence.stages import BEYOND, BOUNDS, FAULTS, INGREDIENTS, PROXY, SETTINGS, TEACHERS
+from benchmarks.evidence.stages import BEYOND, BOUNDS, FAULTS, INGREDIENTS, PROXY, SETTINGS, SIZES, TEACHERS, VIEWS
+from theia.probing.datasets import IMAGE_SIZE
 from theia.utils.estimates import Correlation, Estimate, correlation, estimate, holm, paired_difference
 from theia.utils.files import read_json
 
@@ -65,6 +67,7 @@ class Findings:
             steps; by seed, ``None`` where it was not reached.
         compute: The same in CPU-seconds, as a part of the reference's.
         entropy: By question, correlation of norm entropy and error over the rows of all sweeps but that of the proxy.
+        sizes: By size of pictures in pixels, row of the sweep over ingredients and column, errors of the same students.
         curves: By row of the sweep over ingredients and seed: steps, CPU-seconds and held-out cosine.
         faults: What ingredients do to planted faults.
     """
@@ -75,6 +78,7 @@ class Findings:
     steps: dict[str, dict[int, float | None]]
     compute: dict[str, dict[int, float | None]]
     entropy: dict[str, Correlation]
+    sizes: dict[int, dict[str, dict[str, Cell]]]
     curves: dict[str, dict[int, list[tuple[int, float, float]]]]
     faults: list[Cure]
 
@@ -92,7 +96,9 @@ def find(out: Path) -> Findings:
     teachers = read_json(out / SETTINGS).get("teachers", ())
     values = {sweep: _values(out / sweep, teachers) for sweep in _REFERENCES}
     values[STUDENTS] |= _values(out / LARGE, teachers) if values[STUDENTS] else {}
-    curves = _curves(out / INGREDIENTS)
+    # The same two teachers, students and steps; only the images differ.
+    values[INGREDIENTS] |= _values(out / VIEWS, teachers) if values[INGREDIENTS] else {}
+    curves = _curves(out / INGREDIENTS) | (_curves(out / VIEWS) if values[INGREDIENTS] else {})
     for row, of_seeds in curves.items():
         values[INGREDIENTS][row][COSINE] = {seed: curve[-1][2] for seed, curve in of_seeds.items()}
     bounds = _bounds(out / BOUNDS)
@@ -102,12 +108,13 @@ def find(out: Path) -> Findings:
     return Findings(
         {sweep: _table(of_rows, _REFERENCES[sweep]) for sweep, of_rows in values.items()},
         bounds,
-        _shares(others, bounds, _distilled(out / INGREDIENTS))
+        _shares(others, bounds, _distilled(out / INGREDIENTS) | _distilled(out / VIEWS))
         | _shares(values[TEACHERS], bounds, _distilled(out / TEACHERS))
         | {f"{row}, beyond": of for row, of in _shares(values[BEYOND], bounds, _distilled(out / BEYOND)).items()},
         time_to_quality(_against(curves, 0), _REFERENCES[INGREDIENTS]),
         time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),
         _entropy([*values[TEACHERS].values(), *others.values(), *values[BEYOND].values()]),
+        _sizes(out / SIZES, values[INGREDIENTS]),
         curves,
         cures(out / FAULTS),
     )
@@ -190,17 +197,32 @@ def _table(rows: Values, reference: str) -> dict[str, dict[str, Cell]]:
     return table
 
 
-def _bounds(folder: Path) -> dict[str, dict[str, float]]:
+def _probed(folder: Path) -> dict[str, dict[str, float]]:
+    """Errors by encoder and question, of the latest probe."""
     files = sorted(folder.glob("probing-dynamics-*.json"))
-    if not files:
-        return {}
-    summary = read_json(files[-1])["summary"]
+    summary = read_json(files[-1])["summary"] if files else {}
     return {
-        "untrained" if name.endswith("@random") else name: {
-            column: of[question]["mean"] for column, question in QUESTIONS.items()
-        }
-        for name, of in summary.items()
+        name: {column: of[question]["mean"] for column, question in QUESTIONS.items()} for name, of in summary.items()
     }
+
+
+def _bounds(folder: Path) -> dict[str, dict[str, float]]:
+    return {"untrained" if name.endswith("@random") else name: of for name, of in _probed(folder).items()}
+
+
+def _sizes(folder: Path, trained: Values) -> dict[int, dict[str, dict[str, Cell]]]:
+    found: dict[int, Values] = {}
+    for name, errors in _probed(folder).items():
+        for row, seed, size in re.findall(r"^(.+)/seed_(\d+)@(\d+)$", name):
+            columns = found.setdefault(int(size), {}).setdefault(row, {})
+            for column, error in errors.items():
+                columns.setdefault(column, {})[int(seed)] = error
+    rows = {row for of in found.values() for row in of}
+    if rows:  # the sweep has scored the same students at the size of the recordings' probe
+        found[IMAGE_SIZE] = {
+            row: {c: trained[row][c] for c in QUESTIONS if c in trained[row]} for row in trained if row in rows
+        }
+    return {size: _table(found[size], _REFERENCES[INGREDIENTS]) for size in sorted(found)}
 
 
 def _shares(

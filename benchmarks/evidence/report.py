@@ -63,6 +63,8 @@ def page(findings: Findings) -> str:
     for sweep, rows in findings.tables.items():
         if rows:
             parts += [f"## {_TITLES[sweep]}", _means(rows), _differences(rows)]
+    for size, rows in findings.sizes.items():
+        parts += [f"## Pictures of {size}x{size} pixels", _means(rows), _differences(rows)]
     if findings.faults:
         parts += ["## Planted faults", _faults(findings.faults)]
     if findings.bounds:
@@ -89,18 +91,23 @@ def page(findings: Findings) -> str:
 
 
 def draw(path: Path, findings: Findings) -> None:
-    """Draws differences to the paper's recipe, errors by set of teachers, shares, and norm entropy against error."""
+    """Draws differences to the paper's recipe, errors by set of teachers and size, shares, faults and norm entropy."""
     ingredients = findings.tables.get(INGREDIENTS, {})
     teachers = findings.tables.get(TEACHERS, {}) | {
         f"{row}, beyond": cells for row, cells in findings.tables.get(BEYOND, {}).items()
     }
     panels = [column for column in _DRAWN if any(column in cells for cells in ingredients.values())]
     kinds = [*panels, *(["teachers"] if teachers else []), *(["shares"] if findings.shares else [])]
-    kinds += [*(["faults"] if findings.faults else []), *(["entropy"] if findings.entropy else [])]
+    sized = {f"{row}, {size} pixels": cells for size, of in findings.sizes.items() for row, cells in of.items()}
+    kinds += [
+        *(["sizes"] if sized else []),
+        *(["faults"] if findings.faults else []),
+        *(["entropy"] if findings.entropy else []),
+    ]
     if not kinds:
         return
     lines = 2 * len(findings.faults)  # of a fault are two
-    rows = max(len(ingredients), len(teachers), len(findings.shares), lines, 4)
+    rows = max(len(ingredients), len(teachers), len(findings.shares), len(sized), lines, 4)
     figure = Figure(figsize=(3.1 * len(kinds) + 1.5, 1.4 + 0.27 * rows), dpi=130, layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         if kind in _DRAWN:
@@ -111,14 +118,15 @@ def draw(path: Path, findings: Findings) -> None:
             direction = "right is better" if kind in (READOUT, COSINE) else "left is better"
             axes.set_xlabel(f"{COLUMNS[kind]}: difference to the\npaper's recipe ({direction})", fontsize=_SMALL)
         elif kind == "teachers":
-            _points(axes, {
-                COLUMNS[column]: {row: cells[column].mean for row, cells in teachers.items() if column in cells}
-                for column in QUESTIONS
-            })  # fmt: skip
+            _points(axes, _errors(teachers))
             for column in QUESTIONS:
                 if "untrained" in findings.bounds:
                     axes.axvline(findings.bounds["untrained"][column], color=_COLOURS[column], linestyle=":")
             axes.set_xlabel("error by set of teachers\n(dotted: the untrained student)", fontsize=_SMALL)
+            _legend(axes)
+        elif kind == "sizes":
+            _points(axes, _errors(sized))
+            axes.set_xlabel("error with pictures of a size", fontsize=_SMALL)
             _legend(axes)
         elif kind == "shares":
             _points(axes, {
@@ -149,6 +157,13 @@ def draw(path: Path, findings: Findings) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png")
+
+
+def _errors(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Estimate]]:
+    return {
+        COLUMNS[column]: {row: cells[column].mean for row, cells in rows.items() if column in cells}
+        for column in QUESTIONS
+    }
 
 
 def _legend(axes: Any) -> None:

@@ -16,8 +16,8 @@ from theia.ablation.grid import flat
 from theia.errors import ConfigError
 
 PresetName = Literal["small", "full"]
-STAGES = STORE, TEACHERS, INGREDIENTS, BEYOND, FAULTS, BOUNDS, PROXY, TASKS = (
-    "store", "teachers", "ingredients", "beyond", "faults", "bounds", "proxy", "tasks",
+STAGES = STORE, TEACHERS, INGREDIENTS, VIEWS, SIZES, BEYOND, FAULTS, BOUNDS, PROXY, TASKS = (
+    "store", "teachers", "ingredients", "views", "sizes", "beyond", "faults", "bounds", "proxy", "tasks",
 )  # fmt: skip
 WITHOUT_RECORDINGS = (FAULTS,)
 BY_DEFAULT = STAGES[:-1]  # tasks takes hours, and needs the simulator
@@ -27,6 +27,9 @@ THEIA, CORTEXBENCH, EVIDENCE = "theia", "benchmarks.cortexbench", "benchmarks.ev
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _SMALL = Path(__file__).with_name("small.yaml")
 _ROWS = _CONFIGS / "ablations" / "ingredients.yaml"
+_VIEWS = 5  # samples of an image
+_BOTH = "Muon and linear"  # the row of the ingredients that configs/beyond_* has
+OTHER_SIZES = (112, 448)  # pixels, beside the 224 that all students are scored at
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class Plan:
     def commands(self, stage: str) -> list[list[str]]:
         """Module and arguments of the commands of a stage, in order."""
         return {
-            STORE: self._store, TEACHERS: self._teachers, INGREDIENTS: self._ingredients, BOUNDS: self._bounds,
-            BEYOND: self._beyond, FAULTS: self._faults, PROXY: self._proxy, TASKS: self._tasks,
+            STORE: self._store, TEACHERS: self._teachers, INGREDIENTS: self._ingredients, VIEWS: self._views,
+            SIZES: self._sizes, BEYOND: self._beyond, FAULTS: self._faults, BOUNDS: self._bounds,
+            PROXY: self._proxy, TASKS: self._tasks,
         }[stage]()  # fmt: skip
 
     def _extract(self, store: Path, *teachers: str) -> list[str]:
@@ -114,12 +118,19 @@ class Plan:
         return [self._extract(store, ",".join(self.teachers)), [THEIA, "store", "statistics", str(store)]]
 
     def _sweep(
-        self, stage: str, *options: str, store: str = STORE, fit: Sequence[str] = (), one_seed: bool = False
+        self,
+        stage: str,
+        *options: str,
+        store: str = STORE,
+        fit: Sequence[str] = (),
+        one_seed: bool = False,
+        scorers: Sequence[str] | None = None,
     ) -> list[str]:
+        chosen = self.scorers if scorers is None else scorers
         return [
             THEIA, "ablate", *options, "--base", str(PRESETS[self.preset].config), "--out", str(self.out / stage),
             "--seeds", ",".join(map(str, self.seeds[:1] if one_seed else self.seeds)), "--jobs", str(self.jobs),
-            "--scorers", ",".join([*self.scorers, f"dynamics@{self.data}"]), "--data.store", str(self.out / store),
+            "--scorers", ",".join([*chosen, f"dynamics@{self.data}"]), "--data.store", str(self.out / store),
             *self.options, *fit,
         ]  # fmt: skip
 
@@ -132,6 +143,34 @@ class Plan:
         """With two teachers: a run costs less, and the others are read out of students that never saw them."""
         two = json.dumps(list(self.teachers[:2]))
         return [self._sweep(INGREDIENTS, "--config", str(_ROWS), "--data.teachers", two)]
+
+    def _views(self) -> list[list[str]]:
+        """Two teachers' features of random views of each image, and students of them after as many steps.
+
+        They are read out by the store without views, which has all teachers.
+        """
+        two, store = list(self.teachers[:2]), f"{VIEWS}/store"
+        rows = {"views": {"data.teachers": two}, f"{_BOTH}, views": {"data.teachers": two, **beyond()}}
+        readout = f"readout@{self.out / STORE}"
+        scorers = [readout if name == "readout" else name for name in self.scorers]
+        part = ["--trainer.limit_train_batches", str(1 / _VIEWS)]
+        return [
+            [*self._extract(self.out / store, ",".join(two)), "--views", str(_VIEWS)],
+            self._sweep(VIEWS, "--rows", json.dumps(rows), store=store, fit=part, scorers=scorers),
+        ]
+
+    def _sizes(self) -> list[list[str]]:
+        """Students with and without several sizes or views in training, given pictures of other sizes."""
+        rows = [f"{recipe}{more}" for recipe in ("", f"{_BOTH}, ") for more in ("resolutions", "views")]
+        folders = {row: VIEWS if row.endswith("views") else INGREDIENTS for row in ["paper", _BOTH, *rows]}
+        encoders = [
+            f"{self._student(row, folder, seed)}@{size}"
+            for row, folder in folders.items() for seed in self.seeds for size in OTHER_SIZES
+        ]  # fmt: skip
+        return [[THEIA, "probe", "dynamics", "--encoders", *encoders, *self._probed(SIZES)]]
+
+    def _probed(self, stage: str) -> list[str]:
+        return ["--data", self.data, "--out", str(self.out / stage)]
 
     def _beyond(self) -> list[list[str]]:
         """Each teacher alone and all of them, with the ingredients of configs/beyond_*."""
@@ -154,8 +193,8 @@ class Plan:
             [EVIDENCE, "measure", "--sweep", sweep, "--store", store],
         ]  # fmt: skip
 
-    def _student(self, row: str, stage: str = TEACHERS) -> str:
-        folder = self.out / stage / row / f"seed_{self.seeds[0]}"
+    def _student(self, row: str, stage: str = TEACHERS, seed: int | None = None) -> str:
+        folder = self.out / stage / row / f"seed_{self.seeds[0] if seed is None else seed}"
         return str(folder / "checkpoints" / "last.ckpt")
 
     def _untrained_and_teachers(self) -> list[str]:
@@ -163,8 +202,7 @@ class Plan:
 
     def _bounds(self) -> list[list[str]]:
         encoders = [*self._untrained_and_teachers(), f"concat:{','.join(self.teachers)}"]
-        out = str(self.out / BOUNDS)
-        return [[THEIA, "probe", "dynamics", "--encoders", *encoders, "--data", self.data, "--out", out]]
+        return [[THEIA, "probe", "dynamics", "--encoders", *encoders, *self._probed(BOUNDS)]]
 
     def _proxy(self) -> list[list[str]]:
         """A large student learns from all teachers, and students from it, in a copy of the store with it.

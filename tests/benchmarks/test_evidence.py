@@ -172,6 +172,46 @@ def test_a_longer_training_costs_as_much_as_the_way_round(tmp_path: Path) -> Non
     assert rows()["direct and longer"]["trainer.max_epochs"] == 3 * epochs
 
 
+def test_views_are_trained_as_long_and_read_by_the_store_without_them(tmp_path: Path) -> None:
+    plan = Plan("d", 9, ["a", "b", "c"], [0, 1], "small", tmp_path, 1, ["readout", "dense"], [])
+    extract, sweep = plan.commands("views")
+    assert extract[extract.index("--views") + 1] == "5"
+    assert extract[extract.index("--teachers") + 1] == "a,b"
+    assert sweep[sweep.index("--trainer.limit_train_batches") + 1] == "0.2"
+    assert sweep[sweep.index("--scorers") + 1] == f"readout@{tmp_path / 'store'},dense,dynamics@d"
+    assert sweep[sweep.index("--data.store") + 1] == extract[extract.index("--store") + 1]
+    rows = json.loads(sweep[sweep.index("--rows") + 1])
+    (probe,) = plan.commands("sizes")
+    probed = probe[probe.index("--encoders") + 1 : probe.index("--data")]
+    assert str(tmp_path / "views/views/seed_1/checkpoints/last.ckpt@448") in probed
+    trained = {*rows, *yaml.safe_load(Path("configs/ablations/ingredients.yaml").read_text())["rows"]}
+    assert {Path(name).parents[2].name for name in probed} < trained
+    assert len(probed) == 6 * 2 * 2
+
+
+def test_sizes_are_compared_with_the_paper_s_recipe_at_the_same_size(out: Path) -> None:
+    write_sweep(out / "views", [run_of("views", seed, ["a"], **{PLAN: 0.3}) for seed in range(2)], {})
+    (out / "sizes").mkdir()
+    means = {
+        f"{row}/seed_{seed}@{size}": error + 0.01 * seed
+        for row, by_size in {"paper": {112: 0.8, 448: 0.9}, "views": {112: 0.6, 448: 0.95}}.items()
+        for size, error in by_size.items() for seed in range(2)
+    }  # fmt: skip
+    summary = {
+        name: {"plan": {"mean": mean}, "motion": {"mean": 0.2}} for name, mean in (means | {"blind": 1.0}).items()
+    }
+    (out / "sizes" / "probing-dynamics-1.json").write_text(json.dumps({"summary": summary}))
+    found = find(out)
+    assert found.tables["ingredients"]["views"][PLAN].mean.mean == pytest.approx(0.3)
+    assert list(found.sizes) == [112, 224, 448]
+    assert found.sizes[224]["views"] == found.tables["ingredients"]["views"]
+    differences = [found.sizes[size]["views"][PLAN].difference for size in (112, 224, 448)]
+    assert [one and round(one.mean, 6) for one in differences] == [-0.2, -0.2, 0.05]
+    assert found.sizes[448]["paper"][PLAN].mean.mean == pytest.approx(0.905)
+    assert "Pictures of 112x112 pixels" in page(found)
+    draw(out / "sizes.png", found)
+
+
 def test_shares_wait_for_the_bounds_of_all_teachers(out: Path) -> None:
     (path,) = (out / "bounds").iterdir()
     summary = json.loads(path.read_text())["summary"]
@@ -208,7 +248,7 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
     for options, said in (
         (
             ["--stages", "store,wisdom"],
-            "no stage 'wisdom'. Choose from: store, teachers, ingredients, beyond, faults, bounds",
+            "no stage 'wisdom'. Choose from: store, teachers, ingredients, views, sizes, beyond, faults, bounds",
         ),
         (["--seeds", "0,0"], "seeds is '0,0'"),
         (["--jobs", "0"], "--jobs is 0"),
@@ -231,8 +271,8 @@ def test_the_commands_are_shown_without_work(tmp_path: Path, capsys: pytest.Capt
     assert main(["run", "--data", str(data), "--teachers", "hog,color", "--dry_run", "--out", str(tmp_path / "o")]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == [
-        "extract", "store", "ablate", "ablate", "ablate", "extract", "-m", "store", "ablate", "-m", "probe",
-        "ablate", "store", "extract", "ablate",
+        "extract", "store", "ablate", "ablate", "extract", "ablate", "probe", "ablate", "extract", "-m", "store",
+        "ablate", "-m", "probe", "ablate", "store", "extract", "ablate",
     ]  # fmt: skip
     asked = ["--stages", "tasks", "--dry_run"]
     assert main(["run", "--data", str(data), "--teachers", "hog,color", *asked, "--out", str(tmp_path / "o")]) == 0

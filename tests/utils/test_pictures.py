@@ -62,6 +62,14 @@ def test_paths_are_called_by_what_tells_them_apart() -> None:
     assert [*short_labels(names).values()] == ["runs/a", "CDiV/seed_0", "timm:vit@random", "concat:hog,color", "m"]
 
 
+def test_what_is_added_to_a_path_stays() -> None:
+    run = "runs/a/seed_0/checkpoints/last.ckpt"
+    names = [run, f"{run}@random", f"{run}@448", f"{run}@random@448", "runs/b/exported@112", "teacher:clip@random"]
+    assert [*short_labels(names).values()] == [
+        "a/seed_0", "a/seed_0@random", "a/seed_0@448", "a/seed_0@random@448", "runs/b@112", "teacher:clip@random"
+    ]  # fmt: skip
+
+
 def test_weights_and_options_behind_a_name_are_shortened() -> None:
     names = ["teacher:clip@/data/models/clip", "teacher:sam@{weights: /a/b, model: vit_b}", "timm:vit", "c:/x/y/z"]
     assert [*short_labels(names).values()] == ["teacher:clip@models/clip", "teacher:sam@...", "timm:vit", "c:/x/y/z"]

@@ -138,9 +138,11 @@ def short_labels(names: Sequence[str]) -> dict[str, str]:
     """
     short = {}
     for name in names:
-        kind, at, path = name.partition("@") if re.match(r"\w+:", name) else ("", "", name)
+        # PREFIX:NAME@PATH, or PATH with what an encoder's name may add.
+        kind, at, rest = name.partition("@") if re.match(r"\w+:", name) else ("", "", name)
+        path = re.sub(r"(@random)?(@\d+)?$", "", rest)
         parts = [part for part in path.split("/") if part not in _TELLS_NOTHING]
-        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) or name
+        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) + rest[len(path) :] or name
     labels = [*short.values()]
     return {name: label if labels.count(label) == 1 else name for name, label in short.items()}
 
