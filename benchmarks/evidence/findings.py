@@ -96,9 +96,9 @@ def find(out: Path) -> Findings:
     teachers = read_json(out / SETTINGS).get("teachers", ())
     values = {sweep: _values(out / sweep, teachers) for sweep in _REFERENCES}
     values[STUDENTS] |= _values(out / LARGE, teachers) if values[STUDENTS] else {}
-    # The same two teachers, students and steps; only the images differ.
+    # The same teachers and steps. Held-out cosines are of targets in deviations of other images, so not the same.
     values[INGREDIENTS] |= _values(out / VIEWS, teachers) if values[INGREDIENTS] else {}
-    curves = _curves(out / INGREDIENTS) | (_curves(out / VIEWS) if values[INGREDIENTS] else {})
+    curves = _curves(out / INGREDIENTS)
     for row, of_seeds in curves.items():
         values[INGREDIENTS][row][COSINE] = {seed: curve[-1][2] for seed, curve in of_seeds.items()}
     bounds = _bounds(out / BOUNDS)

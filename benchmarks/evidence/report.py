@@ -64,7 +64,7 @@ def page(findings: Findings) -> str:
         if rows:
             parts += [f"## {_TITLES[sweep]}", _means(rows), _differences(rows)]
     for size, rows in findings.sizes.items():
-        parts += [f"## Pictures of {size}x{size} pixels", _means(rows), _differences(rows)]
+        parts += [f"## Pictures resized to {size}x{size} pixels", _means(rows), _differences(rows)]
     if findings.faults:
         parts += ["## Planted faults", _faults(findings.faults)]
     if findings.bounds:
@@ -126,7 +126,7 @@ def draw(path: Path, findings: Findings) -> None:
             _legend(axes)
         elif kind == "sizes":
             _points(axes, _errors(sized))
-            axes.set_xlabel("error with pictures of a size", fontsize=_SMALL)
+            axes.set_xlabel("error with resized pictures", fontsize=_SMALL)
             _legend(axes)
         elif kind == "shares":
             _points(axes, {

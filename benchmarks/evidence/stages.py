@@ -29,7 +29,7 @@ _SMALL = Path(__file__).with_name("small.yaml")
 _ROWS = _CONFIGS / "ablations" / "ingredients.yaml"
 _VIEWS = 5  # samples of an image
 _BOTH = "Muon and linear"  # the row of the ingredients that configs/beyond_* has
-OTHER_SIZES = (112, 448)  # pixels, beside the 224 that all students are scored at
+_OTHER_SIZES = (112, 448)  # pixels, beside the 224 that all students are scored at
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,20 @@ class Plan:
         rows = {"views": {"data.teachers": two}, f"{_BOTH}, views": {"data.teachers": two, **beyond()}}
         readout = f"readout@{self.out / STORE}"
         scorers = [readout if name == "readout" else name for name in self.scorers]
-        part = ["--trainer.limit_train_batches", str(1 / _VIEWS)]
+        limit = self._given("trainer.limit_train_batches") or "1.0"
+        part = ["--trainer.limit_train_batches", limit if limit.isdecimal() else str(float(limit) / _VIEWS)]
         return [
             [*self._extract(self.out / store, ",".join(two)), "--views", str(_VIEWS)],
             self._sweep(VIEWS, "--rows", json.dumps(rows), store=store, fit=part, scorers=scorers),
         ]
 
     def _sizes(self) -> list[list[str]]:
-        """Students with and without several sizes or views in training, given pictures of other sizes."""
+        """Students with and without several sizes or views in training, on pictures resized to other sizes."""
         rows = [f"{recipe}{more}" for recipe in ("", f"{_BOTH}, ") for more in ("resolutions", "views")]
         folders = {row: VIEWS if row.endswith("views") else INGREDIENTS for row in ["paper", _BOTH, *rows]}
         encoders = [
             f"{self._student(row, folder, seed)}@{size}"
-            for row, folder in folders.items() for seed in self.seeds for size in OTHER_SIZES
+            for row, folder in folders.items() for seed in self.seeds for size in _OTHER_SIZES
         ]  # fmt: skip
         return [[THEIA, "probe", "dynamics", "--encoders", *encoders, *self._probed(SIZES)]]
 
@@ -224,12 +225,18 @@ class Plan:
             self._sweep(f"{PROXY}/students", "--rows", json.dumps(rows), "--reference", "direct", store=store),
         ]
 
-    def _epochs(self) -> int:
-        """Epochs of a training, which further options may have changed."""
+    def _given(self, option: str) -> str | None:
+        """What further options say of one."""
         parser = ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--trainer.max_epochs", dest="epochs")
-        given = parser.parse_known_args(self.options)[0].epochs
-        return int(given or yaml.safe_load(PRESETS[self.preset].config.read_text())["trainer"]["max_epochs"])
+        parser.add_argument(f"--{option}", dest="value")
+        value: str | None = parser.parse_known_args(self.options)[0].value
+        return value
+
+    def _epochs(self) -> int:
+        return int(
+            self._given("trainer.max_epochs")
+            or yaml.safe_load(PRESETS[self.preset].config.read_text())["trainer"]["max_epochs"]
+        )
 
     def _tasks(self) -> list[list[str]]:
         students = [self._student(row) for row in (*self.teachers, "all")]

@@ -43,6 +43,16 @@ def test_what_differs_is_told_with_the_runs(tmp_path: Path) -> None:
     ]
 
 
+def test_a_scorer_with_other_data_is_told(tmp_path: Path) -> None:
+    scorers = {"a": ["readout", "dense"], "b": ["readout@/s/b"], "c": ["readout@/s/b", "dense"]}
+    runs = [with_report(tmp_path, row, {}, names) for row, names in scorers.items()]
+    for _, report in runs:
+        report["scorer_images"] = 1
+    (note,) = [note for note in caveats(runs) if "on different data" in note]
+    assert "Scored by readout" in note
+    assert "/s/b in 2 runs, the run's own in a, seed 0" in note
+
+
 def test_the_same_store_by_another_path_is_the_same_and_another_state_is_not(tmp_path: Path) -> None:
     here = with_report(tmp_path, "a", {}, ["readout"], store="abc", holdout=0.01)
     assert caveats([here, with_report(tmp_path, "b", {}, ["readout"], holdout=0.01)]) == []

@@ -208,7 +208,7 @@ def test_sizes_are_compared_with_the_paper_s_recipe_at_the_same_size(out: Path) 
     differences = [found.sizes[size]["views"][PLAN].difference for size in (112, 224, 448)]
     assert [one and round(one.mean, 6) for one in differences] == [-0.2, -0.2, 0.05]
     assert found.sizes[448]["paper"][PLAN].mean.mean == pytest.approx(0.905)
-    assert "Pictures of 112x112 pixels" in page(found)
+    assert "Pictures resized to 112x112 pixels" in page(found)
     draw(out / "sizes.png", found)
 
 

@@ -76,6 +76,8 @@ def test_a_plan_shows_commands_and_cost_and_writes_nothing(
         ({"scorers": "dynamics"}, [], "dynamics@FOLDER"),
         ({"scorers": "dynamics@/nowhere"}, [], "/nowhere"),
         ({"scorers": "dense@/nowhere"}, [], "/nowhere"),
+        ({"scorers": "readout@/nowhere"}, [], "/nowhere"),
+        ({"scorers": ["dense", "dense@/nowhere"]}, [], "names dense twice"),
         ({}, ["--jobs=0"], "jobs is 0"),
         ({"options": {"ckpt_path": "x.ckpt"}}, [], "sets ckpt_path"),
         ({}, ["--data.seed", "7"], "sets data.seed"),

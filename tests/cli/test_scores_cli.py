@@ -15,6 +15,7 @@ from theia.cli.main import main
 from theia.data.datamodule import FeatureData
 from theia.probing import comparison
 from theia.probing.heads import Fit
+from theia.scoring import contract
 from theia.scoring import scorers as scoring
 from theia.scoring.contract import Trained
 from theia.scoring.scorers import write_report
@@ -52,7 +53,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
     """Installs one scorer, named ``fox``."""
 
     def install(scorer: Callable[[Trained], Any]) -> None:
-        monkeypatch.setattr(scoring, "find_scorer", lambda name: {"fox": scorer}[name])
+        monkeypatch.setattr(contract, "find_scorer", lambda name: {"fox": scorer}[name])
 
     return install
 
@@ -76,6 +77,22 @@ def test_a_teacher_that_the_student_never_saw_is_scored(
     assert "Scorer readout: Fits a linear translator to every teacher" in shown.err
 
 
+def test_another_store_s_teachers_are_read_out(
+    store: Path, run: Path, tmp_path: Path, make_split: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, rows in (("train", 40), ("val", 20)):
+        make_split(tmp_path / "other", split, rows, "float16")
+    other = f"readout@{tmp_path / 'other'}"
+    assert main(command_line(store, run, f"--scorers={other}", "--scorer_images=30")) == 0
+    report = json.loads((run / "test_last.json").read_text())
+    assert report["scorers"] == [other]
+    assert main(command_line(store, run, "--scorers=readout", "--scorer_images=30")) == 0
+    own = json.loads((run / "test_last.json").read_text())
+    assert set(report["scores"]) == set(own["scores"])
+    assert report["scores"] != own["scores"]
+    assert f"{report['scores']['readout/cosine/beta']:.3f}" in capsys.readouterr().out
+
+
 def test_the_report_counts_what_scorers_can_fit_to(
     store: Path, run: Path, register: Register, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +101,7 @@ def test_the_report_counts_what_scorers_can_fit_to(
     assert main(command_line(store, run, "--scorers=fox", "--scorer_images=30")) == 0
     report = json.loads((run / "test_last.json").read_text())
     assert (report["scorer_images"], report["scores"]["fox/most"]) == (7, 30)
-    assert "Scorers, fitted on 7 training images" in capsys.readouterr().out
+    assert "fitted on 7 training images" in capsys.readouterr().out
 
 
 def test_the_run_s_own_config_takes_scorers_as_a_list(store: Path, run: Path, tmp_path: Path) -> None:

@@ -31,12 +31,12 @@ def small_encoder():
     return Encoder(Architecture(teachers=teachers, width=32, depth=2, heads=2, image_size=32))
 
 
-def make(kind=MLPHead, execute=None, **options):
+def make(kind=MLPHead, execute=None, size=None, **options):
     torch.manual_seed(0)
     head = kind(32, (1, 1), 2, 3, **options)
     for values in head.parameters():  # the last layer begins so small that all actions look alike
         values.data += 0.05 * torch.randn_like(values)
-    return Policy(head, Sight("small", small_encoder(), "mean"), ABOUT, execute=execute)
+    return Policy(head, Sight("small", small_encoder(), "mean", size), ABOUT, execute=execute)
 
 
 @pytest.mark.parametrize("kind", [MLPHead, ChunkHead, DiffusionHead])
@@ -55,6 +55,16 @@ def test_a_loaded_policy_acts_as_the_one_that_was_saved(tmp_path, kind):
         np.testing.assert_array_equal(again.act(image, state), expected)
     assert again.about == ABOUT
     assert theia.load(tmp_path / "elsewhere" / "encoder").width == 32
+
+
+def test_a_policy_resizes_for_its_encoder_and_keeps_it(tmp_path):
+    policies = [make(size=size) for size in (64, None)]
+    image, state = pictures(1)[0], np.zeros(2)
+    assert not np.array_equal(*(policy.act(image, state) for policy in policies))
+    save_policy(policies[0], tmp_path / "policy")
+    again = theia.load_policy(tmp_path / "policy")
+    assert again.sight.encoder is not None
+    np.testing.assert_array_equal(again.act(image, state), policies[0].act(image, state))
 
 
 def test_an_action_depends_on_the_last_three_frames_and_a_reset_forgets_them():

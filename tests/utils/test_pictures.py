@@ -68,6 +68,8 @@ def test_what_is_added_to_a_path_stays() -> None:
     assert [*short_labels(names).values()] == [
         "a/seed_0", "a/seed_0@random", "a/seed_0@448", "a/seed_0@random@448", "runs/b@112", "teacher:clip@random"
     ]  # fmt: skip
+    for name in ("exported", "last.ckpt@random", "exported@448"):
+        assert short_labels([name]) == {name: name}
 
 
 def test_weights_and_options_behind_a_name_are_shortened() -> None:

@@ -354,6 +354,13 @@ def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
         values = {run.name: run.config["data"].get(name) for run, _ in tested}
         if _differ(values):
             found.append(f"**Scored on different images, so not comparable: `data.{name}` is {_groups(values)}.**")
+    scorers = [dict(name.partition("@")[::2] for name in report["scorers"]) for _, report in tested]
+    for name in dict.fromkeys(name for one in scorers for name in one):
+        own = {
+            run.name: one[name] or "the run's own" for (run, _), one in zip(tested, scorers, strict=True) if name in one
+        }
+        if _differ(own):
+            found.append(f"**Scored by {name} on different data, so not comparable: {_groups(own)}.**")
     for name in ("scorer_images", "device", "precision"):
         values = {run.name: report.get(name) for run, report in tested}
         if _differ(values):

@@ -15,7 +15,7 @@ import yaml
 from theia.ablation.planning import Parse, Planner, Stores, check_sweep_file, select_rows, split_arguments
 from theia.cli.parser import OF_FIT_MAY_BE_EMPTY, Parser, call, one_line, settle
 from theia.errors import ConfigError
-from theia.scoring.contract import find_scorer, scorer_names
+from theia.scoring.contract import find_scorers, scorer_names
 from theia.utils.arguments import comma_list, seed_numbers
 from theia.utils.files import check_folder
 
@@ -98,7 +98,8 @@ def ablate(
         options: Options of 'theia fit' for all rows: {checkpoint_every: 100}, or --options.checkpoint_every 100.
         seeds: Seeds of each row, comma-separated or a YAML list. Confidence intervals need two or more.
         reference: Row that all others are compared with.
-        scorers: Scorers to run besides those of each student's own translators, comma-separated or a YAML list.
+        scorers: Scorers to run besides those of each student's own translators, comma-separated or a YAML list. Data of
+            their own follow an @: dynamics@FOLDER, readout@STORE.
         sort_by: Score that ranks the rows.
         scores: CSV file (row,seed,NAME...) of scores measured elsewhere, such as a robot's, to add to the report.
         lower_is_better: Scores for which less is better, such as external/seconds, comma-separated or a YAML list.
@@ -123,9 +124,7 @@ def ablate(
             "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave them out."
         )
     check_folder(out, "--out")
-    names = comma_list(scorers)
-    for name in names:
-        find_scorer(name)
+    names = list(find_scorers(scorers))
     numbers = seed_numbers(seeds)
     stores = Stores()
     planner = Planner(_fit_parser(), stores, base, options or {}, fit_options)

@@ -46,8 +46,8 @@ from theia.errors import ConfigError
 from theia.live import LiveData
 from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
-from theia.scoring.contract import scorer_names
-from theia.scoring.scorers import find_scorers, run_scorers, scores_table, translators_table, write_report
+from theia.scoring.contract import find_scorers, scorer_names
+from theia.scoring.scorers import run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput, TrainingProgress
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints
 from theia.training.distillation import Distillation
@@ -382,7 +382,7 @@ class TheiaCLI(LightningCLI):
             images=options.scorer_images, seed=int(options.seed_everything or 0),
         )  # fmt: skip
         images = min(options.scorer_images, self.scored.scorers_fit_to)
-        print(f"Scorers, fitted on {images} training images if they have no data of their own:")
+        print(f"Scorers, by default fitted on {images} training images of the run's data:")
         for name in self.scorers:
             print(scores_table(name.partition("@")[0], scores, self.datamodule.teacher_shapes))
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}

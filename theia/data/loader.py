@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from theia.data.ring import LABELS, DeviceCopies, RawBatch, Ring, Samples, Slot
@@ -188,12 +187,10 @@ def _resized(batch: FeatureBatch, tensors: Mapping[str, torch.Tensor], size: int
     """The batch with images of another size, of larger ones if there are any."""
     if size == batch.images.shape[-1]:
         return batch
-    images = tensors.get(LARGE, tensors[IMAGE])
-    if size != images.shape[-1]:
-        # As Pillow resizes the images that are stored; bicubic interpolation overshoots.
-        pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-        images = pixels.round_().clamp_(0, 255).to(torch.uint8)
-    return replace(batch, images=images)
+
+    from theia.models.backbone import resized  # imports timm, which reading processes do not need
+
+    return replace(batch, images=resized(tensors.get(LARGE, tensors[IMAGE]), size))
 
 
 def _suffixed(tensors: Mapping[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:

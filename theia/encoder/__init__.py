@@ -4,7 +4,7 @@
 FORMS = {
     "FOLDER, FILE.ckpt or OWNER/NAME": "a Theia model: exported folder, checkpoint, or id on the hub",
     "the same with @random": "that model before its training: its architecture, untrained",
-    "either with @SIZE": "that model on pictures of SIZE x SIZE pixels, such as @448, to which all are resized",
+    "either with @SIZE": "that model on its pictures resized to SIZE x SIZE pixels, such as @448",
     "teacher:NAME[@WEIGHTS]": "an installed teacher; WEIGHTS is a path, an id or 'random', by default its own",
     "teacher:NAME@{OPTION: VALUE, ...}": "a teacher with any of its options, as in 'theia extract --help'",
     "timm:NAME[@random]": "a model of timm, pretrained or untrained",

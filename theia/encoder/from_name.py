@@ -21,7 +21,7 @@ from theia.encoder.encoder import Encoder
 from theia.encoder.load import load, local_path
 from theia.errors import ConfigError, ShapeError, WeightsError
 from theia.models.architecture import Architecture
-from theia.models.backbone import THEIA_SHAPES, StudentTokens, of_map
+from theia.models.backbone import THEIA_SHAPES, StudentTokens, of_map, resized
 from theia.models.timm_backbone import TimmBackbone
 from theia.teacher import Teacher, check_features
 from theia.utils.arguments import MOST_PIXELS
@@ -58,6 +58,11 @@ class NamedEncoder(nn.Module):
     def source(self) -> nn.Module:
         """The model behind it."""
         return self.inner.inner if isinstance(self.inner, _OfTheia | _OfTeacher | _OfTimm) else self.inner
+
+    @property
+    def size(self) -> int | None:
+        """Pixels along each side to which a Theia model's pictures are resized, if its name says so."""
+        return self.inner.size if isinstance(self.inner, _OfTheia) else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> StudentTokens:
@@ -100,24 +105,16 @@ def open_encoder(
     kind, colon, rest = name.partition(":")
     if colon and kind in _KINDS and rest:
         return NamedEncoder(name, _KINDS[kind](rest)).to(device)
-    model, untrained, size = _parts(name)
+    model, untrained, size = theia_parts(name)
     # A single word, or one before an unknown colon, is neither path nor id: somebody forgot a prefix.
     is_word = colon or "/" not in model
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
         forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in {**FORMS, **controls}.items())
-        raise ConfigError(f"{name!r} names no encoder{_hint(name)}. The forms are:\n{forms}")
+        raise ConfigError(f"{name!r} names no encoder{_hint(name if colon else model)}. The forms are:\n{forms}")
     encoder = load(model)
-    inner: nn.Module = _OfTheia(_untrained(encoder.architecture) if untrained else encoder)
+    inner = _OfTheia(_untrained(encoder.architecture) if untrained else encoder, size)
     if size is not None:
-        if size > MOST_PIXELS:
-            raise ConfigError(
-                f"{name!r} asks for pictures of {size} pixels along each side; give at most {MOST_PIXELS}."
-            )
-        try:
-            encoder.distiller.student.backbone.check_size(size, size)
-        except ShapeError as error:
-            raise ConfigError(f"{name!r}: {error}") from error
-        inner = _Resized(inner, size)
+        _check_size(name, encoder, size)
     return NamedEncoder(name, inner, not untrained).to(device)
 
 
@@ -135,21 +132,39 @@ def _hint(name: str) -> str:
     return f"; timm:{meant} does" if timm.is_model(meant) else ""
 
 
-def _parts(name: str) -> tuple[str, bool, int | None]:
-    """Path or id of a Theia model, whether its untrained weights are meant, and the size of its pictures."""
+def theia_parts(name: str) -> tuple[str, bool, int | None]:
+    """Splits the name of a Theia model.
+
+    Args:
+        name: Name in one of the first three of :data:`theia.encoder.FORMS`.
+
+    Returns:
+        Its path or id, whether it is meant without its training, and the size of its pictures in pixels, if the name
+        has one.
+    """
     found = _OF_THEIA.fullmatch(name)
     if found is None or found[1] == name or local_path(name).exists():
         return name, False, None
     return found[1], found[2] is not None, None if found[3] is None else int(found[3])
 
 
+def _check_size(name: str, encoder: Encoder, size: int) -> None:
+    if size > MOST_PIXELS:
+        raise ConfigError(f"{name!r} asks for pictures of {size} pixels along each side; give at most {MOST_PIXELS}.")
+    try:
+        encoder.distiller.student.backbone.check_size(size, size)
+    except ShapeError as error:
+        raise ConfigError(f"{name!r}: {error}") from error
+
+
 class _OfTheia(nn.Module):
-    def __init__(self, inner: Encoder) -> None:
+    def __init__(self, inner: Encoder, size: int | None = None) -> None:
         super().__init__()
         self.inner = inner
+        self.size = size
 
     def forward(self, images: Tensor) -> StudentTokens:
-        return self.inner.forward_features(images)
+        return self.inner.forward_features(images if self.size is None else resized(images, self.size))
 
 
 class _OfTeacher(nn.Module):
@@ -182,26 +197,8 @@ class _OfTimm(nn.Module):
     def forward(self, images: Tensor) -> StudentTokens:
         pixels = images.float()
         if tuple(pixels.shape[2:]) != self._size:
-            pixels = _scaled(pixels, self._size)
+            pixels = F.interpolate(pixels, self._size, mode="bicubic", antialias=True).clamp(0, 255)
         return self._backbone.tokens((pixels / 255 - self.mean) / self.std)
-
-
-class _Resized(nn.Module):
-    """A Theia model on pictures that are resized first, as they are where training draws its sizes."""
-
-    def __init__(self, inner: nn.Module, size: int) -> None:
-        super().__init__()
-        self.inner = inner
-        self._size = size
-
-    def forward(self, images: Tensor) -> StudentTokens:
-        tokens: StudentTokens = self.inner(_scaled(images.float(), (self._size, self._size)).round().to(torch.uint8))
-        return tokens
-
-
-def _scaled(pixels: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Resizes pixels from 0 to 255, float32; bicubic interpolation overshoots and is cut off."""
-    return F.interpolate(pixels, size_hw, mode="bicubic", antialias=True).clamp(0, 255)
 
 
 class _Concatenation(nn.Module):
@@ -288,7 +285,8 @@ def _concat(text: str) -> nn.Module:
 
 def _random(text: str) -> nn.Module:
     if text not in _STUDENTS:
-        raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(THEIA_SHAPES)}.")
+        sized = " A size can only follow a path or an id." if "@" in text else ""
+        raise ConfigError(f"There is no student {text!r}. Choose one of: {', '.join(THEIA_SHAPES)}.{sized}")
     teachers = {"none": {"channels": 1, "grid_hw": [1, 1], "has_cls": False}}  # a model needs one
     return _OfTheia(_untrained(Architecture(teachers=teachers, backbone=_STUDENTS[text], translator="linear")))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theia.errors import ConfigError, ShapeError
@@ -327,6 +328,22 @@ def check_divides(height: int, width: int, patch: int) -> None:
         f"Images of {height}x{width} pixels do not divide into patches of {patch}x{patch}. Resize them; the "
         f"nearest sizes: {', '.join(nearest)}."
     )
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Resizes images as Pillow resizes those that are stored: bicubic, with antialiasing.
+
+    Args:
+        images: RGB images, uint8, shape ``(B, 3, H, W)``.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Images, uint8, shape ``(B, 3, size, size)``.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)  # bicubic interpolation overshoots
 
 
 def of_map(maps: Tensor) -> StudentTokens:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from theia.encoder.encoder import Encoder, Images, to_channels_first
+from theia.encoder.from_name import theia_parts
 from theia.encoder.load import CONFIG, WEIGHTS, load, read_config
 from theia.errors import ConfigError, ExportError, ObservationError, ShapeError, WeightsError
 from theia.export.export import part_beside, record_of
@@ -283,7 +284,7 @@ def load_policy(
     if kept is not None:
         name, features, of_noise = kept
         if of_noise is None:
-            sight = Sight(name, load(path / ENCODER), features)
+            sight = Sight(name, load(path / ENCODER), features, described.get("size"))
         else:
             sight = open_sight(name, features)
             _, now = features_of_noise(sight, about.image_size)
@@ -316,12 +317,13 @@ def same_features(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def _describe(sight: Sight, image_size: int) -> dict[str, Any]:
     of_noise = None if sight.encoder is not None else features_of_noise(sight, image_size)[1]
-    return {"name": sight.name, "features": sight.features, "of_noise": of_noise}
+    return {"name": sight.name, "features": sight.features, "of_noise": of_noise, "size": sight.size}
 
 
 def _write_encoder(encoder: Encoder, name: str, folder: Path) -> None:
     """Writes an encoder with the record of its own training, if it is there under its name."""
-    record = {} if ":" in name or name.endswith("@random") else record_of(name, encoder)
+    model, untrained, _ = theia_parts(name)
+    record = {} if ":" in name or untrained else record_of(model, encoder)
     copy = Encoder(encoder.architecture, encoder.pool)
     copy.distiller.load_state_dict(encoder.distiller.state_dict())
     write_safetensors(Exported(copy.cpu().float(), copy.architecture, record), folder)

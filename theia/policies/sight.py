@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from theia.encoder.encoder import Encoder
 from theia.encoder.from_name import open_encoder
 from theia.errors import ConfigError
-from theia.models.backbone import StudentTokens
+from theia.models.backbone import StudentTokens, resized
 from theia.probing.frame_tokens import pixel_means
 
 PIXELS = "pixels"
@@ -27,16 +27,19 @@ class Sight(nn.Module):
             16x16 mean colours.
         features: ``spatial`` for patch tokens; ``cls``, ``mean`` or ``max`` for the CLS token or patch tokens pooled;
             ``vector`` for the CLS token, or else the mean of the patch tokens.
+        size: Height and width in pixels to which a Theia model's pictures are resized; ``None`` leaves them alone.
 
     Raises:
         ConfigError: If there are no such features.
     """
 
-    def __init__(self, name: str, model: nn.Module | None, features: Features = "spatial") -> None:
+    def __init__(
+        self, name: str, model: nn.Module | None, features: Features = "spatial", size: int | None = None
+    ) -> None:
         super().__init__()
         if features not in get_args(Features):
             raise ConfigError(f"There are no features {features!r}. Choose one of: {', '.join(get_args(Features))}.")
-        self.name, self.model, self.features = name, model, features
+        self.name, self.model, self.features, self.size = name, model, features, size
         self.eval().requires_grad_(False)
 
     @property
@@ -55,8 +58,10 @@ class Sight(nn.Module):
         """
         if self.model is None:
             tokens = pixel_means(images)
+        elif self.encoder is not None:
+            tokens = self.encoder.forward_features(images if self.size is None else resized(images, self.size))
         else:
-            tokens = self.encoder.forward_features(images) if self.encoder is not None else self.model(images)
+            tokens = self.model(images)
         if self.features == "spatial":
             return tokens
         if self.features == "cls" and tokens.cls is None:
@@ -91,7 +96,8 @@ def open_sight(
     if name == PIXELS:
         return Sight(name, None, features)
     opened = open_encoder(name, controls=controls)
-    return Sight(name, opened.source if isinstance(opened.source, Encoder) else opened, features).to(device)
+    model = opened.source if isinstance(opened.source, Encoder) else opened
+    return Sight(name, model, features, opened.size).to(device)
 
 
 @torch.no_grad()

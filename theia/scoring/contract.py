@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from theia.errors import UnknownScorerError
+from theia.errors import ConfigError, UnknownScorerError
 from theia.plugins import NAME, NAME_RULE, Plugins, check_argument
 from theia.types import FeatureBatch, FeatureStatistics
+from theia.utils.arguments import comma_list
 
 if TYPE_CHECKING:  # `theia ablate --help` names the scorers without torch
     import torch
@@ -69,8 +70,8 @@ class Trained:
         held_out: Images to score on, which were neither trained on nor are in ``train``.
         device: Device to compute on.
         seed: Seed of everything random; torch, numpy and Python are seeded with it before each scorer.
-        images: Largest number of images in ``train``: ``--scorer_images``.
         argument: What follows the scorer's name, as in ``--scorers NAME@ARGUMENT``; ``None`` if nothing does.
+        images: Largest number of images in ``train``: ``--scorer_images``.
     """
 
     checkpoint: Path
@@ -81,8 +82,8 @@ class Trained:
     held_out: Part
     device: "torch.device"
     seed: int
-    images: int
     argument: str | None = None
+    images: int = 10_000
 
 
 # Keys are a metric, or metric/teacher. All values are finite.
@@ -107,12 +108,30 @@ def find_scorer(name: str) -> "Scorer":
     Raises:
         UnknownScorerError: If nothing registers the name. The message lists what is installed and the nearest name.
         PluginError: If the plugin cannot be imported, is not a function, or shares its name with another.
+        ConfigError: If nothing follows the ``@``.
         TheiaError: If the scorer's own check refuses the argument.
     """
-    name, _, argument = name.partition("@")
+    name, at, argument = name.partition("@")
+    if at and not argument.strip():
+        raise ConfigError(f"--scorers: {name} has nothing after @. Is a shell variable unset? Give its data, or no @.")
     scorer = cast("Scorer", _SCORERS.load(name, lambda found: _problem(found, name)))
     check_argument(scorer, argument or None)
     return scorer
+
+
+def find_scorers(names: str | list[str]) -> dict[str, "Scorer"]:
+    """Finds scorers by their names, each with its argument, if any: ``NAME@ARGUMENT``.
+
+    Raises:
+        ConfigError: If one is named twice.
+        TheiaError: See :func:`find_scorer`.
+    """
+    chosen = comma_list(names)
+    plain = [name.partition("@")[0] for name in chosen]
+    twice = [name for place, name in enumerate(plain) if name in plain[:place]]
+    if twice:
+        raise ConfigError(f"--scorers names {twice[0]} twice. Name each once.")
+    return {name: find_scorer(name) for name in chosen}
 
 
 def _problem(scorer: Any, name: str) -> str | None:

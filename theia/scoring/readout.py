@@ -8,6 +8,7 @@ from torch import Tensor
 
 from theia.data.datamodule import FeatureData
 from theia.errors import ConfigError
+from theia.models.backbone import StudentTokens, resized
 from theia.models.distiller import Distiller
 from theia.models.translators import Translator
 from theia.plugins import checked_by
@@ -15,6 +16,7 @@ from theia.scoring.contract import Trained
 from theia.scoring.scorers import Parts
 from theia.training.metrics import feature_metrics
 from theia.types import FeatureBatch
+from theia.utils.files import at_home
 
 _STAGE = "readout"
 _AVERAGED = ("cosine", "explained_variance")
@@ -25,7 +27,15 @@ _RIDGE = 1e-10
 
 
 def _open_argument(argument: str | None) -> FeatureData | None:
-    return None if argument is None else FeatureData(argument).with_all_teachers()
+    if argument is None:
+        return None
+    data = FeatureData(at_home(argument))
+    if data.val_split is None:
+        raise ConfigError(
+            f"--scorers readout@{argument}: that store has no split 'val', and the student may have learned from what "
+            "would be held out of 'train'. Extract one."
+        )
+    return data.with_all_teachers()
 
 
 @checked_by(_open_argument)
@@ -38,8 +48,9 @@ def readout(trained: Trained) -> dict[str, float]:
     but solved: least squares over all tokens of the training images, in float64. Memory grows with the square of the
     student's width and with the teachers' channels, not with the number of images.
 
-    Images and teachers are those of the student's data or, with ``--scorers readout@STORE``, of another feature store:
-    so students that were trained on different data are scored on the same.
+    Images and teachers are those of the student's data or, with ``--scorers readout@STORE``, those of another feature
+    store, so that students of different data are scored on the same. Its split ``val`` must hold no image that one of
+    them was trained on. Images of another size than the student's are resized.
 
     Args:
         trained: The student.
@@ -50,18 +61,12 @@ def readout(trained: Trained) -> dict[str, float]:
 
     Raises:
         StoreError: If the other store, or a part of it, is missing or damaged.
-        ConfigError: If its images have another size than the student's.
+        ConfigError: If it has no split ``val``.
     """
     other = _open_argument(trained.argument)
     if other is None:
         return _read(trained)
-    size = trained.encoder.image_size
-    if other.image_size != size:
-        raise ConfigError(
-            f"--scorers readout@{trained.argument}: that store's images have {other.image_size} pixels along each side "
-            f"and the student's {size}. Extract one with --size {size}."
-        )
-    parts = Parts(other, trained.device, trained.images)
+    parts = Parts(other, trained.device, trained.images, labelled=False)
     try:
         return _read(
             replace(
@@ -98,7 +103,7 @@ def _fit(model: Distiller, trained: Trained) -> None:
     gram = {grid: zeros(inputs) for grid in by_grid}
     cross = {name: zeros(head.last.out_features) for name, head in heads.items()}
     for batch in trained.train():
-        tokens = trained.encoder.forward_features(batch.images)
+        tokens = _tokens(trained, batch)
         for grid, names in by_grid.items():
             for part in _parts(len(tokens.patches), grid):
                 rows = _rows(heads[names[0]].before_last(tokens.patches[part], tokens.grid))
@@ -116,7 +121,7 @@ def _fit(model: Distiller, trained: Trained) -> None:
 def _score(model: Distiller, trained: Trained) -> dict[str, float]:
     metrics = {name: feature_metrics(_STAGE, name, alone=True).to(trained.device) for name in model.teachers}
     for batch in trained.held_out():
-        tokens = trained.encoder.forward_features(batch.images)
+        tokens = _tokens(trained, batch)
         for name, metric in metrics.items():
             prediction = model.translators[name](tokens.patches, tokens.grid)
             metric.update(prediction, _target(model, name, batch, slice(None)))
@@ -125,6 +130,10 @@ def _score(model: Distiller, trained: Trained) -> dict[str, float]:
         for metric in metrics.values()
         for key, value in metric.compute().items()
     }
+
+
+def _tokens(trained: Trained, batch: FeatureBatch) -> StudentTokens:
+    return trained.encoder.forward_features(resized(batch.images, trained.encoder.image_size))
 
 
 def _parts(images: int, grid: tuple[int, int]) -> Iterator[slice]:

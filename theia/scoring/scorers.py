@@ -17,29 +17,12 @@ from tqdm import tqdm
 
 from theia.data.protocol import TrainingData
 from theia.encoder.load import load
-from theia.errors import ConfigError, PluginError, TheiaError
-from theia.scoring.contract import Part, Scorer, Trained, find_scorer
+from theia.errors import PluginError, TheiaError
+from theia.scoring.contract import Part, Scorer, Trained
 from theia.types import FeatureBatch
-from theia.utils.arguments import comma_list
 from theia.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
-
-
-def find_scorers(names: str | list[str]) -> dict[str, Scorer]:
-    """Finds scorers by their names, each with its argument, if any: ``NAME@ARGUMENT``.
-
-    Raises:
-        UnknownScorerError: If one is not installed.
-        PluginError: If one cannot be used.
-        ConfigError: If one is named twice.
-    """
-    chosen = comma_list(names)
-    plain = [name.partition("@")[0] for name in chosen]
-    twice = [name for place, name in enumerate(plain) if name in plain[:place]]
-    if twice:
-        raise ConfigError(f"--scorers names {twice[0]} twice. Name each once.")
-    return {name: find_scorer(name) for name in chosen}
 
 
 class Parts:
@@ -49,11 +32,11 @@ class Parts:
         data: Data with every teacher.
         device: Device of the batches.
         images: Largest number of training images.
+        labelled: Whether batches have labels.
     """
 
-    def __init__(self, data: TrainingData, device: torch.device, images: int) -> None:
-        self._data, self._device, self._images = data, device, images
-        self._labelled = data.labels_agree()
+    def __init__(self, data: TrainingData, device: torch.device, images: int, labelled: bool) -> None:
+        self._data, self._device, self._images, self._labelled = data, device, images, labelled
         self._loaders: dict[tuple[str, bool], Iterable[FeatureBatch]] = {}
 
     def of(self, part: Literal["train", "held_out"], scorer: str) -> Part:
@@ -108,7 +91,7 @@ def run_scorers(
         PluginError: If a scorer fails, or gives anything but finite numbers.
         TheiaError: If a scorer raises one.
     """
-    parts = Parts(data, device, images)
+    parts = Parts(data, device, images, data.labels_agree())
     scores: dict[str, float] = {}
     try:
         for full_name, scorer in scorers.items():

@@ -141,8 +141,8 @@ def short_labels(names: Sequence[str]) -> dict[str, str]:
         # PREFIX:NAME@PATH, or PATH with what an encoder's name may add.
         kind, at, rest = name.partition("@") if re.match(r"\w+:", name) else ("", "", name)
         path = re.sub(r"(@random)?(@\d+)?$", "", rest)
-        parts = [part for part in path.split("/") if part not in _TELLS_NOTHING]
-        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) + rest[len(path) :] or name
+        parts = [part for part in path.split("/") if part not in _TELLS_NOTHING] or [path]
+        short[name] = kind + at + ("..." if path.startswith("{") else "/".join(parts[-2:])) + rest[len(path) :]
     labels = [*short.values()]
     return {name: label if labels.count(label) == 1 else name for name, label in short.items()}
 
