@@ -22,7 +22,7 @@ def checked_by(check: Callable[[str | None], object]) -> Callable[[_Function], _
 
     Args:
         check: Takes the argument, or ``None`` if nothing follows; raises a :class:`theia.errors.TheiaError` if it is
-            wrong.
+            wrong. If it stands for data, it may return a fingerprint of them as text.
     """
 
     def mark(plugin: _Function) -> _Function:
@@ -32,11 +32,11 @@ def checked_by(check: Callable[[str | None], object]) -> Callable[[_Function], _
     return mark
 
 
-def check_argument(plugin: Any, argument: str | None) -> None:
-    """Checks the argument of a plug-in that says how; see :func:`checked_by`."""
+def check_argument(plugin: Any, argument: str | None) -> str | None:
+    """Checks the argument of a plug-in that says how, and returns its fingerprint, if any; see :func:`checked_by`."""
     check = getattr(plugin, _CHECK, None)
-    if check is not None:
-        check(argument)
+    found = None if check is None else check(argument)
+    return found if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,11 @@ def test_a_scorer_with_other_data_is_told(tmp_path: Path) -> None:
         report["scorer_images"] = 1
     (note,) = [note for note in caveats(runs) if "on different data" in note]
     assert "Scored by readout" in note
-    assert "/s/b in 2 runs, the run's own in a, seed 0" in note
+    assert "/s/b in 2 runs, that of training in a, seed 0" in note
+    for (_, report), state in zip(runs[1:], ("123456789", "another"), strict=True):
+        report["scorer_data"] = {"readout@/s/b": state}
+    (note,) = [note for note in caveats(runs[1:]) if "on different data" in note]
+    assert "/s/b (12345678) in 1 run, /s/b (another) in c, seed 0" in note
 
 
 def test_the_same_store_by_another_path_is_the_same_and_another_state_is_not(tmp_path: Path) -> None:

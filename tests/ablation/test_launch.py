@@ -219,6 +219,17 @@ def test_a_child_does_not_know_of_slurm(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.last_lines(1) == "[]"
 
 
+def test_scores_on_another_state_of_a_scorer_s_data_do_not_count(tmp_path: Path) -> None:
+    run = replace(make_run(tmp_path), scorers=("readout@/s",), scorer_data={"readout@/s": "now"})
+    path = run.folder / "test_last.json"
+    report = {"store": {"manifest_sha256": "abc"}, "after": {}, "scores": {}, "scorers": ["readout@/s"]}
+    for recorded, finished in (({"readout@/s": "now"}, True), ({"readout@/s": "before"}, False), ({}, False)):
+        path.write_text(json.dumps({**report, "scorer_data": recorded}))
+        assert run.finished == finished
+    path.write_text(json.dumps(report))  # of a version that did not write it
+    assert run.finished
+
+
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_submitit_drives_the_same_jobs(cluster: str, tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name) for name in "ab"]

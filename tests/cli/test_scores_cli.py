@@ -86,6 +86,7 @@ def test_another_store_s_teachers_are_read_out(
     assert main(command_line(store, run, f"--scorers={other}", "--scorer_images=30")) == 0
     report = json.loads((run / "test_last.json").read_text())
     assert report["scorers"] == [other]
+    assert report["scorer_data"] == {other: FeatureData(str(tmp_path / "other")).store.manifest_sha256}
     assert main(command_line(store, run, "--scorers=readout", "--scorer_images=30")) == 0
     own = json.loads((run / "test_last.json").read_text())
     assert set(report["scores"]) == set(own["scores"])

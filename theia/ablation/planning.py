@@ -13,6 +13,7 @@ import yaml
 from theia.ablation.grid import Options, Row, TeacherSets, arguments_of, expand, flat, refuse_idle, refuse_reserved
 from theia.ablation.sweep_run import Run
 from theia.errors import ConfigError
+from theia.scoring.contract import Scorer, data_of
 from theia.utils.arguments import comma_list
 
 if TYPE_CHECKING:
@@ -216,14 +217,14 @@ class Planner:
         refuse_idle(self._common, found)
         return found
 
-    def runs(self, rows: Sequence[Row], seeds: Sequence[int], out: Path, scorers: tuple[str, ...]) -> list[Run]:
+    def runs(self, rows: Sequence[Row], seeds: Sequence[int], out: Path, scorers: Mapping[str, Scorer]) -> list[Run]:
         """One run for each row and seed.
 
         Args:
             rows: Rows of the grid.
             seeds: Seeds of each row.
             out: Folder of the sweep.
-            scorers: Names of the scorers.
+            scorers: The scorers by name.
 
         Raises:
             ConfigError: If ``theia fit`` refuses the options of a row, or they do not go together, or a store lacks
@@ -235,7 +236,7 @@ class Planner:
         configs = {row.name: self._resolve(arguments_of(row.options), f"row {row.name!r}") for row in rows}
         self._name_teachers(configs)
         _warn_of_equals(configs)
-        runs = []
+        runs, scored_on = [], data_of(scorers)
         for row in rows:
             config = configs[row.name]
             data = self._stores.open(config["data"])
@@ -248,8 +249,8 @@ class Planner:
                 runs.append(
                     Run(
                         row=row.name, seed=seed, folder=folder, options=row.options,
-                        config=_with_seed(config, seed, folder), steps=steps, scorers=scorers,
-                        store_sha256=data.store.manifest_sha256,
+                        config=_with_seed(config, seed, folder), steps=steps, scorers=tuple(scorers),
+                        store_sha256=data.store.manifest_sha256, scorer_data=scored_on,
                     )
                 )  # fmt: skip
         return runs

@@ -105,6 +105,7 @@ def _run(folder: Path, one: Mapping[str, Any]) -> Run | None:
     return Run(
         row=one["row"], seed=one["seed"], folder=folder / one["folder"], options=one["options"], config=config,
         steps=one["steps"], scorers=tuple(one["scorers"]), store_sha256=one["store_sha256"],
+        scorer_data=one.get("scorer_data", {}),
     )  # fmt: skip
 
 
@@ -139,6 +140,7 @@ def write_record(
             {
                 "row": run.row, "seed": run.seed, "folder": str(run.folder.relative_to(folder)),
                 "options": run.options, "steps": run.steps, "scorers": run.scorers, "store_sha256": run.store_sha256,
+                "scorer_data": run.scorer_data,
             }
             for run in [*(run for run in kept if (run.row, run.seed) not in asked), *runs]
         ],

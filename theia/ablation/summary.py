@@ -354,13 +354,15 @@ def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
         values = {run.name: run.config["data"].get(name) for run, _ in tested}
         if _differ(values):
             found.append(f"**Scored on different images, so not comparable: `data.{name}` is {_groups(values)}.**")
-    scorers = [dict(name.partition("@")[::2] for name in report["scorers"]) for _, report in tested]
-    for name in dict.fromkeys(name for one in scorers for name in one):
-        own = {
-            run.name: one[name] or "the run's own" for (run, _), one in zip(tested, scorers, strict=True) if name in one
-        }
-        if _differ(own):
-            found.append(f"**Scored by {name} on different data, so not comparable: {_groups(own)}.**")
+    scored_on: dict[str, dict[str, str]] = {}
+    for run, report in tested:
+        for full_name in report["scorers"]:
+            name, _, data = full_name.partition("@")
+            state = report.get("scorer_data", {}).get(full_name, "")[:8]
+            scored_on.setdefault(name, {})[run.name] = f"{data or 'that of training'}{state and f' ({state})'}"
+    for name, of_runs in scored_on.items():
+        if _differ(of_runs):
+            found.append(f"**Scored by {name} on different data, so not comparable: {_groups(of_runs)}.**")
     for name in ("scorer_images", "device", "precision"):
         values = {run.name: report.get(name) for run, report in tested}
         if _differ(values):

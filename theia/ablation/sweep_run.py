@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Run:
         steps: Optimisation steps of the whole training.
         scorers: Names of the scorers to run beyond the student's own translators.
         store_sha256: Digest of the store's manifest; scores on another state of the store are not comparable.
+        scorer_data: By scorer, fingerprint of its own data, for those that have some: the same holds for them.
     """
 
     row: str
@@ -53,6 +54,7 @@ class Run:
     steps: int
     scorers: tuple[str, ...]
     store_sha256: str
+    scorer_data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -114,9 +116,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has all its scores."""
+        """Whether the run has all its scores, each on the data as they are."""
         report = self.report
-        return report is not None and set(self.scorers) <= set(report["scorers"])
+        if report is None or not set(self.scorers) <= set(report["scorers"]):
+            return False
+        scored_on = report.get("scorer_data", self.scorer_data)  # earlier versions did not write it
+        return all(scored_on.get(name) == fingerprint for name, fingerprint in self.scorer_data.items())
 
     def prepare(self) -> None:
         """Writes the config."""

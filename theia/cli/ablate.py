@@ -124,7 +124,7 @@ def ablate(
             "--slurm has options of SLURM, but --launcher is local. Give --launcher slurm, or leave them out."
         )
     check_folder(out, "--out")
-    names = list(find_scorers(scorers))
+    chosen = find_scorers(scorers)
     numbers = seed_numbers(seeds)
     stores = Stores()
     planner = Planner(_fit_parser(), stores, base, options or {}, fit_options)
@@ -135,7 +135,7 @@ def ablate(
         raise ConfigError(f"--reference: there is no row {reference!r}. Rows: {'; '.join(planned)}.")
     if scores is not None:
         read_external(scores, planned)
-    runs = planner.runs(select_rows(grid, only), numbers, out, tuple(names))
+    runs = planner.runs(select_rows(grid, only), numbers, out, chosen)
     if dry_run:
         check_runs(runs)
         print(sweep.forecast(runs, planner.arguments))

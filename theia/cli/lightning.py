@@ -46,7 +46,7 @@ from theia.errors import ConfigError
 from theia.live import LiveData
 from theia.models import older
 from theia.models.checkpoint import check_architecture, read_checkpoint
-from theia.scoring.contract import find_scorers, scorer_names
+from theia.scoring.contract import data_of, find_scorers, scorer_names
 from theia.scoring.scorers import run_scorers, scores_table, translators_table, write_report
 from theia.training.callbacks import FeaturePictures, Throughput, TrainingProgress
 from theia.training.checkpoints import BEST, LAST, Checkpoints, DurableCheckpoints
@@ -375,8 +375,9 @@ class TheiaCLI(LightningCLI):
     def _score(self, checkpoint: Path) -> dict[str, Any]:
         """Runs the scorers, prints their results, and gives the part of the report about them."""
         if not self.scorers:
-            return {"scorers": [], "scores": {}, "scorer_images": None}
+            return {"scorers": [], "scores": {}, "scorer_images": None, "scorer_data": {}}
         options = self.config[self.subcommand]
+        data = data_of(self.scorers)  # of this state of them
         scores = run_scorers(
             self.scorers, self.scored, checkpoint, self.trainer.strategy.root_device,
             images=options.scorer_images, seed=int(options.seed_everything or 0),
@@ -385,7 +386,7 @@ class TheiaCLI(LightningCLI):
         print(f"Scorers, by default fitted on {images} training images of the run's data:")
         for name in self.scorers:
             print(scores_table(name.partition("@")[0], scores, self.datamodule.teacher_shapes))
-        return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images}
+        return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images, "scorer_data": data}
 
 
 def _several(given: Any) -> list[Any]:

@@ -149,7 +149,7 @@ def _open_argument(argument: str | None) -> list[Recording]:
     return open_recordings(argument, [], None, _HORIZON, None)[0]
 
 
-@checked_by(_open_argument)
+@checked_by(lambda argument: _open_argument(argument)[0].identity)
 def dynamics_scorer(trained: Any) -> dict[str, float]:
     """What the patch tokens know of a robot's plans and motions: ridge regression on recorded trajectories.
 

@@ -19,7 +19,7 @@ docstring is what the log says of it.
 
 An argument that may be wrong, such as a folder, can be checked before a training or a sweep starts::
 
-    @theia.plugins.checked_by(open_my_folder)  # takes the argument, or None; raises a TheiaError
+    @theia.plugins.checked_by(check_my_folder)  # takes the argument, or None; raises a TheiaError
     def brightness(trained: Trained) -> dict[str, float]: ...
 """
 
@@ -132,6 +132,16 @@ def find_scorers(names: str | list[str]) -> dict[str, "Scorer"]:
     if twice:
         raise ConfigError(f"--scorers names {twice[0]} twice. Name each once.")
     return {name: find_scorer(name) for name in chosen}
+
+
+def data_of(scorers: "Mapping[str, Scorer]") -> dict[str, str]:
+    """Fingerprints of the data behind the names of scorers, of those that have data of their own and tell.
+
+    Args:
+        scorers: What :func:`find_scorers` gives.
+    """
+    found = {name: check_argument(scorer, name.partition("@")[2] or None) for name, scorer in scorers.items()}
+    return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
 
 
 def _problem(scorer: Any, name: str) -> str | None:

@@ -26,6 +26,11 @@ _TOKENS = 1 << 16  # in one product: float64 copies of a whole batch of 64x64 to
 _RIDGE = 1e-10
 
 
+def _check(argument: str | None) -> str | None:
+    data = _open_argument(argument)
+    return None if data is None else data.store.manifest_sha256
+
+
 def _open_argument(argument: str | None) -> FeatureData | None:
     if argument is None:
         return None
@@ -38,7 +43,7 @@ def _open_argument(argument: str | None) -> FeatureData | None:
     return data.with_all_teachers()
 
 
-@checked_by(_open_argument)
+@checked_by(_check)
 @torch.no_grad()
 def readout(trained: Trained) -> dict[str, float]:
     """Fits a linear translator to every teacher in the store, and scores it on held-out images.
