@@ -20,6 +20,7 @@ PLAN, MOTION, READOUT, ENTROPY = (
 DEPTH, CLASSES = "dense/depth_rmse", "dense/mean_iou"
 UNSEEN, WORST, COSINE, COST = "unseen", "worst", "cosine", "cost"
 SUCCESS = "external/cortexbench"
+_UNTRAINED = "untrained"
 STUDENTS, LARGE = f"{PROXY}/students", f"{PROXY}/large"
 COLUMNS = {
     SUCCESS: "success", PLAN: "plan error", MOTION: "motion error", READOUT: "read-out", WORST: "worst teacher",
@@ -114,7 +115,7 @@ def find(out: Path) -> Findings:
         time_to_quality(_against(curves, 0), _REFERENCES[INGREDIENTS]),
         time_to_quality(_against(curves, 1), _REFERENCES[INGREDIENTS]),
         _entropy([*values[TEACHERS].values(), *others.values(), *values[BEYOND].values()]),
-        _sizes(out / SIZES, values[INGREDIENTS]),
+        _sizes(out / SIZES, values[INGREDIENTS], bounds),
         curves,
         cures(out / FAULTS),
     )
@@ -207,28 +208,32 @@ def _probed(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _bounds(folder: Path) -> dict[str, dict[str, float]]:
-    return {"untrained" if name.endswith("@random") else name: of for name, of in _probed(folder).items()}
+    return {_UNTRAINED if name.endswith("@random") else name: of for name, of in _probed(folder).items()}
 
 
-def _sizes(folder: Path, trained: Values) -> dict[int, dict[str, dict[str, Cell]]]:
+def _sizes(
+    folder: Path, trained: Values, bounds: Mapping[str, Mapping[str, float]]
+) -> dict[int, dict[str, dict[str, Cell]]]:
     found: dict[int, Values] = {}
     for name, errors in _probed(folder).items():
-        for row, seed, size in re.findall(r"^(.+)/seed_(\d+)@(\d+)$", name):
-            columns = found.setdefault(int(size), {}).setdefault(row, {})
+        for row, seed, untrained, size in re.findall(r"^(.+)/seed_(\d+)(@random)?@(\d+)$", name):
+            columns = found.setdefault(int(size), {}).setdefault(_UNTRAINED if untrained else row, {})
             for column, error in errors.items():
                 columns.setdefault(column, {})[int(seed)] = error
-    rows = {row for of in found.values() for row in of}
-    if rows:  # the sweep has scored the same students at the size of the recordings' probe
+    if found:  # sweep and bounds have the same students at the size of the recordings' probe
+        first: Values = {_UNTRAINED: {column: {0: error} for column, error in bounds.get(_UNTRAINED, {}).items()}}
+        every = {row for of in found.values() for row in of}
         found[IMAGE_SIZE] = {
-            row: {c: trained[row][c] for c in QUESTIONS if c in trained[row]} for row in trained if row in rows
-        }
+            row: {column: values for column, values in of.items() if column in QUESTIONS}
+            for row, of in {**trained, **first}.items() if row in every
+        }  # fmt: skip
     return {size: _table(found[size], _REFERENCES[INGREDIENTS]) for size in sorted(found)}
 
 
 def _shares(
     rows: Values, bounds: Mapping[str, Mapping[str, float]], distilled: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Estimate]]:
-    if "untrained" not in bounds:
+    if _UNTRAINED not in bounds:
         return {}
     found: dict[str, dict[str, Estimate]] = {}
     for row, columns in rows.items():
@@ -236,7 +241,7 @@ def _shares(
             continue  # the bounds are not finished
         for column in QUESTIONS:
             best = min(bounds[f"teacher:{name}"][column] for name in distilled[row])
-            parts = [share(bounds["untrained"][column], value, best) for value in columns.get(column, {}).values()]
+            parts = [share(bounds[_UNTRAINED][column], value, best) for value in columns.get(column, {}).values()]
             known = [part for part in parts if part is not None]
             if known:
                 found.setdefault(row, {})[column] = estimate(known)

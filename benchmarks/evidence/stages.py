@@ -161,13 +161,12 @@ class Plan:
         ]
 
     def _sizes(self) -> list[list[str]]:
-        """Students with and without several sizes or views in training, on pictures resized to other sizes."""
+        """Students with and without several sizes or views in training, and an untrained one, at other sizes."""
         rows = [f"{recipe}{more}" for recipe in ("", f"{_BOTH}, ") for more in ("resolutions", "views")]
         folders = {row: VIEWS if row.endswith("views") else INGREDIENTS for row in ["paper", _BOTH, *rows]}
-        encoders = [
-            f"{self._student(row, folder, seed)}@{size}"
-            for row, folder in folders.items() for seed in self.seeds for size in _OTHER_SIZES
-        ]  # fmt: skip
+        students = [self._student(row, folder, seed) for row, folder in folders.items() for seed in self.seeds]
+        students.append(f"{self._student('paper', INGREDIENTS)}@random")
+        encoders = [f"{student}@{size}" for student in students for size in _OTHER_SIZES]
         return [[THEIA, "probe", "dynamics", "--encoders", *encoders, *self._probed(SIZES)]]
 
     def _probed(self, stage: str) -> list[str]:

@@ -186,7 +186,7 @@ def test_views_are_trained_as_long_and_read_by_the_store_without_them(tmp_path: 
     assert str(tmp_path / "views/views/seed_1/checkpoints/last.ckpt@448") in probed
     trained = {*rows, *yaml.safe_load(Path("configs/ablations/ingredients.yaml").read_text())["rows"]}
     assert {Path(name).parents[2].name for name in probed} < trained
-    assert len(probed) == 6 * 2 * 2
+    assert len(probed) == (6 * 2 + 1) * 2
 
 
 def test_sizes_are_compared_with_the_paper_s_recipe_at_the_same_size(out: Path) -> None:
@@ -197,6 +197,7 @@ def test_sizes_are_compared_with_the_paper_s_recipe_at_the_same_size(out: Path) 
         for row, by_size in {"paper": {112: 0.8, 448: 0.9}, "views": {112: 0.6, 448: 0.95}}.items()
         for size, error in by_size.items() for seed in range(2)
     }  # fmt: skip
+    means["paper/seed_0@random@448"] = 0.99
     summary = {
         name: {"plan": {"mean": mean}, "motion": {"mean": 0.2}} for name, mean in (means | {"blind": 1.0}).items()
     }
@@ -208,6 +209,7 @@ def test_sizes_are_compared_with_the_paper_s_recipe_at_the_same_size(out: Path) 
     differences = [found.sizes[size]["views"][PLAN].difference for size in (112, 224, 448)]
     assert [one and round(one.mean, 6) for one in differences] == [-0.2, -0.2, 0.05]
     assert found.sizes[448]["paper"][PLAN].mean.mean == pytest.approx(0.905)
+    assert [found.sizes[size]["untrained"][PLAN].mean.mean for size in (224, 448)] == [0.9, 0.99]
     assert "Pictures resized to 112x112 pixels" in page(found)
     draw(out / "sizes.png", found)
 
@@ -293,16 +295,22 @@ def test_a_whole_run_goes_on_and_reports(
     short = "--trainer.max_epochs=1 --trainer.limit_train_batches=1 --model.width=24 --model.depth=1 --model.heads=1"
     command = [
         "run", "--data", str(data), "--teachers", "hog,color", "--seeds", "0", "--out", str(tmp_path / "out"),
-        "--scorers", "readout", "--options", short, "--stages", "store,teachers,bounds,proxy",
+        "--scorers", "readout", "--options", short, "--stages", "store,teachers,views,bounds,proxy",
     ]  # fmt: skip
     assert main(command) == 0
     first = json.loads((tmp_path / "out/evidence.json").read_text())
     assert set(first["tables"]["teachers"]) == {"hog", "color", "all"}
     assert set(first["bounds"]) >= {"untrained", "teacher:hog", "teacher:color", "blind"}
     assert set(first["tables"]["proxy/students"]) == {"large", "direct", "direct and longer", "proxy"}
+    views = json.loads((tmp_path / "out/views/report.json").read_text())["runs"]
+    assert {run["row"]: f"{READOUT}/color" in run["scores"] for run in views} == {
+        "views": True, "Muon and linear, views": True,
+    }  # fmt: skip
     capfd.readouterr()
-    assert main([*command[:-1], "teachers,proxy"]) == 0  # nothing is left to do
-    assert "3 of 3 runs done" in capfd.readouterr().err
+    assert main([*command[:-1], "teachers,views,proxy"]) == 0  # nothing is left to do
+    said = capfd.readouterr().err
+    assert "3 of 3 runs done" in said
+    assert "2 of 2 runs done" in said
     assert json.loads((tmp_path / "out/evidence.json").read_text())["tables"] == first["tables"]
     assert main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
     assert "was made with another options" in capfd.readouterr().err
