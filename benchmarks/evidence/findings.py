@@ -251,7 +251,8 @@ def _shares(
 def _entropy(rows: Sequence[Mapping[str, Mapping[int | None, float]]]) -> dict[str, Correlation]:
     found = {}
     for column in QUESTIONS:
-        both = [(_mean(row[ENTROPY]), _mean(row[column])) for row in rows if ENTROPY in row and column in row]
+        # A set of pairs: students that two sweeps share count once.
+        both = sorted({(_mean(row[ENTROPY]), _mean(row[column])) for row in rows if ENTROPY in row and column in row})
         known = correlation([x for x, _ in both], [y for _, y in both])
         if known is not None:
             found[column] = known

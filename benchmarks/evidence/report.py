@@ -1,6 +1,7 @@
 """The findings as a page, a picture and JSON."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _TITLES = {
 _DRAWN = (PLAN, MOTION, READOUT, COSINE)
 _COLOURS = {PLAN: "#e8963c", MOTION: "#7ba3cc"}
 _SMALL = 7.5  # points
+_ACROSS = 4  # panels beside each other
 _ABSENT = "–"
 
 
@@ -108,8 +110,13 @@ def draw(path: Path, findings: Findings) -> None:
         return
     lines = 2 * len(findings.faults)  # of a fault are two
     rows = max(len(ingredients), len(teachers), len(findings.shares), len(sized), lines, 4)
-    figure = Figure(figsize=(3.1 * len(kinds) + 1.5, 1.4 + 0.27 * rows), dpi=130, layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    across = min(len(kinds), _ACROSS)
+    down = math.ceil(len(kinds) / across)
+    figure = Figure(figsize=(3.1 * across + 1.5, down * (1.4 + 0.27 * rows)), dpi=130, layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places[len(kinds) :]:
+        axes.set_axis_off()
+    for axes, kind in zip(places, kinds, strict=False):
         if kind in _DRAWN:
             named = {row: cells[kind].difference if kind in cells else None for row, cells in ingredients.items()}
             _points(axes, {COLUMNS[kind]: {row: one for row, one in named.items() if one is not None}}, list(named))
