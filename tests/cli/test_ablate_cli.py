@@ -294,7 +294,7 @@ def test_two_rows_from_start_to_report_with_one_that_fails(
     assert [row["name"] for row in report["rows"]] == ["linear", "good"]
 
     # A sweep remembers its scores from elsewhere; a scorer that fails costs no figures that are there.
-    monkeypatch.setattr("theia.cli.ablate.find_scorer", lambda name: name)
+    monkeypatch.setattr("theia.cli.ablate.find_scorers", lambda names: dict.fromkeys(names.split(",")))
     capsys.readouterr()
     assert ablate("--out=sweep", "--scores=robot.csv", "--scorers=readout,robot", "--only=good", **content) == 1
     assert "No scorer named 'robot'" in capsys.readouterr().err  # of the process, where it is not installed
