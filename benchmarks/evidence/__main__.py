@@ -11,6 +11,7 @@ from benchmarks.command import run_command
 from benchmarks.evidence.faults import measure, plant
 from benchmarks.evidence.stages import (
     BY_DEFAULT,
+    NEEDS,
     SETTINGS,
     WITHOUT_RECORDINGS,
     Plan,
@@ -77,6 +78,8 @@ def run(
     names = comma_list(teachers)
     if len(names) < 2:
         raise ConfigError(f"--teachers names {', '.join(names) or 'none'}. Give two or more, whose sets are compared.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--teachers names one twice: {', '.join(names)}.")
     wanted = chosen(comma_list(stages) or BY_DEFAULT)
     data = None if data is None else data.removeprefix("lerobot:")
     plan = Plan(
@@ -86,6 +89,15 @@ def run(
     commands = [parts for stage in wanted for parts in plan.commands(stage)]
     if dry_run:
         return "\n".join(map(shown, commands))
+    from theia import registry  # imports torch, for which --help should not wait
+
+    for name in names:
+        registry.find(name)
+    for stage in wanted:
+        lacking = [need for need in NEEDS.get(stage, ()) if need not in wanted and not (out / need).is_dir()]
+        if lacking:
+            every = ",".join(chosen([*wanted, *lacking]))
+            raise ConfigError(f"The stage {stage} needs {' and '.join(lacking)}, not found in {out}: --stages {every}.")
     settings = {"data": data, "teachers": list(plan.teachers), "preset": preset, "options": options}
     with alone(out):
         _same_settings(out / SETTINGS, settings)
@@ -145,8 +157,8 @@ def _same_settings(path: Path, settings: Mapping[str, object]) -> None:
         different = [name for name, value in settings.items() if earlier.get(name) != value]
         if different:
             raise ConfigError(
-                f"{path.parent} was made with another {different[0]}: {earlier.get(different[0])!r}. Give the same "
-                f"--{different[0]}, or another --out."
+                f"{path.parent} was made with {earlier.get(different[0])!r} as --{different[0]}. Give the same, or "
+                "another --out."
             )
     else:
         write_whole(path, json.dumps(settings, indent=1) + "\n")

@@ -36,6 +36,7 @@ _TITLES = {
 _DRAWN = (PLAN, MOTION, READOUT, COSINE)
 _COLOURS = {PLAN: "#e8963c", MOTION: "#7ba3cc"}
 _SMALL = 7.5  # points
+_HEAD = 2  # parts of a page that says nothing yet
 _ACROSS = 4  # panels beside each other
 _ABSENT = "–"
 
@@ -55,7 +56,7 @@ def write(out: Path, findings: Findings, record: Mapping[str, Any]) -> list[Path
     write_whole(out / "evidence.json", content)
     draw(out / "evidence.png", findings)
     write_whole(out / "evidence.md", page(findings) + "\n")
-    return [out / name for name in ("evidence.md", "evidence.png", "evidence.json")]
+    return [path for name in ("evidence.md", "evidence.png", "evidence.json") if (path := out / name).exists()]
 
 
 def page(findings: Findings) -> str:
@@ -89,6 +90,8 @@ def page(findings: Findings) -> str:
             f"Norm entropy and {COLUMNS[column]}, over {entropy.n} rows: Pearson's r = {entropy.r:.2f}{interval}. Less "
             "error is better, so the paper's claim is a negative one."
         )
+    if len(parts) == _HEAD:
+        parts.append("No sweep and no probe is finished yet.")
     return "\n\n".join(parts)
 
 

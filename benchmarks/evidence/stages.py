@@ -20,6 +20,10 @@ STAGES = STORE, TEACHERS, INGREDIENTS, VIEWS, SIZES, BEYOND, FAULTS, BOUNDS, PRO
     "store", "teachers", "ingredients", "views", "sizes", "beyond", "faults", "bounds", "proxy", "tasks",
 )  # fmt: skip
 WITHOUT_RECORDINGS = (FAULTS,)
+NEEDS = {
+    TEACHERS: (STORE,), INGREDIENTS: (STORE,), VIEWS: (STORE,), SIZES: (INGREDIENTS, VIEWS), BEYOND: (STORE,),
+    BOUNDS: (TEACHERS,), PROXY: (STORE,), TASKS: (TEACHERS,),
+}  # fmt: skip
 BY_DEFAULT = STAGES[:-1]  # tasks takes hours, and needs the simulator
 
 SETTINGS = "settings.json"  # of a folder of evidence

@@ -226,6 +226,7 @@ def test_scores_on_another_state_of_a_scorer_s_data_do_not_count(tmp_path: Path)
     for recorded, finished in (({"readout@/s": "now"}, True), ({"readout@/s": "before"}, False), ({}, False)):
         path.write_text(json.dumps({**report, "scorer_data": recorded}))
         assert run.finished == finished
+        assert run.outdated == ([] if finished else ["readout@/s"])
     path.write_text(json.dumps(report))  # of a version that did not write it
     assert run.finished
 

@@ -243,6 +243,13 @@ def test_the_report_shows_what_is_finished(out: Path, capsys: pytest.CaptureFixt
     (out / "ingredients").rename(out / "ingredients elsewhere")
     draw(out / "none.png", find(out))
     assert not (out / "none.png").exists()
+    (out / "evidence.png").unlink()
+    (out / "proxy").rename(out / "proxy elsewhere")
+    capsys.readouterr()
+    assert main(["report", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "No sweep and no probe is finished yet" in said
+    assert "evidence.png" not in said
 
 
 def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +262,9 @@ def test_bad_input_is_said_before_any_work(tmp_path: Path, capsys: pytest.Captur
         (["--seeds", "0,0"], "seeds is '0,0'"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--teachers", "hog"], "--teachers names hog. Give two or more"),
+        (["--teachers", "hog,hog"], "--teachers names one twice"),
+        (["--teachers", "hog,colour"], "No teacher named 'colour'"),
+        (["--teachers", "hog,color", "--stages", "sizes"], "needs ingredients and views, not found"),
     ):
         assert main(["run", "--data", str(data), "--out", str(tmp_path / "out"), *options]) == 1
         assert said in capsys.readouterr().err
@@ -307,4 +317,4 @@ def test_a_whole_run_goes_on_and_reports(
     assert "3 of 3 runs done" in capfd.readouterr().err
     assert json.loads((tmp_path / "out/evidence.json").read_text())["tables"] == first["tables"]
     assert main([*command[:-4], "--options=--trainer.max_epochs=2"]) == 1
-    assert "was made with another options" in capfd.readouterr().err
+    assert "as --options. Give the same" in capfd.readouterr().err

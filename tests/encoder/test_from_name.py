@@ -161,6 +161,9 @@ def test_a_model_on_pictures_of_another_size(checkpoint: Callable[..., Path], tm
     export(str(path), folder, ["safetensors"])
     assert open_encoder(folder)(pictures).grid == (14, 14)
     assert open_encoder(f"{folder}@448")(pictures).grid == (28, 28)
+    for wrong in ("abc", "112x112", "448@random", ""):
+        with pytest.raises(ConfigError, match="After @ there can be 'random' or a size"):
+            open_encoder(f"{path}@{wrong}")
     with pytest.raises(ConfigError, match=r"@100'.*100x100 pixels do not divide .*96x96, 112x112"):
         open_encoder(f"{path}@100")
     with pytest.raises(ConfigError, match=r"@0'.*nearest sizes: 16x16"):

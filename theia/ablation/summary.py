@@ -29,6 +29,8 @@ _DEFAULTS = (
     "test/loss",
 )
 
+_AGAIN = "Start the sweep again with all rows: trained runs are only tested again."
+
 # Options that decide, within one store, which images a student is scored on.
 _HELD_OUT = ("val_split", "holdout")
 _RUNS_SHOWN = 4
@@ -347,8 +349,8 @@ def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
     stores = {run.name: report["store"]["manifest_sha256"][:12] for run, report in tested}
     if _differ(stores):
         found.append(
-            f"**Scored on different stores, or on different states of one, so not comparable: {_groups(stores)}. "
-            "Start the sweep again with all rows: trained runs are only tested again.**"
+            "**Scored on different stores, or on different states of one, so not comparable: "
+            f"{_groups(stores)}. {_AGAIN}**"
         )
     for name in _HELD_OUT:
         values = {run.name: run.config["data"].get(name) for run, _ in tested}
@@ -362,7 +364,7 @@ def caveats(tested: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
             scored_on.setdefault(name, {})[run.name] = f"{data or 'that of training'}{state and f' ({state})'}"
     for name, of_runs in scored_on.items():
         if _differ(of_runs):
-            found.append(f"**Scored by {name} on different data, so not comparable: {_groups(of_runs)}.**")
+            found.append(f"**Scored by {name} on different data, so not comparable: {_groups(of_runs)}. {_AGAIN}**")
     for name in ("scorer_images", "device", "precision"):
         values = {run.name: report.get(name) for run, report in tested}
         if _differ(values):

@@ -157,6 +157,8 @@ def forecast(runs: Sequence[Run], arguments: Sequence[str]) -> str:
 def _state(run: Run) -> str:
     if run.finished:
         return "finished"
+    if run.trained.exists():
+        return "to test"
     step, _ = run.progress()
     return f"at step {step}" if step else "to do"
 

@@ -118,10 +118,17 @@ class Run:
     def finished(self) -> bool:
         """Whether the run has all its scores, each on the data as they are."""
         report = self.report
-        if report is None or not set(self.scorers) <= set(report["scorers"]):
-            return False
+        return report is not None and set(self.scorers) <= set(report["scorers"]) and not self.outdated
+
+    @property
+    def outdated(self) -> list[str]:
+        """Scorers whose own data have changed since the test."""
+        report = self.report or {"scorers": []}
         scored_on = report.get("scorer_data", self.scorer_data)  # earlier versions did not write it
-        return all(scored_on.get(name) == fingerprint for name, fingerprint in self.scorer_data.items())
+        return [
+            name for name, fingerprint in self.scorer_data.items()
+            if name in report["scorers"] and scored_on.get(name) != fingerprint
+        ]  # fmt: skip
 
     def prepare(self) -> None:
         """Writes the config."""

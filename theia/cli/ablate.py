@@ -150,6 +150,9 @@ def ablate(
         write_record(out, runs, earlier.runs, planned, provenance)
         for line in stores.caveats():
             logger.warning("%s", line)
+        changed = sorted({name for run in runs for name in run.outdated})
+        if changed:
+            logger.info("Finished runs are tested again, since the data of %s have changed", ", ".join(changed))
         interrupted = 0
         signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup

@@ -383,9 +383,12 @@ class TheiaCLI(LightningCLI):
             images=options.scorer_images, seed=int(options.seed_everything or 0),
         )  # fmt: skip
         images = min(options.scorer_images, self.scored.scorers_fit_to)
-        print(f"Scorers, by default fitted on {images} training images of the run's data:")
+        print(f"Scorers without data of their own are fitted on {images} training images.")
         for name in self.scorers:
-            print(scores_table(name.partition("@")[0], scores, self.datamodule.teacher_shapes))
+            plain, _, own = name.partition("@")
+            if own:
+                print(f"{plain}, by {own}:")
+            print(scores_table(plain, scores, self.datamodule.teacher_shapes))
         return {"scorers": list(self.scorers), "scores": scores, "scorer_images": images, "scorer_data": data}
 
 

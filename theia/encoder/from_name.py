@@ -111,6 +111,12 @@ def open_encoder(
     if not model.strip() or (is_word and not model.endswith(".ckpt") and not local_path(model).exists()):
         forms = "\n".join(f"{form:<34}{meaning}" for form, meaning in {**FORMS, **controls}.items())
         raise ConfigError(f"{name!r} names no encoder{_hint(name if colon else model)}. The forms are:\n{forms}")
+    before, at, added = model.rpartition("@")
+    if at and not local_path(model).exists() and local_path(before).exists():
+        raise ConfigError(
+            f"{name!r}: {added!r} means nothing there. After @ there can be 'random' or a size such as 448: "
+            f"{before}@random, {before}@448, or {before}@random@448."
+        )
     encoder = load(model)
     inner = _OfTheia(_untrained(encoder.architecture) if untrained else encoder, size)
     if size is not None:
