@@ -170,7 +170,7 @@ class _OfTheia(nn.Module):
         self.size = size
 
     def forward(self, images: Tensor) -> StudentTokens:
-        return self.inner.forward_features(images if self.size is None else resized(images, self.size))
+        return self.inner.forward_features(resized(images, self.size))
 
 
 class _OfTeacher(nn.Module):

@@ -330,17 +330,17 @@ def check_divides(height: int, width: int, patch: int) -> None:
     )
 
 
-def resized(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int | None) -> Tensor:
     """Resizes images as Pillow resizes those that are stored: bicubic, with antialiasing.
 
     Args:
         images: RGB images, uint8, shape ``(B, 3, H, W)``.
-        size: Height and width of the result, in pixels.
+        size: Height and width of the result, in pixels; ``None`` leaves the images as they are.
 
     Returns:
         Images, uint8, shape ``(B, 3, size, size)``.
     """
-    if images.shape[-2:] == (size, size):
+    if size is None or images.shape[-2:] == (size, size):
         return images
     pixels = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
     return pixels.round_().clamp_(0, 255).to(torch.uint8)  # bicubic interpolation overshoots

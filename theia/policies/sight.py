@@ -59,7 +59,7 @@ class Sight(nn.Module):
         if self.model is None:
             tokens = pixel_means(images)
         elif self.encoder is not None:
-            tokens = self.encoder.forward_features(images if self.size is None else resized(images, self.size))
+            tokens = self.encoder.forward_features(resized(images, self.size))
         else:
             tokens = self.model(images)
         if self.features == "spatial":
